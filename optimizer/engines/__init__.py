@@ -1,0 +1,1 @@
+"""Engines: living inference processes whose weights are swapped."""

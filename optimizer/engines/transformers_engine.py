@@ -1,0 +1,74 @@
+"""The engine that runs everywhere: a transformers model in this process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optimizer.engines.engine import EngineConfig
+from optimizer.errors import MergetuneError
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+
+class TransformersEngine:
+    """A `transformers` causal language model, evaluated by lm-eval's `HFLM`, weights copied in place."""
+
+    def __init__(self, config: EngineConfig, base: Path) -> None:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype).to(device).eval()
+        _decode_greedily(model.generation_config)
+        self._weights: dict[str, Tensor] = model.state_dict()
+        self._lm = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+        )
+
+    @property
+    def lm(self) -> LM:
+        """The model as lm-eval sees it."""
+        return self._lm
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the tensors over the present weights; see `Engine.load`."""
+        loaded: set[int] = set()
+        for name, tensor in tensors:
+            target = self._weights.get(name)
+            if target is None or target.shape != tensor.shape:
+                has = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+                raise MergetuneError(
+                    f"`{name}` of shape {tuple(tensor.shape)} does not fit the model in transformers, "
+                    f"which has {has}. transformers loads this architecture under other names."
+                )
+            target.copy_(tensor)
+            loaded.add(target.data_ptr())
+        kept = [name for name, weight in self._weights.items() if weight.data_ptr() not in loaded]
+        if kept:  # a tied head shares its memory with the embeddings, so it counts as loaded
+            raise MergetuneError(f"The candidate has no tensor for {', '.join(kept[:5])} of the model.")
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._weights, self._lm
+        gc.collect()
+
+
+def _decode_greedily(generation: Any) -> None:
+    """Clear the model's own sampling settings: replies are greedy, and the same in every engine."""
+    for setting in ("temperature", "top_p", "top_k"):
+        setattr(generation, setting, None)
+    generation.do_sample = False

@@ -1,0 +1,332 @@
+"""Evaluate a model on a suite through lm-eval; every score is kept per item."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.scorers import Scorer
+from optimizer.suite import Item, Split, Suite, TaskConfig, split_of
+from optimizer.yaml_io import nearest
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean score with its standard error and the number of items behind it."""
+
+    value: float
+    stderr: float
+    n_items: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The per-item scores of one model on one split of a suite, and what they cost.
+
+    `items` has a row per item: `score_name` (objective or guard), `task`, `item` (an id that depends
+    on the content only), `score` and `response`.
+    """
+
+    items: pd.DataFrame
+    seconds: float
+
+    def scores(self) -> dict[str, Score]:
+        """Return each objective's and guard's mean over its tasks of the mean over their items."""
+        return {str(name): _mean_over_tasks(rows) for name, rows in self.items.groupby("score_name", sort=False)}
+
+
+@dataclass(frozen=True)
+class _BoundTask:
+    """An lm-eval task in its place in the suite, with the ids and splits of its documents."""
+
+    score_name: str
+    config: TaskConfig
+    task: Task
+    item_ids: tuple[str, ...]
+    splits: tuple[Split | None, ...]  # None: a few-shot example, in no split
+
+    def indices(self, split: Split) -> list[int]:
+        return [index for index, own in enumerate(self.splits) if own == split]
+
+
+class Evaluator:
+    """A suite made ready once a study: its lm-eval tasks are built and its items split.
+
+    Raises:
+        MergetuneError: a task is unknown or its data cannot be had, or a split is empty.
+    """
+
+    def __init__(self, suite: Suite) -> None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the study has its own progress line
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self.suite = suite
+        self._tasks: dict[str, _BoundTask] = {}
+        for score_name, score in suite.scores.items():
+            for config in score.tasks:
+                self._add(score_name, config)
+        self._check_splits()
+
+    def count(self, split: Split) -> int:
+        """Count the items of a split."""
+        return sum(len(bound.indices(split)) for bound in self._tasks.values())
+
+    def measure(self, lm: LM, split: Split) -> Measurement:
+        """Score a model on every item of a split.
+
+        Raises:
+            TrialError: a score is not a finite number.
+        """
+        from lm_eval.evaluator import evaluate
+
+        start = time.perf_counter()
+        results = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: bound.task for name, bound in self._tasks.items()}, "groups": {}},
+            samples={name: bound.indices(split) for name, bound in self._tasks.items()},
+            bootstrap_iters=0,
+            apply_chat_template=self.suite.config.chat_template,
+            fewshot_as_multiturn=self.suite.config.chat_template,
+        )
+        rows = [
+            _row(bound, sample)
+            for name, bound in self._tasks.items()
+            for sample in _one_filter(results["samples"][name], bound.config.filter)
+        ]
+        return Measurement(pd.DataFrame(rows), time.perf_counter() - start)
+
+    def items(self) -> pd.DataFrame:
+        """Return a row per item of the suite: its id, its place, its split, prompt and target."""
+        rows = [
+            {
+                "score_name": bound.score_name,
+                "task": name,
+                "item": bound.item_ids[index],
+                "split": split,
+                "prompt": str(bound.task.doc_to_text(doc)),
+                "target": _target_text(bound.task, doc),
+            }
+            for name, bound in self._tasks.items()
+            for index, (doc, split) in enumerate(zip(bound.task.eval_docs, bound.splits, strict=False))
+            if split is not None
+        ]
+        return pd.DataFrame(rows)
+
+    def _add(self, score_name: str, config: TaskConfig) -> None:
+        if config.items is not None:
+            name = f"{score_name}:{config.items}"
+            loaded = {name: _jsonl_task(name, config, self.suite.items)}
+        else:
+            assert config.lm_eval is not None  # TaskConfig
+            loaded = _lm_eval_tasks(config.lm_eval, self.suite)
+        for name, task in loaded.items():
+            if name in self._tasks:
+                raise MergetuneError(f"{self.suite.path}: the task `{name}` is used twice; use it once.")
+            self._tasks[name] = _bind(score_name, config, task, self.suite.config.holdout)
+
+    def _check_splits(self) -> None:
+        splits: list[Split] = ["search", "holdout"] if self.suite.config.holdout else ["search"]
+        for name, bound in self._tasks.items():
+            for split in splits:
+                if not bound.indices(split):
+                    raise MergetuneError(
+                        f"{self.suite.path}: the {split} split of `{name}` is empty: {len(bound.item_ids)} "
+                        f"items were split by `holdout: {self.suite.config.holdout}`. Add items or change it."
+                    )
+
+
+def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _BoundTask:
+    if config.num_fewshot is not None:
+        task.set_config("num_fewshot", config.num_fewshot)
+    n_shared = _fix_fewshot(task)
+    contents = [json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs]
+    contents = contents[: config.limit]
+    splits = [None if i < n_shared else split_of(text, holdout) for i, text in enumerate(contents)]
+    return _BoundTask(score_name, config, task, tuple(_item_ids(contents)), tuple(splits))
+
+
+def _fix_fewshot(task: Task) -> int:
+    """Give every item the same few-shot examples, whichever items run.
+
+    lm-eval draws them at random in the order in which items run, so that a subset would see other
+    prompts than the whole. The first n examples are taken instead. Returns how many of the first
+    evaluation documents serve as examples; they belong to no split, for the answer would be shown.
+    """
+    from lm_eval.api.samplers import FirstNSampler
+
+    n = task.config.num_fewshot or 0
+    if n == 0:
+        task.set_config("num_fewshot", 0)
+        return 0
+    pool = list(task.fewshot_docs())
+    task.sampler = FirstNSampler(pool)
+    return n if pool[:n] == list(task.eval_docs)[:n] else 0
+
+
+def _item_ids(contents: Sequence[str]) -> list[str]:
+    """Return an id per document from its content; repeated documents are numbered."""
+    from lm_eval.utils import hash_string
+
+    seen: dict[str, int] = {}
+    ids = []
+    for content in contents:
+        digest = hash_string(content)[:16]
+        seen[digest] = seen.get(digest, 0) + 1
+        ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
+    return ids
+
+
+def _jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]]) -> Task:
+    """Make an lm-eval task of a JSONL file."""
+    from lm_eval.api.task import ConfigurableTask
+
+    assert config.items is not None and config.scorer is not None  # TaskConfig
+    data = {"test": _dataset(items[config.items], config.system)}
+    if config.fewshot_items is not None:
+        data["fewshot"] = _dataset(items[config.fewshot_items], config.system)
+    common = {
+        "task": name,
+        "custom_dataset": lambda **_: data,
+        "test_split": "test",
+        "fewshot_split": "fewshot" if config.fewshot_items else None,
+        "num_fewshot": config.num_fewshot or 0,
+        "doc_to_text": "prompt",
+        "description": "system",
+    }
+    if config.scorer.kind == "choice":
+        metric = "acc_norm" if config.scorer.per_character else "acc"
+        own = {
+            "output_type": "multiple_choice",
+            "doc_to_choice": _payload("choices"),
+            "doc_to_target": _payload("answer"),
+            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+        }
+    else:
+        own = {
+            "output_type": "generate_until",
+            "doc_to_target": "target",
+            "process_results": _scoring(config.scorer),
+            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+            "generation_kwargs": {
+                "until": list(config.stop),
+                "max_gen_toks": config.max_new_tokens,
+                "do_sample": False,
+            },
+        }
+    return ConfigurableTask(config={**common, **own})
+
+
+def _dataset(items: Sequence[Item], system: str) -> Any:
+    """Hold items as a dataset of plain strings: Arrow would give answers of other shapes one schema."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": item.prompt,
+                "system": system if item.system is None else item.system,
+                "target": item.answer if isinstance(item.answer, str) else json.dumps(item.answer),
+                "payload": item.model_dump_json(),
+            }
+            for item in items
+        ]
+    )
+
+
+def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
+    return lambda doc: json.loads(doc["payload"])[key]
+
+
+def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], list[str]], dict[str, float]]:
+    def process_results(doc: Mapping[str, str], results: list[str]) -> dict[str, float]:
+        item = json.loads(doc["payload"])
+        return {"score": scorer.score(results[0], item["answer"], item["patterns"])}
+
+    return process_results
+
+
+def _lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
+    """Load an lm-eval task, or each task of a group, from the suite's `include_path` or by name."""
+    from lm_eval.tasks import TaskManager
+
+    include = suite.config.include_path
+    manager = None
+    if include is not None:
+        manager = TaskManager(include_path=str(suite.path.parent / include), include_defaults=False)
+    if manager is None or name not in manager.all_tasks:  # the index of all tasks takes seconds
+        manager = TaskManager()
+    if name not in manager.all_tasks:
+        raise MergetuneError(f"{suite.path}: lm-eval has no task `{name}`.{nearest(name, manager.all_tasks)}")
+    try:
+        tasks: dict[str, Task] = manager.load([name])["tasks"]
+    except Exception as error:  # whatever a data set's loading raises
+        raise MergetuneError(f"{suite.path}: lm-eval cannot load `{name}`: {error}") from error
+    return tasks
+
+
+def _one_filter(samples: list[dict[str, Any]], chosen: str | None) -> list[dict[str, Any]]:
+    """lm-eval gives a row per filter: keep one filter's, the first where none was chosen."""
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    if chosen is not None and chosen not in filters:
+        raise MergetuneError(f"The task has no filter `{chosen}`.{nearest(chosen, filters)}")
+    return [sample for sample in samples if sample["filter"] == (chosen or filters[0])]
+
+
+def _row(bound: _BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
+    metric = bound.config.metric or sample["metrics"][0]
+    if metric not in sample:
+        raise MergetuneError(
+            f"The task `{bound.task.task_name}` has no metric `{metric}`.{nearest(metric, sample['metrics'])}"
+        )
+    score = sample[metric]
+    if not isinstance(score, (int, float)):
+        raise MergetuneError(
+            f"`{metric}` of `{bound.task.task_name}` has no number per item, but {score!r}. "
+            "Choose a metric that is a mean over items, such as `acc` or `exact_match`."
+        )
+    if not math.isfinite(score):
+        raise TrialError(f"`{metric}` of `{bound.task.task_name}` is {score}: the model's output is broken.")
+    return {
+        "score_name": bound.score_name,
+        "task": bound.task.task_name,
+        "item": bound.item_ids[sample["doc_id"]],
+        "score": float(score),
+        "response": _response(sample),
+    }
+
+
+def _response(sample: dict[str, Any]) -> str:
+    """Return what the model said: its reply, or the likeliest of the choices."""
+    replies = sample["filtered_resps"]
+    if isinstance(replies[0], str):
+        return replies[0]
+    if isinstance(replies[0], tuple):
+        best = max(range(len(replies)), key=lambda i: replies[i][0])
+        return str(sample["arguments"][best][1]).strip()
+    return str(replies[0])
+
+
+def _target_text(task: Task, doc: Any) -> str:
+    target = task.doc_to_target(doc)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        return str(task.doc_to_choice(doc)[target])
+    return str(target)
+
+
+def _mean_over_tasks(rows: pd.DataFrame) -> Score:
+    """Mean of the tasks' means; standard error of that mean, the tasks being strata."""
+    by_task = rows.groupby("task")["score"].agg(["mean", "var", "size"])
+    variance = (by_task["var"].fillna(0.0) / by_task["size"]).sum() / len(by_task) ** 2
+    return Score(float(by_task["mean"].mean()), math.sqrt(variance), len(rows))

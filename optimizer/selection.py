@@ -1,0 +1,117 @@
+"""Which candidates are on the front, which keep the guards, and which one is recommended, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from optimizer import pareto
+from optimizer.evaluate import Score
+from optimizer.suite import SuiteConfig
+
+Scores = Mapping[str, Score]
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The candidate recommended, the reason in words, and whether it keeps every guard."""
+
+    name: str
+    reason: str
+    keeps_guards: bool
+
+
+def expert_name(expert: str) -> str:
+    """Return the candidate's name of an expert measured alone."""
+    return f"expert-{expert}"
+
+
+def guard_violations(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
+    """Return by how much each guard is broken: positive is broken, zero and below is kept.
+
+    Args:
+        scores: the candidate's.
+        references: the scores of the base and of the experts, by candidate name.
+        suite: the suite's file.
+    """
+    violations = {}
+    for name, guard in suite.guards.items():
+        reference = BASE if guard.reference == BASE else expert_name(guard.reference)
+        worse = guard.sign * (references[reference][name].value - scores[name].value)
+        violations[name] = worse - guard.margin
+    return violations
+
+
+def objective_points(candidates: Mapping[str, Scores], suite: SuiteConfig) -> pareto.Points:
+    """Return the candidates' objectives, signed so that greater is better: (n_candidates, n_objectives)."""
+    return np.array(
+        [
+            [objective.sign * scores[name].value for name, objective in suite.objectives.items()]
+            for scores in candidates.values()
+        ]
+    ).reshape(len(candidates), len(suite.objectives))
+
+
+def front(candidates: Mapping[str, Scores], suite: SuiteConfig) -> list[str]:
+    """Return the names of the non-dominated candidates among those that keep every guard."""
+    kept = {
+        name: scores
+        for name, scores in candidates.items()
+        if all(excess <= 0 for excess in guard_violations(scores, candidates, suite).values())
+    }
+    names = list(kept)
+    return [names[i] for i in pareto.front(objective_points(kept, suite))] if kept else []
+
+
+def retained_gains(candidates: Mapping[str, Scores], scores: Scores, suite: SuiteConfig) -> dict[str, float]:
+    """Return, per objective, the share kept of the best expert's gain over the base.
+
+    1 equals the best expert and 0 the base. Where no expert is better than the base there is no gain
+    to keep: the value is then 1 plus the plain difference to the base.
+    """
+    experts = [own for name, own in candidates.items() if name.startswith("expert-")]
+    gains = {}
+    for name, objective in suite.objectives.items():
+        base = objective.sign * candidates[BASE][name].value
+        best = max((objective.sign * own[name].value for own in experts), default=base)
+        own = objective.sign * scores[name].value
+        gains[name] = (own - base) / (best - base) if best > base else 1 + own - base
+    return gains
+
+
+def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommendation | None:
+    """Choose one merge: guards kept, then the least worst weighted loss against the experts.
+
+    The loss of an objective is 1 minus the share kept of the best expert's gain, times the
+    objective's weight (a weighted Chebyshev distance to the ideal point; Bowman 1976). The base and
+    the experts themselves are not merges. None where no merge was measured.
+    """
+    merges = {
+        name: scores
+        for name, scores in candidates.items()
+        if name != BASE and not name.startswith("expert-")
+    }
+    if not merges or BASE not in candidates:
+        return None
+
+    def losses(name: str) -> list[float]:
+        kept = retained_gains(candidates, merges[name], suite)
+        return [suite.objectives[key].weight * (1 - share) for key, share in kept.items()]
+
+    def excess(name: str) -> float:
+        return max([0.0, *guard_violations(merges[name], candidates, suite).values()])
+
+    best = min(merges, key=lambda name: (excess(name), max(losses(name)), sum(losses(name))))
+    kept = retained_gains(candidates, merges[best], suite)
+    shares = ", ".join(f"{share:.0%} on {key}" for key, share in kept.items())
+    if excess(best) > 0:
+        reason = f"No merge keeps every guard; this one breaks them least. It keeps {shares} of the experts' gains."
+    else:
+        reason = (
+            f"Of the {sum(excess(name) == 0 for name in merges)} merges that keep every guard, its worst "
+            f"loss is the smallest: it keeps {shares} of the best expert's gain over the base."
+        )
+    return Recommendation(best, reason, excess(best) == 0)

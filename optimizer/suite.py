@@ -1,0 +1,205 @@
+"""Suites: what is to be kept and what is to be gained, made of lm-eval tasks and JSONL items."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from optimizer.errors import MergetuneError
+from optimizer.scorers import Scorer, check_regex
+from optimizer.yaml_io import Strict, read_yaml
+
+Split = Literal["search", "holdout"]
+Direction = Literal["maximize", "minimize"]
+
+
+class TaskConfig(Strict):
+    """One task: either `items`, a JSONL file with a `scorer`, or `lm_eval`, the name of a task.
+
+    `metric` and `filter` choose among what an lm-eval task measures (default: its first); `limit`
+    takes the first n of its documents. Few-shot examples of JSONL tasks come from `fewshot_items`.
+    """
+
+    items: str | None = None
+    scorer: Scorer | None = None
+    system: str = ""
+    max_new_tokens: int = Field(64, gt=0)
+    stop: tuple[str, ...] = ()
+    fewshot_items: str | None = None
+    lm_eval: str | None = None
+    metric: str | None = None
+    filter: str | None = None
+    limit: int | None = Field(None, gt=0)
+    num_fewshot: int | None = Field(None, ge=0)
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _kind_alone(cls, scorer: object) -> object:
+        return {"kind": scorer} if isinstance(scorer, str) else scorer
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> TaskConfig:
+        if (self.items is None) == (self.lm_eval is None):
+            raise ValueError("a task must have either `items` (a JSONL file) or `lm_eval` (a task's name)")
+        if (self.items is None) != (self.scorer is None):
+            raise ValueError("`scorer` belongs to `items`: give both or none")
+        if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
+            raise ValueError("`num_fewshot` of a JSONL task needs `fewshot_items`, and the reverse")
+        jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items"}
+        lm_eval_only = {"metric", "filter", "limit"}
+        if wrong := self.model_fields_set & (jsonl_only if self.lm_eval else lm_eval_only):
+            raise ValueError(
+                f"`{'`, `'.join(sorted(wrong))}` does not go with `{'lm_eval' if self.lm_eval else 'items'}`"
+            )
+        return self
+
+
+class ScoreConfig(Strict):
+    """What objectives and guards share: the tasks whose mean score it is, and the better direction."""
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    direction: Direction = "maximize"
+
+    @property
+    def sign(self) -> int:
+        """Return +1 where a higher score is better, else -1."""
+        return 1 if self.direction == "maximize" else -1
+
+
+class ObjectiveConfig(ScoreConfig):
+    """A score to optimize; `weight` counts when one candidate of the front is recommended."""
+
+    weight: float = Field(1.0, gt=0)
+
+
+class GuardConfig(ScoreConfig):
+    """A score that may not get worse than `reference` (`base` or an expert's name) by over `margin`."""
+
+    margin: float = Field(ge=0)
+    reference: str = "base"
+
+
+class SuiteConfig(Strict):
+    """The file of a suite. `holdout` is the share of the items that the search never sees."""
+
+    description: str
+    chat_template: bool
+    holdout: float = Field(0.5, ge=0, lt=1)
+    include_path: str | None = None
+    objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
+    guards: dict[str, GuardConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> SuiteConfig:
+        if both := self.objectives.keys() & self.guards.keys():
+            raise ValueError(f"`{'`, `'.join(both)}` cannot be both an objective and a guard")
+        return self
+
+
+class Item(Strict):
+    """One line of a JSONL file; further keys are allowed and kept out of the prompt."""
+
+    model_config = {**Strict.model_config, "extra": "ignore"}
+
+    prompt: str = Field(min_length=1)
+    answer: Any = None
+    choices: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    system: str | None = None
+
+    @field_validator("patterns")
+    @classmethod
+    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            check_regex(pattern)
+        return patterns
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite with its JSONL items read: `items[file]`, in the file's order."""
+
+    name: str
+    path: Path
+    config: SuiteConfig
+    items: Mapping[str, tuple[Item, ...]]
+
+    @property
+    def scores(self) -> dict[str, ObjectiveConfig | GuardConfig]:
+        """Objectives, then guards, by name."""
+        return {**self.config.objectives, **self.config.guards}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the suite's rules and items."""
+        data = [self.config.model_dump(mode="json")]
+        data += [[item.model_dump(mode="json") for item in items] for items in self.items.values()]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a suite and its JSONL files, whose paths are relative to the suite's folder.
+
+    Raises:
+        MergetuneError: a key is wrong, a file is missing or empty, or a line is broken; the message
+            names file and line.
+    """
+    config = read_yaml(path, SuiteConfig)
+    items: dict[str, tuple[Item, ...]] = {}
+    for name, score in {**config.objectives, **config.guards}.items():
+        for task in score.tasks:
+            if task.items is not None and task.scorer is not None:
+                items[task.items] = _read_items(path.parent / task.items, task.scorer, name)
+            if task.fewshot_items is not None and task.scorer is not None:
+                items[task.fewshot_items] = _read_items(path.parent / task.fewshot_items, task.scorer, name)
+    return Suite(path.stem, path, config, items)
+
+
+def split_of(content: str, holdout: float) -> Split:
+    """Assign an item to a split by a hash of its content: stable when items are added or reordered."""
+    number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+    return "holdout" if number / 2**64 < holdout else "search"
+
+
+def _read_items(path: Path, scorer: Scorer, score: str) -> tuple[Item, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergetuneError(f"{path}: cannot be read ({error}); `{score}` needs it.") from error
+    items = [
+        _read_item(line, f"{path}, line {number}", scorer)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not items:
+        raise MergetuneError(f"{path}: holds no items, but `{score}` needs at least one.")
+    return tuple(items)
+
+
+def _read_item(line: str, place: str, scorer: Scorer) -> Item:
+    try:
+        item = Item.model_validate(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise MergetuneError(f"{place}: is not JSON: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the line"
+        raise MergetuneError(f"{place}: `{key}`: {first['msg']}.") from error
+    if scorer.kind == "choice":
+        if len(item.choices) < 2 or item.answer not in range(len(item.choices)):
+            raise MergetuneError(
+                f"{place}: the scorer `choice` needs two `choices` or more and `answer`, the index of the "
+                f"right one, but got {len(item.choices)} choices and answer={item.answer!r}."
+            )
+    elif scorer.kind == "regex":
+        if not scorer.patterns and not item.patterns:
+            raise MergetuneError(f"{place}: the scorer `regex` needs `patterns`, here or in the suite.")
+    elif item.answer is None:
+        raise MergetuneError(f"{place}: the scorer `{scorer.kind}` needs `answer`.")
+    return item
