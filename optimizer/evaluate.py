@@ -45,7 +45,9 @@ class Measurement:
 
     def scores(self) -> dict[str, Score]:
         """Return each objective's and guard's mean over its tasks of the mean over their items."""
-        return {str(name): _mean_over_tasks(rows) for name, rows in self.items.groupby("score_name", sort=False)}
+        return {
+            str(name): _mean_over_tasks(rows) for name, rows in self.items.groupby("score_name", sort=False)
+        }
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Evaluator:
         start = time.perf_counter()
         results = evaluate(
             lm=lm,
-            task_dict={"tasks": {name: bound.task for name, bound in self._tasks.items()}, "groups": {}},
+            task_dict={
+                "tasks": {name: bound.task for name, bound in self._tasks.items()},
+                "groups": {},
+            },
             samples={name: bound.indices(split) for name, bound in self._tasks.items()},
             bootstrap_iters=0,
             apply_chat_template=self.suite.config.chat_template,
@@ -192,7 +197,8 @@ def _jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item
     """Make an lm-eval task of a JSONL file."""
     from lm_eval.api.task import ConfigurableTask
 
-    assert config.items is not None and config.scorer is not None  # TaskConfig
+    assert config.items is not None
+    assert config.scorer is not None  # TaskConfig
     data = {"test": _dataset(items[config.items], config.system)}
     if config.fewshot_items is not None:
         data["fewshot"] = _dataset(items[config.fewshot_items], config.system)

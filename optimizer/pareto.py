@@ -18,9 +18,7 @@ def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
 
 def front(points: Points) -> list[int]:
     """Return the indices of the points that no other dominates (equal points are all kept)."""
-    return [
-        i for i, point in enumerate(points) if not any(dominates(other, point) for other in points)
-    ]
+    return [i for i, point in enumerate(points) if not any(dominates(other, point) for other in points)]
 
 
 def hypervolume(points: Points, reference: Sequence[float]) -> float:

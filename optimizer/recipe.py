@@ -19,7 +19,6 @@ Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
 MethodName = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
 
 
-
 @dataclass(frozen=True)
 class Method:
     """What a merge method is, which coefficients it reads and how many experts it takes."""
@@ -173,17 +172,17 @@ class MergeRecipe(Strict):
 
 def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[str]) -> None:
     """Check that the group has each coefficient its method reads, for each expert, and no other."""
-    given = {"lambda": group.lambdas, "density": group.densities, "t": group.t}
-    for parameter, values in given.items():
-        wanted = parameter in METHODS[method].parameters
-        if parameter == "t":
-            if wanted != (values is not None):
-                raise ValueError(f"group `{group.name}` must{'' if wanted else ' not'} have `t` for `{method}`")
-        elif set(group_experts := dict(values or {})) != (set(experts) if wanted else set()):
+    parameters = METHODS[method].parameters
+    if ("t" in parameters) != (group.t is not None):
+        raise ValueError(
+            f"`t` must {'' if 't' in parameters else 'not '}stand in `{group.name}` of `{method}`"
+        )
+    for parameter, values in (("lambda", group.lambdas), ("density", group.densities)):
+        wanted = experts if parameter in parameters else []
+        if set(values) != set(wanted):
             raise ValueError(
-                f"group `{group.name}` must have `{parameter}` for "
-                f"{'each of ' + ', '.join(experts) if wanted else 'no expert'} with `{method}`; "
-                f"it has it for {', '.join(group_experts) or 'none'}"
+                f"`{parameter}` must stand in `{group.name}` of `{method}` for {', '.join(wanted) or 'none'}, "
+                f"but it does for {', '.join(values) or 'none'}"
             )
     if method == "linear" and sum(group.lambdas.values()) == 0:
         raise ValueError(f"`linear` divides by the sum of the lambdas, which is 0 in `{group.name}`")

@@ -1,14 +1,14 @@
 """The run directory: all that a study learned, each file written whole or not at all.
 
-    study.yaml        the study file, paths made absolute, with the digests of its inputs
-    versions.json     of mergetune and the libraries that numbers depend on
-    warnings.json     what looked suspicious before the search began
-    study.db          Optuna's storage
-    items.parquet     every item of the suite: id, split, prompt, target
-    candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
-    run.log           what happened, with times
-    report/           the report
-    best/             the recommended merge, a model directory
+study.yaml        the study file, paths made absolute, with the digests of its inputs
+versions.json     of mergetune and the libraries that numbers depend on
+warnings.json     what looked suspicious before the search began
+study.db          Optuna's storage
+items.parquet     every item of the suite: id, split, prompt, target
+candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+run.log           what happened, with times
+report/           the report
+best/             the recommended merge, a model directory
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class RunDir:
             MergetuneError: another process holds it, it belongs to another study, or it holds files
                 of something else.
         """
-        if self.path.is_dir() and not self._study_file.exists() and any(self.path.iterdir()):
-            if any(entry.name != "lock" for entry in self.path.iterdir()):
-                raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
+        foreign = self.path.is_dir() and any(entry.name != "lock" for entry in self.path.iterdir())
+        if foreign and not self._study_file.exists():
+            raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
         (self.path / "candidates").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
@@ -122,6 +122,13 @@ class RunDir:
         found = [Candidate.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
         return sorted(found, key=lambda c: (c.kind == "trial", c.name if c.kind == "trial" else ""))
 
+    def candidate(self, name: str) -> Candidate | None:
+        """Return one candidate, None where there is none of this name."""
+        file = self._file(name, "json")
+        if not file.is_file():
+            return None
+        return Candidate.model_validate_json(file.read_text(encoding="utf-8"))
+
     def write_measurement(self, name: str, split: Split, measurement: Measurement) -> None:
         """Keep the per-item scores of a candidate on one split."""
         write_parquet(self._file(name, f"{split}.parquet"), measurement.items)
@@ -135,6 +142,10 @@ class RunDir:
         """Return the scores of a candidate on one split, None where it was not measured."""
         items = self.measurement(name, split)
         return None if items is None else Measurement(items, 0.0).scores()
+
+    def write_items(self, items: pd.DataFrame) -> None:
+        """Keep the suite's items."""
+        write_parquet(self.path / "items.parquet", items)
 
     def items(self) -> pd.DataFrame:
         """Return the suite's items: score_name, task, item, split, prompt, target."""

@@ -46,7 +46,11 @@ _DEFAULTS: dict[str, Range] = {
     "t": Range(low=0.0, high=1.0, shared=True),
 }
 
-_DECIMALS = {"lambda": 12, "density": 2, "t": 12}  # interpolated densities stay on the merger's grid
+_DECIMALS = {
+    "lambda": 12,
+    "density": 2,
+    "t": 12,
+}  # interpolated densities stay on the merger's grid
 
 
 class Ranges(Strict):
@@ -148,26 +152,22 @@ class SearchSpace:
     ) -> None:
         self.config = config
         self._base, self._experts, self._seed = base, dict(experts), seed
-        n_layers = count_layers(tensor_names)
+        self.groups = layer_groups(config, tensor_names)
         if config.anchors is not None:
-            self._groups = _anchor_groups(n_layers)
             points = [f"anchor{i}" for i in range(config.anchors)]
             self._scopes = {point: _Scope(point, config) for point in points}
-            self._weights = _anchor_weights(points, n_layers)
+            self._weights = _anchor_weights(points, count_layers(tensor_names))
         else:
-            resolved = [(group, group.resolve(n_layers)) for group in config.groups]
-            self._groups = [group for _, group in resolved if group is not None]
             self._scopes = {group.name: _Scope(group.name, config, group) for group in config.groups}
-            self._weights = {group.name: {group.name: 1.0} for group in self._groups}
+            self._weights = {group.name: {group.name: 1.0} for group in self.groups}
         used = {scope for weights in self._weights.values() for scope in weights}
         self._scopes = {name: scope for name, scope in self._scopes.items() if name in used}
-        assign_groups(self._groups, tensor_names)
         self.distributions = self._distributions()
         self.recipe(self._midpoint())  # the recipe's own rules hold for every point of the space
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
         """Return the recipe at a point of the space; `params` as Optuna's `trial.params`."""
-        groups = [self._recipe_group(group, params) for group in self._groups]
+        groups = [self._recipe_group(group, params) for group in self.groups]
         return MergeRecipe(
             method=self.config.method,
             base=self._base,
@@ -219,7 +219,11 @@ class SearchSpace:
                 total = values[parameter].get(expert, 0.0) + weight * value
                 values[parameter][expert] = round(total, _DECIMALS[parameter])
         t = values.pop("t")
-        fields = {**group.model_dump(exclude_none=True), **values, "t": next(iter(t.values()), None)}
+        fields = {
+            **group.model_dump(exclude_none=True),
+            **values,
+            "t": next(iter(t.values()), None),
+        }
         return RecipeGroup.model_validate(fields)
 
 
@@ -229,7 +233,9 @@ class _Scope:
     def __init__(self, name: str, config: SearchSpaceConfig, group: Ranges | None = None) -> None:
         self.name = name
         self._coefficients = {
-            parameter: _first(group and group.get(parameter), config.get(parameter), _DEFAULTS[parameter])
+            parameter: _first(
+                group.get(parameter) if group else None, config.get(parameter), _DEFAULTS[parameter]
+            )
             for parameter in METHODS[config.method].parameters
         }
 
@@ -250,6 +256,23 @@ class _Scope:
 def read_search_space(path: Path) -> SearchSpaceConfig:
     """Read a search space from YAML; raises `MergetuneError` as `read_yaml` does."""
     return read_yaml(path, SearchSpaceConfig)
+
+
+def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list[LayerGroup]:
+    """Return the layer groups of a search space for a model with these tensors.
+
+    Raises:
+        MergetuneError: a tensor falls into no group or several, or the model has no layers to
+            interpolate over.
+    """
+    n_layers = count_layers(tensor_names)
+    if config.anchors is not None:
+        groups = _anchor_groups(n_layers)
+    else:
+        resolved = [group.resolve(n_layers) for group in config.groups]
+        groups = [group for group in resolved if group is not None]
+    assign_groups(groups, tensor_names)
+    return groups
 
 
 def _first(*coefficients: Coefficient | None) -> Coefficient:

@@ -29,7 +29,9 @@ def expert_name(expert: str) -> str:
     return f"expert-{expert}"
 
 
-def guard_violations(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
+def guard_violations(
+    scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig
+) -> dict[str, float]:
     """Return by how much each guard is broken: positive is broken, zero and below is kept.
 
     Args:
@@ -90,9 +92,7 @@ def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommend
     the experts themselves are not merges. None where no merge was measured.
     """
     merges = {
-        name: scores
-        for name, scores in candidates.items()
-        if name != BASE and not name.startswith("expert-")
+        name: scores for name, scores in candidates.items() if name != BASE and not name.startswith("expert-")
     }
     if not merges or BASE not in candidates:
         return None
@@ -108,7 +108,10 @@ def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommend
     kept = retained_gains(candidates, merges[best], suite)
     shares = ", ".join(f"{share:.0%} on {key}" for key, share in kept.items())
     if excess(best) > 0:
-        reason = f"No merge keeps every guard; this one breaks them least. It keeps {shares} of the experts' gains."
+        reason = (
+            "No merge keeps every guard; this one breaks them least. "
+            f"It keeps {shares} of the best expert's gain over the base."
+        )
     else:
         reason = (
             f"Of the {sum(excess(name) == 0 for name in merges)} merges that keep every guard, its worst "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from optimizer.errors import MergetuneError
 from optimizer.scorers import Scorer, check_regex
@@ -54,9 +54,8 @@ class TaskConfig(Strict):
         jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items"}
         lm_eval_only = {"metric", "filter", "limit"}
         if wrong := self.model_fields_set & (jsonl_only if self.lm_eval else lm_eval_only):
-            raise ValueError(
-                f"`{'`, `'.join(sorted(wrong))}` does not go with `{'lm_eval' if self.lm_eval else 'items'}`"
-            )
+            kind = "lm_eval" if self.lm_eval else "items"
+            raise ValueError(f"`{'`, `'.join(sorted(wrong))}` does not go with `{kind}`")
         return self
 
 
@@ -105,7 +104,7 @@ class SuiteConfig(Strict):
 class Item(Strict):
     """One line of a JSONL file; further keys are allowed and kept out of the prompt."""
 
-    model_config = {**Strict.model_config, "extra": "ignore"}
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     prompt: str = Field(min_length=1)
     answer: Any = None
@@ -138,7 +137,7 @@ class Suite:
     @property
     def digest(self) -> str:
         """SHA-256 of the suite's rules and items."""
-        data = [self.config.model_dump(mode="json")]
+        data: list[Any] = [self.config.model_dump(mode="json")]
         data += [[item.model_dump(mode="json") for item in items] for items in self.items.values()]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

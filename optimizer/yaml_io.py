@@ -128,7 +128,14 @@ def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple, dict, typing.Annotated):
+    if typing.get_origin(annotation) in (
+        typing.Union,
+        types.UnionType,
+        list,
+        tuple,
+        dict,
+        typing.Annotated,
+    ):
         for argument in typing.get_args(annotation):
             if (found := _nested_model(argument)) is not None:
                 return found

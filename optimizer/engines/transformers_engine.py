@@ -28,7 +28,8 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
+        model.to(device).eval()
         _decode_greedily(model.generation_config)
         self._weights: dict[str, Tensor] = model.state_dict()
         self._lm = HFLM(

@@ -55,9 +55,7 @@ class Merger:
         """Merge one tensor in float32; None where no expert changes it."""
         if not stored.is_floating_point():
             return None
-        found = {
-            expert: self.experts[expert].task_vector(name, stored) for expert in recipe.experts
-        }
+        found = {expert: self.experts[expert].task_vector(name, stored) for expert in recipe.experts}
         changed = {expert: vector for expert, vector in found.items() if vector is not None}
         if not changed:
             return None
@@ -83,7 +81,11 @@ class Merger:
         return dare(base, vectors, lambdas, masks, densities)
 
     def _average(
-        self, recipe: MergeRecipe, group: RecipeGroup, base: Tensor, found: Mapping[str, Tensor | None]
+        self,
+        recipe: MergeRecipe,
+        group: RecipeGroup,
+        base: Tensor,
+        found: Mapping[str, Tensor | None],
     ) -> Tensor:
         """Merge by a method that averages whole weights: an expert without a change holds the base's."""
         weights = [base if vector is None else base + vector for vector in found.values()]

@@ -1,0 +1,143 @@
+"""Measuring models: a recipe is merged into a living engine and scored on a suite."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from optimizer import selection
+from optimizer.engines.engine import Engine, EngineConfig, start_engine
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.evaluate import Evaluator, Measurement, Score
+from optimizer.library import find
+from optimizer.merging.inputs import open_inputs
+from optimizer.merging.merger import Merger
+from optimizer.models import find_model
+from optimizer.progress import Progress, candidate_line
+from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.run_dir import Candidate, Cost, RunDir
+from optimizer.suite import Split, read_suite
+
+log = logging.getLogger("mergetune")
+
+
+@dataclass
+class Bench:
+    """Where candidates are measured: the merger, the engine and the suite, and what they found."""
+
+    merger: Merger
+    engine: Engine
+    evaluator: Evaluator
+    run: RunDir
+    progress: Progress
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+
+    def measure(
+        self, kind: str, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
+    ) -> Candidate:
+        """Merge, load and score one candidate on the search split, unless that was done before."""
+        done = self.run.candidate(name)
+        if done is not None:
+            if done.state == "complete":
+                self.scores[name] = self.run.scores(name, "search") or {}
+            return done
+        fields = {"name": name, "kind": kind, "recipe": recipe, "params": params and dict(params)}
+        try:
+            load = self.load(recipe)
+            measurement = self.evaluator.measure(self.engine.lm, "search")
+        except (TrialError, torch.OutOfMemoryError) as error:
+            log.exception("%s failed", name)
+            if kind == "baseline":
+                raise
+            candidate = Candidate.model_validate({**fields, "state": "failed", "reason": str(error)})
+            self.run.write_candidate(candidate, None)
+            self.progress.say(candidate_line(name, None, 0.0, str(error)))
+            return candidate
+        spent = Cost(evaluate_s=measurement.seconds, n_items=len(measurement.items))
+        candidate = Candidate.model_validate({**fields, "cost": load.plus(spent)})
+        self.run.write_candidate(candidate, measurement)
+        self.scores[name] = measurement.scores()
+        self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
+        return candidate
+
+    def load(self, recipe: MergeRecipe) -> Cost:
+        """Merge a recipe straight into the engine."""
+        clock = _Stopwatch()
+        start = time.perf_counter()
+        self.engine.load(clock.watch(self.merger.merge(recipe)))
+        total_s = time.perf_counter() - start
+        return Cost(merge_s=clock.seconds, load_s=total_s - clock.seconds)
+
+    def outcome(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
+        """Return a complete candidate's objective values and guard violations, as Optuna takes them."""
+        suite = self.evaluator.suite.config
+        scores = self.scores.get(candidate.name) or self.run.scores(candidate.name, "search") or {}
+        values = [scores[name].value for name in suite.objectives]
+        return values, selection.guard_violations(scores, self.scores, suite)
+
+
+class _Stopwatch:
+    """Adds up the time that an iterator takes, apart from what its consumer does with it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        while True:
+            start = time.perf_counter()
+            item = next(tensors, None)
+            self.seconds += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
+
+
+def measure_model(
+    model: str,
+    suite: str,
+    base: str | None,
+    split: Literal["search", "holdout", "all"],
+    batch_size: int,
+) -> Measurement:
+    """Score one model, or an adapter on its `base`, on a suite; paths are relative to this folder.
+
+    Raises:
+        MergetuneError: there is no such model or suite, or an adapter came without its base.
+    """
+    here = Path()
+    evaluator = Evaluator(read_suite(find("evals", suite, here)))
+    folder = find_model(model, here)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and base is None:
+        raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
+    engine = start_engine(EngineConfig(batch_size=batch_size), find_model(base, here) if base else folder)
+    try:
+        if base is not None:
+            _load_expert(engine, find_model(base, here), folder)
+        wanted: list[Split] = ["search", "holdout"] if split == "all" else [split]
+        parts = [evaluator.measure(engine.lm, each) for each in wanted if evaluator.count(each)]
+        items = pd.concat([part.items for part in parts], ignore_index=True)
+        return Measurement(items, sum(part.seconds for part in parts))
+    finally:
+        engine.close()
+
+
+def _load_expert(engine: Engine, base: Path, expert: Path) -> None:
+    """Put one expert's weights into an engine that holds its base."""
+    inputs = open_inputs(base, {"expert": expert})
+    group = RecipeGroup.model_validate({"name": "all", "lambda": {"expert": 1.0}})
+    recipe = MergeRecipe(
+        method="task_arithmetic",
+        base=inputs.base_source,
+        experts=inputs.expert_sources,
+        groups=(group,),
+    )
+    engine.load(Merger(inputs.base, inputs.experts).merge(recipe))

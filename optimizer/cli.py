@@ -1,0 +1,215 @@
+"""The command line: verbs only; each imports its stage when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from optimizer import __version__
+from optimizer.errors import MergetuneError
+
+if TYPE_CHECKING:
+    from optimizer.analysis import GroupStatistics
+
+if TYPE_CHECKING:
+    pass
+
+EXIT_ERROR = 3
+
+app = typer.Typer(
+    name="mergetune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune merge coefficients of language models by evaluation.\n\n"
+    "Exit codes: 0 done, 2 wrong usage, 3 an error that the message explains, 130 interrupted.",
+)
+_out = Console(soft_wrap=True)
+_err = Console(stderr=True, soft_wrap=True)
+
+Study = Annotated[Path, typer.Argument(help="The study file.", metavar="STUDY.yaml")]
+Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mergetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    study: Study,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory. Default: runs/STUDY in this folder.")
+    ] = None,
+) -> None:
+    """Run a study, or go on with it: baselines, search, holdout, report and merged model."""
+    _run(study, out or Path("runs") / study.stem)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+) -> None:
+    """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
+    from optimizer.library import shared_folder
+
+    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out)
+
+
+@app.command()
+def inspect(
+    base: Model,
+    experts: Annotated[list[str], typer.Argument(help="Fine-tunes of the base: as BASE.")],
+    search_space: Annotated[
+        str, typer.Option(help="The search space whose layer groups the tables use.")
+    ] = "task_arithmetic_layer_groups",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that models can be merged, and compare their task vectors by layer group."""
+    from dataclasses import asdict
+
+    from optimizer.analysis import task_vector_statistics
+    from optimizer.library import find
+    from optimizer.merging.inputs import open_inputs
+    from optimizer.models import find_model
+    from optimizer.search_space import layer_groups, read_search_space
+
+    folder = Path()
+    space = read_search_space(find("search_spaces", search_space, folder))
+    found = {Path(reference).name: find_model(reference, folder) for reference in experts}
+    if len(found) < len(experts):
+        raise MergetuneError("The experts' last path components must differ: they are the names.")
+    inputs = open_inputs(find_model(base, folder), found)
+    statistics = task_vector_statistics(inputs, layer_groups(space, inputs.base.names))
+    if as_json:
+        typer.echo(json.dumps([asdict(group) for group in statistics], indent=1))
+        return
+    for warning in inputs.warnings:
+        _out.print(f"warning: {warning}", highlight=False, markup=False)
+    _out.print(_statistics_table(statistics))
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.")],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+) -> None:
+    """Write the model of a recipe: the same recipe and inputs give the same bits."""
+    from optimizer.export import merge_recipe
+
+    merge_recipe(recipe, out)
+    _out.print(f"Merged model: {out}", highlight=False, markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    suite: Annotated[str, typer.Option(help="A suite: a preset's name or a path.")],
+    base: Annotated[str | None, typer.Option(help="The base of MODEL, if it is an adapter.")] = None,
+    split: Annotated[
+        Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score any model on a suite, item by item."""
+    from dataclasses import asdict
+
+    from optimizer.bench import measure_model
+    from optimizer.run_dir import write_parquet
+
+    measurement = measure_model(model, suite, base, split, batch_size)
+    if out is not None:
+        write_parquet(out, measurement.items)
+    scores = measurement.scores()
+    if as_json:
+        typer.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
+        return
+    for name, score in scores.items():
+        _out.print(f"{name:<16} {score.value:.3f} ± {score.stderr:.3f}  ({score.n_items} items)")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+) -> None:
+    """Write the report of a run directory again: HTML, PNG, SVG, CSV and the front's recipes."""
+    from optimizer.report import write_report
+    from optimizer.run_dir import RunDir
+
+    _out.print(f"Report: {write_report(RunDir(run))}", highlight=False, markup=False)
+
+
+@app.command()
+def presets() -> None:
+    """List the search spaces and suites that can be named in a study file."""
+    from optimizer.library import presets as list_presets
+    from optimizer.search_space import read_search_space
+    from optimizer.suite import SuiteConfig
+    from optimizer.yaml_io import read_yaml
+
+    _out.print("Search spaces", style="bold")
+    for name, path in list_presets("search_spaces").items():
+        _out.print(f"  {name:<32} {escape(read_search_space(path).description)}")
+    _out.print("Suites", style="bold")
+    for name, path in list_presets("evals").items():
+        _out.print(f"  {name:<32} {escape(read_yaml(path, SuiteConfig).description)}")
+
+
+def _run(study: Path, out: Path) -> None:
+    from optimizer.study import run_study
+
+    page = run_study(study, out, _out)
+    _out.print(f"Report: {page}", highlight=False, markup=False)
+    if (out / "best").is_dir():
+        _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
+
+
+def _statistics_table(statistics: list[GroupStatistics]) -> Table:
+    experts = list(statistics[0].relative_norms)
+    pairs = [(pair.first, pair.second) for pair in statistics[0].pairs]
+    table = Table(title="Task vectors by layer group")
+    table.add_column("layer group")
+    table.add_column("parameters", justify="right")
+    for expert in experts:
+        table.add_column(f"‖{expert}‖ / ‖base‖", justify="right")
+    for first, second in pairs:
+        table.add_column(f"cosine {first}·{second}", justify="right")
+        table.add_column("sign conflict", justify="right")
+    for group in statistics:
+        norms = [f"{group.relative_norms[expert]:.4f}" for expert in experts]
+        both = [cell for pair in group.pairs for cell in (f"{pair.cosine:.3f}", f"{pair.sign_conflict:.0%}")]
+        table.add_row(group.group, f"{group.n_parameters:,}", *norms, *both)
+    return table
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is one message on stderr, without a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="mergetune")
+    except MergetuneError as error:
+        if "--debug" in sys.argv:
+            raise
+        _err.print(f"error: {error}", highlight=False, markup=False)
+        sys.exit(EXIT_ERROR)

@@ -1,0 +1,76 @@
+"""The plan of a study: everything that its file names, read and checked before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from optimizer.config import StudyConfig, read_study
+from optimizer.errors import MergetuneError
+from optimizer.library import find
+from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.models import check_reference, find_model
+from optimizer.run_dir import StudyRecord
+from optimizer.search import check_sampler
+from optimizer.search_space import SearchSpaceConfig, read_search_space
+from optimizer.suite import Suite, read_suite
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file with everything it names read and checked; no model was opened yet."""
+
+    config: StudyConfig
+    folder: Path
+    space: SearchSpaceConfig
+    suite: Suite
+
+    @classmethod
+    def read(cls, study_file: Path) -> Plan:
+        """Read a study file and check all that can be checked without a model.
+
+        Raises:
+            MergetuneError: something is missing, misspelt or does not fit together.
+        """
+        config = read_study(study_file)
+        folder = study_file.resolve().parent
+        space = read_search_space(find("search_spaces", config.search_space, folder))
+        suite = read_suite(find("evals", config.suite, folder))
+        check_sampler(config.sampler)
+        for reference in [config.base, *config.experts.values()]:
+            check_reference(reference, folder)
+        for name, guard in suite.config.guards.items():
+            if guard.reference not in {"base", *config.experts}:
+                raise MergetuneError(
+                    f"{suite.path}: the guard `{name}` refers to `{guard.reference}`, but must refer "
+                    f"to `base` or an expert: {', '.join(config.experts)}."
+                )
+        return cls(config, folder, space, suite)
+
+    def open_inputs(self) -> Inputs:
+        """Fetch, open and check the models."""
+        base = find_model(self.config.base, self.folder)
+        experts = {
+            name: find_model(reference, self.folder) for name, reference in self.config.experts.items()
+        }
+        return open_inputs(base, experts)
+
+    def record(self, inputs: Inputs) -> StudyRecord:
+        """Return what the run directory keeps of the study: absolute paths, digests of inputs."""
+        sources = {"base": inputs.base_source, **inputs.expert_sources}
+        space_text = self.space.model_dump_json(by_alias=True)
+        return StudyRecord(
+            **self.config.model_dump(exclude={"base", "experts", "search_space", "suite"}),
+            base=sources["base"].path,
+            experts={name: sources[name].path for name in self.config.experts},
+            search_space=str(find("search_spaces", self.config.search_space, self.folder)),
+            suite=str(self.suite.path),
+            suite_name=self.suite.name,
+            suite_config=self.suite.config,
+            digests={
+                "suite": self.suite.digest,
+                "search_space": hashlib.sha256(space_text.encode()).hexdigest(),
+                **{name: source.digest or "" for name, source in sources.items()},
+            },
+        )

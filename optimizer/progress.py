@@ -1,0 +1,65 @@
+"""What a run says while it works: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from optimizer.evaluate import Score
+
+log = logging.getLogger("mergetune")
+
+
+class Progress:
+    """The progress of one study, to be used as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, and log it."""
+        log.info(text)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def at_work(self, text: str) -> None:
+        """Show what is being done now (on a terminal only)."""
+        if self._console.is_terminal:
+            self._live.update(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def candidate_line(name: str, scores: Mapping[str, Score] | None, seconds: float, reason: str) -> str:
+    """Return the line of one measured candidate."""
+    if scores is None:
+        return f"{name:<16} failed: {reason}"
+    shown = "  ".join(f"{key} {score.value:.3f}±{score.stderr:.3f}" for key, score in scores.items())
+    return f"{name:<16} {shown}  {seconds:.1f} s"
+
+
+def study_line(
+    number: int, total: int, seconds_per_trial: float | None, n_front: int, hypervolume: float
+) -> str:
+    """Return the line of where the search stands, before trial `number` of `total`."""
+    left = (
+        "…" if seconds_per_trial is None else f"{seconds_per_trial * (total - number + 1) / 60:.0f} min left"
+    )
+    return f"trial {number} of {total} · front {n_front} · hypervolume {hypervolume:.4f} · {left}"

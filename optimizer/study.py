@@ -1,0 +1,168 @@
+"""The study: baselines first, then ask, merge, evaluate, tell; resumable at every step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from pathlib import Path
+
+from optuna.trial import TrialState
+from rich.console import Console
+
+from optimizer import pareto, selection
+from optimizer.baselines import baselines, uniform_name
+from optimizer.bench import Bench
+from optimizer.engines.engine import start_engine
+from optimizer.evaluate import Evaluator
+from optimizer.export import write_merged
+from optimizer.merging.inputs import Inputs
+from optimizer.merging.merger import Merger
+from optimizer.plan import Plan
+from optimizer.progress import Progress, candidate_line, study_line
+from optimizer.recipe import count_layers
+from optimizer.report import write_report
+from optimizer.run_dir import RunDir, log_to
+from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
+from optimizer.search_space import SearchSpace
+
+_VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
+
+
+def run_study(study_file: Path, out: Path, console: Console) -> Path:
+    """Run a study, or go on with the one in `out`; returns the report's path.
+
+    Raises:
+        MergetuneError: something the user has to mend; what was measured stays on disk.
+        KeyboardInterrupt: after a report of what is there was written.
+    """
+    plan = Plan.read(study_file)
+    inputs = plan.open_inputs()
+    space = SearchSpace(
+        plan.space,
+        inputs.base_source,
+        inputs.expert_sources,
+        inputs.base.names,
+        seed=plan.config.seed,
+    )
+    evaluator = Evaluator(plan.suite)
+    run = RunDir(out)
+    with run.claim(plan.record(inputs)), Progress(console) as progress:
+        log_to(out / "run.log")
+        _write_facts(run, inputs, evaluator)
+        for warning in inputs.warnings:
+            progress.say(f"warning: {warning}")
+        try:
+            _measure_all(plan, inputs, space, evaluator, run, progress)
+        except KeyboardInterrupt:
+            progress.say(f"Interrupted. Report so far: {write_report(run)}")
+            raise
+        return write_report(run)
+
+
+def _measure_all(
+    plan: Plan,
+    inputs: Inputs,
+    space: SearchSpace,
+    evaluator: Evaluator,
+    run: RunDir,
+    progress: Progress,
+) -> None:
+    progress.at_work("starting the engine …")
+    engine = start_engine(plan.config.engine, inputs.base.folder)
+    bench = Bench(Merger(inputs.base, inputs.experts), engine, evaluator, run, progress)
+    try:
+        for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
+            bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+        _search(plan, space, bench)
+        _confirm(bench, len(inputs.experts))
+    finally:
+        engine.close()
+    _write_best(bench, inputs)
+
+
+def _search(plan: Plan, space: SearchSpace, bench: Bench) -> None:
+    """Ask, merge, evaluate, tell, until the budget is spent."""
+    run, suite = bench.run, plan.suite.config
+    known = run.candidates()
+    n_trials = sum(candidate.kind == "trial" for candidate in known)
+    sampler = make_sampler(plan.config.sampler, len(space.distributions), plan.config.seed + len(known))
+    directions = [objective.direction for objective in suite.objectives.values()]
+    search = open_search(run.path / "study.db", directions, sampler)
+    catch_up(search, known, space.distributions, bench.outcome)
+    budget = plan.config.budget
+    spent_s = sum(candidate.cost.total_s for candidate in known)
+    started, seconds_per_trial = time.monotonic(), None
+    for number in range(n_trials + 1, budget.trials + 1):
+        elapsed_s = time.monotonic() - started
+        if number > n_trials + 1:
+            seconds_per_trial = elapsed_s / (number - n_trials - 1)
+        if spent_s + elapsed_s > budget.hours * 3600:
+            bench.progress.say(f"The budget of {budget.hours} hours is spent.")
+            break
+        bench.progress.at_work(_standing(bench, number, budget.trials, seconds_per_trial))
+        trial = search.ask(space.distributions)
+        name = f"trial-{number:04d}"
+        trial.set_user_attr(CANDIDATE, name)
+        candidate = bench.measure("trial", name, space.recipe(trial.params), trial.params)
+        if candidate.state == "failed":
+            search.tell(trial, state=TrialState.FAIL)
+            continue
+        values, constraints = bench.outcome(candidate)
+        for guard, excess in constraints.items():
+            trial.set_constraint(guard, excess)
+        search.tell(trial, values)
+
+
+def _confirm(bench: Bench, n_experts: int) -> None:
+    """Measure the recommended merge once on the holdout split, with what it is compared to."""
+    if bench.evaluator.count("holdout") == 0:
+        return
+    chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
+    compared = [name for name in bench.scores if name == selection.BASE or name.startswith("expert-")]
+    names = [*compared, uniform_name(n_experts), *([chosen.name] if chosen else [])]
+    for name in dict.fromkeys(names):
+        candidate = bench.run.candidate(name)
+        if candidate is None or bench.run.measurement(name, "holdout") is not None:
+            continue
+        bench.progress.at_work(f"holdout: {name}")
+        bench.load(candidate.recipe)
+        measurement = bench.evaluator.measure(bench.engine.lm, "holdout")
+        bench.run.write_measurement(name, "holdout", measurement)
+        line = candidate_line(name, measurement.scores(), measurement.seconds, "")
+        bench.progress.say(f"holdout: {line}")
+
+
+def _write_best(bench: Bench, inputs: Inputs) -> None:
+    """Write the recommended merge as a model directory."""
+    chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
+    candidate = bench.run.candidate(chosen.name) if chosen else None
+    if chosen is None or candidate is None:
+        return
+    bench.progress.at_work("writing the merged model …")
+    results = bench.run.scores(chosen.name, "holdout") or bench.scores[chosen.name]
+    write_merged(bench.run.path / "best", bench.merger, candidate.recipe, inputs, results)
+    bench.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")
+
+
+def _standing(bench: Bench, number: int, total: int, seconds_per_trial: float | None) -> str:
+    suite = bench.evaluator.suite.config
+    on_front = selection.front(bench.scores, suite)
+    points = selection.objective_points({name: bench.scores[name] for name in on_front}, suite)
+    floor = selection.objective_points({"": bench.scores[selection.BASE]}, suite)[0]
+    volume = pareto.hypervolume(points, floor)
+    return study_line(number, total, seconds_per_trial, len(on_front), volume)
+
+
+def _write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
+    """Keep what the report needs beside the measurements."""
+    run.write_items(evaluator.items())
+    run.write_json("versions.json", {name: importlib.metadata.version(name) for name in _VERSIONS_OF})
+    run.write_json("warnings.json", list(inputs.warnings))
+    run.write_json(
+        "model.json",
+        {
+            "n_layers": count_layers(inputs.base.names),
+            "tensors": list(inputs.base.names),
+            "task_vector_norms": dict(inputs.norms),
+        },
+    )
