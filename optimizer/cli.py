@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -205,11 +207,20 @@ def _statistics_table(statistics: list[GroupStatistics]) -> Table:
 
 def main() -> None:
     """Run the command line; an error of the user's is one message on stderr, without a traceback."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would break the study's own line
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments, prog_name="mergetune")
     except MergetuneError as error:
         if "--debug" in sys.argv:
             raise
-        _err.print(f"error: {error}", highlight=False, markup=False)
-        sys.exit(EXIT_ERROR)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or "--debug" in sys.argv:
+            raise
+        _fail(f"The disk is full ({error}). What was measured is kept: make room and run again.")
+
+
+def _fail(message: str) -> NoReturn:
+    _err.print(f"error: {message}", highlight=False, markup=False)
+    sys.exit(EXIT_ERROR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +71,6 @@ class Evaluator:
     """
 
     def __init__(self, suite: Suite) -> None:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the study has its own progress line
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.suite = suite
         self._tasks: dict[str, _BoundTask] = {}

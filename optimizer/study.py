@@ -45,39 +45,29 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         seed=plan.config.seed,
     )
     evaluator = Evaluator(plan.suite)
+    merger = Merger(inputs.base, inputs.experts)
     run = RunDir(out)
     with run.claim(plan.record(inputs)), Progress(console) as progress:
         log_to(out / "run.log")
         _write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
+        progress.at_work("starting the engine …")
+        engine = start_engine(plan.config.engine, inputs.base.folder)
+        bench = Bench(merger, engine, evaluator, run, progress)
         try:
-            _measure_all(plan, inputs, space, evaluator, run, progress)
+            for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
+                bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+            _search(plan, space, bench)
+            _confirm(bench, len(inputs.experts))
         except KeyboardInterrupt:
-            progress.say(f"Interrupted. Report so far: {write_report(run)}")
+            progress.say(f"Interrupted; run the same command to go on. Report so far: {write_report(run)}")
             raise
-        return write_report(run)
-
-
-def _measure_all(
-    plan: Plan,
-    inputs: Inputs,
-    space: SearchSpace,
-    evaluator: Evaluator,
-    run: RunDir,
-    progress: Progress,
-) -> None:
-    progress.at_work("starting the engine …")
-    engine = start_engine(plan.config.engine, inputs.base.folder)
-    bench = Bench(Merger(inputs.base, inputs.experts), engine, evaluator, run, progress)
-    try:
-        for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
-            bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
-        _search(plan, space, bench)
-        _confirm(bench, len(inputs.experts))
-    finally:
-        engine.close()
-    _write_best(bench, inputs)
+        finally:
+            engine.close()
+        report = write_report(run)
+        _write_best(bench, inputs)
+    return report
 
 
 def _search(plan: Plan, space: SearchSpace, bench: Bench) -> None:
