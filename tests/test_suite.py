@@ -1,0 +1,104 @@
+"""Suites: every shipped one is sound, broken ones name file and line, splits are stable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from optimizer.errors import MergetuneError
+from optimizer.library import presets
+from optimizer.suite import read_suite, split_of
+
+
+def write_suite(folder: Path, lines: list[str], scorer: Any = "exact", **task: Any) -> Path:
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    tasks = [{"items": "items.jsonl", "scorer": scorer, **task}]
+    suite = {"description": "test", "chat_template": False, "objectives": {"skill": {"tasks": tasks}}}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return folder / "suite.yaml"
+
+
+@pytest.mark.parametrize("path", presets("evals").values(), ids=lambda path: path.stem)
+def test_every_preset_is_sound(path: Path) -> None:
+    suite = read_suite(path)
+    assert len(suite.config.description) > 30
+    assert suite.scores
+
+
+def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": i, "prompt": f"p{i}", "answer": str(i)}) for i in range(3)]
+    suite = read_suite(write_suite(tmp_path, [lines[0], "", *lines[1:]]))
+    assert [item.prompt for item in suite.items["items.jsonl"]] == ["p0", "p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "scorer", "message"),
+    [
+        ('{"prompt": "x", "answer": ', "exact", r"items\.jsonl, line 2: is not JSON"),
+        ('{"question": "x", "answer": "y"}', "exact", r"items\.jsonl, line 2: `prompt`"),
+        ('["x"]', "exact", r"items\.jsonl, line 2"),
+        ('{"prompt": "x"}', "json", r"items\.jsonl, line 2: the scorer `json` needs `answer`"),
+        ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choice", "line 2: the scorer `choice` needs two"),
+        (
+            '{"prompt": "x", "choices": ["a", "b"], "answer": 2}',
+            "choice",
+            "line 2: the scorer `choice` needs two",
+        ),
+        ('{"prompt": "x"}', {"kind": "regex"}, "line 2: the scorer `regex` needs `patterns`"),
+        ('{"prompt": "x", "patterns": ["("]}', {"kind": "regex"}, "line 2: `patterns`.*regular expression"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, scorer: Any, message: str) -> None:
+    good = {"prompt": "x", "answer": 0, "choices": ["a", "b"], "patterns": ["x"]}
+    with pytest.raises(MergetuneError, match=message):
+        read_suite(write_suite(tmp_path, [json.dumps(good), line], scorer))
+
+
+def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, ["", ""])
+    with pytest.raises(MergetuneError, match="holds no items"):
+        read_suite(path)
+    (tmp_path / "items.jsonl").unlink()
+    with pytest.raises(MergetuneError, match=r"items\.jsonl: cannot be read"):
+        read_suite(path)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"metric": "acc"}, "`metric` does not go with `items`"),
+        ({"lm_eval": "arc_easy"}, "either `items`"),
+        ({"num_fewshot": 2}, "needs `fewshot_items`"),
+        (
+            {"max_tokens": 5},
+            r"`objectives\.skill\.tasks\.0\.max_tokens`: unknown key. Did you mean `max_new_tokens`",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_meant_is_refused(tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergetuneError, match=message):
+        read_suite(write_suite(tmp_path, ["{}"], **task))
+
+
+def test_a_suite_without_objectives_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text("description: x\nchat_template: false\nobjectives: {}\n")
+    with pytest.raises(MergetuneError, match="objectives"):
+        read_suite(path)
+
+
+def test_the_digest_follows_the_items(tmp_path: Path) -> None:
+    one = read_suite(write_suite(tmp_path, ['{"prompt": "x", "answer": "1"}'])).digest
+    assert one == read_suite(write_suite(tmp_path, ['{"answer": "1", "prompt": "x"}'])).digest
+    assert one != read_suite(write_suite(tmp_path, ['{"prompt": "x", "answer": "2"}'])).digest
+
+
+def test_the_split_depends_on_the_content_alone_and_keeps_its_share() -> None:
+    splits = [split_of(f"item {i}", 0.3) for i in range(2000)]
+    assert splits == [split_of(f"item {i}", 0.3) for i in range(2000)]
+    assert splits.count("holdout") / 2000 == pytest.approx(0.3, abs=0.04)
+    assert {split_of(f"item {i}", 0.0) for i in range(100)} == {"search"}
