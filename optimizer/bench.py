@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,16 +38,13 @@ class Bench:
     evaluator: Evaluator
     run: RunDir
     progress: Progress
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    scores: dict[str, dict[str, Score]]
 
     def measure(
         self, kind: str, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
     ) -> Candidate:
         """Merge, load and score one candidate on the search split, unless that was done before."""
-        done = self.run.candidate(name)
-        if done is not None:
-            if done.state == "complete":
-                self.scores[name] = self.run.scores(name, "search") or {}
+        if (done := self.run.candidate(name)) is not None:
             return done
         fields = {"name": name, "kind": kind, "recipe": recipe, "params": params and dict(params)}
         try:
@@ -79,7 +76,7 @@ class Bench:
     def outcome(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
         """Return a complete candidate's objective values and guard violations, as Optuna takes them."""
         suite = self.evaluator.suite.config
-        scores = self.scores.get(candidate.name) or self.run.scores(candidate.name, "search") or {}
+        scores = self.scores[candidate.name]
         values = [scores[name].value for name in suite.objectives]
         return values, selection.guard_violations(scores, self.scores, suite)
 

@@ -224,3 +224,7 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     _err.print(f"error: {message}", highlight=False, markup=False)
     sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Template
 
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Score
+from optimizer.library import shared_folder
 from optimizer.merging.checkpoint import write_model
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
 from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
-from optimizer.yaml_io import write_text
+from optimizer.yaml_io import to_yaml
 
 
 def write_merged(
@@ -33,49 +35,26 @@ def write_merged(
     Raises:
         MergetuneError: the disk is full, or the recipe does not fit the models.
     """
-    notes = {"README.md": model_card(folder.name, recipe, inputs, scores or {})}
+    notes = {
+        "README.md": model_card(folder.name, recipe, inputs, scores or {}),
+        "recipe.yaml": to_yaml(recipe),
+    }
     if (foreign := mergekit_yaml(recipe, inputs)) is not None:
         notes["mergekit.yaml"] = foreign
-    write_model(folder, merger.merge(recipe), like=inputs.base)
-    recipe.write(folder / "recipe.yaml")
-    for name, text in notes.items():
-        write_text(folder / name, text)
+    write_model(folder, merger.merge(recipe), inputs.base, notes)
 
 
 def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[str, Score]) -> str:
-    """Return the model card: sources, recipe, and scores with their standard errors."""
-    header = {
-        "base_model": inputs.base.config.get("_name_or_path") or inputs.base.folder.name,
-        "library_name": "transformers",
-        "tags": ["merge", "mergetune"],
-    }
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {title}", ""]
-    lines += [f"A merge by `{recipe.method}`, tuned with mergetune.", "", "## Sources", ""]
-    for name, source in {"base": recipe.base, **recipe.experts}.items():
-        lines.append(f"- {name}: `{Path(source.path).name}` (weights SHA-256 `{source.digest}`)")
-    if scores:
-        lines += [
-            "",
-            "## Scores",
-            "",
-            "| score | mean | standard error | items |",
-            "|---|---|---|---|",
-        ]
-        for name, score in scores.items():
-            lines.append(f"| {name} | {score.value:.3f} | {score.stderr:.3f} | {score.n_items} |")
-    text = yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
-    lines += [
-        "",
-        "## Recipe",
-        "",
-        f"Digest `{recipe.digest}`.",
-        "",
-        "```yaml",
-        text.strip(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    """Return the model card: sources, scores with their standard errors, and the recipe."""
+    template = Template((shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        base_model=inputs.base.config.get("_name_or_path") or inputs.base.folder.name,
+        sources={"base": recipe.base, **recipe.experts},
+        scores=scores,
+        recipe=recipe,
+        recipe_yaml=to_yaml(recipe).strip(),
+    )
 
 
 def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:

@@ -181,8 +181,8 @@ def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[st
         wanted = experts if parameter in parameters else []
         if set(values) != set(wanted):
             raise ValueError(
-                f"`{parameter}` must stand in `{group.name}` of `{method}` for {', '.join(wanted) or 'none'}, "
-                f"but it does for {', '.join(values) or 'none'}"
+                f"`{parameter}` must stand in `{group.name}` of `{method}` for "
+                f"{', '.join(wanted) or 'none'}, but it does for {', '.join(values) or 'none'}"
             )
     if method == "linear" and sum(group.lambdas.values()) == 0:
         raise ValueError(f"`linear` divides by the sum of the lambdas, which is 0 in `{group.name}`")

@@ -1,6 +1,7 @@
 """The run directory: all that a study learned, each file written whole or not at all.
 
-study.yaml        the study file, paths made absolute, with the digests of its inputs
+study.yaml        the study file, paths made absolute; it can be run again as it is
+record.json       the same with the suite's rules and the digests of all inputs
 versions.json     of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
 study.db          Optuna's storage
@@ -30,7 +31,7 @@ from optimizer.errors import MergetuneError
 from optimizer.evaluate import Measurement, Score
 from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
-from optimizer.yaml_io import Strict, read_yaml, write_text, write_yaml
+from optimizer.yaml_io import Strict, write_text, write_yaml
 
 
 class StudyRecord(StudyConfig):
@@ -85,9 +86,9 @@ class RunDir:
     @cached_property
     def study(self) -> StudyRecord:
         """Return the study as resolved; raises `MergetuneError` where this is no run directory."""
-        if not self._study_file.is_file():
-            raise MergetuneError(f"{self.path}: is no run directory (it has no study.yaml).")
-        return read_yaml(self._study_file, StudyRecord)
+        if not self._record_file.is_file():
+            raise MergetuneError(f"{self.path}: is no run directory (it has no record.json).")
+        return StudyRecord.model_validate_json(self._record_file.read_text(encoding="utf-8"))
 
     def claim(self, study: StudyRecord) -> FileLock:
         """Take the directory for this study, and lock it until the lock is released or the process ends.
@@ -97,7 +98,7 @@ class RunDir:
                 of something else.
         """
         foreign = self.path.is_dir() and any(entry.name != "lock" for entry in self.path.iterdir())
-        if foreign and not self._study_file.exists():
+        if foreign and not self._record_file.exists():
             raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
         (self.path / "candidates").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
@@ -105,9 +106,11 @@ class RunDir:
             lock.acquire()
         except Timeout as error:
             raise MergetuneError(f"{self.path}: another `mergetune run` is at work in it.") from error
-        if self._study_file.exists():
+        if self._record_file.exists():
             self._check_same(study)
-        write_yaml(self._study_file, study)  # the budget may have grown
+        runnable = study.model_dump(include=set(StudyConfig.model_fields))
+        write_yaml(self.path / "study.yaml", StudyConfig.model_validate(runnable))
+        write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
         return lock
 
     def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
@@ -143,6 +146,11 @@ class RunDir:
         items = self.measurement(name, split)
         return None if items is None else Measurement(items, 0.0).scores()
 
+    def all_scores(self, split: Split) -> dict[str, dict[str, Score]]:
+        """Return the scores of every candidate measured on a split, in the candidates' order."""
+        found = {candidate.name: self.scores(candidate.name, split) for candidate in self.candidates()}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
     def write_items(self, items: pd.DataFrame) -> None:
         """Keep the suite's items."""
         write_parquet(self.path / "items.parquet", items)
@@ -161,8 +169,8 @@ class RunDir:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     @property
-    def _study_file(self) -> Path:
-        return self.path / "study.yaml"
+    def _record_file(self) -> Path:
+        return self.path / "record.json"
 
     def _file(self, name: str, suffix: str) -> Path:
         return self.path / "candidates" / f"{name}.{suffix}"

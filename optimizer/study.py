@@ -54,7 +54,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
             progress.say(f"warning: {warning}")
         progress.at_work("starting the engine …")
         engine = start_engine(plan.config.engine, inputs.base.folder)
-        bench = Bench(merger, engine, evaluator, run, progress)
+        bench = Bench(merger, engine, evaluator, run, progress, run.all_scores("search"))
         try:
             for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
                 bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)

@@ -53,7 +53,9 @@ class TaskConfig(Strict):
             raise ValueError("`num_fewshot` of a JSONL task needs `fewshot_items`, and the reverse")
         jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items"}
         lm_eval_only = {"metric", "filter", "limit"}
-        if wrong := self.model_fields_set & (jsonl_only if self.lm_eval else lm_eval_only):
+        foreign = jsonl_only if self.lm_eval else lm_eval_only
+        fields = type(self).model_fields
+        if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:
             kind = "lm_eval" if self.lm_eval else "items"
             raise ValueError(f"`{'`, `'.join(sorted(wrong))}` does not go with `{kind}`")
         return self

@@ -68,10 +68,15 @@ def validate(data: object, model: type[M], origin: str) -> M:
         raise MergetuneError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
 
 
-def write_yaml(path: Path, model: BaseModel) -> None:
-    """Write `model` to `path` (atomically), without the keys that are unset."""
+def to_yaml(model: BaseModel) -> str:
+    """Return `model` as YAML, without the keys that are unset."""
     data = model.model_dump(mode="json", by_alias=True, exclude_none=True)
-    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def write_yaml(path: Path, model: BaseModel) -> None:
+    """Write `model` to `path`, whole or not at all."""
+    write_text(path, to_yaml(model))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,8 +21,9 @@ class TransformersEngine:
     """A `transformers` causal language model, evaluated by lm-eval's `HFLM`, weights copied in place."""
 
     def __init__(self, config: EngineConfig, base: Path) -> None:
-        from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from optimizer.engines.quiet_hflm import QuietHFLM
 
         device = config.device
         if device == "auto":
@@ -32,7 +33,7 @@ class TransformersEngine:
         model.to(device).eval()
         _decode_greedily(model.generation_config)
         self._weights: dict[str, Tensor] = model.state_dict()
-        self._lm = HFLM(
+        self._lm = QuietHFLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=config.batch_size,

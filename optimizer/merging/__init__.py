@@ -1,0 +1,1 @@
+"""From checkpoints on disk to merged weights."""

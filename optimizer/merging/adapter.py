@@ -1,0 +1,232 @@
+"""LoRA adapters in peft's format as experts: the adapter is the task vector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizer.errors import MergetuneError
+from optimizer.merging.checkpoint import Checkpoint, Expert, FullExpert, is_embeddings, is_head
+from optimizer.merging.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+# How these begin training leaves the base's own weights as they are.
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_UNSUPPORTED = {
+    "use_dora": "DoRA rescales the base's weights, so its update depends on what it is added to",
+    "lora_bias": "`lora_bias` adds to the base's biases",
+    "use_qalora": "QA-LoRA's update needs the quantized base",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+    "arrow_config": "Arrow routes between adapters token by token",
+    "kasa_config": "KaSA changes the base's own weights",
+    "monteclora_config": "MonteCLoRA samples its update",
+    "layer_replication": "`layer_replication` repeats the base's layers",
+    "target_parameters": "`target_parameters` trains parameters without a module",
+    "trainable_token_indices": "`trainable_token_indices` replaces single rows of the embeddings",
+}
+_AS_FULL_MODEL = (
+    "Merge it into the model that it was trained on (peft: `merge_and_unload`, then "
+    "`save_pretrained`) and give that directory as the expert."
+)
+# What, beside the tensors, determines the task vector.
+_SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+
+
+@dataclass
+class _Update:
+    """What an adapter does to one tensor: a low-rank product, a tensor in its place, or both.
+
+    `a`, `b` and `saved` name tensors in the adapter's file.
+    """
+
+    a: str | None = None  # (rank, in)
+    b: str | None = None  # (out, rank)
+    saved: str | None = None  # of the base's shape
+    is_transposed: bool = False
+
+
+class LoraExpert:
+    """A LoRA adapter as an expert: scale · B @ A (Hu et al. 2021, §4.1), in float32.
+
+    The scale is alpha / rank, or alpha / √rank with `use_rslora` (Kalajdzievski 2023). Other
+    tensors in the file (`modules_to_save`, biases) were trained in full: saved − base.
+
+    Attributes:
+        name: the user's name for it.
+        folder: the adapter's directory.
+        config: its `adapter_config.json`.
+        targets: the base's tensors that it changes.
+
+    Raises:
+        MergetuneError: the adapter is of a kind that is no task vector, or does not fit `base`.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    targets: tuple[str, ...]
+
+    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+        self.name = name
+        self.folder = folder
+        self.config = read_json(folder / CONFIG)
+        _refuse_unsupported(folder / CONFIG, self.config)
+        if not (folder / WEIGHTS).exists():
+            raise MergetuneError(f"{folder}: {explain_no_weights(folder, WEIGHTS)}")
+        self._files = TensorFiles([folder / WEIGHTS])
+        self._updates = self._read_updates(base)
+        if problems := list(self._find_problems(base)):
+            raise MergetuneError("\n".join(f"{folder / WEIGHTS}: {line}" for line in problems))
+        self.targets = tuple(self._updates)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the adapter's tensors and of what sets their scale."""
+        scaling = {key: self.config.get(key) for key in _SCALING_KEYS}
+        parts = [json.dumps(scaling, sort_keys=True), self._files.digest(self._files.names)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def task_vector(self, name: str, base: Tensor) -> Tensor | None:
+        """Return what the adapter adds to the base's tensor `name`, or None if nothing.
+
+        The product is computed on the CPU wherever `base` is, so that its bits do not depend on it.
+        """
+        update = self._updates.get(name)
+        if update is None:
+            return None
+        total = torch.zeros(base.shape)
+        if update.saved:
+            total += self._files.view(update.saved).float() - base.cpu().float()
+        if update.a and update.b:
+            a, b = self._files.view(update.a).float(), self._files.view(update.b).float()
+            scale = _scale(self.config, module=name.removesuffix(".weight"), rank=len(a))
+            total += ((b @ a).T if update.is_transposed else b @ a) * scale
+        return total.to(base.device)
+
+    def _read_updates(self, base: Checkpoint) -> dict[str, _Update]:
+        """Gather the adapter's tensors by the base's tensor that they change."""
+        updates: dict[str, _Update] = {}
+        for stored in self._files.names:
+            name = stored.removeprefix(_PREFIX)
+            match = _FACTOR.fullmatch(name)
+            if match is None:
+                # `base_layer` stands between a module and its own tensors once LoRA wraps it.
+                updates.setdefault(name.replace(".base_layer.", "."), _Update()).saved = stored
+                continue
+            update = updates.setdefault(f"{match['module']}.weight", _Update())
+            update.is_transposed = bool(match["embedding"] or self.config.get("fan_in_fan_out"))
+            if match["factor"] == "A":
+                update.a = stored
+            else:
+                update.b = stored
+        if base.is_tied:
+            _drop_tied_copy(updates, self._files)
+        return updates
+
+    def _find_problems(self, base: Checkpoint) -> Iterator[str]:
+        """Yield what does not fit the base, one line for each kind of problem."""
+        given = self.config.get("base_model_name_or_path")
+        remedy = f"The adapter names `{given}` as its base: give that one, or another adapter."
+        known = set(base.names)
+        if any("lora_magnitude_vector" in name for name in self._updates):
+            yield f"holds `lora_magnitude_vector`: {_UNSUPPORTED['use_dora']}. {_AS_FULL_MODEL}"
+            return
+        heads = [name for name in self._updates if base.is_tied and is_head(name)]
+        if heads:
+            yield (
+                f"trains {heads[0]} on its own, but the base {base.folder} ties the head to the "
+                f"embeddings. {_AS_FULL_MODEL}"
+            )
+        strays = [name for name in self._updates if name not in known and name not in heads]
+        if strays:
+            yield f"{shortened(strays)}: no such tensor in the base {base.folder}. {remedy}"
+        misfits = [
+            f"{name}: {misfit}, but the base's shape is {base.shape(name)}"
+            for name, update in self._updates.items()
+            if name in known and (misfit := self._find_misfit(update, base.shape(name)))
+        ]
+        if misfits:
+            yield f"{shortened(misfits)}. {remedy}"
+
+    def _find_misfit(self, update: _Update, shape: tuple[int, ...]) -> str | None:
+        """Say what about an update does not fit a tensor of the base with this shape."""
+        if update.saved and (saved := self._shape(update.saved)) != shape:
+            resized = " (with a resized vocabulary?)" if saved[1:] == shape[1:] else ""
+            return f"a tensor of shape {saved} was saved{resized}"
+        if not update.a and not update.b:
+            return None
+        if not update.a or not update.b:
+            there, missing = "AB" if update.a else "BA"
+            return f"LoRA's {there} stands without its {missing}"
+        a, b = self._shape(update.a), self._shape(update.b)
+        if len(a) == len(b) == 2 and a[0] == b[1] > 0:
+            product = (a[1], b[0]) if update.is_transposed else (b[0], a[1])
+            return None if product == shape else f"LoRA's B @ A has shape {product}"
+        return f"LoRA's A has shape {a} and B {b}"
+
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._files.view(stored).shape)
+
+
+def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
+    """Open a LoRA adapter (a folder with `adapter_config.json`) or else a full checkpoint."""
+    if (folder / CONFIG).exists():
+        return LoraExpert(name, folder, base)
+    return FullExpert(name, Checkpoint(folder))
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise MergetuneError(
+            f"{path}: `peft_type: LORA` must hold, but got {kind}, which is no sum with the base's "
+            f"weights. {_AS_FULL_MODEL}"
+        )
+    for key, reason in _UNSUPPORTED.items():
+        if config.get(key):
+            raise MergetuneError(f"{path}: `{key}` is set: {reason}. {_AS_FULL_MODEL}")
+    start = config.get("init_lora_weights", True)
+    if start not in _INITIALIZATIONS:
+        raise MergetuneError(
+            f"{path}: `init_lora_weights: {start}` changes the base's own weights, so the adapter "
+            f"alone is not the difference to the base. {_AS_FULL_MODEL}"
+        )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """Return alpha / rank or, rank-stabilized, alpha / √rank of one module.
+
+    The first pattern that matches the end of the module's path counts, as in peft.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = float(next(matching, config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _drop_tied_copy(updates: dict[str, _Update], files: TensorFiles) -> None:
+    """Drop a saved head that repeats the saved embeddings: the base keeps one tensor for both."""
+    head = next(filter(is_head, updates), None)
+    embeddings = next(filter(is_embeddings, updates), None)
+    if head is None or embeddings is None:
+        return
+    copy, original = updates[head].saved, updates[embeddings].saved
+    if not copy or not original or updates[head].a or updates[head].b:
+        return
+    if torch.equal(files.view(copy), files.view(original)):
+        del updates[head]

@@ -1,0 +1,304 @@
+"""The same base, tokenizer and shapes: what cannot be merged is refused early, with the reason."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizer.errors import MergetuneError
+from optimizer.merging.adapter import CONFIG as ADAPTER_CONFIG
+from optimizer.merging.adapter import LoraExpert
+from optimizer.merging.checkpoint import Checkpoint, Expert, FullExpert, is_embeddings
+from optimizer.merging.tensor_files import read_json, shortened
+from optimizer.merging.tokenizer_files import (
+    has_tokenizer,
+    read_chat_template,
+    read_pipeline,
+    read_vocabulary,
+)
+
+# Keys of config.json that do not change what the weights compute.
+_IGNORED_KEYS = {
+    *("transformers_version", "name_or_path", "auto_map"),
+    *("dtype", "torch_dtype", "use_cache", "pretraining_tp", "initializer_range"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "task_specific_params"),
+    *("output_router_logits", "router_aux_loss_coef"),
+}
+# Keys that change the use of a model but not the function that its weights compute.
+_NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+_LARGEST_RATIO = 5.0
+_LONGEST_SHARE_OF_BASE = 0.5
+
+
+@dataclass(frozen=True)
+class _Finding:
+    message: str
+    is_fatal: bool = True
+
+
+def check_compatibility(base: Checkpoint, experts: Sequence[Expert]) -> list[str]:
+    """Compare configs, tensor headers and tokenizer files of the experts with the base's.
+
+    Returns:
+        Warnings, one sentence each.
+
+    Raises:
+        MergetuneError: experts are no fine-tunes of `base`; one line for each mismatch of each.
+    """
+    findings = [finding for expert in experts for finding in _compare(base, expert)]
+    fatal = [finding.message for finding in findings if finding.is_fatal]
+    if fatal:
+        raise MergetuneError(
+            f"Every expert must be a fine-tune of the base {base.folder}, with its tokenizer, but:"
+            + "".join(f"\n  {message}" for message in fatal)
+        )
+    return [finding.message for finding in findings]
+
+
+def check_task_vectors(norms: Mapping[str, float], base_norm: float) -> list[str]:
+    """Warn of task vectors that are zero, out of proportion or too long for a fine-tune.
+
+    Args:
+        norms: the Frobenius norm of every expert's task vector, as `task_vector_norms` gives it.
+        base_norm: the norm of the base's matrices, as `base_norm` gives it.
+    """
+    warnings = []
+    longest = _LONGEST_SHARE_OF_BASE * base_norm
+    for name, norm in norms.items():
+        others = [other for key, other in norms.items() if key != name and 0 < other <= longest]
+        ratio = norm / statistics.median(others) if others else 1.0
+        if norm == 0:
+            warnings.append(f"Expert `{name}` equals the base: it adds nothing to a merge.")
+        elif norm > longest:
+            warnings.append(
+                f"The task vector of `{name}` is {norm / base_norm:.2f} times as long as the "
+                "base's weights, too long for a fine-tune: it was probably trained from another "
+                "base, and such a merge seldom works."
+            )
+        elif ratio > _LARGEST_RATIO:
+            warnings.append(
+                f"The task vector of `{name}` is {ratio:.1f} times as long as the others: with "
+                f"equal weights it drowns them, so let the lambda of `{name}` reach lower values."
+            )
+        elif ratio < 1 / _LARGEST_RATIO and len(others) > 1:
+            warnings.append(
+                f"The task vector of `{name}` is {1 / ratio:.1f} times shorter than the others: "
+                f"with equal weights it drowns, so let the lambda of `{name}` reach higher values."
+            )
+    return warnings
+
+
+def check_finite(tensor: Tensor, name: str, owner: str) -> None:
+    """Raise `MergetuneError` if `owner`'s tensor `name` holds NaN or Inf."""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise MergetuneError(
+            f"{owner}: weights must be finite, but {bad} of {tensor.numel()} values of `{name}` "
+            "are NaN or Inf. Training diverged or the file is damaged: give an earlier checkpoint."
+        )
+
+
+def base_norm(base: Checkpoint) -> float:
+    """Return the Frobenius norm over the base's matrices, the scale for `check_task_vectors`.
+
+    The gains of norms are left out: few, but around 1 in every model, they would outweigh the
+    matrices of a small model and hide that two models have nothing else in common.
+    """
+    matrices = (name for name in base.names if len(base.shape(name)) > 1)
+    return math.sqrt(sum(_square(base.tensor(name)) for name in matrices))
+
+
+def task_vector_norms(base: Checkpoint, experts: Sequence[Expert]) -> dict[str, float]:
+    """Return the Frobenius norm of every expert's task vector over all tensors.
+
+    One tensor at a time is read, so that the memory needed is that of the largest tensor.
+
+    Raises:
+        MergetuneError: the base or an expert holds NaN or Inf.
+    """
+    squares = {expert.name: 0.0 for expert in experts}
+    for name in base.names:
+        tensor = base.tensor(name)
+        check_finite(tensor, name, f"The base {base.folder}")
+        for expert in experts:
+            if (vector := expert.task_vector(name, tensor)) is not None:
+                check_finite(vector, name, f"Expert `{expert.name}` ({expert.folder})")
+                squares[expert.name] += _square(vector)
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def _square(tensor: Tensor) -> float:
+    """Return the squared norm, accumulated in float64."""
+    return float(torch.linalg.vector_norm(tensor.float(), dtype=torch.float64)) ** 2
+
+
+def _compare(base: Checkpoint, expert: Expert) -> Iterator[_Finding]:
+    if isinstance(expert, FullExpert):
+        yield from _compare_configs(base.folder, expert.folder)
+        yield from _compare_tensors(base, expert.checkpoint)
+        if not has_tokenizer(expert.folder):
+            yield _Finding(
+                f"{expert.folder}: holds no tokenizer files, so it is taken on trust that expert "
+                f"`{expert.name}` uses the base's tokenizer.",
+                is_fatal=False,
+            )
+    if isinstance(expert, LoraExpert):
+        yield from _compare_base_name(base, expert)
+        yield from _warn_of_tied_embeddings(base, expert)
+    if has_tokenizer(expert.folder):
+        yield from _compare_tokenizers(base.folder, expert.folder)
+
+
+def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
+    path = expert / "config.json"
+    ours, theirs = _read_configs(base, expert)
+    for key in sorted(ours.keys() | theirs.keys()):
+        leaf = key.rpartition(".")[2]
+        if _is_ignored(leaf) or ours.get(key) == theirs.get(key):
+            continue
+        differing = f"{path}: `{key}` is {theirs.get(key)}, but the base has {ours.get(key)}"
+        if leaf in _NOTABLE_KEYS:
+            yield _Finding(f"{differing}; the merged model takes the base's.", is_fatal=False)
+        else:
+            yield _Finding(
+                f"{differing}. Give a fine-tune of this base (or, where one of the two configs is "
+                "wrong, correct it)."
+            )
+
+
+def _is_ignored(key: str) -> bool:
+    return key in _IGNORED_KEYS or key.startswith(("_", "unsloth")) or "dropout" in key
+
+
+def _read_configs(base: Path, expert: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read both configs with the defaults of their class filled in, or as they are written.
+
+    transformers writes the same setting differently over the years (`rope_theta`, then
+    `rope_parameters`) and leaves out defaults, so that files of equal meaning differ.
+    """
+    from transformers import AutoConfig
+
+    try:
+        read = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in (base, expert)]
+        ours, theirs = (config.to_dict() for config in read)
+    except Exception:  # an architecture that transformers does not know, or a config it refuses
+        ours, theirs = (read_json(path / "config.json") for path in (base, expert))
+    return _flatten(ours), _flatten(theirs)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _compare_tensors(base: Checkpoint, expert: Checkpoint) -> Iterator[_Finding]:
+    ours, theirs = set(base.names), set(expert.names)
+    remedy = "Give a checkpoint saved from the same model class as the base."
+    if missing := sorted(ours - theirs):
+        yield _Finding(f"{expert.folder}: lacks {shortened(missing)}. {remedy}")
+    if extra := sorted(theirs - ours):
+        yield _Finding(f"{expert.folder}: has {shortened(extra)}, which the base lacks. {remedy}")
+    common = [name for name in base.names if name in theirs]
+    misfits = [
+        f"`{name}` is {expert.shape(name)} instead of {base.shape(name)}"
+        for name in common
+        if base.shape(name) != expert.shape(name)
+    ]
+    if misfits:
+        yield _Finding(
+            f"{expert.folder}: shapes differ from the base's: {shortened(misfits)}. Give a "
+            "fine-tune of this base with the vocabulary as it was."
+        )
+    cast = [name for name in common if base.dtype(name) != expert.dtype(name)]
+    if cast:
+        yield _Finding(
+            f"{expert.folder}: {len(cast)} of {len(common)} tensors are {expert.dtype(cast[0])}, "
+            f"but {base.dtype(cast[0])} in the base; the merged model has the base's dtype.",
+            is_fatal=False,
+        )
+
+
+def _compare_base_name(base: Checkpoint, expert: LoraExpert) -> Iterator[_Finding]:
+    given = str(expert.config.get("base_model_name_or_path") or "").rstrip("/")
+    stored = str(base.config.get("_name_or_path") or "").rstrip("/")
+    # The Hub's cache keeps a model in `models--OWNER--NAME/snapshots/REVISION`.
+    cached = [part for part in base.folder.resolve().parts if part.startswith("models--")]
+    names = {base.folder.name, Path(stored).name, *(part.rpartition("--")[2] for part in cached)}
+    if given and Path(given).name not in names:
+        yield _Finding(
+            f"{expert.folder / ADAPTER_CONFIG}: names `{given}` as its base, and the base given is "
+            f"{base.folder}; the shapes fit, but make sure that the weights are the same.",
+            is_fatal=False,
+        )
+
+
+def _warn_of_tied_embeddings(base: Checkpoint, expert: LoraExpert) -> Iterator[_Finding]:
+    embeddings = next(filter(is_embeddings, expert.targets), None)
+    if base.is_tied and embeddings and not expert.config.get("ensure_weight_tying"):
+        yield _Finding(
+            f"{expert.folder}: trains `{embeddings}`, which is also the base's head; the head was "
+            "left as it was in training, but changes with the embeddings in a merged model.",
+            is_fatal=False,
+        )
+
+
+def _compare_tokenizers(base: Path, expert: Path) -> Iterator[_Finding]:
+    if not has_tokenizer(base):
+        yield _Finding(
+            f"{base}: holds no tokenizer files to compare with those of {expert}. Copy the base's "
+            "tokenizer there."
+        )
+        return
+    yield from _compare_vocabularies(base, expert)
+    ours, theirs = read_pipeline(base), read_pipeline(expert)
+    steps = [step for step in ours if ours[step] and theirs[step] and ours[step] != theirs[step]]
+    if steps:
+        yield _Finding(
+            f"{expert / 'tokenizer.json'}: {' and '.join(steps)} differ from the base's, so the "
+            "expert may have been trained on other tokens; the merged model takes the base's.",
+            is_fatal=False,
+        )
+    if read_chat_template(base) != read_chat_template(expert):
+        yield _Finding(
+            f"{expert}: the chat template differs from the base's; the merged model takes the "
+            "base's, so check that it is the one that this expert was trained with.",
+            is_fatal=False,
+        )
+
+
+def _compare_vocabularies(base: Path, expert: Path) -> Iterator[_Finding]:
+    ours, theirs = read_vocabulary(base), read_vocabulary(expert)
+    if ours is None or theirs is None:
+        if _sentencepiece(base) != _sentencepiece(expert):
+            yield _Finding(
+                f"{expert}: its vocabulary could not be compared with the base's. Save both "
+                "tokenizers with the same version of transformers (`save_pretrained`)."
+            )
+        return
+    differing = [token for token, number in theirs.items() if ours.get(token) != number]
+    differing += [token for token in ours if token not in theirs]
+    if differing:
+        shown = [f"{token!r} ({theirs.get(token)}, not {ours.get(token)})" for token in differing]
+        yield _Finding(
+            f"{expert}: {len(differing)} tokens differ from the base's tokenizer: "
+            f"{shortened(shown, 3)}. Give a fine-tune with the base's tokenizer. If this one only "
+            "adds tokens and the base has rows for them, copy its tokenizer files to the base."
+        )
+
+
+def _sentencepiece(folder: Path) -> bytes | None:
+    path = folder / "tokenizer.model"
+    return path.read_bytes() if path.exists() else None

@@ -1,0 +1,50 @@
+"""Session fixtures: small real models. Tests that damage one work on a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import build_llama, fine_tune, train_adapter
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with a tokenizer and a chat template."""
+    return build_llama(tmp_path_factory.mktemp("models") / "tiny-base")
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tiny_base: Path) -> dict[str, Path]:
+    """Two full fine-tunes of `tiny_base`; the task vector of `b` is twice as long as `a`'s."""
+    return {
+        "a": fine_tune(tiny_base, tiny_base.parent / "tiny-expert-a", seed=1, std=0.002),
+        "b": fine_tune(tiny_base, tiny_base.parent / "tiny-expert-b", seed=2, std=0.004),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base: Path) -> Path:
+    """A LoRA adapter of `tiny_base` on attention and MLP."""
+    return train_adapter(
+        tiny_base,
+        tiny_base.parent / "tiny-adapter",
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama whose head is its embedding matrix."""
+    return build_llama(tmp_path_factory.mktemp("models") / "tiny-tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_half(tiny_base: Path) -> dict[str, Path]:
+    """The base and one fine-tune of it in float16, whose range is narrow."""
+    folder = tiny_base.parent
+    base = fine_tune(tiny_base, folder / "tiny-half-base", seed=5, std=0.0, dtype=torch.float16)
+    return {"base": base, "a": fine_tune(base, folder / "tiny-half-a", seed=6, std=0.02)}

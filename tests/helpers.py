@@ -1,0 +1,107 @@
+"""Small real models for tests, built from seeds and saved as any model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "What is the capital of France? The capital of France is Paris.",
+    'Call the tool {"name": "search", "arguments": {"query": "weather in Oslo"}}.',
+    "One two three four five six seven eight nine ten. Yes or no?",
+)
+
+
+def build_tokenizer(extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with a ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=512,
+    )
+    return wrapped
+
+
+def build_llama(folder: Path, seed: int = 0, **config: Any) -> Path:
+    """Save a two-layer Llama with random weights, and its tokenizer, in float32."""
+    tokenizer = build_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(seed)
+    auto: Any = AutoModelForCausalLM  # `from_config` has no types
+    auto.from_config(LlamaConfig(**settings | config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def fine_tune(base: Path, folder: Path, seed: int, std: float, dtype: torch.dtype | None = None) -> Path:
+    """Save `base` with Gaussian noise of this standard deviation on every weight."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+    model.to(dtype or model.dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def train_adapter(
+    base: Path, folder: Path, seed: int = 0, dtype: torch.dtype | None = None, **config: Any
+) -> Path:
+    """Save a LoRA adapter of `base` whose trainable weights are all noise, as if trained."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    adapter: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    adapter.to(dtype or model.dtype).save_pretrained(folder)
+    return folder
+
+
+def merge_with_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of `base` with the adapter merged in by peft itself."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    merged: Any = PeftModel.from_pretrained(model, str(adapter))
+    return dict(merged.merge_and_unload().state_dict())

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import build_llama, build_tokenizer, fine_tune, train_adapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from optimizer.errors import MergetuneError
+from optimizer.merging.adapter import open_expert
+from optimizer.merging.checkpoint import Checkpoint
+from optimizer.merging.compatibility import (
+    base_norm,
+    check_compatibility,
+    check_finite,
+    check_task_vectors,
+    task_vector_norms,
+)
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> Checkpoint:
+    return Checkpoint(tiny_base)
+
+
+@pytest.fixture
+def copied(tiny_experts: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of expert `a` that a test may change."""
+    return Path(shutil.copytree(tiny_experts["a"], tmp_path / "expert"))
+
+
+def check(base: Checkpoint, *folders: Path) -> list[str]:
+    experts = [open_expert(f"expert{i}", folder, base) for i, folder in enumerate(folders)]
+    return check_compatibility(base, experts)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_fine_tunes_and_adapters_of_the_base_pass(
+    base: Checkpoint, tiny_experts: dict[str, Path], tiny_adapter: Path
+) -> None:
+    assert check(base, *tiny_experts.values(), tiny_adapter) == []
+
+
+def test_sharding_and_the_notation_of_older_configs_do_not_matter(base: Checkpoint, copied: Path) -> None:
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    del config["head_dim"], config["mlp_bias"]
+    path.write_text(json.dumps(config | {"transformers_version": "4.40.0", "use_cache": False}))
+    assert check(base, copied) == []
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("rms_norm_eps", 1e-5),
+            ("hidden_act", "gelu"),
+            ("num_key_value_heads", 4),
+            ("rope_parameters", {"rope_theta": 500000.0, "rope_type": "default"}),
+            ("architectures", ["MistralForCausalLM"]),
+        ],
+    )
+    def test_keys_that_change_the_function_are_compared(
+        self, base: Checkpoint, copied: Path, key: str, value: object
+    ) -> None:
+        edit_json(copied / "config.json", **{key: value})
+        with pytest.raises(MergetuneError, match=rf"expert/config\.json: `{key}.*fine-tune of this"):
+            check(base, copied)
+
+    def test_unknown_architectures_are_compared_as_written(
+        self, tiny_base: Path, copied: Path, tmp_path: Path
+    ) -> None:
+        ours = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+        for folder in (ours, copied):
+            edit_json(folder / "config.json", model_type="of_tomorrow")
+        assert check(Checkpoint(ours), copied) == []
+        edit_json(copied / "config.json", depth_of_thought=3)
+        with pytest.raises(MergetuneError, match="`depth_of_thought` is 3, but the base has None"):
+            check(Checkpoint(ours), copied)
+
+    def test_keys_of_use_are_warned_of(self, base: Checkpoint, copied: Path) -> None:
+        edit_json(copied / "config.json", pad_token_id=2, attention_dropout=0.1)
+        (warning,) = check(base, copied)
+        assert "`pad_token_id` is 2, but the base has 0" in warning
+
+
+class TestTensors:
+    def test_names_and_shapes(self, base: Checkpoint, copied: Path) -> None:
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors["extra.weight"] = tensors.pop("model.norm.weight")
+            tensors["lm_head.weight"] = torch.ones(321, 32)
+
+        edit_tensors(copied, change)
+        with pytest.raises(MergetuneError) as caught:
+            check(base, copied)
+        message = str(caught.value)
+        assert "lacks model.norm.weight. Give a checkpoint saved from the same" in message
+        assert "has extra.weight, which the base lacks" in message
+        assert "`lm_head.weight` is (321, 32) instead of (320, 32). Give" in message
+
+    def test_all_mismatches_of_all_experts_stand_in_one_error(self, base: Checkpoint, tmp_path: Path) -> None:
+        wide = build_llama(tmp_path / "wide", hidden_size=64)
+        deep = build_llama(tmp_path / "deep", num_hidden_layers=3)
+        tied = build_llama(tmp_path / "tied", tie_word_embeddings=True)
+        with pytest.raises(MergetuneError) as caught:
+            check(base, wide, deep, tied)
+        message = str(caught.value)
+        assert "wide/config.json: `hidden_size` is 64, but the base has 32" in message
+        assert "and 16 more" in message  # shapes
+        assert "deep/config.json: `num_hidden_layers` is 3" in message
+        assert "deep: has model.layers.2." in message
+        assert "tied/config.json: `tie_word_embeddings` is True" in message
+        assert "tied: lacks lm_head.weight" in message
+
+    def test_another_dtype_is_warned_of(self, base: Checkpoint, tiny_base: Path, tmp_path: Path) -> None:
+        expert = fine_tune(tiny_base, tmp_path / "half", 1, std=0.002, dtype=torch.bfloat16)
+        (warning,) = check(base, expert)
+        assert "half: 21 of 21 tensors are torch.bfloat16, but torch.float32 in the base" in warning
+
+
+class TestTokenizers:
+    def test_another_tokenizer_is_refused(self, base: Checkpoint, copied: Path) -> None:
+        build_tokenizer(("<|tool|>",)).save_pretrained(copied)
+        with pytest.raises(MergetuneError, match=r"expert: \d+ tokens differ.*base's tokenizer"):
+            check(base, copied)
+
+    def test_an_added_token_is_refused_and_named(self, base: Checkpoint, copied: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(copied)
+        tokenizer.add_tokens(["<|tool|>"])
+        tokenizer.save_pretrained(copied)
+        with pytest.raises(MergetuneError, match=r"1 tokens .*<\|tool\|>' \(320, not None\)"):
+            check(base, copied)
+
+    def test_an_adapter_that_ships_another_tokenizer_is_refused(
+        self, base: Checkpoint, tiny_adapter: Path, tmp_path: Path
+    ) -> None:
+        adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+        build_tokenizer(("<|tool|>",)).save_pretrained(adapter)
+        with pytest.raises(MergetuneError, match=r"adapter: \d+ tokens differ"):
+            check(base, adapter)
+
+    def test_slow_tokenizer_files_are_compared_with_fast_ones(self, base: Checkpoint, copied: Path) -> None:
+        tokenizer = json.loads((copied / "tokenizer.json").read_text())
+        (copied / "tokenizer.json").unlink()
+        vocabulary = tokenizer["model"]["vocab"]
+        (copied / "vocab.json").write_text(json.dumps(vocabulary))
+        assert check(base, copied) == []
+        (copied / "added_tokens.json").write_text(json.dumps({"<|tool|>": 320}))
+        with pytest.raises(MergetuneError, match=r"<\|tool\|>"):
+            check(base, copied)
+
+    def test_missing_tokenizer_is_warned_of(self, base: Checkpoint, copied: Path) -> None:
+        for path in copied.glob("tokenizer*"):
+            path.unlink()
+        (warning,) = check(base, copied)
+        assert "expert: holds no tokenizer files" in warning
+
+    def test_other_merges_are_warned_of(self, base: Checkpoint, copied: Path) -> None:
+        path = copied / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        merges = tokenizer["model"]["merges"]
+        tokenizer["model"]["merges"] = [" ".join(merge) for merge in merges]  # older notation
+        path.write_text(json.dumps(tokenizer))
+        assert check(base, copied) == []
+        tokenizer["model"]["merges"] = merges[::-1]
+        path.write_text(json.dumps(tokenizer))
+        (warning,) = check(base, copied)
+        assert "tokenizer.json: merges differ" in warning
+
+    def test_another_chat_template_is_warned_of(self, base: Checkpoint, copied: Path) -> None:
+        (copied / "chat_template.jinja").write_text("{{ messages }}")
+        (warning,) = check(base, copied)
+        assert "expert: the chat template differs" in warning
+
+
+class TestAdapters:
+    def test_base_of_another_name_is_warned_of(
+        self, base: Checkpoint, tiny_adapter: Path, tmp_path: Path
+    ) -> None:
+        adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+        config = adapter / "adapter_config.json"
+        edit_json(config, base_model_name_or_path="someone/other-model")
+        (warning,) = check(base, adapter)
+        assert f"{config}: names `someone/other-model` as its base" in warning
+        edit_json(config, base_model_name_or_path="someone/tiny-base")
+        assert check(base, adapter) == []
+
+    def test_base_in_the_cache_of_the_hub_is_recognized(
+        self, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+    ) -> None:
+        snapshot = tmp_path / "models--someone--renamed" / "snapshots" / "0123"
+        shutil.copytree(tiny_base, snapshot)
+        adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="someone/renamed")
+        assert check(Checkpoint(snapshot), adapter) == []
+
+    def test_embeddings_that_are_also_the_head_are_warned_of(
+        self, tiny_tied_base: Path, tmp_path: Path
+    ) -> None:
+        adapter = train_adapter(tiny_tied_base, tmp_path / "a", target_modules=["embed_tokens"])
+        (warning,) = check(Checkpoint(tiny_tied_base), adapter)
+        assert "trains `model.embed_tokens.weight`, which is also the base's head" in warning
+
+
+class TestNorms:
+    def test_norms_are_those_of_the_differences(
+        self, base: Checkpoint, tiny_experts: dict[str, Path], tiny_adapter: Path
+    ) -> None:
+        folders = {**tiny_experts, "lora": tiny_adapter}
+        experts = [open_expert(name, folder, base) for name, folder in folders.items()]
+        norms = task_vector_norms(base, experts)
+        assert norms["b"] / norms["a"] == pytest.approx(2, rel=0.05)
+        assert norms["lora"] > 0
+        tensors = [base.tensor(name).double() for name in base.names]
+        ours = torch.cat([tensor.flatten() for tensor in tensors])
+        theirs = load_file(tiny_experts["a"] / "model.safetensors")
+        difference = torch.cat([theirs[name].double().flatten() for name in base.names]) - ours
+        assert norms["a"] == pytest.approx(float(difference.norm()), rel=1e-6)
+        matrices = torch.cat([tensor.flatten() for tensor in tensors if tensor.ndim == 2])
+        assert base_norm(base) == pytest.approx(float(matrices.norm()), rel=1e-12)
+
+    def test_another_base_of_equal_shape_is_warned_of(
+        self, base: Checkpoint, tiny_experts: dict[str, Path], tmp_path: Path
+    ) -> None:
+        folders = {**tiny_experts, "stranger": build_llama(tmp_path / "stranger", seed=7)}
+        assert check(base, *folders.values()) == []
+        experts = [open_expert(name, folder, base) for name, folder in folders.items()]
+        norms = task_vector_norms(base, experts)
+        (warning,) = check_task_vectors(norms, base_norm(base))
+        assert "`stranger` is 1.4" in warning
+        assert "trained from another base" in warning
+
+    @pytest.mark.parametrize(
+        ("norms", "words"),
+        [
+            ({"a": 1.0, "b": 2.0}, []),
+            ({"a": 1.0}, []),
+            ({"a": 0.0, "b": 1.0}, ["`a` equals the base"]),
+            ({"a": 60.0, "b": 60.0}, ["`a` is 0.60 times as long", "`b` is 0.60 times as long"]),
+            ({"a": 1.0, "b": 6.0}, ["`b` is 6.0 times as long as the others"]),
+            ({"a": 1.0, "b": 6.0, "c": 7.0}, ["`a` is 6.5 times shorter than the others"]),
+        ],
+    )
+    def test_warnings(self, norms: dict[str, float], words: list[str]) -> None:
+        warnings = check_task_vectors(norms, base_norm=100.0)
+        assert len(warnings) == len(words)
+        assert all(word in warning for word, warning in zip(words, warnings, strict=True))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_broken_expert_is_named(self, base: Checkpoint, copied: Path, value: float) -> None:
+        edit_tensors(copied, lambda tensors: tensors["model.norm.weight"][3:5].fill_(value))
+        with pytest.raises(MergetuneError, match=r"`tools` \(.*expert\).*2 of 32 .*model\.norm"):
+            task_vector_norms(base, [open_expert("tools", copied, base)])
+
+    def test_a_broken_base_is_named(self, copied: Path) -> None:
+        edit_tensors(copied, lambda tensors: tensors["model.norm.weight"][0].fill_(math.nan))
+        with pytest.raises(MergetuneError, match=r"The base .*expert: .* 1 of 32 .*model\.norm"):
+            task_vector_norms(Checkpoint(copied), [])
+
+    def test_finite_tensors_of_any_dtype_pass(self) -> None:
+        for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.bool):
+            check_finite(torch.ones(3, dtype=dtype), "weight", "expert")

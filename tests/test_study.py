@@ -1,0 +1,278 @@
+"""Whole studies on tiny real models: measured, resumed, interrupted, killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import fine_tune
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimizer.bench import measure_model
+from optimizer.errors import MergetuneError
+from optimizer.export import merge_recipe
+from optimizer.merging.checkpoint import Checkpoint
+from optimizer.recipe import MergeRecipe
+from optimizer.run_dir import RunDir
+from optimizer.study import run_study
+
+
+def write_study(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:
+    """Write a study with two objectives and a guard, of a second or two per run."""
+    folder.mkdir(exist_ok=True)
+    words = [{"prompt": f"Say {i}.", "patterns": [str(i % 10), "e", "a", "[A-Z]"]} for i in range(16)]
+    parity = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(16)]
+    for name, items in (("words", words), ("parity", parity)):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    choice = {"items": "parity.jsonl", "scorer": "choice"}
+    suite = {
+        "description": "test",
+        "chat_template": True,
+        "objectives": {
+            "words": {"tasks": [{"items": "words.jsonl", "scorer": "regex", "max_new_tokens": 6}]},
+            "parity": {"tasks": [choice]},
+        },
+        "guards": {"calm": {"margin": 0.5, "tasks": [choice | {"items": "./parity.jsonl"}]}},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    study = {
+        "base": str(base),
+        "experts": {name: str(path) for name, path in experts.items()},
+        "search_space": "task_arithmetic",
+        "suite": "suite.yaml",
+        "budget": {"trials": 3},
+        **changes,
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    return folder / "study.yaml"
+
+
+def run(study: Path, out: Path) -> str:
+    """Run a study; returns what it printed."""
+    printed = io.StringIO()
+    run_study(study, out, Console(file=printed, width=200))
+    return printed.getvalue()
+
+
+def in_process(study: Path, out: Path) -> subprocess.Popen[str]:
+    """Start `mergetune run` in a process of its own."""
+    command = [sys.executable, "-m", "optimizer.cli", "run", str(study), "--out", str(out)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} did not appear in {timeout_s} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_base: Path, tiny_experts: dict[str, Path], tiny_adapter: Path) -> dict[str, Path]:
+    return {"base": tiny_base, "a": tiny_experts["a"], "lora": tiny_adapter}
+
+
+def study_of(folder: Path, models: dict[str, Path], **changes: Any) -> Path:
+    experts = {name: path for name, path in models.items() if name != "base"}
+    return write_study(folder, models["base"], experts, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> RunDir:
+    folder = tmp_path_factory.mktemp("finished")
+    run(study_of(folder, models), folder / "run")
+    return RunDir(folder / "run")
+
+
+def test_baselines_come_first_and_trials_follow(finished: RunDir) -> None:
+    names = [candidate.name for candidate in finished.candidates()]
+    assert names[:4] == ["base", "expert-a", "expert-lora", "average-0.5"]
+    assert names[-3:] == ["trial-0001", "trial-0002", "trial-0003"]
+    for name in names:
+        scores = finished.scores(name, "search")
+        assert scores is not None
+        assert set(scores) == {"words", "parity", "calm"}
+
+
+def test_the_run_directory_says_how_the_numbers_came_about(finished: RunDir) -> None:
+    assert finished.study.digests.keys() == {"suite", "search_space", "base", "a", "lora"}
+    assert finished.read_json("versions.json")["torch"] == torch.__version__
+    assert "trial" in (finished.path / "run.log").read_text() or (finished.path / "run.log").exists()
+    cost = finished.candidates()[-1].cost
+    assert min(cost.merge_s, cost.load_s, cost.evaluate_s) > 0
+
+
+def test_the_merged_model_is_the_one_that_was_scored(finished: RunDir, models: dict[str, Path]) -> None:
+    best = finished.path / "best"
+    recipe = MergeRecipe.read(best / "recipe.yaml")
+    scored = next(found for found in finished.candidates() if found.recipe.digest == recipe.digest)
+    again = measure_model(str(best), str(finished.study.suite), None, "search", batch_size=32)
+    measured = finished.measurement(scored.name, "search")
+    assert measured is not None
+    assert again.items.equals(measured)
+
+
+def test_the_merged_model_is_an_ordinary_model_directory(finished: RunDir) -> None:
+    best = finished.path / "best"
+    model: Any = AutoModelForCausalLM.from_pretrained(best)
+    tokenizer: Any = AutoTokenizer.from_pretrained(best)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    assert "digest" in (best / "README.md").read_text().lower()
+
+
+def test_a_recipe_of_the_report_gives_the_same_bits(finished: RunDir, tmp_path: Path) -> None:
+    best = Checkpoint(finished.path / "best")
+    merge_recipe(finished.path / "best" / "recipe.yaml", tmp_path / "again")
+    assert Checkpoint(tmp_path / "again").digest == best.digest
+
+
+def test_a_recipe_whose_inputs_changed_is_refused(finished: RunDir, tmp_path: Path) -> None:
+    text = (finished.path / "best" / "recipe.yaml").read_text()
+    digest = finished.study.digests["a"]
+    (tmp_path / "recipe.yaml").write_text(text.replace(digest, "f" * 64))
+    with pytest.raises(MergetuneError, match=r"the weights of `a` .* are not those"):
+        merge_recipe(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_search_split_and_the_holdout_share_no_item(finished: RunDir) -> None:
+    search, holdout = (finished.measurement("base", split) for split in ("search", "holdout"))
+    assert search is not None
+    assert holdout is not None
+    assert not set(search["item"]) & set(holdout["item"])
+
+
+def test_running_again_measures_nothing_again(finished: RunDir, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    before = {file.name: file.stat().st_mtime_ns for file in (copy / "candidates").iterdir()}
+    run(finished.path.parent / "study.yaml", copy)
+    assert {file.name: file.stat().st_mtime_ns for file in (copy / "candidates").iterdir()} == before
+
+
+def test_the_budget_may_grow(finished: RunDir, models: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    folder = finished.path.parent
+    longer = yaml.safe_load((folder / "study.yaml").read_text()) | {"budget": {"trials": 4}}
+    (folder / "longer.yaml").write_text(yaml.safe_dump(longer))
+    printed = run(folder / "longer.yaml", copy)
+    assert "trial-0004" in printed
+    assert "trial-0003  " not in printed
+
+
+def test_another_study_in_the_same_directory_is_refused_with_the_difference(finished: RunDir) -> None:
+    folder = finished.path.parent
+    other = yaml.safe_load((folder / "study.yaml").read_text()) | {"seed": 7}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(MergetuneError, match="seed: was 0, is 7"):
+        run(folder / "other.yaml", finished.path)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, models: dict[str, Path]) -> None:
+    study = study_of(tmp_path, models)
+    with pytest.raises(MergetuneError, match="holds other files"):
+        run(study, tmp_path)
+
+
+def test_kill_9_loses_nothing_and_the_study_goes_on(tmp_path: Path, models: dict[str, Path]) -> None:
+    study, out = study_of(tmp_path, models, budget={"trials": 6}), tmp_path / "run"
+    process = in_process(study, out)
+    wait_for(out / "candidates" / "trial-0002.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {file.name: file.read_bytes() for file in (out / "candidates").glob("*.json")}
+    printed = run(study, out)
+    found = RunDir(out)
+    assert [c.name for c in found.candidates() if c.kind == "trial"] == [f"trial-000{i}" for i in range(1, 7)]
+    for name, content in kept.items():
+        assert (out / "candidates" / name).read_bytes() == content
+    assert "trial-0001  " not in printed
+
+
+def test_ctrl_c_ends_with_a_report_and_the_study_goes_on(tmp_path: Path, models: dict[str, Path]) -> None:
+    study, out = study_of(tmp_path, models, budget={"trials": 500}), tmp_path / "run"
+    process = in_process(study, out)
+    wait_for(out / "candidates" / "trial-0001.json", process)
+    with pytest.raises(MergetuneError, match="another `mergetune run` is at work"):
+        run(study, out)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Interrupted" in printed
+    assert "Traceback" not in printed
+    assert (out / "report" / "index.html").exists()
+    n_kept = sum(found.kind == "trial" for found in RunDir(out).candidates())
+    printed = run(study_of(tmp_path, models, budget={"trials": n_kept + 1}), out)
+    assert f"trial-{n_kept + 1:04d}" in printed
+
+
+def test_the_budget_of_hours_ends_the_search(tmp_path: Path, models: dict[str, Path]) -> None:
+    printed = run(study_of(tmp_path, models, budget={"trials": 1000, "hours": 0.0001}), tmp_path / "run")
+    assert "The budget of 0.0001 hours is spent" in printed
+    assert (tmp_path / "run" / "best").is_dir()
+
+
+def test_a_candidate_that_cannot_be_measured_fails_and_the_search_goes_on(
+    tmp_path: Path, models: dict[str, Path], tiny_half: dict[str, Path]
+) -> None:
+    space = tmp_path / "space.yaml"
+    reach = {"low": 0.0, "high": 1e9}  # far beyond what float16 holds
+    space.write_text(
+        yaml.safe_dump(
+            {"description": "test", "method": "task_arithmetic", "lambda": reach, "groups": [{"name": "all"}]}
+        )
+    )
+    study = write_study(
+        tmp_path / "study",
+        tiny_half["base"],
+        {"a": tiny_half["a"]},
+        search_space=str(space),
+        sampler="RandomSampler",
+    )
+    printed = run(study, tmp_path / "run")
+    failed = [found for found in RunDir(tmp_path / "run").candidates() if found.state == "failed"]
+    assert len(failed) == 3
+    assert all("infinite or NaN" in (found.reason or "") for found in failed)
+    assert "failed: " in printed
+
+
+@pytest.mark.parametrize("space", ["ties_layer_groups", "dare_ties_layer_groups", "slerp_layer_groups"])
+def test_every_method_runs_a_study(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], space: str
+) -> None:
+    study = write_study(tmp_path, tiny_base, tiny_experts, search_space=space, budget={"trials": 2})
+    run(study, tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    method = space.removesuffix("_layer_groups")
+    assert {c.recipe.method for c in found.candidates() if c.kind == "trial"} == {method}
+
+
+def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tied_base: Path) -> None:
+    expert = fine_tune(tiny_tied_base, tmp_path / "expert", seed=1, std=0.02)
+    study = write_study(tmp_path / "study", tiny_tied_base, {"only": expert}, budget={"trials": 1})
+    run(study, tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    recipe = MergeRecipe.read(found.path / "best" / "recipe.yaml")
+    scored = next(c for c in found.candidates() if c.recipe.digest == recipe.digest)
+    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", batch_size=32)
+    measured = found.measurement(scored.name, "search")
+    assert measured is not None
+    assert again.items.equals(measured)
