@@ -93,7 +93,7 @@ def inspect(
     from optimizer.library import find
     from optimizer.merging.inputs import open_inputs
     from optimizer.models import find_model
-    from optimizer.search_space import layer_groups, read_search_space
+    from optimizer.search_space_config import layer_groups, read_search_space
 
     folder = Path()
     space = read_search_space(find("search_spaces", search_space, folder))
@@ -166,7 +166,7 @@ def report(
 def presets() -> None:
     """List the search spaces and suites that can be named in a study file."""
     from optimizer.library import presets as list_presets
-    from optimizer.search_space import read_search_space
+    from optimizer.search_space_config import read_search_space
     from optimizer.suite import SuiteConfig
     from optimizer.yaml_io import read_yaml
 

@@ -13,7 +13,7 @@ from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import check_reference, find_model
 from optimizer.run_dir import StudyRecord
 from optimizer.search import check_sampler
-from optimizer.search_space import SearchSpaceConfig, read_search_space
+from optimizer.search_space_config import SearchSpaceConfig, read_search_space
 from optimizer.suite import Suite, read_suite
 
 

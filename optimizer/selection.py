@@ -106,7 +106,9 @@ def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommend
 
     best = min(merges, key=lambda name: (excess(name), max(losses(name)), sum(losses(name))))
     kept = retained_gains(candidates, merges[best], suite)
-    shares = ", ".join(f"{share:.0%} on {key}" for key, share in kept.items())
+    shares = ", ".join(
+        f"{'more than all' if share > 1 else format(share, '.0%')} on {key}" for key, share in kept.items()
+    )
     if excess(best) > 0:
         reason = (
             "No merge keeps every guard; this one breaks them least. "

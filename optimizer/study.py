@@ -41,6 +41,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         plan.space,
         inputs.base_source,
         inputs.expert_sources,
+        inputs.changed,
         inputs.base.names,
         seed=plan.config.seed,
     )

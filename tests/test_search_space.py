@@ -11,7 +11,8 @@ from optuna.distributions import FloatDistribution
 from optimizer.errors import MergetuneError
 from optimizer.library import presets
 from optimizer.recipe import MergeRecipe, Source, assign_groups
-from optimizer.search_space import SearchSpace, SearchSpaceConfig, read_search_space
+from optimizer.search_space import SearchSpace
+from optimizer.search_space_config import SearchSpaceConfig, read_search_space
 from optimizer.yaml_io import validate
 
 BASE = Source(path="base")
@@ -23,13 +24,14 @@ NAMES = [
     "model.norm.weight",
     "lm_head.weight",
 ]
+CHANGED = {"a": NAMES, "b": NAMES}
 
 
 def space(**data: Any) -> SearchSpace:
     config = validate(
         {"description": "test", "method": "task_arithmetic", **data}, SearchSpaceConfig, "s.yaml"
     )
-    return SearchSpace(config, BASE, EXPERTS, NAMES)
+    return SearchSpace(config, BASE, EXPERTS, CHANGED, NAMES)
 
 
 def lambdas(recipe: MergeRecipe, expert: str) -> list[float]:
@@ -41,7 +43,7 @@ def lambdas(recipe: MergeRecipe, expert: str) -> list[float]:
 @pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
 def test_every_preset_fits_a_model_and_explains_itself(path: Path) -> None:
     config = read_search_space(path)
-    bound = SearchSpace(config, BASE, EXPERTS, NAMES)
+    bound = SearchSpace(config, BASE, EXPERTS, CHANGED, NAMES)
     assert 1 <= len(bound.distributions) <= 24
     assert len(config.description) > 30
     middle = {
@@ -142,7 +144,22 @@ def test_a_wrong_search_space_is_refused_with_the_reason(data: dict[str, Any], m
         space(**data)
 
 
+def test_coefficients_that_touch_nothing_are_not_searched() -> None:
+    config = read_search_space(presets("search_spaces")["task_arithmetic_layer_groups"])
+    attention = [name for name in NAMES if "self_attn" in name]
+    upper = [name for name in attention if int(name.split(".")[2]) >= 6]
+    found = SearchSpace(config, BASE, EXPERTS, {"a": attention, "b": upper}, NAMES)
+    assert {key for key in found.distributions if key.endswith(".a")} == {
+        f"lambda.depth{i}.a" for i in range(1, 7)
+    }
+    assert {key for key in found.distributions if key.endswith(".b")} == {
+        f"lambda.depth{i}.b" for i in range(4, 7)
+    }
+    base = found.constant({"a": 0.0, "b": 0.0}, density=1.0)
+    assert base == dict.fromkeys(found.distributions, 0.0)
+
+
 def test_slerp_takes_two_experts() -> None:
     config = read_search_space(presets("search_spaces")["slerp_layer_groups"])
     with pytest.raises(MergetuneError, match="2 experts"):
-        SearchSpace(config, BASE, {**EXPERTS, "c": Source(path="c")}, NAMES)
+        SearchSpace(config, BASE, {**EXPERTS, "c": Source(path="c")}, {**CHANGED, "c": NAMES}, NAMES)

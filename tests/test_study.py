@@ -29,7 +29,7 @@ from optimizer.run_dir import RunDir
 from optimizer.study import run_study
 
 
-def write_study(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:
+def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: Any) -> Path:
     """Write a study with two objectives and a guard, of a second or two per run."""
     folder.mkdir(exist_ok=True)
     words = [{"prompt": f"Say {i}.", "patterns": [str(i % 10), "e", "a", "[A-Z]"]} for i in range(16)]
@@ -49,7 +49,7 @@ def write_study(folder: Path, base: Path, experts: dict[str, Path], **changes: A
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     study = {
         "base": str(base),
-        "experts": {name: str(path) for name, path in experts.items()},
+        "experts": {name: str(path) for name, path in models.items()},
         "search_space": "task_arithmetic",
         "suite": "suite.yaml",
         "budget": {"trials": 3},

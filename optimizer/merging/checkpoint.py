@@ -161,6 +161,10 @@ class Expert(Protocol):
         """Where it was read from."""
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The base's tensors that it changes."""
+
+    @property
     def digest(self) -> str:
         """SHA-256 of everything that, with the base, determines its task vector."""
 
@@ -179,6 +183,11 @@ class FullExpert:
     def folder(self) -> Path:
         """Where it was read from."""
         return self.checkpoint.folder
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The base's tensors that it changes: all of them."""
+        return self.checkpoint.names
 
     @property
     def digest(self) -> str:

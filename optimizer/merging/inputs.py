@@ -36,6 +36,11 @@ class Inputs:
         """The experts, as recipes name them."""
         return {expert.name: Source(path=str(expert.folder), digest=expert.digest) for expert in self.experts}
 
+    @property
+    def changed(self) -> dict[str, tuple[str, ...]]:
+        """The tensors that each expert changes."""
+        return {expert.name: expert.targets for expert in self.experts}
+
 
 def open_inputs(base: Path, experts: Mapping[str, Path]) -> Inputs:
     """Open base and experts and check that they can be merged.

@@ -1,0 +1,280 @@
+"""All that the report shows, gathered from a run directory: plain data, nothing drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from optimizer import pareto, selection
+from optimizer.evaluate import Score
+from optimizer.report.insights import (
+    Changes,
+    DepthValue,
+    Influence,
+    changes,
+    coefficients,
+    coefficients_over_depth,
+    influences,
+)
+from optimizer.report.metric import Metric, metrics_of
+from optimizer.report.verdict import Verdict, judge
+from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord
+from optimizer.selection import Recommendation, Scores
+from optimizer.suite import Split, SuiteConfig
+
+Role = Literal["base", "expert", "average", "merge"]
+
+_MANY_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured candidate: its scores by split, and by how much it breaks each guard (≤ 0: kept)."""
+
+    candidate: Candidate
+    search: Scores
+    holdout: Scores
+    excess: Mapping[str, float]
+    holdout_excess: Mapping[str, float]
+    on_front: bool
+    recommended: bool
+
+    @property
+    def name(self) -> str:
+        """Return the candidate's name."""
+        return self.candidate.name
+
+    @property
+    def role(self) -> Role:
+        """Return what the candidate is to the reader."""
+        if self.name == selection.BASE:
+            return "base"
+        if self.name.startswith("expert-"):
+            return "expert"
+        return "average" if self.candidate.kind == "baseline" else "merge"
+
+    @property
+    def feasible(self) -> bool:
+        """Say whether every guard is kept on the search split."""
+        return all(excess <= 0 for excess in self.excess.values())
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Write the recipe, a line per layer group: `early: tools 0.70, persona 0.30`."""
+        return recipe_lines(self.candidate)
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """A score on both splits, and by how much the search split looked better (> 0: optimistic)."""
+
+    name: str
+    metric: Metric
+    search: Score
+    holdout: Score
+    difference: Score
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the report says. Entries come in the order measured, complete candidates only."""
+
+    path: str
+    study: StudyRecord
+    metrics: tuple[Metric, ...]
+    entries: tuple[Entry, ...]
+    failed: tuple[Candidate, ...]
+    recommendation: Recommendation | None
+    verdict: Verdict
+    warnings: tuple[str, ...]
+    n_items: Mapping[str, int]  # by split
+    hypervolume: tuple[float, ...]  # after each entry
+    influences: Mapping[str, tuple[Influence, ...]]  # by objective
+    depth: tuple[DepthValue, ...]
+    changes: tuple[Changes, ...]
+    optimism: tuple[Optimism, ...]
+    cost: Cost
+    versions: Mapping[str, str]
+
+    @property
+    def objectives(self) -> tuple[Metric, ...]:
+        """Return the metrics that are optimized."""
+        return tuple(metric for metric in self.metrics if metric.kind == "objective")
+
+    @property
+    def front(self) -> tuple[Entry, ...]:
+        """Return the front, by the first objective from worst to best."""
+        first = self.metrics[0]
+        found = [entry for entry in self.entries if entry.on_front]
+        return tuple(sorted(found, key=lambda e: first.sign * e.search[first.name].value))
+
+    @property
+    def recommended(self) -> Entry | None:
+        """Return the entry that is recommended."""
+        return next((entry for entry in self.entries if entry.recommended), None)
+
+
+def gather(run: RunDir) -> ReportData:
+    """Read a run directory, finished or not, and work out all that the report shows."""
+    suite = run.study.suite_config
+    candidates = run.candidates()
+    search, holdout = run.all_scores("search"), run.all_scores("holdout")
+    metrics = metrics_of(suite, [*search.values(), *holdout.values()])
+    anchored = {selection.BASE, *(m.reference for m in metrics)} <= search.keys()
+    chosen = selection.recommend(search, suite) if anchored else None
+    front = selection.front(search, suite) if anchored else []
+    entries = tuple(
+        Entry(
+            candidate,
+            search[candidate.name],
+            holdout.get(candidate.name, {}),
+            _excess(candidate.name, search, suite),
+            _excess(candidate.name, holdout, suite),
+            candidate.name in front,
+            chosen is not None and candidate.name == chosen.name,
+        )
+        for candidate in candidates
+        if candidate.name in search
+    )
+    complete = [entry.candidate for entry in entries]
+    objectives = [metric for metric in metrics if metric.kind == "objective"]
+    compared = {selection.BASE, *map(selection.expert_name, run.study.experts)}
+    confirmed = chosen is not None and compared | {chosen.name} <= holdout.keys()
+    split: Split = "holdout" if confirmed else "search"
+    measured = holdout if split == "holdout" else search
+    return ReportData(
+        path=str(run.path.resolve()),
+        study=run.study,
+        metrics=metrics,
+        entries=entries,
+        failed=tuple(c for c in candidates if c.state == "failed"),
+        recommendation=chosen,
+        verdict=_verdict(run, chosen, entries, metrics, split),
+        warnings=tuple(run.read_json("warnings.json") or ()),
+        n_items=_count_items(search, holdout),
+        hypervolume=_hypervolume(entries, suite) if anchored else (),
+        influences={m.name: influences(complete, search, m) for m in objectives},
+        depth=tuple(_depth(run, chosen, complete)),
+        changes=tuple(_changes(run, chosen, measured, metrics, split)),
+        optimism=tuple(_optimism(entries, metrics)),
+        cost=_total([candidate.cost for candidate in candidates]),
+        versions=run.read_json("versions.json") or {},
+    )
+
+
+def recipe_lines(candidate: Candidate) -> tuple[str, ...]:
+    """Write a recipe's coefficients, a line per layer group.
+
+    Where the groups are many (a group per layer, between anchors) the point of the search space
+    says the same in fewer words.
+    """
+    recipe = candidate.recipe
+    if len(recipe.groups) > _MANY_GROUPS and candidate.params:
+        return tuple(f"{name} {value:.2f}" for name, value in candidate.params.items())
+    lines: dict[str, list[str]] = {}
+    for group in recipe.groups:
+        named = [
+            f"{'' if parameter == 'lambda' else parameter + ' '}{expert} {value:.2f}"
+            for parameter, values in coefficients(recipe, group).items()
+            for expert, value in values.items()
+        ]
+        lines.setdefault(", ".join(named), []).append(group.name)
+    if len(lines) == 1:
+        return tuple(lines)
+    return tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
+
+
+def _excess(name: str, measured: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
+    """Return the guard violations of a candidate; empty where it or a reference was not measured."""
+    try:
+        return selection.guard_violations(measured[name], measured, suite)
+    except KeyError:
+        return {}
+
+
+def _verdict(
+    run: RunDir,
+    chosen: Recommendation | None,
+    entries: Sequence[Entry],
+    metrics: Sequence[Metric],
+    split: Split,
+) -> Verdict:
+    """Judge the recommended merge against the base, the experts and the plain averages."""
+    frames = {
+        entry.name: frame
+        for entry in entries
+        if (entry.role != "merge" or entry.recommended)
+        and (frame := run.measurement(entry.name, split)) is not None
+    }
+    averages = [entry.name for entry in entries if entry.role == "average"]
+    return judge(chosen, frames, metrics, run.study.suite_config, split, averages)
+
+
+def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:
+    """Return the hypervolume over the base's scores after each candidate; those that break a guard add 0."""
+    signed = selection.objective_points({e.name: e.search for e in entries}, suite)
+    base = next(i for i, entry in enumerate(entries) if entry.name == selection.BASE)
+    volumes: list[float] = []
+    front: list[int] = []
+    for i, entry in enumerate(entries):
+        if entry.feasible and not any(pareto.dominates(signed[j], signed[i]) for j in front):
+            front = [j for j in front if not pareto.dominates(signed[i], signed[j])] + [i]
+            volumes.append(float(pareto.hypervolume(signed[front], signed[base])))
+        else:
+            volumes.append(volumes[-1] if volumes else 0.0)
+    return tuple(volumes)
+
+
+def _depth(run: RunDir, chosen: Recommendation | None, candidates: Sequence[Candidate]) -> list[DepthValue]:
+    model = run.read_json("model.json")
+    if chosen is None or model is None:
+        return []
+    recipe = next(c.recipe for c in candidates if c.name == chosen.name)
+    return coefficients_over_depth(recipe, model["tensors"])
+
+
+def _changes(
+    run: RunDir,
+    chosen: Recommendation | None,
+    measured: Mapping[str, Scores],
+    metrics: Sequence[Metric],
+    split: Split,
+) -> list[Changes]:
+    own = run.measurement(chosen.name, split) if chosen is not None else None
+    if own is None:
+        return []
+    names = [n for n in map(selection.expert_name, run.study.experts) if n in measured]
+    frames = {name: run.measurement(name, split) for name in names}
+    experts = {name: frame for name, frame in frames.items() if frame is not None}
+    return changes(own, experts, metrics, run.items())
+
+
+def _optimism(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Optimism]:
+    """Compare the splits; they share no item, so that the errors add as variances."""
+    found = []
+    for entry in entries:
+        for metric in metrics if entry.holdout else ():
+            search, holdout = entry.search[metric.name], entry.holdout[metric.name]
+            difference = Score(
+                metric.sign * (search.value - holdout.value),
+                math.hypot(search.stderr, holdout.stderr),
+                min(search.n_items, holdout.n_items),
+            )
+            found.append(Optimism(entry.name, metric, search, holdout, difference))
+    return found
+
+
+def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:
+    return {
+        split: max((sum(s.n_items for s in own.values()) for own in scores.values()), default=0)
+        for split, scores in (("search", search), ("holdout", holdout))
+    }
+
+
+def _total(costs: Sequence[Cost]) -> Cost:
+    total = Cost()
+    for cost in costs:
+        total = total.plus(cost)
+    return total

@@ -1,0 +1,72 @@
+"""An objective or a guard as the report writes it: no score without its error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from optimizer.evaluate import Score
+from optimizer.selection import BASE, expert_name
+from optimizer.suite import GuardConfig, SuiteConfig
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An objective or a guard, and how its figures are written.
+
+    `percent` writes 0.713 as 71.3%; `margin` and `reference` (a candidate's name) are a guard's.
+    """
+
+    name: str
+    kind: Literal["objective", "guard"]
+    sign: int
+    percent: bool
+    margin: float = 0.0
+    reference: str = BASE
+
+    def number(self, value: float) -> str:
+        """Write a value alone, for axes and margins."""
+        return f"{value:.1%}" if self.percent else f"{value:.3f}"
+
+    def text(self, score: Score) -> str:
+        """Write a score with its standard error: `71.3% ± 2.1`."""
+        return f"{self.number(score.value)} ± {self._error(score)}"
+
+    def change(self, difference: Score) -> str:
+        """Write a difference of two scores with its standard error: `+2.1 ± 1.3 points`."""
+        value = 100 * difference.value if self.percent else difference.value
+        sign = "+" if value >= 0 else "−"
+        text = f"{sign}{abs(value):.{1 if self.percent else 3}f} ± {self._error(difference)}"
+        return f"{text} points" if self.percent else text
+
+    def size(self, difference: float) -> str:
+        """Write the size of a difference that has no error of its own, such as a margin."""
+        return f"{100 * difference:.1f} points" if self.percent else f"{difference:.3f}"
+
+    def _error(self, score: Score) -> str:
+        if score.n_items < 2:
+            return "?"  # one item has no spread
+        return f"{100 * score.stderr:.1f}" if self.percent else f"{score.stderr:.3f}"
+
+
+def metrics_of(suite: SuiteConfig, measured: Iterable[dict[str, Score]]) -> tuple[Metric, ...]:
+    """List the suite's objectives, then its guards; one is a percentage if all its scores lie in [0, 1]."""
+    scores = list(measured)
+
+    def is_share(name: str) -> bool:
+        return all(0 <= own[name].value <= 1 for own in scores)
+
+    objectives = [
+        Metric(name, "objective", config.sign, is_share(name)) for name, config in suite.objectives.items()
+    ]
+    guards = [
+        Metric(name, "guard", guard.sign, is_share(name), guard.margin, reference_name(guard))
+        for name, guard in suite.guards.items()
+    ]
+    return (*objectives, *guards)
+
+
+def reference_name(guard: GuardConfig) -> str:
+    """Return the candidate's name of what a guard is compared to."""
+    return BASE if guard.reference == BASE else expert_name(guard.reference)

@@ -1,0 +1,171 @@
+"""The report's files: the page, the chart for slides, the tables and the recipes of the front."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from optimizer.library import shared_folder
+from optimizer.report import charts, study_charts
+from optimizer.report.data import Entry, ReportData, gather
+from optimizer.report.insights import MIN_TRIALS
+from optimizer.report.style import themed
+from optimizer.run_dir import Candidate, RunDir
+from optimizer.yaml_io import write_text
+
+_COLUMNS = 3  # of charts in the picture for slides
+
+
+def write_report(run: RunDir) -> Path:
+    """Write the report of a run directory, finished or not; returns the page's path."""
+    data = gather(run)
+    folder = run.path / "report"
+    folder.mkdir(exist_ok=True)
+    _write_pictures(data, folder)
+    table = candidate_table(data)
+    write_text(folder / "trials.csv", table.to_csv(index=False))
+    write_text(folder / "front.csv", table[table["on_front"]].to_csv(index=False))
+    _write_recipes(data, folder / "recipes")
+    write_text(folder / "index.html", render(data))
+    return folder / "index.html"
+
+
+def render(data: ReportData) -> str:
+    """Return the page: one HTML file that needs nothing else."""
+    folder = shared_folder("reports")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["ticks"] = ticks
+    figures = _figures(data)
+    specs = [_spec(chart) for charts_of in figures.values() for chart in charts_of]
+    numbers = iter(range(len(specs)))
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        figures={section: [next(numbers) for _ in found] for section, found in figures.items()},
+        specs=specs,
+        script=_bundle() if specs else "",
+        style=(folder / "report.css").read_text(encoding="utf-8"),
+        min_trials=MIN_TRIALS,
+        duration=duration,
+        quote=shlex.quote,
+        name_of=lambda path: Path(path).name,
+    )
+
+
+def ticks(text: str) -> Markup:
+    """Escape a text and set what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def duration(seconds: float) -> str:
+    """Write a time as one reads it: `4.2 s`, `3 min 20 s`, `7 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def candidate_table(data: ReportData) -> pd.DataFrame:
+    """Return a row per candidate, failed ones included: state, scores, cost and parameters."""
+    rows = [_row(entry.candidate, entry, data) for entry in data.entries]
+    rows += [_row(candidate, None, data) for candidate in data.failed]
+    names = {name: None for row in rows for name in row}
+    columns = [name for name in names if not name.startswith("param.")]
+    columns += [name for name in names if name.startswith("param.")]
+    return pd.DataFrame(rows, columns=columns or ["name", "on_front"])
+
+
+def _row(candidate: Candidate, entry: Entry | None, data: ReportData) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "state": candidate.state,
+        "reason": candidate.reason,
+        "on_front": entry is not None and entry.on_front,
+        "recommended": entry is not None and entry.recommended,
+        "feasible": entry.feasible if entry is not None else None,
+    }
+    for metric in data.metrics:
+        for split in ("search", "holdout"):
+            scores = {} if entry is None else entry.search if split == "search" else entry.holdout
+            score = scores.get(metric.name)
+            row[f"{metric.name}.{split}"] = score.value if score else None
+            row[f"{metric.name}.{split}.stderr"] = score.stderr if score else None
+    row |= candidate.cost.model_dump()
+    row["recipe_digest"] = candidate.recipe.digest
+    return row | {f"param.{name}": value for name, value in (candidate.params or {}).items()}
+
+
+def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
+    """Draw the charts of every section; an empty list where there is nothing to draw."""
+    _, height = charts.canvas(data)
+    many = len(data.objectives) > 2 and bool(data.entries)
+    explained = [name for name, found in data.influences.items() if found]
+    return {
+        "main": [chart.properties(height=height) for chart in charts.main_charts(data)],
+        "parallel": [charts.parallel_coordinates(data).properties(height=320)] if many else [],
+        "hypervolume": [study_charts.hypervolume(data)] if any(data.hypervolume) else [],
+        "importance": [study_charts.importance(data, name) for name in explained],
+        "depth": study_charts.depth_panels(data),
+        "cost": [study_charts.cost(data)] if data.entries else [],
+    }
+
+
+def _spec(chart: alt.LayerChart) -> dict[str, Any]:
+    spec: dict[str, Any] = themed(chart.properties(width="container")).to_dict()
+    return spec
+
+
+def _bundle() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script that needs no network."""
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub lacks a default
+    return bundle
+
+
+def _write_pictures(data: ReportData, folder: Path) -> None:
+    """Write the trade-off as PNG and SVG, for slides."""
+    width, height = charts.canvas(data)
+    found = [chart.properties(width=width, height=height) for chart in charts.main_charts(data)]
+    if not found:
+        return
+    picture = found[0] if len(found) == 1 else alt.concat(*found, columns=_COLUMNS)
+    slide = themed(picture.properties(background="white", padding=16))
+    image, drawing = io.BytesIO(), io.StringIO()
+    slide.save(image, format="png", scale_factor=2)
+    slide.save(drawing, format="svg")
+    _write_bytes(folder / "pareto.png", image.getvalue())
+    write_text(folder / "pareto.svg", drawing.getvalue())
+
+
+def _write_recipes(data: ReportData, folder: Path) -> None:
+    """Write the recipes of the front and of the recommended merge, and no longer any other."""
+    folder.mkdir(exist_ok=True)
+    shown = {entry.name: entry for entry in data.entries if entry.on_front or entry.recommended}
+    for stale in folder.glob("*.yaml"):
+        if stale.stem not in shown:
+            stale.unlink()
+    for name, entry in shown.items():
+        entry.candidate.recipe.write(folder / f"{name}.yaml")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

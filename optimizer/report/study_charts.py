@@ -1,0 +1,160 @@
+"""The charts of how the search went: hypervolume, parameters, coefficients over depth, time."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from optimizer.report.data import ReportData
+from optimizer.report.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
+
+_EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]
+_CLEAR_CORRELATION = 0.3
+_N_PARAMETERS = 12
+
+
+def hypervolume(data: ReportData) -> alt.LayerChart:
+    """Draw how much the front covers after each candidate."""
+    frame = pd.DataFrame(
+        {
+            "order": range(1, len(data.hypervolume) + 1),
+            "volume": data.hypervolume,
+            "name": [entry.name for entry in data.entries],
+        }
+    )
+    encoded = alt.Chart(frame).encode(
+        x=alt.X(
+            "order:Q",
+            title="candidates measured",
+            axis=alt.Axis(format="d", tickMinStep=1),
+            scale=alt.Scale(domain=[1, max(2, len(frame))], nice=False),
+        ),
+        y=alt.Y("volume:Q", title="hypervolume over the base"),
+        tooltip=["name:N", alt.Tooltip("volume:Q", format=".4f")],
+    )
+    area = encoded.mark_area(interpolate="step-after", color=BLUE, opacity=0.12)
+    line = encoded.mark_line(interpolate="step-after", color=BLUE, strokeWidth=2)
+    return alt.LayerChart(layer=[area, line]).properties(height=220)
+
+
+def importance(data: ReportData, objective: str) -> alt.LayerChart:
+    """Draw how much each parameter explains, coloured by which way it works."""
+    found = sorted(data.influences[objective], key=lambda one: -one.share)[:_N_PARAMETERS]
+    frame = pd.DataFrame(
+        {
+            "parameter": [one.parameter for one in found],
+            "share": [one.share for one in found],
+            "correlation": [one.correlation for one in found],
+            "effect": [_effect(one.correlation) for one in found],
+        }
+    )
+    bars = (
+        alt.Chart(frame)
+        .mark_bar(height={"band": 0.7})
+        .encode(
+            x=alt.X("share:Q", title="share of importance", axis=alt.Axis(format="%", tickCount=5)),
+            y=alt.Y("parameter:N", title=None, sort="-x", axis=alt.Axis(labelLimit=240)),
+            color=alt.Color(
+                "effect:N",
+                title=None,
+                scale=alt.Scale(
+                    domain=["more is better", "less is better", "no clear direction"],
+                    range=[BLUE, ORANGE, GREY],
+                ),
+                legend=alt.Legend(columns=2),
+            ),
+            tooltip=[
+                "parameter:N",
+                alt.Tooltip("share:Q", format=".1%"),
+                alt.Tooltip("correlation:Q", title="rank correlation", format="+.2f"),
+            ],
+        )
+    )
+    return alt.LayerChart(layer=[bars]).properties(height=24 * len(found) + 10, title=objective)
+
+
+def depth_panels(data: ReportData) -> list[alt.LayerChart]:
+    """Draw each coefficient over the layers: a panel per parameter and part of a layer that differs."""
+    inside = pd.DataFrame([vars(value) for value in data.depth if value.layer is not None])
+    if inside.empty:
+        return []
+    keys = ["parameter", "part"]
+    panels = []
+    for (parameter, part), rows in inside.groupby(keys, sort=False):
+        values = inside.loc[inside["parameter"] == parameter, "value"]
+        domain = [min(0.0, values.min()), max(1.0, values.max())]
+        panels.append(_depth_panel(rows, f"{parameter}: {part}", domain, list(data.study.experts)))
+    return panels
+
+
+def cost(data: ReportData) -> alt.LayerChart:
+    """Draw each candidate's seconds of merging, loading and evaluation."""
+    stages = ["merging", "loading", "evaluation"]
+    frame = pd.DataFrame(
+        {
+            "order": order,
+            "name": entry.name,
+            "stage": stage,
+            "rank": rank,
+            "seconds": seconds,
+        }
+        for order, entry in enumerate(data.entries, start=1)
+        for rank, (stage, seconds) in enumerate(
+            zip(
+                stages,
+                (
+                    entry.candidate.cost.merge_s,
+                    entry.candidate.cost.load_s,
+                    entry.candidate.cost.evaluate_s,
+                ),
+                strict=True,
+            )
+        )
+    )
+    bars = (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            x=alt.X(
+                "order:O",
+                title="candidate, in the order measured",
+                axis=alt.Axis(labelOverlap=True, labelAngle=0),
+            ),
+            y=alt.Y("seconds:Q", title="seconds"),
+            color=alt.Color(
+                "stage:N", title=None, scale=alt.Scale(domain=stages, range=[ORANGE, YELLOW, BLUE])
+            ),
+            order="rank:O",
+            tooltip=["name:N", "stage:N", alt.Tooltip("seconds:Q", format=".1f")],
+        )
+    )
+    return alt.LayerChart(layer=[bars]).properties(height=200)
+
+
+def _effect(correlation: float) -> str:
+    if abs(correlation) < _CLEAR_CORRELATION:
+        return "no clear direction"
+    return "more is better" if correlation > 0 else "less is better"
+
+
+def _depth_panel(rows: pd.DataFrame, title: str, domain: list[float], experts: list[str]) -> alt.LayerChart:
+    line = (
+        alt.Chart(rows)
+        .mark_line(interpolate="step", strokeWidth=2.5)
+        .encode(
+            x=alt.X(
+                "layer:Q",
+                title="layer",
+                axis=alt.Axis(format="d", tickMinStep=1),
+                scale=alt.Scale(domain=[0, max(1, int(rows["layer"].max()))], nice=False),
+            ),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=domain)),
+            color=alt.Color(
+                "expert:N",
+                title=None,
+                scale=alt.Scale(domain=experts, range=_EXPERTS[: len(experts)]),
+            ),
+            tooltip=["expert:N", "layer:Q", alt.Tooltip("value:Q", format=".3f")],
+        )
+    )
+    return alt.LayerChart(layer=[line]).properties(height=180, title=title)

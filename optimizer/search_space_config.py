@@ -1,0 +1,145 @@
+"""The file of a search space: method, layer groups, and the ranges of their coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from optimizer.errors import MergetuneError
+from optimizer.recipe import METHODS, LayerGroup, MethodName, Role, assign_groups, count_layers
+from optimizer.yaml_io import Strict, read_yaml
+
+
+class Range(Strict):
+    """An interval of a coefficient; `shared` gives all experts one value, `step` makes it a grid."""
+
+    low: float
+    high: float
+    step: float | None = Field(None, gt=0)
+    shared: bool = False
+
+    @model_validator(mode="after")
+    def _is_interval(self) -> Range:
+        if self.low > self.high:
+            raise ValueError(f"`low <= high` must hold (low={self.low}, high={self.high})")
+        return self
+
+
+Coefficient = Range | float  # a number is held fixed
+
+DEFAULTS: dict[str, Range] = {
+    "lambda": Range(low=0.0, high=2.0),
+    "density": Range(low=0.1, high=1.0, step=0.01),
+    "t": Range(low=0.0, high=1.0, shared=True),
+}
+
+
+class Ranges(Strict):
+    """The ranges of the coefficients; where one is absent, the wider scope's holds, at last the default."""
+
+    lambda_: Coefficient | None = Field(None, alias="lambda")
+    density: Coefficient | None = None
+    t: Coefficient | None = None
+
+    def get(self, parameter: str) -> Coefficient | None:
+        """Return the range given for `lambda`, `density` or `t`."""
+        value: Coefficient | None = getattr(self, "lambda_" if parameter == "lambda" else parameter)
+        return value
+
+
+class SpaceGroup(Ranges):
+    """A layer group of a search space: selectors (as in a recipe, with `depth` as well) and ranges.
+
+    `depth` is a half-open interval of the relative depth in [0, 1]: layer i of n stands at (i + ½)/n.
+    """
+
+    name: str
+    depth: tuple[float, float] | None = None
+    layers: tuple[int, int] | None = None
+    roles: tuple[Role, ...] | None = None
+    match: str | None = None
+
+    @model_validator(mode="after")
+    def _has_one_depth(self) -> SpaceGroup:
+        if self.depth is not None and self.layers is not None:
+            raise ValueError(f"group `{self.name}` must have `depth` or `layers`, not both")
+        if self.depth is not None and not 0 <= self.depth[0] < self.depth[1] <= 1:
+            raise ValueError(f"0 <= depth[0] < depth[1] <= 1 must hold in group `{self.name}`")
+        return self
+
+    def resolve(self, n_layers: int) -> LayerGroup | None:
+        """Return the layer group for a model of `n_layers`; None where no layer stands in `depth`."""
+        layers = self.layers
+        if self.depth is not None:
+            low, high = self.depth
+            inside = [i for i in range(n_layers) if low <= (i + 0.5) / n_layers < high]
+            if not inside:
+                return None
+            layers = (inside[0], inside[-1])
+        return LayerGroup(name=self.name, layers=layers, roles=self.roles, match=self.match)
+
+
+class SearchSpaceConfig(Ranges):
+    """The file of a search space: a method, and either layer groups or anchors over depth.
+
+    With `anchors: n`, each coefficient is given at n points equally spaced over the layers and
+    interpolated linearly between them; tensors before the layers take the first anchor's value,
+    those after them (final norm, head) the last one's.
+    """
+
+    description: str
+    method: MethodName
+    groups: tuple[SpaceGroup, ...] = ()
+    anchors: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> SearchSpaceConfig:
+        if bool(self.groups) == bool(self.anchors):
+            raise ValueError("a search space must have either `groups` or `anchors`")
+        names = [group.name for group in self.groups]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"layer groups must have distinct names; given twice: {', '.join(twice)}")
+        for scope in (self, *self.groups):
+            if isinstance(scope.density, Range) and scope.density.low < 0.01:
+                raise ValueError(f"0.01 <= density.low must hold (low={scope.density.low})")
+            for parameter in DEFAULTS:
+                if scope.get(parameter) is not None and parameter not in METHODS[self.method].parameters:
+                    raise ValueError(f"`{self.method}` has no `{parameter}`")
+        return self
+
+
+def read_search_space(path: Path) -> SearchSpaceConfig:
+    """Read a search space from YAML; raises `MergetuneError` as `read_yaml` does."""
+    return read_yaml(path, SearchSpaceConfig)
+
+
+def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list[LayerGroup]:
+    """Return the layer groups of a search space for a model with these tensors.
+
+    Raises:
+        MergetuneError: a tensor falls into no group or several, or the model has no layers to
+            interpolate over.
+    """
+    n_layers = count_layers(tensor_names)
+    if config.anchors is not None:
+        groups = _anchor_groups(n_layers)
+    else:
+        resolved = [group.resolve(n_layers) for group in config.groups]
+        groups = [group for group in resolved if group is not None]
+    assign_groups(groups, tensor_names)
+    return groups
+
+
+def _anchor_groups(n_layers: int) -> list[LayerGroup]:
+    """One group per layer, one before the layers and one after them."""
+    if n_layers == 0:
+        raise MergetuneError("`anchors` needs a model with numbered layers. Use `groups` instead.")
+    layers = [LayerGroup(name=f"layer{i}", layers=(i, i)) for i in range(n_layers)]
+    outside = r"^(?!(?:.*\.)?\d+\.)"  # no numbered part in the name
+    return [
+        LayerGroup(name="before", roles=("embeddings",), match=outside),
+        *layers,
+        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=outside),
+    ]

@@ -1,0 +1,199 @@
+"""The command line as a user meets it: help, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import build_llama, fine_tune, train_adapter
+from safetensors.torch import load_file, save_file
+from test_study import write_study
+
+
+def mergetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "optimizer.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_help_lists_the_verbs_and_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from optimizer.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'optuna', 'pandas', 'altair'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("run", "inspect", "merge", "eval", "report", "presets", "demo"):
+        assert f" {verb} " in done.stdout
+    assert "Exit codes" in done.stdout
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    assert mergetune("run").returncode == 2
+    assert mergetune("rnu").returncode == 2
+
+
+def test_presets_are_listed_with_their_reasons() -> None:
+    done = mergetune("presets")
+    assert done.returncode == 0
+    assert "task_arithmetic_layer_groups" in done.stdout
+    assert "taskmaster" in done.stdout
+
+
+def test_an_error_is_one_message_and_debug_gives_the_traceback(tmp_path: Path) -> None:
+    plain = mergetune("run", tmp_path / "absent.yaml")
+    assert (plain.returncode, plain.stdout) == (3, "")
+    assert plain.stderr.startswith("error: ")
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in mergetune("--debug", "run", tmp_path / "absent.yaml").stderr
+    assert "Traceback" in mergetune("run", tmp_path / "absent.yaml", "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"experts": {"a": "absent"}}, ["absent: there is no such model directory"]),
+        ({"serach_space": "x"}, ["study.yaml", "`serach_space`: unknown key", "Did you mean `search_space`"]),
+        ({"engine": {"kind": "transformer"}}, ["`engine.kind`", "'transformer'"]),
+        ({"engine": {"batchsize": 3}}, ["`engine.batchsize`: unknown key", "Did you mean `batch_size`"]),
+        (
+            {"search_space": "task_aritmetic"},
+            ["`task_aritmetic` is no preset", "Did you mean `task_arithmetic`"],
+        ),
+        ({"suite": "absent.yaml"}, ["absent.yaml: there is no such file"]),
+        ({"sampler": "TPE"}, ["`sampler` must be `auto` or a class of optuna.samplers", "TPE"]),
+        ({"budget": {"trials": -1}}, ["`budget.trials`", "greater than or equal to 0"]),
+        ({"experts": {}}, ["`experts`"]),
+    ],
+)
+def test_a_broken_study_file_is_explained_before_any_work(
+    tmp_path: Path,
+    tiny_base: Path,
+    tiny_experts: dict[str, Path],
+    changes: dict[str, Any],
+    messages: list[str],
+) -> None:
+    study = write_study(tmp_path, tiny_base, tiny_experts, **changes)
+    done = mergetune("run", study, "--out", tmp_path / "run")
+    assert done.returncode == 3
+    for message in messages:
+        assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def add_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tokenizer(folder: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = list(vocabulary)[50:52]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def only_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "messages"),
+    [
+        (truncate, ["model.safetensors", "damaged or incomplete"]),
+        (add_nan, ["Expert `a`", "model.norm.weight", "NaN"]),
+        (change_tokenizer, ["tokens differ from the base's tokenizer"]),
+        (only_pickle, ["pytorch_model.bin", "pickle"]),
+    ],
+)
+def test_a_damaged_expert_is_explained(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], damage: Any, messages: list[str]
+) -> None:
+    expert = Path(shutil.copytree(tiny_experts["a"], tmp_path / "expert"))
+    damage(expert)
+    done = mergetune("run", write_study(tmp_path, tiny_base, {"a": expert}), "--out", tmp_path / "run")
+    assert done.returncode == 3
+    for message in messages:
+        assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_expert_of_another_size_and_an_adapter_of_another_base_are_refused(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    wide = build_llama(tmp_path / "wide", hidden_size=64)
+    done = mergetune("inspect", tiny_base, fine_tune(wide, tmp_path / "expert", seed=1, std=0.01))
+    assert done.returncode == 3
+    assert "hidden_size" in done.stderr
+    adapter = train_adapter(wide, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    done = mergetune("inspect", tiny_base, adapter)
+    assert done.returncode == 3
+    assert "names" in done.stderr
+    assert "as its base" in done.stderr
+
+
+def test_inspect_compares_task_vectors_by_layer_group(tiny_base: Path, tiny_experts: dict[str, Path]) -> None:
+    done = mergetune(
+        "inspect", tiny_base, *tiny_experts.values(), "--json", "--search-space", "task_arithmetic"
+    )
+    assert done.returncode == 0, done.stderr
+    (group,) = json.loads(done.stdout)
+    names = [path.name for path in tiny_experts.values()]
+    assert group["relative_norms"][names[1]] == pytest.approx(2 * group["relative_norms"][names[0]], rel=0.05)
+    (pair,) = group["pairs"]
+    assert abs(pair["cosine"]) < 0.05  # independent noise
+    assert pair["sign_conflict"] == pytest.approx(0.5, abs=0.05)
+    table = mergetune("inspect", tiny_base, *tiny_experts.values(), "--search-space", "task_arithmetic")
+    assert "cosine" in table.stdout
+
+
+def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tiny_adapter: Path) -> None:
+    write_study(tmp_path, tiny_base, {})
+    suite = ["--suite", "./suite.yaml"]
+    done = mergetune("eval", tiny_base, *suite, "--json", "--out", "scores.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parity"]["n_items"] == 16
+    assert (tmp_path / "scores.parquet").exists()
+    done = mergetune("eval", tiny_adapter, *suite, cwd=tmp_path)
+    assert (done.returncode, "--base" in done.stderr) == (3, True)
+    done = mergetune("eval", tiny_adapter, "--base", tiny_base, *suite, "--split", "search", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parity" in done.stdout
+
+
+def test_report_and_merge_work_on_a_run(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    study = write_study(tmp_path, tiny_base, tiny_experts, budget={"trials": 1})
+    done = mergetune("run", study, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report, model = (line.split(": ", 1)[1] for line in done.stdout.splitlines()[-2:])
+    assert (tmp_path / report).name == "index.html"
+    assert (tmp_path / model / "model.safetensors").exists()
+    done = mergetune("report", tmp_path / "runs" / "study")
+    assert done.returncode == 0, done.stderr
+    recipe = next((tmp_path / "runs" / "study" / "report" / "recipes").glob("*.yaml"))
+    done = mergetune("merge", recipe, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged" / "config.json").exists()
+    again = yaml.safe_load((tmp_path / "runs" / "study" / "study.yaml").read_text())
+    assert again["base"] == str(tiny_base)
+    done = mergetune("report", tmp_path)
+    assert (done.returncode, "is no run directory" in done.stderr) == (3, True)

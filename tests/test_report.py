@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
+
+from optimizer import pareto, selection
+from optimizer.config import read_study
+from optimizer.evaluate import Score
+from optimizer.recipe import MergeRecipe
+from optimizer.report import ReportData, gather, write_report
+from optimizer.report.charts import points
+from optimizer.report.insights import MIN_TRIALS, Influence
+from optimizer.report.labels import Label, place_labels
+from optimizer.report.metric import Metric
+from optimizer.report.page import duration, render
+from optimizer.run_dir import RunDir
+
+ATTACK = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished study whose recommended merge says something nasty on every item."""
+    folder = tmp_path_factory.mktemp("report")
+    chosen = gather(write_run(folder / "plain")).recommendation
+    assert chosen is not None
+    return write_run(folder / "run", Plan(responses={chosen.name: ATTACK}))
+
+
+@pytest.fixture(scope="session")
+def data(finished: RunDir) -> ReportData:
+    return gather(finished)
+
+
+@pytest.fixture(scope="session")
+def page(finished: RunDir) -> Path:
+    return write_report(finished)
+
+
+@pytest.fixture
+def simulate(tmp_path: Path) -> Callable[[Plan], RunDir]:
+    return lambda plan: write_run(tmp_path / "run", plan)
+
+
+# What is gathered
+
+
+def test_the_front_and_the_recommendation_are_those_of_the_selection(
+    finished: RunDir, data: ReportData
+) -> None:
+    scores = {entry.name: entry.search for entry in data.entries}
+    suite = finished.study.suite_config
+    assert {entry.name for entry in data.front} == set(selection.front(scores, suite))
+    assert data.recommendation == selection.recommend(scores, suite)
+    assert data.recommended in data.front
+
+
+def test_the_front_runs_from_the_worst_to_the_best_first_objective(data: ReportData) -> None:
+    values = [entry.search["tool_calls"].value for entry in data.front]
+    assert values == sorted(values)
+
+
+def test_entries_that_break_a_guard_are_not_on_the_front(data: ReportData) -> None:
+    broken = [entry for entry in data.entries if not entry.feasible]
+    assert broken
+    assert not any(entry.on_front for entry in broken)
+
+
+def test_hypervolume_never_falls_and_ends_at_that_of_the_front(data: ReportData) -> None:
+    assert list(data.hypervolume) == sorted(data.hypervolume)
+    suite = data.study.suite_config
+    signed = selection.objective_points({e.name: e.search for e in data.front}, suite)
+    base = next(entry.search for entry in data.entries if entry.name == "base")
+    reference = [base[name].value for name in suite.objectives]
+    assert data.hypervolume[-1] == pytest.approx(pareto.hypervolume(signed, reference))
+
+
+def test_gained_and_lost_items_add_up_to_the_difference_of_scores(data: ReportData) -> None:
+    entries = {entry.name: entry for entry in data.entries}
+    assert data.recommended is not None
+    for change in data.changes:
+        name = change.metric.name
+        difference = data.recommended.holdout[name].value - entries[change.expert].holdout[name].value
+        assert (change.n_gained - change.n_lost) / change.n_items == pytest.approx(difference)
+        assert len(change.gained) == min(change.n_gained, 8)
+        assert all(example.own_score > example.expert_score for example in change.gained)
+        assert all(example.own_score < example.expert_score for example in change.lost)
+
+
+def test_optimism_is_the_search_score_above_the_holdout_score(data: ReportData) -> None:
+    chosen = [one for one in data.optimism if data.recommendation and one.name == data.recommendation.name]
+    assert [one.metric.name for one in chosen] == ["tool_calls", "persona", "general"]
+    for one in chosen:
+        assert one.difference.value == pytest.approx(one.search.value - one.holdout.value)
+        assert one.difference.stderr == pytest.approx(math.hypot(one.search.stderr, one.holdout.stderr))
+
+
+def test_costs_are_summed_over_all_candidates(finished: RunDir, data: ReportData) -> None:
+    costs = [candidate.cost for candidate in finished.candidates()]
+    assert data.cost.evaluate_s == pytest.approx(sum(cost.evaluate_s for cost in costs))
+    assert data.cost.n_items == sum(cost.n_items for cost in costs)
+
+
+def test_depth_gives_every_layer_its_coefficient_and_splits_parts_that_differ(data: ReportData) -> None:
+    assert data.recommended is not None
+    late = {g.name: g.lambdas for g in data.recommended.candidate.recipe.groups}
+    last = {(v.part, v.expert): v.value for v in data.depth if v.layer == N_LAYERS - 1}
+    for expert in EXPERTS:
+        assert last["attention", expert] == late["late-attention"][expert]
+        assert last["mlp", expert] == late["late-mlp"][expert]
+    layers = {value.layer for value in data.depth if value.part == "attention"}
+    assert layers == set(range(N_LAYERS))
+    outside = {value.part for value in data.depth if value.layer is None}
+    assert outside == {"model.embed_tokens", "model.norm", "lm_head"}
+
+
+def test_importance_finds_the_expert_that_a_score_depends_on(data: ReportData) -> None:
+    def share(found: tuple[Influence, ...], expert: str) -> float:
+        return sum(one.share for one in found if one.parameter.endswith(expert))
+
+    for objective, expert in (("tool_calls", "tools"), ("persona", "persona")):
+        found = data.influences[objective]
+        assert sum(one.share for one in found) == pytest.approx(1)
+        own = [one.correlation for one in found if one.parameter.endswith(expert)]
+        assert np.mean(own) > 0
+    assert share(data.influences["tool_calls"], "tools") > 0.5
+
+
+# The verdict
+
+
+def test_the_verdict_compares_to_the_best_expert_of_each_objective(data: ReportData) -> None:
+    assert data.verdict.split == "holdout"
+    experts = {one.metric.name: one.expert for one in data.verdict.comparisons}
+    assert experts == {"tool_calls": "expert-tools", "persona": "expert-persona"}
+    for one in data.verdict.comparisons:
+        assert one.difference.value == pytest.approx(one.own.value - one.best.value)
+        assert one.difference.stderr < math.hypot(one.own.stderr, one.best.stderr)  # paired
+
+
+def test_a_merge_that_is_clearly_ahead_is_said_to_beat_the_experts(
+    simulate: Callable[[Plan], RunDir],
+) -> None:
+    data = gather(simulate(Plan(n_items=100, n_baselines=3, n_trials=5)))
+    assert data.verdict.level == "good"
+    assert "beats every expert" in data.verdict.headline
+
+
+def test_no_merge_beats_your_experts_is_an_answer(simulate: Callable[[Plan], RunDir]) -> None:
+    verdict = gather(simulate(Plan(objectives=("persona",), n_trials=5))).verdict
+    assert verdict.level == "none"
+    assert verdict.headline == "No merge beats your experts."
+    assert "expert-persona" in verdict.sentences[0]
+
+
+def test_a_broken_guard_is_said_first(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(holdout=False, n_items=30))
+    for entry in gather(run).entries:
+        if entry.feasible and entry.role in {"average", "merge"}:
+            (run.path / "candidates" / f"{entry.name}.json").unlink()
+    data = gather(run)
+    assert data.verdict.headline == "No merge keeps every guard."
+    assert data.recommended not in data.front
+    html = render(data)
+    assert "broken by" in html
+    assert "Best merge: <strong>" in html
+
+
+# Studies that are not finished, and other numbers of objectives
+
+PARTIAL = {
+    "nothing measured": Plan(n_trials=0, n_baselines=0),
+    "only the base": Plan(n_trials=0, n_baselines=1, holdout=False),
+    "baselines without an average": Plan(n_trials=0, n_baselines=3, holdout=False),
+    "few trials, no holdout": Plan(n_trials=3, holdout=False, n_items=20),
+    "every trial failed": Plan(n_trials=2, failed=(1, 2)),
+    "one objective, no guard": Plan(objectives=("persona",), guard_margin=None, n_trials=4),
+    "a minimized objective": Plan(("tool_calls", "latency"), minimized=("latency",), n_trials=4),
+    "three objectives": Plan(("tool_calls", "persona", "brevity"), n_trials=4),
+}
+
+
+@pytest.mark.parametrize("plan", PARTIAL.values(), ids=PARTIAL.keys())
+def test_the_page_can_be_drawn_of(plan: Plan, simulate: Callable[[Plan], RunDir]) -> None:
+    data = gather(simulate(replace(plan, n_items=20)))
+    html = render(data)
+    assert html.count('class="chart" id="chart-') == html.rsplit("<script>")[-1].count("$schema")
+    assert all(entry.name in html for entry in data.entries if entry.role != "merge")
+    assert "nan" not in re.sub(r"(?s)<script>.*?</script>", "", html).replace("is nan:", "")
+    if not any(entry.role in ("average", "merge") for entry in data.entries):
+        assert data.verdict.headline == "No merge has been measured yet."
+
+
+def test_nothing_is_recommended_before_the_base_is_measured(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(n_trials=3, holdout=False, n_items=20))
+    (run.path / "candidates" / "base.json").unlink()
+    data = gather(run)
+    assert (data.recommendation, data.front, data.hypervolume) == (None, (), ())
+    assert "Nothing is recommended" in render(data)
+
+
+def test_importance_is_left_out_where_trials_are_few(simulate: Callable[[Plan], RunDir]) -> None:
+    data = gather(simulate(Plan(n_trials=3, holdout=False, n_items=20)))
+    assert not any(data.influences.values())
+    assert f"it takes {MIN_TRIALS} candidates" in render(data)
+
+
+def test_failed_trials_are_named_with_their_reason(data: ReportData) -> None:
+    assert [candidate.name for candidate in data.failed] == ["trial-0006"]
+    assert "the model&#39;s output is broken" in render(data)
+
+
+# The files
+
+
+class _References(HTMLParser):
+    """Collects what a browser would fetch: src, stylesheets, and url(…) in styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.n_scripts = 0
+        self._in_style = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.n_scripts += tag == "script"
+        self._in_style = tag == "style"
+        for name, value in attrs:
+            if name in {"src", "srcset", "poster", "data"} or (tag == "link" and name == "href"):
+                self.fetched.append(f"{tag} {name}={value}")
+            elif name == "href":
+                self.links.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_style:
+            self.fetched += re.findall(r"@import.*|url\(.*?\)", data)
+            self._in_style = False
+
+
+def _parsed(page: Path) -> _References:
+    parser = _References()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser
+
+
+def test_the_page_fetches_nothing_and_links_only_to_its_own_files(page: Path) -> None:
+    parsed = _parsed(page)
+    assert parsed.fetched == []
+    assert parsed.links
+    assert all((page.parent / link).is_file() for link in parsed.links)
+
+
+def test_what_a_model_said_is_escaped(page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    assert "alert(1)" in html
+    assert "<script>alert(1)" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "&#39;call &lt;Ann &amp; Bo&gt;&#39;" in html  # a prompt
+    assert _parsed(page).n_scripts == 2  # Vega and the charts
+
+
+def test_a_nasty_name_in_a_chart_cannot_end_the_script(data: ReportData) -> None:
+    first, *rest = data.entries
+    nasty = replace(first, candidate=first.candidate.model_copy(update={"name": ATTACK}))
+    html = render(replace(data, entries=(nasty, *rest)))
+    assert "alert(1)" in html
+    assert "<script>alert(1)" not in html
+
+
+def test_the_script_bundle_is_there_once(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").count("window.vegaEmbed=") == 1
+
+
+def test_pictures_for_slides_are_written(page: Path) -> None:
+    image = (page.parent / "pareto.png").read_bytes()
+    width, height = struct.unpack(">II", image[16:24])
+    assert image.startswith(b"\x89PNG\r\n\x1a\n")
+    assert width >= 1500
+    assert height >= 800
+    drawing = (page.parent / "pareto.svg").read_text(encoding="utf-8")
+    assert drawing.startswith("<svg")
+    assert ">expert-persona</text>" in drawing
+
+
+def test_tables_hold_every_candidate_and_the_front(page: Path, finished: RunDir, data: ReportData) -> None:
+    trials = pd.read_csv(page.parent / "trials.csv").set_index("name")
+    assert set(trials.index) == {candidate.name for candidate in finished.candidates()}
+    assert trials.loc["trial-0006", "state"] == "failed"
+    assert "broken" in str(trials.loc["trial-0006", "reason"])
+    for entry in data.entries:
+        for split, scores in (("search", entry.search), ("holdout", entry.holdout)):
+            value = trials.loc[entry.name, f"persona.{split}"]
+            expected = scores["persona"].value if scores else math.nan
+            assert value == pytest.approx(expected, nan_ok=True)
+        params = entry.candidate.params or {}
+        assert trials.loc[entry.name, "param.lambda.early.tools"] == params["lambda.early.tools"]
+    front = pd.read_csv(page.parent / "front.csv")
+    assert set(front["name"]) == {entry.name for entry in data.front}
+    assert front["on_front"].all()
+
+
+def test_the_commands_shown_name_files_that_can_be_read(page: Path, data: ReportData) -> None:
+    html = page.read_text(encoding="utf-8")
+    recipes, studies = (re.findall(rf"mergetune {verb} (\S+)", html) for verb in ("merge", "run"))
+    assert data.recommended is not None
+    assert MergeRecipe.read(Path(recipes[0])) == data.recommended.candidate.recipe
+    assert read_study(Path(studies[0])).experts == data.study.experts
+
+
+def test_every_recipe_of_the_front_is_written(page: Path, data: ReportData) -> None:
+    for entry in data.front:
+        recipe = MergeRecipe.read(page.parent / "recipes" / f"{entry.name}.yaml")
+        assert recipe == entry.candidate.recipe
+
+
+def test_no_temporary_file_is_left(page: Path) -> None:
+    assert not list(page.parent.rglob("*.tmp"))
+
+
+# Small parts
+
+
+def test_charts_show_every_candidate_with_scores_and_coefficients(data: ReportData) -> None:
+    frame = points(data).set_index("name")
+    assert set(frame.index) == {entry.name for entry in data.entries}
+    assert frame.loc["expert-tools", "coefficients"] == "tools 1.00, persona 0.00"
+    assert re.fullmatch(r"\d+\.\d% ± \d+\.\d", str(frame.loc["base", "m0_text"]))
+    assert data.recommendation is not None
+    assert frame["mark"].iloc[-1] == "recommended"  # drawn on top
+
+
+@pytest.mark.parametrize(
+    ("percent", "text", "change"),
+    [(True, "71.3% ± 2.1", "−71.3 ± 2.1 points"), (False, "0.713 ± 0.021", "−0.713 ± 0.021")],
+)
+def test_scores_are_written_with_their_error(percent: bool, text: str, change: str) -> None:
+    metric = Metric("persona", "objective", 1, percent)
+    assert metric.text(Score(0.713, 0.021, 50)) == text
+    assert metric.change(Score(-0.713, 0.021, 50)) == change
+    assert metric.text(Score(1.0, 0.0, 1)).endswith("± ?")
+
+
+def test_labels_of_points_close_together_do_not_cover_each_other() -> None:
+    labels = [Label("average-0.5", 100 + i, 100) for i in range(4)]
+    spots = place_labels(labels, [(label.x, label.y) for label in labels], [], (400, 300))
+    heights = {(spot.align, spot.dy) for spot in spots}
+    assert len(heights) == 4
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (25500, "7 h 05 min")])
+def test_durations_are_written_as_one_reads_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
