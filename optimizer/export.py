@@ -47,7 +47,7 @@ def write_merged(
 def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[str, Score]) -> str:
     """Return the model card: sources, scores with their standard errors, and the recipe."""
     template = Template((shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8"))
-    return template.render(
+    card: str = template.render(
         title=title,
         base_model=inputs.base.config.get("_name_or_path") or inputs.base.folder.name,
         sources={"base": recipe.base, **recipe.experts},
@@ -55,6 +55,7 @@ def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[
         recipe=recipe,
         recipe_yaml=to_yaml(recipe).strip(),
     )
+    return card
 
 
 def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:

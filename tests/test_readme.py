@@ -1,0 +1,61 @@
+"""The README is true: its YAML is valid, its commands and files exist, its tables are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from optimizer.cli import app
+from optimizer.config import StudyConfig
+from optimizer.library import presets
+from optimizer.search_space_config import read_search_space
+from optimizer.suite import SuiteConfig
+from optimizer.yaml_io import validate
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_yaml_block_is_a_valid_study_or_suite() -> None:
+    for text in blocks("yaml"):
+        data = yaml.safe_load(text)
+        validate(data, SuiteConfig if "objectives" in data else StudyConfig, "README.md")
+    assert len(blocks("yaml")) >= 2
+
+
+def test_every_command_exists_and_is_listed() -> None:
+    verbs = set(get_command(app).commands)  # type: ignore[attr-defined]
+    assert set(re.findall(r"mergetune ([a-z]+)", README)) - {"finds"} <= verbs
+    assert set(re.findall(r"\| `mergetune ([a-z]+)", README)) == verbs
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
+def test_every_search_space_is_in_the_table(path: Path) -> None:
+    assert f"| `{path.stem}` | {read_search_space(path).description} |" in README
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = next(block for block in blocks("text") if "cli.py" in block)
+    named = set(re.findall(r"(\w+\.py)\b", tree))
+    present = {path.name for path in (ROOT / "optimizer").rglob("*.py")} - {"__init__.py"}
+    present -= {path.name for path in (ROOT / "optimizer" / "report").glob("*.py")}
+    assert named == present
+
+
+def test_pictures_and_pages_that_it_shows_are_there() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
