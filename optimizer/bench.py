@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimizer import selection
-from optimizer.engines.engine import Engine, EngineConfig, start_engine
+from optimizer.engines import Engine, EngineConfig, start_engine
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement, Score
 from optimizer.library import find

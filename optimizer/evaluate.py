@@ -6,15 +6,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from optimizer.errors import MergetuneError, TrialError
-from optimizer.scorers import Scorer
-from optimizer.suite import Item, Split, Suite, TaskConfig, split_of
+from optimizer.lm_tasks import fix_fewshot, jsonl_task, lm_eval_tasks
+from optimizer.suite import Split, Suite, TaskConfig, split_of
 from optimizer.yaml_io import nearest
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ class Evaluator:
     def _add(self, score_name: str, config: TaskConfig) -> None:
         if config.items is not None:
             name = f"{score_name}:{config.items}"
-            loaded = {name: _jsonl_task(name, config, self.suite.items)}
+            loaded = {name: jsonl_task(name, config, self.suite.items)}
         else:
             assert config.lm_eval is not None  # TaskConfig
-            loaded = _lm_eval_tasks(config.lm_eval, self.suite)
+            loaded = lm_eval_tasks(config.lm_eval, self.suite)
         for name, task in loaded.items():
             if name in self._tasks:
                 raise MergetuneError(f"{self.suite.path}: the task `{name}` is used twice; use it once.")
@@ -153,28 +153,10 @@ class Evaluator:
 def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _BoundTask:
     if config.num_fewshot is not None:
         task.set_config("num_fewshot", config.num_fewshot)
-    n_shared = _fix_fewshot(task)
+    n_shared = fix_fewshot(task)
     docs = list(task.eval_docs)[: config.limit]
     splits = [None if i < n_shared else split_of(_prompt(task, doc), holdout) for i, doc in enumerate(docs)]
     return _BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
-
-
-def _fix_fewshot(task: Task) -> int:
-    """Give every item the same few-shot examples, whichever items run.
-
-    lm-eval draws them at random in the order in which items run, so that a subset would see other
-    prompts than the whole. The first n examples are taken instead. Returns how many of the first
-    evaluation documents serve as examples; they belong to no split, for the answer would be shown.
-    """
-    from lm_eval.api.samplers import FirstNSampler
-
-    n = task.config.num_fewshot or 0
-    if n == 0:
-        task.set_config("num_fewshot", 0)
-        return 0
-    pool = list(task.fewshot_docs())
-    task.sampler = FirstNSampler(pool)
-    return n if pool[:n] == list(task.eval_docs)[:n] else 0
 
 
 def _prompt(task: Task, doc: Any) -> str:
@@ -194,95 +176,6 @@ def _item_ids(docs: Sequence[Any]) -> list[str]:
         seen[digest] = seen.get(digest, 0) + 1
         ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
     return ids
-
-
-def _jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]]) -> Task:
-    """Make an lm-eval task of a JSONL file."""
-    from lm_eval.api.task import ConfigurableTask
-
-    assert config.items is not None
-    assert config.scorer is not None  # TaskConfig
-    data = {"test": _dataset(items[config.items], config.system)}
-    if config.fewshot_items is not None:
-        data["fewshot"] = _dataset(items[config.fewshot_items], config.system)
-    common = {
-        "task": name,
-        "custom_dataset": lambda **_: data,
-        "test_split": "test",
-        "fewshot_split": "fewshot" if config.fewshot_items else None,
-        "num_fewshot": config.num_fewshot or 0,
-        "doc_to_text": "prompt",
-        "description": "system",
-    }
-    if config.scorer.kind == "choice":
-        metric = "acc_norm" if config.scorer.per_character else "acc"
-        own = {
-            "output_type": "multiple_choice",
-            "doc_to_choice": _payload("choices"),
-            "doc_to_target": _payload("answer"),
-            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
-        }
-    else:
-        own = {
-            "output_type": "generate_until",
-            "doc_to_target": "target",
-            "process_results": _scoring(config.scorer),
-            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-            "generation_kwargs": {
-                "until": list(config.stop),
-                "max_gen_toks": config.max_new_tokens,
-                "do_sample": False,
-            },
-        }
-    return ConfigurableTask(config={**common, **own})
-
-
-def _dataset(items: Sequence[Item], system: str) -> Any:
-    """Hold items as a dataset of plain strings: Arrow would give answers of other shapes one schema."""
-    from datasets import Dataset
-
-    return Dataset.from_list(
-        [
-            {
-                "prompt": item.prompt,
-                "system": system if item.system is None else item.system,
-                "target": item.answer if isinstance(item.answer, str) else json.dumps(item.answer),
-                "payload": item.model_dump_json(),
-            }
-            for item in items
-        ]
-    )
-
-
-def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
-    return lambda doc: json.loads(doc["payload"])[key]
-
-
-def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], list[str]], dict[str, float]]:
-    def process_results(doc: Mapping[str, str], results: list[str]) -> dict[str, float]:
-        item = json.loads(doc["payload"])
-        return {"score": scorer.score(results[0], item["answer"], item["patterns"])}
-
-    return process_results
-
-
-def _lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
-    """Load an lm-eval task, or each task of a group, from the suite's `include_path` or by name."""
-    from lm_eval.tasks import TaskManager
-
-    include = suite.config.include_path
-    manager = None
-    if include is not None:
-        manager = TaskManager(include_path=str(suite.path.parent / include), include_defaults=False)
-    if manager is None or name not in manager.all_tasks:  # the index of all tasks takes seconds
-        manager = TaskManager()
-    if name not in manager.all_tasks:
-        raise MergetuneError(f"{suite.path}: lm-eval has no task `{name}`.{nearest(name, manager.all_tasks)}")
-    try:
-        tasks: dict[str, Task] = manager.load([name])["tasks"]
-    except Exception as error:  # whatever a data set's loading raises
-        raise MergetuneError(f"{suite.path}: lm-eval cannot load `{name}`: {error}") from error
-    return tasks
 
 
 def _one_filter(samples: list[dict[str, Any]], chosen: str | None) -> list[dict[str, Any]]:

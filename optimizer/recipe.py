@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from optimizer.errors import MergetuneError
-from optimizer.yaml_io import Strict, read_yaml, write_yaml
+from optimizer.yaml_io import Regex, Strict, read_yaml, write_yaml
 
 Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
 MethodName = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
@@ -81,16 +81,7 @@ class LayerGroup(Strict):
     name: str
     layers: tuple[int, int] | None = None
     roles: tuple[Role, ...] | None = None
-    match: str | None = None
-
-    @field_validator("match")
-    @classmethod
-    def _is_regex(cls, match: str | None) -> str | None:
-        try:
-            re.compile(match or "")
-        except re.error as error:
-            raise ValueError(f"must be a regular expression ({error})") from error
-        return match
+    match: Regex | None = None
 
     def takes(self, name: str) -> bool:
         """Say whether the tensor `name` belongs to this group."""

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from optimizer.yaml_io import Strict
+from optimizer.yaml_io import Regex, Strict
 
 ScorerKind = Literal["exact", "contains", "regex", "json", "choice"]
 
@@ -24,16 +24,9 @@ class Scorer(Strict):
     """
 
     kind: ScorerKind
-    patterns: tuple[str, ...] = ()
+    patterns: tuple[Regex, ...] = ()
     ignore_case: bool = False
     per_character: bool = False
-
-    @field_validator("patterns")
-    @classmethod
-    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            check_regex(pattern)
-        return patterns
 
     @model_validator(mode="after")
     def _options_fit(self) -> Scorer:
@@ -86,11 +79,3 @@ def json_equal(first: Any, second: Any) -> bool:
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(json_equal, first, second))
     return bool(first == second)
-
-
-def check_regex(pattern: str) -> None:
-    """Raise `ValueError` where `pattern` is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression ({error})") from error

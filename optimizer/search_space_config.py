@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from optimizer.errors import MergetuneError
 from optimizer.recipe import METHODS, LayerGroup, MethodName, Role, assign_groups, count_layers
-from optimizer.yaml_io import Strict, read_yaml
+from optimizer.yaml_io import Regex, Strict, read_yaml
 
 
 class Range(Strict):
@@ -59,7 +59,7 @@ class SpaceGroup(Ranges):
     depth: tuple[float, float] | None = None
     layers: tuple[int, int] | None = None
     roles: tuple[Role, ...] | None = None
-    match: str | None = None
+    match: Regex | None = None
 
     @model_validator(mode="after")
     def _has_one_depth(self) -> SpaceGroup:

@@ -12,7 +12,7 @@ from rich.console import Console
 from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench
-from optimizer.engines.engine import start_engine
+from optimizer.engines import start_engine
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.merging.inputs import Inputs

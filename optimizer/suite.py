@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from optimizer.errors import MergetuneError
-from optimizer.scorers import Scorer, check_regex
-from optimizer.yaml_io import Strict, read_yaml
+from optimizer.scorers import Scorer
+from optimizer.yaml_io import Regex, Strict, read_yaml
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
@@ -111,15 +111,8 @@ class Item(Strict):
     prompt: str = Field(min_length=1)
     answer: Any = None
     choices: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
+    patterns: tuple[Regex, ...] = ()
     system: str | None = None
-
-    @field_validator("patterns")
-    @classmethod
-    def _are_regexes(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            check_regex(pattern)
-        return patterns
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from lm_eval.api.model import LM
 
-from optimizer.engines.engine import Engine, EngineConfig, start_engine
+from optimizer.engines import Engine, EngineConfig, start_engine
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.suite import read_suite

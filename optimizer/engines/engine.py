@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
-from torch import Tensor
 
 from optimizer.yaml_io import Strict
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from torch import Tensor
 
 
 class EngineConfig(Strict):
@@ -52,10 +51,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine's memory and end its processes."""
         ...
-
-
-def start_engine(config: EngineConfig, base: Path) -> Engine:
-    """Start the engine that `config` names, with the base's weights and tokenizer."""
-    from optimizer.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine(config, base)
