@@ -23,7 +23,7 @@ from optimizer.merging.merger import Merger
 from optimizer.models import find_model
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, RecipeGroup
-from optimizer.run_dir import Candidate, Cost, RunDir
+from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.suite import Split, read_suite
 
 log = logging.getLogger("mergetune")
@@ -41,7 +41,7 @@ class Bench:
     scores: dict[str, dict[str, Score]]
 
     def measure(
-        self, kind: str, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
+        self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
     ) -> Candidate:
         """Merge, load and score one candidate on the search split, unless that was done before."""
         if (done := self.run.candidate(name)) is not None:
@@ -53,7 +53,7 @@ class Bench:
         except (TrialError, torch.OutOfMemoryError) as error:
             log.exception("%s failed", name)
             if kind == "baseline":
-                raise
+                raise MergetuneError(f"The baseline `{name}` cannot be measured: {error}") from error
             candidate = Candidate.model_validate({**fields, "state": "failed", "reason": str(error)})
             self.run.write_candidate(candidate, None)
             self.progress.say(candidate_line(name, None, 0.0, str(error)))

@@ -17,6 +17,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +34,8 @@ from optimizer.evaluate import Measurement, Score
 from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
 from optimizer.yaml_io import Strict, write_text, write_yaml
+
+CandidateKind = Literal["baseline", "trial"]
 
 
 class StudyRecord(StudyConfig):
@@ -69,7 +73,7 @@ class Candidate(Strict):
     """One model of the study. `params` is its point in the search space, None if it lies outside."""
 
     name: str
-    kind: Literal["baseline", "trial"]
+    kind: CandidateKind
     recipe: MergeRecipe
     params: dict[str, float] | None = None
     state: Literal["complete", "failed"] = "complete"
@@ -90,8 +94,9 @@ class RunDir:
             raise MergetuneError(f"{self.path}: is no run directory (it has no record.json).")
         return StudyRecord.model_validate_json(self._record_file.read_text(encoding="utf-8"))
 
-    def claim(self, study: StudyRecord) -> FileLock:
-        """Take the directory for this study, and lock it until the lock is released or the process ends.
+    @contextmanager
+    def claim(self, study: StudyRecord) -> Iterator[None]:
+        """Hold the directory for this study; the lock ends with the block, or with the process.
 
         Raises:
             MergetuneError: another process holds it, it belongs to another study, or it holds files
@@ -106,12 +111,15 @@ class RunDir:
             lock.acquire()
         except Timeout as error:
             raise MergetuneError(f"{self.path}: another `mergetune run` is at work in it.") from error
-        if self._record_file.exists():
-            self._check_same(study)
-        runnable = study.model_dump(include=set(StudyConfig.model_fields))
-        write_yaml(self.path / "study.yaml", StudyConfig.model_validate(runnable))
-        write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
-        return lock
+        try:
+            if self._record_file.exists():
+                self._check_same(study)
+            runnable = study.model_dump(include=set(StudyConfig.model_fields))
+            write_yaml(self.path / "study.yaml", StudyConfig.model_validate(runnable))
+            write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
+            yield
+        finally:
+            lock.release()
 
     def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
         """Keep a candidate; its scores go first, so that a candidate on disk is always whole."""

@@ -58,7 +58,8 @@ class Plan:
 def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
     """Write the run directory of a study that went as planned."""
     run = RunDir(path)
-    run.claim(_record(plan)).release()
+    with run.claim(_record(plan)):
+        pass
     run.write_items(_items(plan))
     run.write_json("warnings.json", ["The task vector of `persona` is 2.1 times as long as that of `tools`."])
     run.write_json("versions.json", {"mergetune": "0.1.0", "torch": "2.9.0"})

@@ -49,7 +49,11 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
             "line 2: the scorer `choice` needs two",
         ),
         ('{"prompt": "x"}', {"kind": "regex"}, "line 2: the scorer `regex` needs `patterns`"),
-        ('{"prompt": "x", "patterns": ["("]}', {"kind": "regex"}, r"line 2: `patterns\.0`.*regular expression"),
+        (
+            '{"prompt": "x", "patterns": ["("]}',
+            {"kind": "regex"},
+            r"line 2: `patterns\.0`.*regular expression",
+        ),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, scorer: Any, message: str) -> None:
