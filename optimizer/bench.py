@@ -46,7 +46,8 @@ class Bench:
         """Merge, load and score one candidate on the search split, unless that was done before."""
         if (done := self.run.candidate(name)) is not None:
             return done
-        fields = {"name": name, "kind": kind, "recipe": recipe, "params": params and dict(params)}
+        number = len(self.run.candidates())
+        fields = {"name": name, "number": number, "kind": kind, "recipe": recipe, "params": params}
         try:
             load = self.load(recipe)
             measurement = self.evaluator.measure(self.engine.lm, "search")
@@ -64,6 +65,19 @@ class Bench:
         self.scores[name] = measurement.scores()
         self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
         return candidate
+
+    def confirm(self, candidate: Candidate) -> None:
+        """Score a candidate on the holdout split, unless that was done before."""
+        if self.run.measurement(candidate.name, "holdout") is not None:
+            return
+        self.progress.at_work(f"holdout: {candidate.name}")
+        load = self.load(candidate.recipe)
+        measurement = self.evaluator.measure(self.engine.lm, "holdout")
+        self.run.write_measurement(candidate.name, "holdout", measurement)
+        spent = load.plus(Cost(evaluate_s=measurement.seconds, n_items=len(measurement.items)))
+        self.run.write_candidate(candidate.model_copy(update={"holdout_cost": spent}), None)
+        line = candidate_line(candidate.name, measurement.scores(), spent.total_s, "")
+        self.progress.say(f"holdout: {line}")
 
     def load(self, recipe: MergeRecipe) -> Cost:
         """Merge a recipe straight into the engine."""

@@ -70,15 +70,21 @@ class Cost(Strict):
 
 
 class Candidate(Strict):
-    """One model of the study. `params` is its point in the search space, None if it lies outside."""
+    """One model of the study.
+
+    `number` counts the candidates in the order measured; `params` is the point in the search space,
+    None if the recipe lies outside.
+    """
 
     name: str
+    number: int
     kind: CandidateKind
     recipe: MergeRecipe
     params: dict[str, float] | None = None
     state: Literal["complete", "failed"] = "complete"
     reason: str | None = None
     cost: Cost = Field(default_factory=Cost)
+    holdout_cost: Cost = Field(default_factory=Cost)
 
 
 @dataclass(frozen=True)
@@ -128,10 +134,10 @@ class RunDir:
         write_text(self._file(candidate.name, "json"), candidate.model_dump_json(by_alias=True, indent=1))
 
     def candidates(self) -> list[Candidate]:
-        """Return the candidates: baselines in the order measured, then trials by number."""
-        files = sorted((self.path / "candidates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        """Return the candidates in the order measured."""
+        files = (self.path / "candidates").glob("*.json")
         found = [Candidate.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
-        return sorted(found, key=lambda c: (c.kind == "trial", c.name if c.kind == "trial" else ""))
+        return sorted(found, key=lambda candidate: candidate.number)
 
     def candidate(self, name: str) -> Candidate | None:
         """Return one candidate, None where there is none of this name."""

@@ -18,7 +18,7 @@ from optimizer.export import write_merged
 from optimizer.merging.inputs import Inputs
 from optimizer.merging.merger import Merger
 from optimizer.plan import Plan
-from optimizer.progress import Progress, candidate_line, study_line
+from optimizer.progress import Progress, study_line
 from optimizer.recipe import count_layers
 from optimizer.report import write_report
 from optimizer.run_dir import RunDir, log_to
@@ -111,16 +111,9 @@ def _confirm(bench: Bench, n_experts: int) -> None:
     chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
     compared = [name for name in bench.scores if name == selection.BASE or name.startswith("expert-")]
     names = [*compared, uniform_name(n_experts), *([chosen.name] if chosen else [])]
-    for name in dict.fromkeys(names):
-        candidate = bench.run.candidate(name)
-        if candidate is None or bench.run.measurement(name, "holdout") is not None:
-            continue
-        bench.progress.at_work(f"holdout: {name}")
-        bench.load(candidate.recipe)
-        measurement = bench.evaluator.measure(bench.engine.lm, "holdout")
-        bench.run.write_measurement(name, "holdout", measurement)
-        line = candidate_line(name, measurement.scores(), measurement.seconds, "")
-        bench.progress.say(f"holdout: {line}")
+    for candidate in bench.run.candidates():
+        if candidate.name in names and candidate.state == "complete":
+            bench.confirm(candidate)
 
 
 def _write_best(bench: Bench, inputs: Inputs) -> None:

@@ -165,6 +165,7 @@ def _write(run: RunDir, plan: Plan, name: str, lambdas: Lambdas) -> None:
     )
     candidate = Candidate(
         name=name,
+        number=len(run.candidates()),
         kind="trial" if name.startswith("trial-") else "baseline",
         recipe=recipe,
         params={f"lambda.{g}.{e}": v for g, own in lambdas.items() for e, v in own.items()},

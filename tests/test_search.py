@@ -29,7 +29,14 @@ def candidate(name: str, value: float, **fields: Any) -> Candidate:
         }
     )
     kind = "trial" if name.startswith("trial") else "baseline"
-    data = {"name": name, "kind": kind, "recipe": recipe, "params": {"lambda.all.a": value}, **fields}
+    data = {
+        "name": name,
+        "number": 0,
+        "kind": kind,
+        "recipe": recipe,
+        "params": {"lambda.all.a": value},
+        **fields,
+    }
     return Candidate.model_validate(data)
 
 

@@ -96,6 +96,7 @@ class ReportData:
     changes: tuple[Changes, ...]
     optimism: tuple[Optimism, ...]
     cost: Cost
+    holdout_cost: Cost
     versions: Mapping[str, str]
 
     @property
@@ -160,6 +161,7 @@ def gather(run: RunDir) -> ReportData:
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
         optimism=tuple(_optimism(entries, metrics)),
         cost=_total([candidate.cost for candidate in candidates]),
+        holdout_cost=_total([candidate.holdout_cost for candidate in candidates]),
         versions=run.read_json("versions.json") or {},
     )
 

@@ -1,0 +1,56 @@
+"""The demo's content: real adapters that fit the real base, items that training never saw."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimizer.library import shared_folder
+from optimizer.plan import Plan
+from optimizer.search_space import SearchSpace
+
+FOLDER = shared_folder("examples") / "taskmaster"
+EVALS = shared_folder("evals") / "taskmaster"
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return Plan.read(FOLDER / "study.yaml")
+
+
+def test_the_adapters_fit_the_base_and_one_is_much_longer(plan: Plan) -> None:
+    inputs = plan.open_inputs()
+    assert inputs.warnings == ()
+    space = SearchSpace(
+        plan.space, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names
+    )
+    assert len(space.distributions) == 8  # LoRA leaves embeddings and norms alone
+    assert 1.5 < inputs.norms["tools"] / inputs.norms["persona"] < 4
+
+
+def test_the_adapters_are_small() -> None:
+    sizes = [file.stat().st_size for file in (FOLDER / "experts").rglob("*") if file.is_file()]
+    assert sum(sizes) < 8 * 10**6
+
+
+@pytest.mark.parametrize(("skill", "items"), [("tools", "tool_calls"), ("persona", "persona")])
+def test_no_test_item_was_trained_on(skill: str, items: str) -> None:
+    trained = {str(item["prompt"]) for item in lines(FOLDER / "train" / f"{skill}.jsonl")}
+    assert not trained & {str(item["prompt"]) for item in lines(EVALS / f"{items}.jsonl")}
+
+
+def test_the_script_makes_the_items_that_ship(tmp_path: Path) -> None:
+    train, test = tmp_path / "train", tmp_path / "test"
+    command = [FOLDER / "make_items.py", "--train-dir", train, "--test-dir", test]
+    subprocess.run([sys.executable, *map(str, command)], check=True)
+    for made in [*train.iterdir(), *test.iterdir()]:
+        shipped = (FOLDER / "train" if made.parent == train else EVALS) / made.name
+        assert made.read_bytes() == shipped.read_bytes(), made.name
