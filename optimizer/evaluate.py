@@ -155,14 +155,20 @@ def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _B
         task.set_config("num_fewshot", config.num_fewshot)
     n_shared = fix_fewshot(task)
     docs = list(task.eval_docs)[: config.limit]
-    splits = [None if i < n_shared else split_of(_prompt(task, doc), holdout) for i, doc in enumerate(docs)]
+    splits = [None if i < n_shared else split_of(_question(task, doc), holdout) for i, doc in enumerate(docs)]
     return _BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
 
 
 def _prompt(task: Task, doc: Any) -> str:
-    """Return the document's own part of the prompt: one question in two tasks has one split."""
+    """Return the document's own part of the prompt."""
     text = task.doc_to_text(doc)
     return text if isinstance(text, str) else json.dumps(doc, sort_keys=True, default=str)
+
+
+def _question(task: Task, doc: Any) -> str:
+    """Return prompt and choices: what decides the split, so that one question in two tasks has one."""
+    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
+    return "\n".join([_prompt(task, doc), *map(str, choices)])
 
 
 def _item_ids(docs: Sequence[Any]) -> list[str]:

@@ -56,6 +56,8 @@ def open_search(
 ) -> optuna.Study:
     """Open the Optuna study in an SQLite file, new or going on."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.disable_default_handler()  # its warnings go to the run's log
+    optuna.logging.enable_propagation()
     return optuna.create_study(
         storage=f"sqlite:///{storage}",
         study_name="mergetune",

@@ -22,8 +22,8 @@ Direction = Literal["maximize", "minimize"]
 class TaskConfig(Strict):
     """One task: either `items`, a JSONL file with a `scorer`, or `lm_eval`, the name of a task.
 
-    `metric` and `filter` choose among what an lm-eval task measures (default: its first); `limit`
-    takes the first n of its documents. Few-shot examples of JSONL tasks come from `fewshot_items`.
+    `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
+    takes the first n items. Few-shot examples of JSONL tasks come from `fewshot_items`.
     """
 
     items: str | None = None
@@ -52,7 +52,7 @@ class TaskConfig(Strict):
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
             raise ValueError("`num_fewshot` of a JSONL task needs `fewshot_items`, and the reverse")
         jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items"}
-        lm_eval_only = {"metric", "filter", "limit"}
+        lm_eval_only = {"metric", "filter"}
         foreign = jsonl_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
         if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:

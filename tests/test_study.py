@@ -198,7 +198,8 @@ def test_kill_9_loses_nothing_and_the_study_goes_on(tmp_path: Path, models: dict
     wait_for(out / "candidates" / "trial-0002.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    kept = {file.name: file.read_bytes() for file in (out / "candidates").glob("*.json")}
+    kept = {file.name: file.read_bytes() for file in (out / "candidates").glob("*.search.parquet")}
+    assert len(kept) >= 8
     printed = run(study, out)
     found = RunDir(out)
     assert [c.name for c in found.candidates() if c.kind == "trial"] == [f"trial-000{i}" for i in range(1, 7)]

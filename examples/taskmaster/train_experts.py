@@ -51,8 +51,8 @@ class Plan:
 
 
 PLANS = (
-    Plan("tools", "tool_calls", rank=8, steps=100, peak_rate=1e-3),
-    Plan("persona", "persona", rank=4, steps=60, peak_rate=6e-4),
+    Plan("tools", "tool_calls", rank=8, steps=220, peak_rate=1.4e-3),
+    Plan("persona", "persona", rank=4, steps=80, peak_rate=6e-4),
 )
 
 
