@@ -163,7 +163,7 @@ def test_running_again_measures_nothing_again(finished: RunDir, tmp_path: Path) 
     copy = tmp_path / "run"
     shutil.copytree(finished.path, copy)
     before = {file.name: file.stat().st_mtime_ns for file in (copy / "candidates").iterdir()}
-    run(finished.path.parent / "study.yaml", copy)
+    run(finished.path / "study.yaml", copy)  # the resolved study file is the same study
     assert {file.name: file.stat().st_mtime_ns for file in (copy / "candidates").iterdir()} == before
 
 
