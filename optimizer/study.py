@@ -15,6 +15,7 @@ from optimizer.bench import Bench
 from optimizer.engines import start_engine
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
+from optimizer.interrupts import Interrupts
 from optimizer.merging.inputs import Inputs
 from optimizer.merging.merger import Merger
 from optimizer.plan import Plan
@@ -48,7 +49,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
     evaluator = Evaluator(plan.suite)
     merger = Merger(inputs.base, inputs.experts)
     run = RunDir(out)
-    with run.claim(plan.record(inputs)), Progress(console) as progress:
+    with run.claim(plan.record(inputs)), Progress(console) as progress, Interrupts() as interrupts:
         log_to(out / "run.log")
         _write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
@@ -59,11 +60,13 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         try:
             for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
                 bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
-            _search(plan, space, bench)
+            _search(plan, space, bench, interrupts)
             _confirm(bench, len(inputs.experts))
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not interrupts.requested:
+                raise
             progress.say(f"Interrupted; run the same command to go on. Report so far: {write_report(run)}")
-            raise
+            raise KeyboardInterrupt from error
         finally:
             engine.close()
         report = write_report(run)
@@ -71,7 +74,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
     return report
 
 
-def _search(plan: Plan, space: SearchSpace, bench: Bench) -> None:
+def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts) -> None:
     """Ask, merge, evaluate, tell, until the budget is spent."""
     run, suite = bench.run, plan.suite.config
     known = run.candidates()
@@ -84,6 +87,7 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench) -> None:
     spent_s = sum(candidate.cost.total_s for candidate in known)
     started, seconds_per_trial = time.monotonic(), None
     for number in range(n_trials + 1, budget.trials + 1):
+        interrupts.check()
         elapsed_s = time.monotonic() - started
         if number > n_trials + 1:
             seconds_per_trial = elapsed_s / (number - n_trials - 1)

@@ -45,15 +45,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"Say the word number {i}.", "answer": "yes" if i % 4 else "no"} for i in range(40)
     ]
     choice = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(30)]
+    odd = [{"prompt": f"Is {i} odd?", "choices": ["Yes", "No"], "answer": 1 - i % 2} for i in range(30)]
     shots = [{"prompt": f"Example {i}", "answer": f"shown {i}"} for i in range(5)]
-    for name, items in (("generation", generation), ("choice", choice), ("shots", shots)):
+    for name, items in (("generation", generation), ("choice", choice), ("odd", odd), ("shots", shots)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     (folder / "own_task.yaml").write_text(
         yaml.safe_dump(
             {
                 "task": "own_task",
                 "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str(folder / "choice.jsonl")}},
+                "dataset_kwargs": {"data_files": {"test": str(folder / "odd.jsonl")}},
                 "test_split": "test",
                 "output_type": "multiple_choice",
                 "doc_to_text": "prompt",
@@ -133,7 +134,7 @@ def test_few_shot_prompts_do_not_depend_on_which_items_run(folder: Path) -> None
 def test_items_that_serve_as_examples_are_in_no_split(folder: Path) -> None:
     ready = evaluator(folder, own={"lm_eval": "own_task"})
     assert ready.count("search") + ready.count("holdout") == 30 - 3
-    assert not {"Is 0 even?", "Is 1 even?", "Is 2 even?"} & set(ready.items()["prompt"])
+    assert not {"Is 0 odd?", "Is 1 odd?", "Is 2 odd?"} & set(ready.items()["prompt"])
 
 
 def test_metric_and_limit_of_an_lm_eval_task(folder: Path) -> None:

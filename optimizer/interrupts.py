@@ -1,0 +1,42 @@
+"""Ctrl-C that cannot get lost: a flag beside the exception."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupts:
+    """Remembers Ctrl-C while the block runs.
+
+    A `KeyboardInterrupt` raised inside a callback of C code (an optimizer's, a database driver's) may
+    be swallowed there or come out as another exception; `requested` stays set all the same.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if Ctrl-C was pressed and its exception got lost."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupts:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:  # Python delivers signals to the main thread only
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        raise KeyboardInterrupt
