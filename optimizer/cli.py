@@ -20,9 +20,6 @@ from optimizer.errors import MergetuneError
 if TYPE_CHECKING:
     from optimizer.analysis import GroupStatistics
 
-if TYPE_CHECKING:
-    pass
-
 EXIT_ERROR = 3
 
 app = typer.Typer(

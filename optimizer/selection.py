@@ -13,6 +13,7 @@ from optimizer.suite import SuiteConfig
 
 Scores = Mapping[str, Score]
 BASE = "base"
+_EXPERT = "expert-"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Recommendation:
 
 def expert_name(expert: str) -> str:
     """Return the candidate's name of an expert measured alone."""
-    return f"expert-{expert}"
+    return f"{_EXPERT}{expert}"
+
+
+def is_expert(name: str) -> bool:
+    """Say whether a candidate's name is that of an expert measured alone."""
+    return name.startswith(_EXPERT)
 
 
 def guard_violations(
@@ -74,7 +80,7 @@ def retained_gains(candidates: Mapping[str, Scores], scores: Scores, suite: Suit
     1 equals the best expert and 0 the base. Where no expert is better than the base there is no gain
     to keep: the value is then 1 plus the plain difference to the base.
     """
-    experts = [own for name, own in candidates.items() if name.startswith("expert-")]
+    experts = [own for name, own in candidates.items() if is_expert(name)]
     gains = {}
     for name, objective in suite.objectives.items():
         base = objective.sign * candidates[BASE][name].value
@@ -91,9 +97,7 @@ def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommend
     objective's weight (a weighted Chebyshev distance to the ideal point; Bowman 1976). The base and
     the experts themselves are not merges. None where no merge was measured.
     """
-    merges = {
-        name: scores for name, scores in candidates.items() if name != BASE and not name.startswith("expert-")
-    }
+    merges = {name: scores for name, scores in candidates.items() if name != BASE and not is_expert(name)}
     if not merges or BASE not in candidates:
         return None
 

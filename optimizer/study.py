@@ -113,7 +113,7 @@ def _confirm(bench: Bench, n_experts: int) -> None:
     if bench.evaluator.count("holdout") == 0:
         return
     chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
-    compared = [name for name in bench.scores if name == selection.BASE or name.startswith("expert-")]
+    compared = [name for name in bench.scores if name == selection.BASE or selection.is_expert(name)]
     names = [*compared, uniform_name(n_experts), *([chosen.name] if chosen else [])]
     for candidate in bench.run.candidates():
         if candidate.name in names and candidate.state == "complete":

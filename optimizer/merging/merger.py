@@ -91,16 +91,16 @@ class Merger:
         weights = [base if vector is None else base + vector for vector in found.values()]
         if recipe.method == "linear":
             return methods.linear(weights, [group.lambdas[expert] for expert in found])
-        assert group.t is not None  # _check
+        assert group.t is not None  # MergeRecipe
         return methods.slerp(weights[0], weights[1], group.t)
 
     def _threshold(self, expert: str, name: str, task_vector: Tensor, density: float) -> float:
         """Look the trimming threshold up in the table of this tensor, made at its first use."""
-        if (expert, name) not in self._thresholds:
-            self._thresholds[expert, name] = methods.trim_thresholds(task_vector, _GRID)
         step = round(density / DENSITY_STEP)
         if abs(step * DENSITY_STEP - density) > 1e-9 or step < 1:
             return methods.trim_thresholds(task_vector, [density])[0]
+        if (expert, name) not in self._thresholds:
+            self._thresholds[expert, name] = methods.trim_thresholds(task_vector, _GRID)
         return self._thresholds[expert, name][step - 1]
 
 

@@ -51,7 +51,7 @@ class Entry:
         """Return what the candidate is to the reader."""
         if self.name == selection.BASE:
             return "base"
-        if self.name.startswith("expert-"):
+        if selection.is_expert(self.name):
             return "expert"
         return "average" if self.candidate.kind == "baseline" else "merge"
 

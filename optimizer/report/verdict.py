@@ -178,7 +178,7 @@ def _comparisons(
     scores: Mapping[str, Mapping[str, Score]],
     metrics: Sequence[Metric],
 ) -> list[Comparison]:
-    experts = [other for other in scores if other.startswith("expert-")]
+    experts = [other for other in scores if selection.is_expert(other)]
     found = []
     for metric in metrics:
         if metric.kind == "guard" or not experts:
@@ -207,7 +207,7 @@ def _resampled_losses(
         values = config.sign * _resampled_means(frames, objective, rng)  # (N_RESAMPLES, n_models)
         points = {name: config.sign * own[objective].value for name, own in scores.items()}
         base = points[selection.BASE]
-        best = max((v for name, v in points.items() if name.startswith("expert-")), default=base)
+        best = max((v for name, v in points.items() if selection.is_expert(name)), default=base)
         gain, goal = (best - base, best) if best > base else (1.0, base)
         worst = np.maximum(worst, config.weight * (goal - values) / gain)
     return {name: worst[:, column] for column, name in enumerate(names)}
