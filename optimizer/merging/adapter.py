@@ -101,6 +101,13 @@ class LoraExpert:
         parts = [json.dumps(scaling, sort_keys=True), self._files.digest(self._files.names)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def weights(self, name: str) -> Tensor | None:
+        """Return a tensor that the adapter holds in full (`modules_to_save`), read only."""
+        update = self._updates.get(name)
+        if update is None or update.saved is None or update.a is not None:
+            return None
+        return self._files.view(update.saved)
+
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return what the adapter adds to the base's tensor `name`, or None if nothing.
 

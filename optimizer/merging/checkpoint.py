@@ -81,6 +81,10 @@ class Checkpoint:
         """Return a fresh CPU tensor in this dtype, or else as it is stored."""
         return self._files.view(name).to(dtype or self.dtype(name), copy=True)
 
+    def view(self, name: str) -> Tensor:
+        """Return a tensor as it is mapped from its file: read only, and no copy."""
+        return self._files.view(name)
+
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
@@ -168,6 +172,12 @@ class Expert(Protocol):
     def digest(self) -> str:
         """SHA-256 of everything that, with the base, determines its task vector."""
 
+    def weights(self, name: str) -> Tensor | None:
+        """Return the expert's own tensor, read only and in its own dtype, where it has one.
+
+        None where it leaves the base's as it is, or only adds to it.
+        """
+
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return expert − base in float32, or None where the expert leaves the tensor as it is."""
 
@@ -193,6 +203,10 @@ class FullExpert:
     def digest(self) -> str:
         """SHA-256 of the checkpoint's tensors."""
         return self.checkpoint.digest
+
+    def weights(self, name: str) -> Tensor:
+        """Return the tensor as it is mapped from its file: read only."""
+        return self.checkpoint.view(name)
 
     def task_vector(self, name: str, base: Tensor) -> Tensor:
         """Return expert − base in float32, on the device of `base`."""
