@@ -66,7 +66,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     """
     groups = assign_groups(recipe.groups, inputs.base.names)
     if recipe.method.startswith("dare") or (
-        recipe.method == "ties" and any(len(set(g.lambdas.values())) > 1 for g in recipe.groups)
+        recipe.method == "ties" and any(len(set(g.per_expert("lambda").values())) > 1 for g in recipe.groups)
     ):
         return None
     base = recipe.base.path
@@ -80,7 +80,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
         config |= {
             "base_model": first,
             "models": [{"model": first}, {"model": second}],
-            "parameters": {"t": _by_tensor(groups, lambda group: group.t)},
+            "parameters": {"t": _by_tensor(groups, lambda group: group.single("t"))},
         }
     else:
         config["models"] = [
@@ -89,7 +89,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
         if recipe.method != "linear":
             config["base_model"] = base
         if recipe.method == "ties":
-            scale = _by_tensor(groups, lambda group: next(iter(group.lambdas.values())))
+            scale = _by_tensor(groups, lambda group: next(iter(group.per_expert("lambda").values())))
             config["parameters"] = {"normalize": True, "lambda": scale}
     config |= {"dtype": "float32", "out_dtype": inputs.base.config.get("dtype", "float32")}
     return yaml.safe_dump(config, sort_keys=False)
@@ -97,8 +97,11 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
 
 def _parameters(recipe: MergeRecipe, groups: Mapping[str, RecipeGroup], expert: str) -> dict[str, Any]:
     if recipe.method == "ties":
-        return {"weight": 1.0, "density": _by_tensor(groups, lambda group: group.densities[expert])}
-    return {"weight": _by_tensor(groups, lambda group: group.lambdas[expert])}
+        return {
+            "weight": 1.0,
+            "density": _by_tensor(groups, lambda group: group.per_expert("density")[expert]),
+        }
+    return {"weight": _by_tensor(groups, lambda group: group.per_expert("lambda")[expert])}
 
 
 def _by_tensor(groups: Mapping[str, RecipeGroup], value: Any) -> Any:

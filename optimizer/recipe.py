@@ -5,38 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from optimizer.errors import MergetuneError
-from optimizer.yaml_io import Regex, Strict, read_yaml, write_yaml
+from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
+from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys, write_yaml
 
 Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
-MethodName = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a merge method is, which coefficients it reads and how many experts it takes."""
-
-    summary: str
-    parameters: tuple[str, ...]
-    min_experts: int = 1
-    max_experts: int | None = None
-
-
-METHODS: dict[MethodName, Method] = {
-    "linear": Method("weighted average of the experts, weights normalized to 1", ("lambda",)),
-    "task_arithmetic": Method("base + Σ lambda · task vector", ("lambda",)),
-    "ties": Method("trim by magnitude, elect signs, average what agrees", ("lambda", "density")),
-    "dare_linear": Method("drop at random, rescale by 1/density, add", ("lambda", "density")),
-    "dare_ties": Method("drop at random, rescale, elect signs", ("lambda", "density")),
-    "slerp": Method("arc from the first expert (t=0) to the second (t=1)", ("t",), 2, 2),
-}
 
 # A tensor's role, from its name alone, so that no list of architectures is needed. The order counts:
 # `post_attention_layernorm` is a norm, `self_attn.out_proj` is attention.
@@ -99,22 +79,35 @@ G = TypeVar("G", bound=LayerGroup)
 
 
 class RecipeGroup(LayerGroup):
-    """A layer group with its coefficients.
+    """A layer group with its coefficients, by the names of `METHODS`.
 
-    `lambda` and `density` hold one value per expert; `t` is SLERP's position between the first
-    expert (0) and the second (1). `METHODS` says which of them a method reads.
+    Each is a mapping from expert to number, or one number where the method has one for all experts.
     """
 
-    lambdas: dict[str, float] = Field(default_factory=dict, alias="lambda")
-    densities: dict[str, float] = Field(default_factory=dict, alias="density")
-    t: float | None = Field(None, ge=0.0, le=1.0)
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, float] | float]
 
-    @field_validator("densities")
+    @model_validator(mode="before")
     @classmethod
-    def _is_fraction(cls, densities: dict[str, float]) -> dict[str, float]:
-        if not all(0.0 < density <= 1.0 for density in densities.values()):
-            raise ValueError("0 < density <= 1 must hold")
-        return densities
+    def _has_known_keys(cls, data: object) -> object:
+        return refuse_unknown_keys(cls, data, PARAMETER_NAMES)
+
+    @property
+    def coefficients(self) -> Mapping[str, dict[str, float] | float]:
+        """The coefficients by name, e.g. `{"lambda": {"tools": 0.7, "persona": 0.4}}`."""
+        return self.__pydantic_extra__
+
+    def per_expert(self, parameter: str) -> dict[str, float]:
+        """Return a coefficient that each expert has its own of."""
+        values = self.coefficients[parameter]
+        assert isinstance(values, dict)  # MergeRecipe
+        return values
+
+    def single(self, parameter: str) -> float:
+        """Return a coefficient that is one for all experts."""
+        value = self.coefficients[parameter]
+        assert isinstance(value, float)  # MergeRecipe
+        return value
 
 
 class Source(Strict):
@@ -131,17 +124,21 @@ class MergeRecipe(Strict):
     base: Source
     experts: dict[str, Source] = Field(min_length=1)
     groups: tuple[RecipeGroup, ...] = Field(min_length=1)
+    options: dict[str, str] | None = None
     seed: int = 0
 
     @model_validator(mode="after")
     def _is_complete(self) -> MergeRecipe:
-        method = METHODS[self.method]
-        count = len(self.experts)
-        if not method.min_experts <= count <= (method.max_experts or count):
-            raise ValueError(f"`{self.method}` merges exactly {method.min_experts} experts")
+        check_expert_count(self.method, len(self.experts))
+        full_options(self.method, self.options or {})
         for group in self.groups:
             _check_coefficients(group, self.method, list(self.experts))
         return self
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The method's options, with the defaults of those that are not given."""
+        return full_options(self.method, self.options or {})
 
     @property
     def digest(self) -> str:
@@ -161,22 +158,36 @@ class MergeRecipe(Strict):
         write_yaml(path, self)
 
 
+def check_expert_count(method: MethodName, count: int) -> None:
+    """Raise `ValueError` if the method does not take this number of experts."""
+    low, high = METHODS[method].min_experts, METHODS[method].max_experts
+    if not low <= count <= (high or count):
+        wanted = f"exactly {low}" if low == high else f"at least {low}"
+        raise ValueError(f"`{method}` merges {wanted} expert{'' if low == 1 else 's'}, but got {count}")
+
+
 def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[str]) -> None:
     """Check that the group has each coefficient its method reads, for each expert, and no other."""
-    parameters = METHODS[method].parameters
-    if ("t" in parameters) != (group.t is not None):
-        raise ValueError(
-            f"`t` must {'' if 't' in parameters else 'not '}stand in `{group.name}` of `{method}`"
-        )
-    for parameter, values in (("lambda", group.lambdas), ("density", group.densities)):
-        wanted = experts if parameter in parameters else []
-        if set(values) != set(wanted):
-            raise ValueError(
-                f"`{parameter}` must stand in `{group.name}` of `{method}` for "
-                f"{', '.join(wanted) or 'none'}, but it does for {', '.join(values) or 'none'}"
-            )
-    if method == "linear" and sum(group.lambdas.values()) == 0:
-        raise ValueError(f"`linear` divides by the sum of the lambdas, which is 0 in `{group.name}`")
+    parameters = {parameter.name: parameter for parameter in METHODS[method].parameters}
+    for name in {*parameters, *group.coefficients}:
+        parameter, given = parameters.get(name), group.coefficients.get(name)
+        if parameter is None or given is None:
+            raise ValueError(f"`{name}` must {'not ' if given else ''}stand in `{group.name}` of `{method}`")
+        _check_shape(f"`{name}` of `{group.name}`", given, experts if parameter.is_per_expert else None)
+        for value in given.values() if isinstance(given, dict) else [given]:
+            if value not in parameter.valid:
+                raise ValueError(f"`{name}` ∈ {parameter.valid} must hold in `{group.name}`, but got {value}")
+    if method in ("linear", "multislerp") and sum(group.per_expert("lambda").values()) == 0:
+        raise ValueError(f"`{method}` divides by the sum of the lambdas, which is 0 in `{group.name}`")
+
+
+def _check_shape(what: str, given: dict[str, float] | float, experts: list[str] | None) -> None:
+    """Check that a coefficient is one number, or where `experts` are named one number for each."""
+    if experts is None and isinstance(given, dict):
+        raise ValueError(f"{what} must be one number, but is one for each of {', '.join(given)}")
+    if experts is not None and (not isinstance(given, dict) or set(given) != set(experts)):
+        found = ", ".join(given) if isinstance(given, dict) else "all of them at once"
+        raise ValueError(f"{what} must be given for {', '.join(experts)}, but is for {found or 'none'}")
 
 
 def assign_groups(groups: Iterable[G], names: Iterable[str]) -> dict[str, G]:

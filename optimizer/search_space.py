@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from optimizer.errors import MergetuneError
-from optimizer.recipe import METHODS, LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
+from optimizer.method_table import METHODS, Parameter
+from optimizer.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
 from optimizer.search_space_config import (
-    DEFAULTS,
     Coefficient,
     Range,
     Ranges,
     SearchSpaceConfig,
+    default_range,
     layer_groups,
 )
 
-_AVERAGES = ("linear", "slerp")  # methods that average whole weights, and so never give the base
-_DECIMALS = {"lambda": 12, "density": 2, "t": 12}  # interpolated densities stay on the merger's grid
+_DECIMALS = {"density": 2, "select_topk": 2}  # interpolated between anchors, they stay on the merger's grid
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """One coefficient of one expert in one scope: a layer group, or an anchor.
+    """One coefficient in one scope: a layer group, or an anchor; `expert` is None if it is one for all.
 
     A slot that does not matter touches no tensor: it is not searched, and its value is 1.
     """
 
     parameter: str
-    expert: str
+    expert: str | None
     key: str  # Optuna's name
     coefficient: Coefficient
     matters: bool
@@ -44,6 +44,11 @@ class _Slot:
         if not self.matters:
             return 1.0
         return params[self.key] if isinstance(self.coefficient, Range) else self.coefficient
+
+    @property
+    def fixed(self) -> float | None:
+        """The number held where there is nothing to search, else None."""
+        return None if isinstance(self.coefficient, Range) else self.coefficient
 
     def holds(self, value: float) -> bool:
         if isinstance(self.coefficient, Range):
@@ -60,7 +65,7 @@ class SearchSpace:
         experts: the experts by name, as recipes name them.
         changed: the tensors that each expert changes; coefficients that touch none are not searched.
         tensor_names: the base's tensors; each must fall into exactly one layer group.
-        seed: seed of DARE's masks, the same in all recipes.
+        seed: seed of the random masks, the same in all recipes.
 
     Raises:
         MergetuneError: a tensor falls into no group or several, or the method does not take this
@@ -101,6 +106,7 @@ class SearchSpace:
             base=self._base,
             experts=self._experts,
             groups=tuple(self._recipe_group(group, params) for group in self.groups),
+            options=self.config.options,
             seed=self._seed,
         )
 
@@ -109,20 +115,27 @@ class SearchSpace:
 
         For SLERP, `t` is the second expert's share of the lambdas.
         """
-        total = sum(lambdas.values())
-        if self.config.method in _AVERAGES and total == 0:
-            return None
-        wanted = {"density": density}
-        if self.config.method == "slerp":
-            wanted["t"] = list(lambdas.values())[1] / total
+        wanted = {"density": density, **self._shares(lambdas)}
         params: dict[str, float] = {}
         for slot in (slot for slots in self._slots.values() for slot in slots if slot.matters):
-            value = lambdas[slot.expert] if slot.parameter == "lambda" else wanted[slot.parameter]
-            if not slot.holds(value) or params.get(slot.key, value) != value:
+            value = lambdas[slot.expert] if slot.parameter == "lambda" and slot.expert else None
+            value = wanted.get(slot.parameter, slot.fixed) if value is None else value
+            if value is None or not slot.holds(value) or params.get(slot.key, value) != value:
                 return None
             if slot.range is not None:
                 params[slot.key] = value
-        return params
+        return None if self._is_undefined(lambdas) else params
+
+    def _shares(self, lambdas: Mapping[str, float]) -> dict[str, float]:
+        """Return `t` of the methods between two experts: the second one's share of the lambdas."""
+        total = sum(lambdas.values())
+        if self.config.method not in ("slerp", "nuslerp") or total == 0:
+            return {}
+        return {"t": list(lambdas.values())[1] / total}
+
+    def _is_undefined(self, lambdas: Mapping[str, float]) -> bool:
+        """Say whether the method averages whole experts, and so cannot give the base."""
+        return self.config.method in ("linear", "multislerp") and sum(lambdas.values()) == 0
 
     def _make_slots(self, changed: Mapping[str, Collection[str]]) -> dict[str, list[_Slot]]:
         """Return the slots of each scope."""
@@ -132,34 +145,37 @@ class SearchSpace:
             name: [
                 self._slot(name, scope, parameter, expert, self._touches(name, expert, changed))
                 for parameter in METHODS[self.config.method].parameters
-                for expert in (list(self._experts)[:1] if parameter == "t" else self._experts)
+                for expert in (self._experts if parameter.is_per_expert else [None])
             ]
             for name, scope in scopes.items()
         }
 
-    def _slot(self, scope: str, own: Ranges, parameter: str, expert: str, matters: bool) -> _Slot:
-        given = (own.get(parameter), self.config.get(parameter), DEFAULTS[parameter])
+    def _slot(
+        self, scope: str, own: Ranges, parameter: Parameter, expert: str | None, matters: bool
+    ) -> _Slot:
+        name = parameter.name
+        given = (own.ranges.get(name), self.config.ranges.get(name), default_range(parameter))
         coefficient = next(found for found in given if found is not None)
-        shared = isinstance(coefficient, Range) and coefficient.shared
-        key = f"{parameter}.{scope}" if shared else f"{parameter}.{scope}.{expert}"
-        return _Slot(parameter, expert, key, coefficient, matters)
+        shared = expert is None or (isinstance(coefficient, Range) and coefficient.shared)
+        key = f"{name}.{scope}" if shared else f"{name}.{scope}.{expert}"
+        return _Slot(name, expert, key, coefficient, matters)
 
-    def _touches(self, scope: str, expert: str, changed: Mapping[str, Collection[str]]) -> bool:
-        """Say whether an expert's coefficient in a scope has an effect on any tensor."""
-        experts = list(changed) if self.config.method in _AVERAGES else [expert]
+    def _touches(self, scope: str, expert: str | None, changed: Mapping[str, Collection[str]]) -> bool:
+        """Say whether a coefficient in a scope has an effect on any tensor."""
+        is_alone = expert is not None and not METHODS[self.config.method].is_joint
+        experts = [expert] if is_alone and expert is not None else list(changed)
         groups = [group for group in self.groups if scope in self._weights[group.name]]
         return any(group.takes(name) for group in groups for each in experts for name in changed[each])
 
     def _recipe_group(self, group: LayerGroup, params: Mapping[str, float]) -> RecipeGroup:
-        values: dict[str, dict[str, float]] = {"lambda": {}, "density": {}, "t": {}}
+        found: dict[str, dict[str | None, float]] = {}
         for scope, weight in self._weights[group.name].items():
             for slot in self._slots[scope]:
-                own = values[slot.parameter]
+                own = found.setdefault(slot.parameter, {})
                 total = own.get(slot.expert, 0.0) + weight * slot.value(params)
-                own[slot.expert] = round(total, _DECIMALS[slot.parameter])
-        position = next(iter(values.pop("t").values()), None)
-        fields = {**group.model_dump(exclude_none=True), **values, "t": position}
-        return RecipeGroup.model_validate(fields)
+                own[slot.expert] = round(total, _DECIMALS.get(slot.parameter, 12))
+        coefficients = {name: own.get(None, own) for name, own in found.items()}
+        return RecipeGroup.model_validate({**group.model_dump(exclude_none=True), **coefficients})
 
 
 def _scope_weights(

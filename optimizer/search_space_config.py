@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from optimizer.errors import MergetuneError
-from optimizer.recipe import METHODS, LayerGroup, MethodName, Role, assign_groups, count_layers
-from optimizer.yaml_io import Regex, Strict, read_yaml
+from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter, full_options
+from optimizer.recipe import LayerGroup, Role, assign_groups, count_layers
+from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys
 
 
 class Range(Strict):
@@ -29,24 +30,30 @@ class Range(Strict):
 
 Coefficient = Range | float  # a number is held fixed
 
-DEFAULTS: dict[str, Range] = {
-    "lambda": Range(low=0.0, high=2.0),
-    "density": Range(low=0.1, high=1.0, step=0.01),
-    "t": Range(low=0.0, high=1.0, shared=True),
-}
-
 
 class Ranges(Strict):
-    """The ranges of the coefficients; where one is absent, the wider scope's holds, at last the default."""
+    """The ranges of coefficients, by the names of `METHODS`; where one is absent, a wider scope's holds."""
 
-    lambda_: Coefficient | None = Field(None, alias="lambda")
-    density: Coefficient | None = None
-    t: Coefficient | None = None
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Coefficient]
 
-    def get(self, parameter: str) -> Coefficient | None:
-        """Return the range given for `lambda`, `density` or `t`."""
-        value: Coefficient | None = getattr(self, "lambda_" if parameter == "lambda" else parameter)
-        return value
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_keys(cls, data: object) -> object:
+        return refuse_unknown_keys(cls, data, PARAMETER_NAMES)
+
+    @property
+    def ranges(self) -> Mapping[str, Coefficient]:
+        """The ranges given, by the coefficient's name."""
+        return self.__pydantic_extra__
+
+
+def default_range(parameter: Parameter) -> Coefficient:
+    """Return what is searched, or held, where a search space says nothing."""
+    default = parameter.default
+    if isinstance(default, float):
+        return default
+    return Range(low=default.low, high=default.high, step=default.step)
 
 
 class SpaceGroup(Ranges):
@@ -91,8 +98,22 @@ class SearchSpaceConfig(Ranges):
 
     description: str
     method: MethodName
+    options: dict[str, str] | None = None
     groups: tuple[SpaceGroup, ...] = ()
     anchors: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> SearchSpaceConfig:
+        full_options(self.method, self.options or {})
+        for scope in (self, *self.groups):
+            for name, coefficient in scope.ranges.items():
+                parameter = METHODS[self.method].parameter(name)
+                if parameter is None:
+                    raise ValueError(f"`{self.method}` has no `{name}`")
+                for end in _ends(coefficient):
+                    if end not in parameter.valid:
+                        raise ValueError(f"`{name}` ∈ {parameter.valid} must hold, but got {end:g}")
+        return self
 
     @model_validator(mode="after")
     def _has_groups(self) -> SearchSpaceConfig:
@@ -101,13 +122,11 @@ class SearchSpaceConfig(Ranges):
         names = [group.name for group in self.groups]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"layer groups must have distinct names; given twice: {', '.join(twice)}")
-        for scope in (self, *self.groups):
-            if isinstance(scope.density, Range) and scope.density.low < 0.01:
-                raise ValueError(f"0.01 <= density.low must hold (low={scope.density.low})")
-            for parameter in DEFAULTS:
-                if scope.get(parameter) is not None and parameter not in METHODS[self.method].parameters:
-                    raise ValueError(f"`{self.method}` has no `{parameter}`")
         return self
+
+
+def _ends(coefficient: Coefficient) -> tuple[float, ...]:
+    return (coefficient.low, coefficient.high) if isinstance(coefficient, Range) else (coefficient,)
 
 
 def read_search_space(path: Path) -> SearchSpaceConfig:

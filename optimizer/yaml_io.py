@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from optimizer.errors import MergetuneError
 
@@ -106,12 +107,29 @@ def nearest(word: str, valid: typing.Iterable[str]) -> str:
     return f" Valid: {', '.join(words)}." if words else ""
 
 
+def refuse_unknown_keys(model: type[BaseModel], data: object, also: typing.Iterable[str]) -> object:
+    """Return `data` if its keys are those of `model` or among `also`, as a validator does.
+
+    For models whose further keys a table names.
+    """
+    valid = {*_keys(model), *also}
+    for key in data if isinstance(data, dict) else ():
+        if key not in valid:
+            context = {"key": key, "valid": sorted(valid)}
+            raise PydanticCustomError("unknown_key", "unknown key {key}", context)
+    return data
+
+
 def _explain(detail: Any, model: type[BaseModel]) -> str:
     location = [part for part in detail["loc"] if not _is_union_branch(part)]
     path = ".".join(str(part) for part in location) or "(the whole file)"
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, location[:-1])
         return f"`{path}`: unknown key.{nearest(str(location[-1]), _keys(owner))}"
+    if detail["type"] == "unknown_key":
+        prefix = "" if not location else f"{path}."
+        key = detail["ctx"]["key"]
+        return f"`{prefix}{key}`: unknown key.{nearest(key, detail['ctx']['valid'])}"
     if detail["type"] == "missing":
         return f"`{path}`: required key is missing."
     message = detail["msg"].removeprefix("Value error, ")

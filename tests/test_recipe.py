@@ -51,7 +51,26 @@ def test_the_digest_is_that_of_the_weights_not_of_their_place() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": [{"name": "all", "lambda": {"a": 0.5}}]}, "lambda.*for a, b"),
+        ({"groups": [{"name": "all", "lambda": {"a": 0.5}}]}, "lambda.*for a, b, but is for a"),
+        ({"groups": [{"name": "all", "lambda": 0.5}]}, "for a, b, but is for all of them"),
+        ({"method": "slerp", "groups": [{"name": "all", "t": {"a": 0.5}}]}, "must be one number"),
+        ({"options": {"rescale": "l1"}}, "`task_arithmetic` has no option `rescale`"),
+        (
+            {
+                "method": "ties",
+                "options": {"normalize": "yes"},
+                "groups": [{"name": "all", "lambda": {"a": 1, "b": 1}, "density": {"a": 1, "b": 1}}],
+            },
+            "one of count, weights, none",
+        ),
+        (
+            {
+                "method": "ties",
+                "groups": [{"name": "all", "lambda": {"a": 1, "b": 1}, "density": {"a": 0, "b": 1}}],
+            },
+            r"`density` ∈ \(0, 1\] must hold",
+        ),
+        ({"groups": [{"name": "all", "lamda": {"a": 1, "b": 1}}]}, "unknown key lamda"),
         ({"groups": [{"name": "all", "lambda": {"a": 1, "b": 1, "c": 1}}]}, "lambda"),
         ({"groups": [{"name": "all", "lambda": {"a": 1, "b": 1}, "t": 0.5}]}, "not stand"),
         ({"method": "ties"}, "density"),

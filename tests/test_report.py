@@ -113,7 +113,7 @@ def test_costs_are_summed_over_all_candidates(finished: RunDir, data: ReportData
 
 def test_depth_gives_every_layer_its_coefficient_and_splits_parts_that_differ(data: ReportData) -> None:
     assert data.recommended is not None
-    late = {g.name: g.lambdas for g in data.recommended.candidate.recipe.groups}
+    late = {g.name: g.per_expert("lambda") for g in data.recommended.candidate.recipe.groups}
     last = {(v.part, v.expert): v.value for v in data.depth if v.layer == N_LAYERS - 1}
     for expert in EXPERTS:
         assert last["attention", expert] == late["late-attention"][expert]

@@ -41,7 +41,7 @@ def candidate(name: str, value: float, **fields: Any) -> Candidate:
 
 
 def outcome(found: Candidate) -> tuple[list[float], dict[str, float]]:
-    value = found.recipe.groups[0].lambdas["a"]
+    value = found.recipe.groups[0].per_expert("lambda")["a"]
     return [value, -value], {"guard": value - 1.5}
 
 

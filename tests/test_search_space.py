@@ -37,7 +37,7 @@ def space(**data: Any) -> SearchSpace:
 def lambdas(recipe: MergeRecipe, expert: str) -> list[float]:
     """The expert's lambda in each layer."""
     groups = assign_groups(recipe.groups, NAMES)
-    return [groups[f"model.layers.{i}.mlp.up_proj.weight"].lambdas[expert] for i in range(12)]
+    return [groups[f"model.layers.{i}.mlp.up_proj.weight"].per_expert("lambda")[expert] for i in range(12)]
 
 
 @pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
@@ -67,7 +67,10 @@ def test_a_shared_range_is_one_dimension_and_a_number_none() -> None:
         groups=[{"name": "in", "match": "layers"}, {"name": "out", "match": "^(?!.*layers)", "lambda": 1.0}]
     )
     recipe = fixed.recipe({"lambda.in.a": 0.3, "lambda.in.b": 0.4})
-    assert [group.lambdas for group in recipe.groups] == [{"a": 0.3, "b": 0.4}, {"a": 1.0, "b": 1.0}]
+    assert [group.per_expert("lambda") for group in recipe.groups] == [
+        {"a": 0.3, "b": 0.4},
+        {"a": 1.0, "b": 1.0},
+    ]
 
 
 def test_depth_fractions_become_layers() -> None:
@@ -89,8 +92,12 @@ def test_anchors_are_interpolated_over_depth() -> None:
     expected = [2 * i / 11 for i in range(12)]
     assert lambdas(recipe, "a") == pytest.approx(expected)
     groups = assign_groups(recipe.groups, NAMES)
-    assert groups["model.embed_tokens.weight"].lambdas["a"] == 0.0
-    assert groups["lm_head.weight"].lambdas["a"] == groups["model.norm.weight"].lambdas["a"] == 2.0
+    assert groups["model.embed_tokens.weight"].per_expert("lambda")["a"] == 0.0
+    assert (
+        groups["lm_head.weight"].per_expert("lambda")["a"]
+        == groups["model.norm.weight"].per_expert("lambda")["a"]
+        == 2.0
+    )
 
 
 def test_interpolated_densities_stay_on_the_grid() -> None:
@@ -98,7 +105,8 @@ def test_interpolated_densities_stay_on_the_grid() -> None:
     params = {key: 0.13 if "anchor0" in key else 0.97 for key in found.distributions}
     for group in found.recipe(params).groups:
         assert all(
-            round(density * 100) == pytest.approx(density * 100) for density in group.densities.values()
+            round(density * 100) == pytest.approx(density * 100)
+            for density in group.per_expert("density").values()
         )
 
 
@@ -136,7 +144,10 @@ def test_constant_points_are_those_inside_the_space() -> None:
         ),
         ({"method": "tis", "anchors": 3}, "`method`"),
         ({"groups": [{"name": "x", "roles": ["mlp"]}]}, r"none takes model\.embed_tokens\.weight"),
-        ({"method": "ties", "anchors": 3, "density": {"low": 0.0, "high": 1.0}}, r"0\.01 <= density\.low"),
+        (
+            {"method": "ties", "anchors": 3, "density": {"low": 0.0, "high": 1.0}},
+            r"`density` ∈ \(0, 1\] must hold, but got 0",
+        ),
     ],
 )
 def test_a_wrong_search_space_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:

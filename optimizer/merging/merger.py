@@ -63,10 +63,10 @@ class Merger:
         if recipe.method in ("linear", "slerp"):
             return self._average(recipe, group, base, found)
         vectors = list(changed.values())
-        lambdas = [group.lambdas[expert] for expert in changed]
+        lambdas = [group.per_expert("lambda")[expert] for expert in changed]
         if recipe.method == "task_arithmetic":
             return methods.task_arithmetic(base, vectors, lambdas)
-        densities = [group.densities[expert] for expert in changed]
+        densities = [group.per_expert("density")[expert] for expert in changed]
         if recipe.method == "ties":
             thresholds = [
                 self._threshold(expert, name, vector, density)
@@ -90,9 +90,8 @@ class Merger:
         """Merge by a method that averages whole weights: an expert without a change holds the base's."""
         weights = [base if vector is None else base + vector for vector in found.values()]
         if recipe.method == "linear":
-            return methods.linear(weights, [group.lambdas[expert] for expert in found])
-        assert group.t is not None  # MergeRecipe
-        return methods.slerp(weights[0], weights[1], group.t)
+            return methods.linear(weights, [group.per_expert("lambda")[expert] for expert in found])
+        return methods.slerp(weights[0], weights[1], group.single("t"))
 
     def _threshold(self, expert: str, name: str, task_vector: Tensor, density: float) -> float:
         """Look the trimming threshold up in the table of this tensor, made at its first use."""

@@ -153,11 +153,15 @@ def _depth_values(recipe: MergeRecipe, group: RecipeGroup, part: str, layer: int
 
 
 def coefficients(recipe: MergeRecipe, group: RecipeGroup) -> dict[str, dict[str, float]]:
-    """Return a group's coefficients by parameter and expert; `t` counts as the second expert's."""
-    found = {"lambda": group.lambdas, "density": group.densities}
-    if group.t is not None:
-        found["t"] = {list(recipe.experts)[1]: group.t}
-    return {parameter: values for parameter, values in found.items() if values}
+    """Return a group's coefficients by parameter and expert.
+
+    A position `t` counts as the last expert's; what else is one for all goes under `all`.
+    """
+    last = list(recipe.experts)[-1]
+    return {
+        name: given if isinstance(given, dict) else {last if name == "t" else "all": given}
+        for name, given in group.coefficients.items()
+    }
 
 
 def _merge_parts(
@@ -166,7 +170,7 @@ def _merge_parts(
     """Put together the parts of a layer that have the same coefficients everywhere; norms come last."""
     alike: dict[str, list[str]] = {}
     for suffix, groups in sorted(inside.items(), key=lambda i: tensor_place(i[0]).role == "norms"):
-        values = {layer: (g.lambdas, g.densities, g.t) for layer, g in sorted(groups.items())}
+        values = {layer: g.coefficients for layer, g in sorted(groups.items())}
         alike.setdefault(repr(values), []).append(suffix)
     return {_part_name(suffixes, inside): inside[suffixes[0]] for suffixes in alike.values()}
 

@@ -1,0 +1,237 @@
+"""The merge methods and their parameters: the one table that YAML checks, searches and docs draw from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MethodName = Literal[
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della_linear",
+    "della",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "model_stock",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "nearswap",
+    "arcee_fusion",
+    "passthrough",
+]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values that a parameter may take; an end counts unless it is open."""
+
+    low: float
+    high: float
+    is_open_low: bool = False
+    is_open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.is_open_low else value >= self.low
+        below = value < self.high if self.is_open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "ℝ"
+        low, high = (str(end).replace("inf", "∞") for end in (f"{self.low:g}", f"{self.high:g}"))
+        is_open_high = self.is_open_high or math.isinf(self.high)
+        return f"{'(' if self.is_open_low else '['}{low}, {high}{')' if is_open_high else ']'}"
+
+
+@dataclass(frozen=True)
+class SearchInterval:
+    """What a search space takes where it says nothing: an interval, on a grid where `step` is given."""
+
+    low: float
+    high: float
+    step: float | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A coefficient of a method: one value per expert, or one for all of them, in each layer group.
+
+    `default` is what a search space takes where it says nothing: an interval to search, or a number
+    to hold.
+    """
+
+    name: str
+    meaning: str
+    valid: Interval
+    default: SearchInterval | float
+    is_per_expert: bool = True
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice that a method leaves open, one for the whole recipe; the first is the default."""
+
+    name: str
+    meaning: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a merge method does, what it reads and how many experts it takes.
+
+    `is_joint`: the coefficient of an expert counts even for tensors that this expert leaves alone.
+    """
+
+    summary: str
+    parameters: tuple[Parameter, ...] = ()
+    options: tuple[Option, ...] = ()
+    min_experts: int = 1
+    max_experts: int | None = None
+    is_joint: bool = False
+
+    def parameter(self, name: str) -> Parameter | None:
+        """Return the parameter of this name, or None."""
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+
+_ANY = Interval(-math.inf, math.inf)
+_LAMBDA = Parameter("lambda", "weight of the task vector", _ANY, SearchInterval(0.0, 2.0))
+_SHARE = Parameter("lambda", "share of the expert, normalized to sum 1", _ANY, SearchInterval(0.0, 2.0))
+_DENSITY = Parameter(
+    "density",
+    "fraction of the task vector's entries kept",
+    Interval(0.0, 1.0, is_open_low=True),
+    SearchInterval(0.1, 1.0, 0.01),
+)
+_GAMMA = Parameter(
+    "gamma", "fraction dropped at the top, as outliers", Interval(0.0, 1.0, is_open_high=True), 0.01
+)
+_EPSILON = Parameter(
+    "epsilon", "how far the keep probability leaves the density, down and up", Interval(0.0, 0.5), 0.15
+)
+_T = Parameter(
+    "t",
+    "position between the first expert (0) and the second (1)",
+    Interval(0.0, 1.0),
+    SearchInterval(0.0, 1.0),
+    False,
+)
+_TOPK = Parameter(
+    "select_topk",
+    "fraction of the entries kept, those that vary most between experts",
+    Interval(0.0, 1.0, is_open_low=True),
+    SearchInterval(0.1, 1.0, 0.01),
+    False,
+)
+_REACH = Parameter(
+    "t", "the largest change of a weight", Interval(0.0, math.inf), SearchInterval(0.0, 0.01), False
+)
+_SCALE = Parameter("scale", "factor of the weights", _ANY, SearchInterval(0.5, 1.5), False)
+
+_RESCALE = Option(
+    "rescale",
+    "what makes up for dropped entries: division by the probability of being kept, equal sum of "
+    "magnitudes before and after (mergekit's), or nothing",
+    ("probability", "l1", "none"),
+)
+_NORMALIZE = Option(
+    "normalize",
+    "what the sum of the agreeing λτ is divided by: their count, the sum of their λ (mergekit's "
+    "`normalize: true`), or nothing (its `normalize: false`)",
+    ("count", "weights", "none"),
+)
+_ORIGIN = Option(
+    "origin", "centre of the sphere: the base (task vectors turn) or zero (weights turn)", ("base", "zero")
+)
+_GRANULARITY = Option("granularity", "what is taken as one vector", ("tensor", "rows"))
+
+METHODS: dict[MethodName, Method] = {
+    "linear": Method("Σ wᵢθᵢ with w = λ / Σλ; equal λ: the uniform soup", (_SHARE,), is_joint=True),
+    "task_arithmetic": Method("θ₀ + Σ λᵢτᵢ with τᵢ = θᵢ − θ₀; λ < 0 removes a skill", (_LAMBDA,)),
+    "ties": Method(
+        "trim each τᵢ to its largest entries, elect a sign, average the λᵢτᵢ that agree",
+        (_LAMBDA, _DENSITY),
+        (_NORMALIZE,),
+    ),
+    "dare_linear": Method("drop entries of τᵢ at random, rescale, add", (_LAMBDA, _DENSITY), (_RESCALE,)),
+    "dare_ties": Method(
+        "drop at random, rescale, elect a sign, average what agrees",
+        (_LAMBDA, _DENSITY),
+        (_RESCALE, _NORMALIZE),
+    ),
+    "della_linear": Method(
+        "drop at random, small entries of a row more often than large ones, rescale, add",
+        (_LAMBDA, _DENSITY, _EPSILON),
+        (_RESCALE,),
+    ),
+    "della": Method(
+        "drop as `della_linear` does, elect a sign, average what agrees",
+        (_LAMBDA, _DENSITY, _EPSILON),
+        (_RESCALE, _NORMALIZE),
+    ),
+    "breadcrumbs": Method(
+        "drop the largest entries of τᵢ and the smallest, add", (_LAMBDA, _DENSITY, _GAMMA)
+    ),
+    "breadcrumbs_ties": Method(
+        "drop as `breadcrumbs` does, elect a sign, average what agrees",
+        (_LAMBDA, _DENSITY, _GAMMA),
+        (_NORMALIZE,),
+    ),
+    "sce": Method("keep the entries that vary most, weigh τᵢ by its mean square, elect a sign", (_TOPK,)),
+    "model_stock": Method(
+        "θ₀ + t · mean τ, with t from the angle between the τᵢ", (), (_GRANULARITY,), 2, is_joint=True
+    ),
+    "slerp": Method(
+        "the arc from the first expert's weights to the second's", (_T,), (), 2, 2, is_joint=True
+    ),
+    "nuslerp": Method(
+        "the arc between two task vectors, or weights, by their directions",
+        (_T,),
+        (_ORIGIN, _GRANULARITY),
+        2,
+        2,
+        is_joint=True,
+    ),
+    "multislerp": Method(
+        "weighted mean on the sphere, in the tangent space at the plain mean's direction",
+        (_SHARE,),
+        (_ORIGIN,),
+        2,
+        is_joint=True,
+    ),
+    "karcher": Method(
+        "mean on the sphere by Riemannian averaging, times the mean norm", (), (), 2, is_joint=True
+    ),
+    "nearswap": Method("move each weight to the expert's, but by t at most", (_REACH,), (), 1, 1),
+    "arcee_fusion": Method("take over the weights that matter most (|τ| times KL divergence)", (), (), 1, 1),
+    "passthrough": Method("the expert itself, scaled", (_SCALE,), (), 1, 1, is_joint=True),
+}
+assert set(METHODS) == set(get_args(MethodName))
+
+PARAMETER_NAMES = tuple(
+    dict.fromkeys(parameter.name for method in METHODS.values() for parameter in method.parameters)
+)
+
+
+def full_options(method: MethodName, given: dict[str, str]) -> dict[str, str]:
+    """Return all options of a method: those given, and the defaults of the others.
+
+    Raises:
+        ValueError: an option is not the method's, or not one of its choices.
+    """
+    options = {option.name: option for option in METHODS[method].options}
+    for name, choice in given.items():
+        if name not in options:
+            raise ValueError(f"`{method}` has no option `{name}`: {', '.join(options) or 'it has none'}")
+        if choice not in options[name].choices:
+            choices = ", ".join(options[name].choices)
+            raise ValueError(f"`options.{name}` of `{method}` must be one of {choices}, but is {choice}")
+    return {name: given.get(name, option.choices[0]) for name, option in options.items()}
