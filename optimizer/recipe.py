@@ -19,13 +19,21 @@ from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys, wri
 Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
 
 # A tensor's role, from its name alone, so that no list of architectures is needed. The order counts:
-# `post_attention_layernorm` is a norm, `self_attn.out_proj` is attention.
+# `post_attention_layernorm` is a norm, `self_attn.out_proj` is attention, `mixer.up_proj` an MLP and
+# any other `mixer` a state-space layer, which mixes positions as attention does. A norm is named by the
+# tensor's own module: DBRX keeps its attention inside `norm_attn_norm`.
 _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    ("norms", re.compile(r"norm|(^|[._])ln(_|\d|\.)")),
-    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.")),
+    ("norms", re.compile(r"(norm|(^|[._])ln(_|\d|(?=\.)))[^.]*(\.[^.]+)?$", re.IGNORECASE)),
+    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.|^output\.")),
     ("embeddings", re.compile(r"embed|(^|\.)(wte|wpe)\.")),
     ("attention", re.compile(r"attn|attention|(^|\.)[qkvo]_proj\.")),
-    ("mlp", re.compile(r"mlp|ffn|feed_forward|expert|(^|\.)(gate|up|down)_proj\.|(^|\.)fc\d?\.")),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|ffn|feed_forward|expert|moe|router|(^|\.)gate\.|(^|\.)(gate|up|down)_proj\.|(^|\.)fc\d?\."
+        ),
+    ),
+    ("attention", re.compile(r"mixer|mamba|ssm|(^|\.)conv\.")),
 )
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optimizer.engines.engine import EngineConfig
+from optimizer.engines.stored_weights import StoredWeights
 from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class TransformersEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
         model.to(device).eval()
         _decode_greedily(model.generation_config)
-        self._weights: dict[str, Tensor] = model.state_dict()
+        self._weights = StoredWeights(model)
         self._lm = QuietHFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -51,11 +52,13 @@ class TransformersEngine:
         loaded: set[int] = set()
         for name, tensor in tensors:
             target = self._weights.get(name)
+            if target is None and self._weights.ignores(name):
+                continue
             if target is None or target.shape != tensor.shape:
                 has = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
                 raise MergetuneError(
                     f"`{name}` of shape {tuple(tensor.shape)} does not fit the model in transformers, "
-                    f"which has {has}. transformers loads this architecture under other names."
+                    f"which has {has}. Save the base with `save_pretrained` of transformers 5."
                 )
             target.copy_(tensor)
             loaded.add(target.data_ptr())
