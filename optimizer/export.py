@@ -12,9 +12,9 @@ from jinja2 import Template
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Score
 from optimizer.library import shared_folder
-from optimizer.merging.checkpoint import write_model
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
+from optimizer.merging.writer import write_model
 from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
 from optimizer.yaml_io import to_yaml

@@ -2,22 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint, FullExpert, write_model
-
-ROOT = Path(__file__).parents[1]
+from optimizer.merging.checkpoint import Checkpoint, FullExpert
+from optimizer.merging.writer import layout_of, write_model
 
 
 @pytest.fixture
@@ -29,10 +24,6 @@ def copied(tiny_base: Path, tmp_path: Path) -> Path:
 def shard(model: Path, folder: Path) -> Path:
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(folder, max_shard_size="30KB")
     return folder
-
-
-def everything(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
-    return [(name, checkpoint.tensor(name)) for name in checkpoint.names]
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -66,7 +57,9 @@ def test_sharding_changes_neither_tensors_nor_digest(tiny_base: Path, tmp_path: 
     whole, sharded = Checkpoint(tiny_base), Checkpoint(shard(tiny_base, tmp_path / "sharded"))
     assert len(list(sharded.folder.glob("model-*.safetensors"))) > 2
     assert sharded.digest == whole.digest
-    write_model(tmp_path / "reversed", reversed(everything(whole)), whole, max_shard_bytes=30_000)
+    layout = dict(reversed(layout_of(whole).items()))
+    tensors = ((name, whole.tensor(name)) for name in whole.names)
+    write_model(tmp_path / "reversed", tensors, whole, layout=layout, max_shard_bytes=30_000)
     assert Checkpoint(tmp_path / "reversed").names != whole.names
     assert Checkpoint(tmp_path / "reversed").digest == whole.digest
     assert all(torch.equal(sharded.tensor(name), whole.tensor(name)) for name in whole.names)
@@ -230,131 +223,3 @@ class TestBadInput:
         edit_tensors(copied, **{name: torch.ones(8, 8).to(dtype)})
         with pytest.raises(MergetuneError, match=f"tensor `{name}`.*quantize the merged model"):
             Checkpoint(copied)
-
-
-class TestWriteModel:
-    @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
-    def test_written_model_loads_with_equal_weights(
-        self, tiny_base: Path, tmp_path: Path, max_shard_bytes: int
-    ) -> None:
-        base = Checkpoint(tiny_base)
-        write_model(tmp_path / "out", everything(base), base, max_shard_bytes=max_shard_bytes)
-        written = Checkpoint(tmp_path / "out")
-        assert written.digest == base.digest
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(model.lm_head.weight, base.tensor("lm_head.weight"))
-        files = [path.name for path in (tmp_path / "out").iterdir()]
-        assert ("model.safetensors" in files) == (max_shard_bytes == 10**9)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def test_tokenizer_and_template_come_along(self, tiny_base: Path, tmp_path: Path) -> None:
-        base = Checkpoint(tiny_base)
-        write_model(tmp_path / "out", everything(base), base)
-        messages = [{"role": "user", "content": "Paris?"}]
-        before, after = (
-            AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
-            for folder in (tiny_base, tmp_path / "out")
-        )
-        assert before == after
-        assert "<|im_start|>user" in after
-
-    def test_tied_model_stays_tied(self, tiny_tied_base: Path, tmp_path: Path) -> None:
-        base = Checkpoint(tiny_tied_base)
-        write_model(tmp_path / "out", everything(base), base)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-
-    def test_replaces_an_earlier_model(self, tiny_base: Path, tmp_path: Path) -> None:
-        base = Checkpoint(tiny_base)
-        write_model(tmp_path / "out", everything(base), base, max_shard_bytes=30_000)
-        doubled = [(name, 2 * tensor) for name, tensor in everything(base)]
-        write_model(tmp_path / "out", doubled, base)
-        name, tensor = doubled[0]
-        assert torch.equal(Checkpoint(tmp_path / "out").tensor(name), tensor)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError])
-    def test_failure_leaves_everything_as_it_was(
-        self, tiny_base: Path, tmp_path: Path, failure: type[BaseException]
-    ) -> None:
-        base = Checkpoint(tiny_base)
-        write_model(tmp_path / "out", everything(base), base)
-
-        def broken() -> Iterator[tuple[str, Tensor]]:
-            yield from everything(base)[:12]
-            raise failure
-
-        with pytest.raises(failure):
-            write_model(tmp_path / "out", broken(), base, max_shard_bytes=10_000)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        assert Checkpoint(tmp_path / "out").digest == base.digest
-
-    def test_never_replaces_the_base_or_a_folder_of_other_things(
-        self, tiny_base: Path, tmp_path: Path
-    ) -> None:
-        base = Checkpoint(tiny_base)
-        with pytest.raises(MergetuneError, match="is the base of the merge"):
-            write_model(tiny_base, everything(base), base)
-        (tmp_path / "thesis.txt").touch()
-        with pytest.raises(MergetuneError, match="is no model directory"):
-            write_model(tmp_path, everything(base), base)
-        assert (tmp_path / "thesis.txt").exists()
-
-
-# In a process of its own: writes the model with float64 tensors, twice the size that `like` has.
-WRITE_DOUBLED = """
-    import resource, sys
-    from pathlib import Path
-    from optimizer.errors import MergetuneError
-    from optimizer.merging.checkpoint import Checkpoint, write_model
-
-    base = Checkpoint(Path(sys.argv[1]))
-    folder = Path(sys.argv[2])
-    if len(sys.argv) > 3:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-    tensors = ((name, base.tensor(name).double()) for name in base.names)
-    try:
-        write_model(folder / "out", tensors, base, max_shard_bytes=40_000)
-    except MergetuneError as error:
-        print(error)
-    print("left:", [path.name for path in folder.iterdir()])
-"""
-
-
-def run_write(*arguments: object, disk_bytes: int = 0) -> str:
-    """Run it, on a disk of its own of this size if one is given; return what it printed."""
-    command = [sys.executable, "-c", textwrap.dedent(WRITE_DOUBLED), *map(str, arguments)]
-    if disk_bytes:
-        mount = f'mount -t tmpfs -o size={disk_bytes} none {arguments[1]} && exec "$0" "$@"'
-        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, *command]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def can_mount() -> None:
-    """Skip where an ordinary user may not mount a disk in a namespace of its own."""
-    command = "unshare --user --map-root-user --mount mount -t tmpfs none /mnt"
-    if shutil.which("unshare") is None or subprocess.run(command.split()).returncode:
-        pytest.skip("this machine does not let a test mount a disk")
-
-
-def test_reaching_a_size_limit_is_explained_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    printed = run_write(tiny_base, tmp_path, 20_000)
-    assert "no room for the model" in printed
-    assert "left: []" in printed
-
-
-@pytest.mark.usefixtures("can_mount")
-def test_a_full_disk_is_explained_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    room_for_like = Checkpoint(tiny_base).nbytes + 40_000
-    printed = run_write(tiny_base, tmp_path, disk_bytes=room_for_like)
-    assert "no room for the model" in printed
-    assert "No space left on device" in printed
-    assert "left: []" in printed
-
-
-@pytest.mark.usefixtures("can_mount")
-def test_too_small_a_disk_is_refused_before_writing(tiny_base: Path, tmp_path: Path) -> None:
-    printed = run_write(tiny_base, tmp_path, disk_bytes=65536)
-    assert f"the model needs {Checkpoint(tiny_base).nbytes} bytes, but" in printed
-    assert "left: []" in printed

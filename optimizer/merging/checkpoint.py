@@ -1,39 +1,24 @@
-"""Model directories: read lazily as a base or an expert, and written whole."""
+"""Model directories, read lazily as a base or an expert."""
 
 from __future__ import annotations
 
-import errno
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from optimizer.errors import MergetuneError
-from optimizer.merging.tensor_files import INDEX, SINGLE, open_weights, read_json
+from optimizer.merging.tensor_files import open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale(_inv)?)$|\.quant_state\."
 )
-# What a model directory holds beside the weights; a merged model takes it from the base.
-_COMPANIONS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*"),
-)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpoint:
@@ -221,126 +206,3 @@ def is_head(name: str) -> bool:
 def is_embeddings(name: str) -> bool:
     """Say whether a tensor is the matrix of token embeddings."""
     return _EMBEDDINGS.search(name) is not None
-
-
-def write_model(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    like: Checkpoint,
-    notes: Mapping[str, str] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write a model directory: `tensors`, with the config and the tokenizer of `like`.
-
-    `notes` holds further text files by name, such as a model card.
-
-    Shards are written as they fill, to a hidden sibling folder that takes the place of `folder` at
-    the very end: after any failure nothing is left behind and an existing `folder` is as it was.
-
-    Raises:
-        MergetuneError: `folder` is `like` itself or holds something that is no model, or the disk
-            is too small.
-    """
-    folder = folder.resolve()
-    _check_replaceable(folder, like)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(folder.parent, like.nbytes)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with _disk_full_explained(folder.parent, like.nbytes):
-            for path in _companions(like.folder):
-                shutil.copyfile(path, temporary / path.name)
-            for name, text in (notes or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            _write_shards(temporary, tensors, max_shard_bytes)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        _move_into_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_replaceable(folder: Path, like: Checkpoint) -> None:
-    if folder == like.folder.resolve():
-        raise MergetuneError(f"{folder}: is the base of the merge. Give another output directory.")
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / "config.json").exists():
-        raise MergetuneError(
-            f"{folder}: exists and is no model directory, so it is not replaced. Give another "
-            "output directory or remove this one."
-        )
-
-
-def _check_space(disk: Path, needed: int) -> None:
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise MergetuneError(
-            f"{disk}: the model needs {needed} bytes, but {free} are free. Free "
-            f"{needed - free} bytes or give an output directory on another disk."
-        )
-
-
-@contextmanager
-def _disk_full_explained(disk: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors keeps the number of the system's error only in its message.
-        numbers = re.findall(r"os error (\d+)", str(error)) or [getattr(error, "errno", None)]
-        if int(numbers[0] or 0) not in _DISK_FULL:
-            raise
-        raise MergetuneError(
-            f"{disk}: no room for the model ({error}). It needs about {needed} bytes, and "
-            f"{shutil.disk_usage(disk).free} were free when writing failed. Nothing is left "
-            "behind. Free some space, raise the quota or give an output directory on another disk."
-        ) from error
-
-
-def _companions(folder: Path) -> list[Path]:
-    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
-    """Write shards as they fill; they are named at the end, since a name tells their number."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _fill_shards(tensors, max_bytes):
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / f"{number}.part").rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _fill_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    filled = 0
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > max_bytes:
-            yield shard
-            shard, filled = {}, 0
-        shard[name] = tensor.contiguous()
-        filled += tensor.nbytes
-    yield shard
-
-
-def _move_into_place(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; if that fails, `folder` is as it was."""
-    old = new.with_name(f"{new.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,294 @@
+"""Model directories written whole or not at all: each tensor goes to its place as it arrives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizer.errors import MergetuneError
+from optimizer.merging.checkpoint import Checkpoint
+from optimizer.merging.tensor_files import INDEX, SINGLE
+
+Entry = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and shape
+Layout = Mapping[str, Entry]  # of all tensors of a model, by name
+
+# What a model directory holds beside the weights; a merged model takes it from the base.
+_COMPANIONS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*"),
+)
+# The format's names of the dtypes, the widest first: so safetensors orders a file, for alignment.
+_CODES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = list(_CODES)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RESERVING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+_MAX_WAITING = 2
+
+
+def write_model(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    like: Checkpoint,
+    notes: Mapping[str, str] | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model directory: `tensors` in any order, with the config and the tokenizer of `like`.
+
+    `notes` holds further text files by name, such as a model card; they take the place of files of
+    `like`. `config` holds keys of config.json that differ from `like`, `layout` the dtypes and
+    shapes of all tensors where they do. A generator is closed if it cannot be used up.
+
+    While a thread writes a tensor the next ones are computed: beyond the page cache, it takes the
+    memory of three tensors. They go to a hidden sibling folder that takes the place of `folder` at
+    the very end, synced: after any failure nothing is left behind and an existing `folder` is as it
+    was.
+
+    Raises:
+        MergetuneError: `folder` is `like` itself or holds something that is no model, or the disk
+            is too small.
+        ValueError: the tensors are not those of the layout.
+    """
+    folder = folder.resolve()
+    layout = layout_of(like) if layout is None else layout
+    needed = sum(_nbytes(*entry) for entry in layout.values())
+    _check_replaceable(folder, like)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(folder.parent, needed)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with _disk_full_explained(folder.parent, needed):
+            _write_companions(temporary, like, config or {}, notes or {})
+            places = _lay_out(temporary, layout, max_shard_bytes)
+            _write_tensors(tensors, layout, places)
+            _sync(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        _move_into_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def layout_of(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Return the dtype and the shape of every tensor, in the checkpoint's order."""
+    return {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def _check_replaceable(folder: Path, like: Checkpoint) -> None:
+    if like.folder.resolve().is_relative_to(folder):
+        raise MergetuneError(
+            f"{folder}: is the base of the merge, or holds it. Give another output directory."
+        )
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / "config.json").exists():
+        raise MergetuneError(
+            f"{folder}: exists and is no model directory, so it is not replaced. Give another "
+            "output directory or remove this one."
+        )
+
+
+def _check_space(disk: Path, needed: int) -> None:
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise MergetuneError(
+            f"{disk}: the model needs {needed} bytes, but {free} are free. Free "
+            f"{needed - free} bytes or give an output directory on another disk."
+        )
+
+
+@contextmanager
+def _disk_full_explained(disk: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise MergetuneError(
+            f"{disk}: no room for the model ({error}). It needs about {needed} bytes, and "
+            f"{shutil.disk_usage(disk).free} were free when writing failed. Nothing is left "
+            "behind. Free some space, raise the quota or give an output directory on another disk."
+        ) from error
+
+
+def _write_companions(
+    folder: Path, like: Checkpoint, config: Mapping[str, Any], notes: Mapping[str, str]
+) -> None:
+    found = {path for pattern in _COMPANIONS for path in like.folder.glob(pattern) if path.is_file()}
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    if config:
+        text = json.dumps({**like.config, **config}, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    for name, text in notes.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the bytes of a tensor go."""
+
+    path: Path
+    offset: int
+
+
+def _lay_out(folder: Path, layout: Layout, max_shard_bytes: int) -> dict[str, _Place]:
+    """Create the files of the weights, and the index of several; return where each tensor goes."""
+    shards = _fill_shards(layout, max_shard_bytes)
+    places: dict[str, _Place] = {}
+    for number, shard in enumerate(shards, start=1):
+        many = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        places |= _create_file(folder / (many if len(shards) > 1 else SINGLE), shard)
+    if len(shards) > 1:
+        total = sum(_nbytes(*entry) for entry in layout.values())
+        weight_map = {name: places[name].path.name for name in layout}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return places
+
+
+def _fill_shards(layout: Layout, max_shard_bytes: int) -> list[Layout]:
+    """Part the tensors in their order; one that is larger than a shard gets one of its own."""
+    shards: list[dict[str, Entry]] = [{}]
+    filled = 0
+    for name, entry in layout.items():
+        if shards[-1] and filled + _nbytes(*entry) > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = entry
+        filled += _nbytes(*entry)
+    return list(shards)
+
+
+def _create_file(path: Path, layout: Layout) -> dict[str, _Place]:
+    """Write a safetensors file up to the tensors, and reserve the room that they will take.
+
+    The format: 8 bytes with the length of the header, little-endian; the header, JSON padded with
+    spaces to a multiple of 8; the tensors without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(layout, key=lambda name: (_ORDER.index(layout[name][0]), name)):
+        dtype, shape = layout[name]
+        start, end = end, end + _nbytes(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        _reserve(file.fileno(), file.tell() + end)
+        return {name: _Place(path, file.tell() + header[name]["data_offsets"][0]) for name in layout}
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Have the disk keep room for the whole file, where it can: a full one shows at once."""
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except AttributeError:  # macOS
+        return
+    except OSError as error:
+        if error.errno not in _NO_RESERVING:
+            raise
+
+
+def _write_tensors(
+    tensors: Iterable[tuple[str, Tensor]], layout: Layout, places: Mapping[str, _Place]
+) -> None:
+    """Write every tensor while the next ones are computed, in one thread beside this one."""
+    missing = dict(layout)
+    writes: deque[Future[None]] = deque()
+    try:
+        with ThreadPoolExecutor(1) as writer:
+            for name, tensor in tensors:
+                _check_fit(name, tensor, missing.pop(name, None))
+                writes.append(writer.submit(_write, places[name], tensor.detach().cpu()))
+                del tensor  # the writer lets it go before the next one is there
+                while writes and (writes[0].done() or len(writes) > _MAX_WAITING):
+                    writes.popleft().result()
+            for write in writes:
+                write.result()
+    finally:
+        if isinstance(tensors, Generator):
+            tensors.close()
+    if missing:
+        raise ValueError(f"Every tensor of the layout must come, but {', '.join(missing)} did not.")
+
+
+def _check_fit(name: str, tensor: Tensor, wanted: Entry | None) -> None:
+    if wanted is None:
+        raise ValueError(f"Every tensor of the layout must come once, but `{name}` is none or came twice.")
+    if (tensor.dtype, tuple(tensor.shape)) != wanted:
+        raise ValueError(
+            f"`{name}` must be {wanted[0]} of shape {wanted[1]}, as in the layout, but it is "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+        )
+
+
+def _write(place: _Place, tensor: Tensor) -> None:
+    with place.path.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold the files before the folder gets its name, lest a power cut empties them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if path.is_file():  # some network file systems cannot sync folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; if that fails, `folder` is as it was."""
+    old = new.with_name(f"{new.name}.old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
