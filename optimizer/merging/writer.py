@@ -70,13 +70,13 @@ def write_model(
     """Write a model directory: `tensors` in any order, with the config and the tokenizer of `like`.
 
     `notes` holds further text files by name, such as a model card; they take the place of files of
-    `like`. `config` holds keys of config.json that differ from `like`, `layout` the dtypes and
-    shapes of all tensors where they do. A generator is closed if it cannot be used up.
+    `like`. `config` holds the keys of config.json that differ from `like`'s, `layout` all dtypes and
+    shapes where any do. A tensor may be on any device and may not change once it is given; a
+    generator that is not used up is closed.
 
-    While a thread writes a tensor the next ones are computed: beyond the page cache, it takes the
-    memory of three tensors. They go to a hidden sibling folder that takes the place of `folder` at
-    the very end, synced: after any failure nothing is left behind and an existing `folder` is as it
-    was.
+    A thread writes while the next tensors are computed: beyond the page cache, this takes the memory
+    of three tensors. The files grow in a hidden sibling folder that takes the place of `folder` at
+    the very end: after any failure nothing is left behind and an existing `folder` is as it was.
 
     Raises:
         MergetuneError: `folder` is `like` itself or holds something that is no model, or the disk
