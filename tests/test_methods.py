@@ -1,6 +1,9 @@
-"""The merge methods: against mergekit, against their papers' formulas, and by their algebra."""
+"""The merge methods on tensors: against mergekit, at every parameter's ends, and by their algebra."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,153 +12,370 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors
 from torch import Tensor
 
-from optimizer.merging import methods
+from optimizer.errors import TrialError
+from optimizer.merging.memory_model import MemoryModel
+from optimizer.merging.merger import Merger
+from optimizer.method_table import METHODS, MethodName, Parameter, SearchInterval
+from optimizer.recipe import MergeRecipe
 
-lambdas = st.lists(st.floats(-2, 2, allow_nan=False, width=32), min_size=3, max_size=3)
+lambda_lists = st.lists(st.floats(-2, 2, allow_nan=False, width=32), min_size=3, max_size=3)
 densities = st.floats(0.01, 1.0)
 
 
-def random_tensors(n: int, shape: tuple[int, ...] = (24, 16), seed: int = 0) -> list[Tensor]:
+def random_models(n: int, shape: tuple[int, ...] = (24, 16), seed: int = 0) -> list[Tensor]:
+    """A base and n fine-tunes of one tensor, each farther from the base than the one before."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for _ in range(n)]
-
-
-@pytest.fixture(scope="module")
-def models() -> list[Tensor]:
-    """A base and three fine-tunes of one tensor, the third far longer than the others."""
-    base, *noise = random_tensors(4)
+    base, *noise = (torch.randn(shape, generator=generator) for _ in range(n + 1))
     return [base, *(base + 0.1 * (i + 1) ** 2 * vector for i, vector in enumerate(noise))]
 
 
-@pytest.fixture(scope="module")
-def vectors(models: list[Tensor]) -> list[Tensor]:
-    return [model - models[0] for model in models[1:]]
+def merge(
+    models: Sequence[Tensor],
+    method: str,
+    coefficients: dict[str, list[float] | float],
+    options: dict[str, str] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Merge a base and experts given as single tensors; a list of numbers has one for each expert."""
+    base, *experts = (MemoryModel(f"e{i}", {"w": model}) for i, model in enumerate(models))
+    names = [expert.name for expert in experts]
+    recipe = MergeRecipe.model_validate(
+        {
+            "method": method,
+            "base": {"path": "base"},
+            "experts": {name: {"path": name} for name in names},
+            "options": options,
+            "seed": seed,
+            "groups": [
+                {
+                    "name": "all",
+                    **{
+                        name: dict(zip(names, given, strict=True)) if isinstance(given, list) else given
+                        for name, given in coefficients.items()
+                    },
+                }
+            ],
+        }
+    )
+    return dict(Merger(base, experts).merge(recipe))["w"]
 
 
 def close(first: Tensor, second: Tensor) -> None:
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
-def test_linear_agrees_with_mergekit(models: list[Tensor]) -> None:
-    weights = [0.5, 0.2, -0.4, 1.0]
-    close(methods.linear(models, weights), merge_tensors(models, "linear", parameters={"weight": weights}))
+THREE: dict[str, Any] = {"weight": [0.3, -0.7, 1.2], "density": [0.25, 0.5, 0.75]}
+WITH_MERGEKIT: list[tuple[str, int, dict[str, Any], dict[str, str], dict[str, Any], bool]] = [
+    # method, number of experts, coefficients, options; mergekit's parameters, and whether it takes the base
+    ("linear", 3, {"lambda": [0.5, 0.2, -0.4]}, {}, {"weight": [0.5, 0.2, -0.4]}, False),
+    ("task_arithmetic", 3, {"lambda": [0.3, -0.7, 1.2]}, {}, {"weight": [0.3, -0.7, 1.2]}, True),
+    *(
+        (
+            "ties",
+            3,
+            {"lambda": THREE["weight"], "density": THREE["density"]},
+            {"normalize": ours},
+            {**THREE, "normalize": theirs},
+            True,
+        )
+        for ours, theirs in (("weights", True), ("none", False))
+    ),
+    *(
+        (
+            "ties",
+            3,
+            {"lambda": [0.7] * 3, "density": [density] * 3},
+            {},
+            {"weight": 1.0, "density": density, "lambda": 0.7, "normalize": True},
+            True,
+        )
+        for density in (0.05, 0.2, 0.29, 1.0)
+    ),
+    *(
+        (
+            method,
+            3,
+            {"lambda": THREE["weight"], "density": THREE["density"], "gamma": [gamma] * 3},
+            options,
+            {**THREE, "gamma": gamma},
+            True,
+        )
+        for method, options in (("breadcrumbs", {}), ("breadcrumbs_ties", {"normalize": "none"}))
+        for gamma in (0.0, 0.01, 0.1, 0.6)
+    ),
+    *(
+        (
+            method,
+            3,
+            {"lambda": THREE["weight"], "density": [1.0] * 3},
+            {"rescale": "l1", **options},
+            {"weight": THREE["weight"], "density": 1.0},
+            True,
+        )
+        for method, options in (("dare_linear", {}), ("dare_ties", {"normalize": "none"}))
+    ),
+    *(
+        (
+            method,
+            3,
+            {"lambda": THREE["weight"], "density": [1.0] * 3, "epsilon": [0.1] * 3},
+            {"rescale": "l1", **options},
+            {"weight": THREE["weight"], "density": 1.0, "normalize": normalize},
+            True,
+        )
+        for method, options, normalize in (
+            ("della_linear", {}, False),
+            ("della", {"normalize": "weights"}, True),
+        )
+    ),
+    *(("sce", 3, {"select_topk": topk}, {}, {"select_topk": topk}, True) for topk in (0.1, 0.5, 1.0)),
+    ("model_stock", 3, {}, {}, {}, True),
+    ("model_stock", 2, {}, {"granularity": "rows"}, {"filter_wise": True}, True),
+    *(
+        ("nuslerp", 2, {"t": t}, {"origin": origin}, {"weight": [1 - t, t]}, origin == "base")
+        for t in (0.0, 0.3, 1.0)
+        for origin in ("base", "zero")
+    ),
+    # mergekit's `nuslerp_row_wise` takes columns; its rows come where both switches are off.
+    (
+        "nuslerp",
+        2,
+        {"t": 0.3},
+        {"granularity": "rows"},
+        {"weight": [0.7, 0.3], "nuslerp_flatten": False},
+        True,
+    ),
+    *(
+        ("multislerp", 3, {"lambda": [0.5, 0.2, 0.9]}, {"origin": origin}, {"weight": [0.5, 0.2, 0.9]}, base)
+        for origin, base in (("base", True), ("zero", False))
+    ),
+    ("karcher", 3, {}, {}, {}, False),
+    *(("nearswap", 1, {"t": t}, {}, {"t": t}, True) for t in (0.0, 0.03, 10.0)),
+    ("arcee_fusion", 1, {}, {}, {}, True),
+]
 
 
-def test_task_arithmetic_agrees_with_mergekit(models: list[Tensor], vectors: list[Tensor]) -> None:
-    weights = [0.3, -0.7, 1.2]
-    theirs = merge_tensors(models, "task_arithmetic", parameters={"weight": weights}, base_index=0)
-    close(methods.task_arithmetic(models[0], vectors, weights), theirs)
-
-
-@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
-def test_ties_with_one_lambda_agrees_with_mergekit(
-    models: list[Tensor], vectors: list[Tensor], density: float
+@pytest.mark.parametrize("shape", [(24, 16), (64,)], ids=["matrix", "vector"])
+@pytest.mark.parametrize(
+    ("method", "n_experts", "coefficients", "options", "parameters", "has_base"),
+    WITH_MERGEKIT,
+    ids=[f"{row[0]}-{i}" for i, row in enumerate(WITH_MERGEKIT)],
+)
+def test_methods_agree_with_mergekit(
+    method: str,
+    n_experts: int,
+    coefficients: dict[str, Any],
+    options: dict[str, str],
+    parameters: dict[str, Any],
+    has_base: bool,
+    shape: tuple[int, ...],
 ) -> None:
-    thresholds = [methods.trim_thresholds(vector, [density])[0] for vector in vectors]
-    ours = methods.ties(models[0], vectors, [0.7] * 3, thresholds)
+    models = random_models(n_experts, shape)
     theirs = merge_tensors(
-        models,
-        "ties",
-        parameters={"weight": 1.0, "density": density, "lambda": 0.7, "normalize": True},
-        base_index=0,
+        models if has_base else models[1:],
+        method,
+        parameters=parameters,
+        base_index=0 if has_base else None,
     )
-    close(ours, theirs)
+    close(merge(models, method, coefficients, options or None), theirs)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp_agrees_with_mergekit(t: float) -> None:
-    first, second = random_tensors(2, seed=7)
+    models = random_models(2)
     close(
-        methods.slerp(first, second, t),
-        merge_tensors([first, second], "slerp", parameters={"t": t}, base_index=0),
+        merge(models, "slerp", {"t": t}),
+        merge_tensors(models[1:], "slerp", parameters={"t": t}, base_index=0),
     )
 
 
-def test_slerp_of_nearly_parallel_tensors_is_the_straight_line() -> None:
-    first = random_tensors(1)[0]
-    close(methods.slerp(first, first * 1.5, 0.5), first * 1.25)
-    zero = torch.zeros_like(first)
-    close(methods.slerp(first, zero, 0.25), first * 0.75)
+def test_every_method_is_compared_with_mergekit_or_has_its_own_test() -> None:
+    assert {row[0] for row in WITH_MERGEKIT} | {"slerp", "passthrough"} == set(METHODS)
 
 
-def test_dare_drops_the_share_it_should_and_keeps_the_mean(vectors: list[Tensor]) -> None:
-    vector = torch.ones(1000, 100)
-    mask = methods.keep_mask(vector.shape, 0.3, key=5)
-    assert mask.float().mean().item() == pytest.approx(0.3, abs=0.005)  # 3 sigma: 0.0043
-    assert methods.drop(vector, mask, 0.3).mean().item() == pytest.approx(1.0, abs=0.015)
+def ends(parameter: Parameter) -> tuple[float, ...]:
+    """The ends of what a parameter may be, or of what is searched where that has no ends."""
+    valid, searched = parameter.valid, parameter.default
+    low, high = valid.low, valid.high
+    if isinstance(searched, SearchInterval):
+        low = low if low in valid else searched.low
+        high = high if high in valid else searched.high
+    return (low if low in valid else 0.0, high if high in valid else 0.99)
 
 
-def test_dare_masks_are_nested_and_differ_by_key() -> None:
-    sparse, dense = (methods.keep_mask((200, 50), density, key=1) for density in (0.2, 0.6))
-    assert (dense | ~sparse).all()
-    other = methods.keep_mask((200, 50), 0.2, key=2)
-    assert (sparse & other).float().mean().item() == pytest.approx(0.04, abs=0.01)
-    assert methods.keep_mask((10, 10), 1.0, key=3).all()
+def middle(method: MethodName, n_experts: int) -> dict[str, list[float] | float]:
+    """Coefficients of a method somewhere in the middle."""
+    found: dict[str, list[float] | float] = {}
+    for parameter in METHODS[method].parameters:
+        value = parameter.default if isinstance(parameter.default, float) else parameter.default.high / 2
+        found[parameter.name] = [value] * n_experts if parameter.is_per_expert else value
+    return found
 
 
-def split_mix(index: int, key: int) -> int:
-    """SplitMix64's finalizer in Python's own integers (Steele et al. 2014, figure 19)."""
-    bits = (1 << 64) - 1
-    z = (index * 0x9E3779B97F4A7C15 + key) & bits
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & bits
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & bits
-    return z ^ (z >> 31)
+@pytest.mark.parametrize(
+    ("method", "parameter"),
+    [(name, parameter) for name, method in METHODS.items() for parameter in method.parameters],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_parameter_works_at_its_ends(method: MethodName, parameter: Parameter) -> None:
+    spec = METHODS[method]
+    n_experts = spec.max_experts or 2
+    models = random_models(n_experts)
+    for end in ends(parameter):
+        values = [end] + [0.5] * (n_experts - 1)
+        given = {**middle(method, n_experts), parameter.name: values if parameter.is_per_expert else end}
+        if given == {"lambda": [0.0]}:
+            continue
+        merged = merge(models, method, given)
+        assert merged.shape == models[0].shape
+        assert torch.isfinite(merged).all()
 
 
-@pytest.mark.parametrize("key", [0, 0x0123456789ABCDEF, 0xFEDCBA9876543210])
-def test_dare_masks_are_split_mix_exactly(key: int) -> None:
-    mask = methods.keep_mask((8, 50), 0.37, key)
-    expected = [(split_mix(index, key) >> 32) / 2**32 < 0.37 for index in range(400)]
-    assert mask.flatten().tolist() == expected
+@pytest.mark.parametrize(
+    ("method", "option", "choice"),
+    [
+        (name, option.name, choice)
+        for name, method in METHODS.items()
+        for option in method.options
+        for choice in option.choices
+    ],
+)
+def test_every_choice_of_an_option_changes_the_result(method: MethodName, option: str, choice: str) -> None:
+    n_experts = METHODS[method].max_experts or 3
+    models = random_models(n_experts)
+    given = middle(method, n_experts)
+    if "lambda" in given:
+        given["lambda"] = [0.3, 0.9, 0.5][:n_experts]
+    others = next(found.choices for found in METHODS[method].options if found.name == option)
+    merged = {each: merge(models, method, given, {option: each}) for each in others}
+    assert all(torch.isfinite(tensor).all() for tensor in merged.values())
+    assert all(not torch.equal(merged[choice], merged[each]) for each in others if each != choice)
 
 
-def test_dare_at_density_one_is_the_method_without_it(models: list[Tensor], vectors: list[Tensor]) -> None:
-    masks = [methods.keep_mask(models[0].shape, 1.0, key) for key in range(3)]
-    weights = [0.5, -0.2, 0.9]
-    plain = methods.task_arithmetic(models[0], vectors, weights)
-    assert torch.equal(methods.dare_linear(models[0], vectors, weights, masks, [1.0] * 3), plain)
-    ties = methods.ties(models[0], vectors, weights, [0.0] * 3)
-    assert torch.equal(methods.dare_ties(models[0], vectors, weights, masks, [1.0] * 3), ties)
+def test_ends_give_what_they_mean() -> None:
+    models = random_models(2)
+    base, first, second = models
+    for method in ("slerp", "nuslerp"):
+        close(merge(models, method, {"t": 0.0}), first)
+        close(merge(models, method, {"t": 1.0}), second)
+    close(merge(models, "linear", {"lambda": [0.0, 3.0]}), second)
+    close(merge(models, "task_arithmetic", {"lambda": [0.0, 0.0]}), base)
+    close(merge(models[:2], "passthrough", {"scale": 1.0}), first)
+    close(merge(models[:2], "passthrough", {"scale": -0.5}), -0.5 * first)
+    close(merge(models[:2], "nearswap", {"t": 1e6}), first)
+    assert torch.equal(merge(models[:2], "nearswap", {"t": 0.0}), base)
+    plain = merge(models, "task_arithmetic", {"lambda": [0.5, 0.9]})
+    dense: dict[str, list[float] | float] = {"lambda": [0.5, 0.9], "density": [1.0, 1.0]}
+    assert torch.equal(merge(models, "dare_linear", dense), plain)
+    close(merge(models, "della_linear", {**dense, "epsilon": [0.1, 0.1]}), plain)
+    close(merge(models, "breadcrumbs", {**dense, "gamma": [0.5, 0.5]}), plain)
+    assert torch.equal(merge(models, "dare_ties", dense), merge(models, "ties", dense))
+    trimmed: dict[str, list[float] | float] = {"lambda": [0.5, 0.9], "density": [0.3, 0.4]}
+    assert torch.equal(
+        merge(models, "breadcrumbs_ties", {**trimmed, "gamma": [0.0, 0.0]}), merge(models, "ties", trimmed)
+    )
+
+
+def kept(merged: Tensor, base: Tensor, vector: Tensor) -> Tensor:
+    """The factor that each entry of a single expert's task vector got; 0 where it was dropped."""
+    return (merged - base) / vector
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_random_dropping_keeps_the_share_and_the_mean(method: str, density: float) -> None:
+    base, ones = torch.zeros(1000, 100), torch.ones(1000, 100)
+    given: dict[str, list[float] | float] = {"lambda": [1.0], "density": [density]}
+    if method == "della_linear":
+        given["epsilon"] = [0.05]
+    merged = merge([base, ones], method, given)
+    share = (merged != 0).float().mean().item()
+    assert share == pytest.approx(density, abs=4 * (density * (1 - density) / 1e5) ** 0.5)
+    assert merged.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_dare_divides_by_the_density_or_matches_the_magnitude() -> None:
+    base, expert = random_models(1, (200, 100))
+    vector = expert - base
+    given: dict[str, list[float] | float] = {"lambda": [1.0], "density": [0.4]}
+    factors = kept(merge([base, expert], "dare_linear", given), base, vector)
+    dropped = factors.abs() < 0.5
+    torch.testing.assert_close(factors[~dropped], torch.full_like(factors[~dropped], 2.5), rtol=1e-2, atol=0)
+    matched = merge([base, expert], "dare_linear", given, {"rescale": "l1"}) - base
+    assert matched.abs().sum().item() == pytest.approx(vector.abs().sum().item(), rel=1e-4)
+    plain = merge([base, expert], "dare_linear", given, {"rescale": "none"}) - base
+    close(plain[~dropped], vector[~dropped])
+    close(plain[dropped], torch.zeros_like(plain[dropped]))
+
+
+def test_della_keeps_large_entries_more_often() -> None:
+    base = torch.zeros(400, 100)
+    vector = torch.arange(1.0, 101.0).expand(400, 100)
+    given: dict[str, list[float] | float] = {"lambda": [1.0], "density": [0.5], "epsilon": [0.3]}
+    share = (merge([base, vector], "della_linear", given) != 0).float().mean(dim=0)
+    assert share[:10].mean().item() == pytest.approx(0.2 + 0.6 * 4.5 / 99, abs=0.03)
+    assert share[-10:].mean().item() == pytest.approx(0.8 - 0.6 * 4.5 / 99, abs=0.03)
 
 
 def test_ties_elects_the_heavier_side_and_averages_it() -> None:
-    base = torch.zeros(4)
-    first, second, third = (torch.tensor(row) for row in ([3.0, -1, 2, 0], [-1.0, 2, 2, 0], [-1.0, 0, 2, 5]))
-    merged = methods.ties(base, [first, second, third], [1.0, 1.0, 1.0], [0.5] * 3)
+    rows = ([0.0, 0, 0, 0], [3.0, -1, 2, 0], [-1.0, 2, 2, 0], [-1.0, 0, 2, 5])
+    models = [torch.tensor(row) for row in rows]
+    merged = merge(models, "ties", {"lambda": [1.0] * 3, "density": [1.0] * 3})
     assert merged.tolist() == [3.0, 2.0, 2.0, 5.0]
 
 
+def test_exactly_balanced_signs_cancel() -> None:
+    """mergekit elects the positive side there; with no side heavier we take none."""
+    models = [torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([-1.0])]
+    assert merge(models, "ties", {"lambda": [1.0, 1.0], "density": [1.0, 1.0]}).item() == 1.0
+
+
 def test_trimming_keeps_ties_and_at_least_one_entry() -> None:
-    vector = torch.tensor([1.0, -1.0, 1.0, 0.5, 4.0])
-    low = methods.trim_thresholds(vector, [0.4, 0.01])
-    assert low == [1.0, 4.0]
-    assert methods.trim(vector, low[0]).tolist() == [1.0, -1.0, 1.0, 0.0, 4.0]
+    models = [torch.zeros(5), torch.tensor([1.0, -1.0, 1.0, 0.5, 4.0])]
+    for density, expected in ((0.4, [1.0, -1.0, 1.0, 0.0, 4.0]), (0.01, [0.0, 0.0, 0.0, 0.0, 4.0])):
+        merged = merge(models, "ties", {"lambda": [1.0], "density": [density]})
+        assert merged.tolist() == expected
 
 
-@given(lambdas)
+def test_breadcrumbs_drop_ties_of_the_outliers() -> None:
+    models = [torch.zeros(5), torch.tensor([4.0, -1.0, 4.0, 0.5, 2.0])]
+    merged = merge(models, "breadcrumbs", {"lambda": [1.0], "density": [0.4], "gamma": [0.2]})
+    assert merged.tolist() == [0.0, 0.0, 0.0, 0.0, 2.0]
+
+
+@given(lambda_lists)
 @settings(max_examples=30, deadline=None)
-def test_one_expert_at_weight_one_gives_it_back(weights: list[float]) -> None:
-    base, *experts = random_tensors(3, seed=3)
-    vectors = [expert - base for expert in experts]
-    close(methods.task_arithmetic(base, vectors, [1.0, 0.0]), experts[0])
-    close(methods.ties(base, vectors, [1.0, 0.0], [0.0, 0.0]), experts[0])
-    close(methods.linear(experts, [0.0, 3.0]), experts[1])
+def test_one_expert_at_weight_one_gives_it_back(lambdas: list[float]) -> None:
+    models = random_models(2, seed=3)
+    ones: dict[str, list[float] | float] = {"lambda": [1.0, 0.0]}
+    close(merge(models, "task_arithmetic", ones), models[1])
+    close(merge(models, "ties", {**ones, "density": [1.0, 1.0]}), models[1])
 
 
-@given(lambdas, densities)
+@given(lambda_lists, densities)
 @settings(max_examples=30, deadline=None)
-def test_the_order_of_experts_does_not_matter(weights: list[float], density: float) -> None:
-    base, *vectors = random_tensors(4, seed=4)
-    low = [methods.trim_thresholds(vector, [density])[0] for vector in vectors]
+def test_the_order_of_experts_does_not_matter(lambdas: list[float], density: float) -> None:
+    models = random_models(3, seed=4)
     order = [2, 0, 1]
-    shuffled = [vectors[i] for i in order], [weights[i] for i in order]
-    close(methods.task_arithmetic(base, vectors, weights), methods.task_arithmetic(base, *shuffled))
-    close(
-        methods.ties(base, vectors, weights, low),
-        methods.ties(base, *shuffled, [low[i] for i in order]),
-    )
+    shuffled = [models[0], *(models[1 + i] for i in order)]
+    for method, coefficients in (
+        ("task_arithmetic", {"lambda": lambdas}),
+        ("ties", {"lambda": lambdas, "density": [density] * 3}),
+        ("breadcrumbs_ties", {"lambda": lambdas, "density": [density] * 3, "gamma": [0.1] * 3}),
+    ):
+        turned = {name: [values[i] for i in order] for name, values in coefficients.items()}
+        close(merge(models, method, {**coefficients}), merge(shuffled, method, {**turned}))
 
 
-def test_linear_refuses_weights_that_sum_to_zero(models: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="sum"):
-        methods.linear(models[:2], [1.0, -1.0])
+@pytest.mark.parametrize("method", ["model_stock", "karcher", "sce"])
+def test_symmetric_methods_do_not_see_the_order(method: str) -> None:
+    models = random_models(3)
+    given: dict[str, list[float] | float] = {"select_topk": 0.5} if method == "sce" else {}
+    close(merge(models, method, given), merge([models[0], *reversed(models[1:])], method, given))
+
+
+def test_shares_that_balance_out_on_the_sphere_fail_the_trial() -> None:
+    base = torch.zeros(3)
+    rows = torch.tensor([[1.0, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]])
+    with pytest.raises(TrialError, match="multislerp"):
+        merge([base, *rows], "multislerp", {"lambda": [1.0, 1.0, 1.0]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import Field
@@ -34,6 +34,11 @@ class Engine(Protocol):
     @property
     def lm(self) -> LM:
         """The model as lm-eval sees it, always with the weights loaded last."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The tensors that a candidate may be merged into directly, before `load` is told of them."""
         ...
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

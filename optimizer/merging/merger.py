@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from optimizer.errors import MergetuneError, TrialError
-from optimizer.merging import methods
-from optimizer.merging.checkpoint import Checkpoint, Expert
-from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
+from optimizer.merging.checkpoint import Expert
+from optimizer.merging.elementwise import compiling_pays, merge_tensor
+from optimizer.merging.methods import RULES, Coefficients
+from optimizer.merging.piece import Piece, Tables
+from optimizer.recipe import MergeRecipe, assign_groups
 
-# Densities live on this grid, so that one table of exact thresholds serves a whole study.
-DENSITY_STEP = 0.01
-_GRID = tuple(step / 100 for step in range(1, 101))
+
+class Base(Protocol):
+    """What the merger needs of a base: a `Checkpoint`, or tensors that are in memory already."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The tensors, in the order in which they are merged."""
+
+    def view(self, name: str) -> Tensor:
+        """Return a tensor, read only; merging happens on its device."""
 
 
 class Merger:
     """Merge experts into a base, again and again, with new coefficients each time.
 
     The same recipe gives the same bits: sums are accumulated in float32 in the order of the experts
-    and cast once to the base's dtype; DARE's masks are a pure function of (seed, expert, tensor).
+    and cast once to the base's dtype; random masks are a pure function of (seed, expert, tensor,
+    index).
+
+    Args:
+        base: the base.
+        experts: the experts, by the names that recipes use.
+        compiled: whether to compile the elementwise pass, which gives the same bits sooner; by default
+            where the model is large enough to win back the time that compiling takes.
     """
 
-    def __init__(self, base: Checkpoint, experts: Sequence[Expert]) -> None:
+    def __init__(self, base: Base, experts: Sequence[Expert], compiled: bool | None = None) -> None:
         self.base = base
         self.experts = {expert.name: expert for expert in experts}
-        self._thresholds: dict[tuple[str, str], list[float]] = {}
+        self._tables = Tables()
+        if compiled is None:
+            views = [base.view(name) for name in base.names]
+            compiled = compiling_pays(sum(view.numel() for view in views), views[0].device)
+        self._compiled = compiled
 
-    def merge(self, recipe: MergeRecipe) -> Iterator[tuple[str, Tensor]]:
+    @torch.no_grad()
+    def merge(
+        self, recipe: MergeRecipe, into: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the merged model, in the base's order, shape and dtype.
+
+        Args:
+            recipe: what to merge.
+            into: tensors to write into, by name; one that is missing, or of another shape, dtype or
+                device, is made anew. A tensor that no expert changes may be the base's own: read only.
 
         Raises:
             MergetuneError: the recipe names an expert that was not given, or its groups do not take
                 every tensor exactly once.
-            TrialError: these coefficients make a weight infinite or NaN.
+            TrialError: these coefficients make a weight infinite or NaN; at the end, when all tensors
+                have been yielded.
         """
         if missing := set(recipe.experts) - set(self.experts):
             raise MergetuneError(
@@ -44,73 +74,55 @@ class Merger:
                 f"but those given are {', '.join(self.experts)}."
             )
         groups = assign_groups(recipe.groups, self.base.names)
+        options, rule = recipe.choices, RULES[recipe.method]
+        peaks: dict[str, Tensor] = {}
         for name in self.base.names:
-            stored = self.base.tensor(name)
-            merged = self._merge_tensor(recipe, groups[name], name, stored)
-            yield name, stored if merged is None else _cast(merged, stored.dtype, name)
+            piece = self._piece(recipe, name)
+            if not piece.base.is_floating_point() or not (piece.changed or recipe.method == "passthrough"):
+                yield name, piece.base
+                continue
+            try:
+                step = rule(piece, Coefficients(groups[name], options))
+            except ValueError as error:
+                raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
+            out = _destination(into.get(name), piece.base)
+            vectors_of = [expert in piece.vectors_of for expert in piece.changed]
+            sources = list(piece.sources.values())
+            peaks[name] = merge_tensor(step, piece.base, sources, vectors_of, out, self._compiled)
+            yield name, out
+        _check_peaks(peaks, {name: self.base.view(name).dtype for name in peaks})
 
-    def _merge_tensor(
-        self, recipe: MergeRecipe, group: RecipeGroup, name: str, stored: Tensor
-    ) -> Tensor | None:
-        """Merge one tensor in float32; None where no expert changes it."""
-        if not stored.is_floating_point():
-            return None
-        found = {expert: self.experts[expert].task_vector(name, stored) for expert in recipe.experts}
-        changed = {expert: vector for expert, vector in found.items() if vector is not None}
-        if not changed:
-            return None
-        base = stored.float()
-        if recipe.method in ("linear", "slerp"):
-            return self._average(recipe, group, base, found)
-        vectors = list(changed.values())
-        lambdas = [group.per_expert("lambda")[expert] for expert in changed]
-        if recipe.method == "task_arithmetic":
-            return methods.task_arithmetic(base, vectors, lambdas)
-        densities = [group.per_expert("density")[expert] for expert in changed]
-        if recipe.method == "ties":
-            thresholds = [
-                self._threshold(expert, name, vector, density)
-                for (expert, vector), density in zip(changed.items(), densities, strict=True)
-            ]
-            return methods.ties(base, vectors, lambdas, thresholds)
-        masks = [
-            methods.keep_mask(base.shape, density, _mask_key(recipe.seed, expert, name))
-            for expert, density in zip(changed, densities, strict=True)
-        ]
-        dare = methods.dare_linear if recipe.method == "dare_linear" else methods.dare_ties
-        return dare(base, vectors, lambdas, masks, densities)
-
-    def _average(
-        self,
-        recipe: MergeRecipe,
-        group: RecipeGroup,
-        base: Tensor,
-        found: Mapping[str, Tensor | None],
-    ) -> Tensor:
-        """Merge by a method that averages whole weights: an expert without a change holds the base's."""
-        weights = [base if vector is None else base + vector for vector in found.values()]
-        if recipe.method == "linear":
-            return methods.linear(weights, [group.per_expert("lambda")[expert] for expert in found])
-        return methods.slerp(weights[0], weights[1], group.single("t"))
-
-    def _threshold(self, expert: str, name: str, task_vector: Tensor, density: float) -> float:
-        """Look the trimming threshold up in the table of this tensor, made at its first use."""
-        step = round(density / DENSITY_STEP)
-        if abs(step * DENSITY_STEP - density) > 1e-9 or step < 1:
-            return methods.trim_thresholds(task_vector, [density])[0]
-        if (expert, name) not in self._thresholds:
-            self._thresholds[expert, name] = methods.trim_thresholds(task_vector, _GRID)
-        return self._thresholds[expert, name][step - 1]
+    def _piece(self, recipe: MergeRecipe, name: str) -> Piece:
+        """Gather what the base and the experts hold of one tensor."""
+        base = self.base.view(name)
+        sources: dict[str, Tensor] = {}
+        vectors_of: set[str] = set()
+        for expert in recipe.experts if base.is_floating_point() else ():
+            weights = self.experts[expert].weights(name)
+            if weights is not None:
+                sources[expert] = weights.to(base.device)
+            elif (vector := self.experts[expert].task_vector(name, base)) is not None:
+                sources[expert] = vector
+                vectors_of.add(expert)
+        experts = tuple(recipe.experts)
+        return Piece(name, base, experts, sources, frozenset(vectors_of), recipe.seed, self._tables)
 
 
-def _cast(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    result = merged.to(dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")
-    return result
+def _destination(given: Tensor | None, base: Tensor) -> Tensor:
+    """Return the tensor to write into: the one given if it is like the base's and in one block."""
+    like = given is not None and (given.shape, given.dtype, given.device) == (
+        base.shape,
+        base.dtype,
+        base.device,
+    )
+    return given if given is not None and like and given.is_contiguous() else torch.empty_like(base)
 
 
-def _mask_key(seed: int, expert: str, name: str) -> int:
-    """Derive the 64-bit key of one mask from the recipe's seed, the expert and the tensor."""
-    digest = hashlib.blake2b(f"{seed}\0{expert}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _check_peaks(peaks: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise `TrialError` if a merged tensor does not fit its dtype; a GPU is waited for here only."""
+    if not peaks:
+        return
+    found = torch.stack(list(peaks.values())).tolist()
+    for name, peak in zip(peaks, found, strict=True):
+        if not peak <= torch.finfo(dtypes[name]).max:
+            raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")

@@ -1,161 +1,301 @@
-"""The merge methods: pure functions on tensors, in float32, each exact to its paper.
+"""The merge methods: what each makes of one tensor, exact to its paper.
 
-Every function takes one tensor of the model at a time. A task vector is `expert - base` (Ilharco et
-al. 2023); `lambdas[i]` is the weight of `task_vectors[i]`. Shapes: every tensor of a call has the
-same shape, and so has the result. The table of methods and their parameters is `recipe.METHODS`.
+θ₀ is the base, θᵢ an expert, τᵢ = θᵢ − θ₀ its task vector (Ilharco et al. 2023) and λᵢ its weight.
+A method reduces a tensor to a `Step`: numbers, and an elementwise rule that `elementwise` carries out
+in one pass over memory. The table of methods and their parameters is `method_table.METHODS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.merging import selection_masks, spherical
+from optimizer.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit
+from optimizer.merging.piece import Piece
+from optimizer.method_table import MethodName
+from optimizer.recipe import RecipeGroup
 
-def linear(experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Average the experts' weights: Σ wᵢ θᵢ / Σ wᵢ (Wortsman et al. 2022, uniform soup for equal w).
 
-    Raises:
-        ValueError: the weights sum to zero.
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of one layer group, and the recipe's options."""
+
+    group: RecipeGroup
+    options: Mapping[str, str]
+
+    def of(self, parameter: str, experts: Sequence[str]) -> list[float]:
+        """Return a coefficient for each of these experts."""
+        values = self.group.per_expert(parameter)
+        return [values[expert] for expert in experts]
+
+    def single(self, parameter: str) -> float:
+        """Return a coefficient that is one for all experts."""
+        return self.group.single(parameter)
+
+
+def linear(piece: Piece, given: Coefficients) -> Step:
+    """Average the experts: θ = Σ λᵢ θᵢ / Σ λᵢ (Wortsman et al. 2022; equal λ: the uniform soup).
+
+    Computed as θ₀ + Σ λᵢ τᵢ / Σ λᵢ.
     """
-    total = sum(weights)
-    if total == 0:
-        raise ValueError(f"`sum(weights) != 0` must hold, but got weights={list(weights)}.")
-    return weighted_sum(experts, [weight / total for weight in weights])
+    total = sum(given.of("lambda", piece.experts))
+    return _add([weight / total for weight in given.of("lambda", piece.changed)])
 
 
-def task_arithmetic(base: Tensor, task_vectors: Sequence[Tensor], lambdas: Sequence[float]) -> Tensor:
-    """Add scaled task vectors: θ = θ₀ + Σ λᵢ τᵢ (Ilharco et al. 2023, section 2); λ < 0 removes a task."""
-    return base + weighted_sum(task_vectors, lambdas)
+def task_arithmetic(piece: Piece, given: Coefficients) -> Step:
+    """Add scaled task vectors: θ = θ₀ + Σ λᵢ τᵢ (Ilharco et al. 2023, section 2)."""
+    return _add(given.of("lambda", piece.changed))
 
 
-def ties(
-    base: Tensor,
-    task_vectors: Sequence[Tensor],
-    lambdas: Sequence[float],
-    thresholds: Sequence[float],
-) -> Tensor:
+def ties(piece: Piece, given: Coefficients) -> Step:
     """Trim, elect sign, disjoint merge (TIES; Yadav et al. 2023, algorithm 1).
 
-    `thresholds[i]` is the smallest magnitude of task vector i that is kept. With one λ for all
-    experts the result is the paper's θ₀ + λ · mean of the entries that agree with the elected sign.
+    Each τᵢ keeps its k = max(1, ⌊density · n⌋) largest entries, and all that equal the k-th. With one
+    λ for all experts the result is the paper's θ₀ + λ · mean of the entries that agree.
     """
-    trimmed = [trim(vector, low) for vector, low in zip(task_vectors, thresholds, strict=True)]
-    return base + disjoint_mean(trimmed, lambdas)
+    bands = [
+        piece.band(expert, density)
+        for expert, density in zip(piece.changed, given.of("density", piece.changed), strict=True)
+    ]
+    numbers = _numbers(given.of("lambda", piece.changed))._replace(low=_floats([low for low, _ in bands]))
+    return Step(numbers, "trim", _combine(given))
 
 
-def dare_linear(
-    base: Tensor,
-    task_vectors: Sequence[Tensor],
-    lambdas: Sequence[float],
-    masks: Sequence[Tensor],
-    densities: Sequence[float],
-) -> Tensor:
-    """Drop and rescale, then task arithmetic (DARE; Yu et al. 2024, equations 1 and 2)."""
-    return task_arithmetic(base, _dropped(task_vectors, masks, densities), lambdas)
+def breadcrumbs(piece: Piece, given: Coefficients) -> Step:
+    """Drop the largest entries and the smallest, then add (Breadcrumbs; Davari & Belilovsky 2024, eq. 3).
 
-
-def dare_ties(
-    base: Tensor,
-    task_vectors: Sequence[Tensor],
-    lambdas: Sequence[float],
-    masks: Sequence[Tensor],
-    densities: Sequence[float],
-) -> Tensor:
-    """Drop and rescale, then the sign election and disjoint merge of TIES (Yu et al. 2024, section 3.3)."""
-    return base + disjoint_mean(_dropped(task_vectors, masks, densities), lambdas)
-
-
-def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
-    """Interpolate on the arc between two tensors taken as vectors (Shoemake 1985).
-
-    θ = sin((1-t)Ω)/sinΩ · θ₁ + sin(tΩ)/sinΩ · θ₂ with Ω the angle between them; where they are
-    nearly parallel (|cos Ω| > 0.9995), or one is zero, the straight line is the limit and is taken.
+    Of each τᵢ the share gamma at the top is dropped, then of the rest the largest are kept, density · n.
     """
-    norms = first.norm(dtype=torch.float64) * second.norm(dtype=torch.float64)
-    cosine = (first.double() * second.double()).sum() / norms if norms > 0 else torch.ones(())
-    if cosine.abs() > 0.9995:
-        return (1 - t) * first + t * second
-    angle = torch.arccos(cosine)
-    weights = torch.sin(torch.stack([(1 - t) * angle, t * angle])) / torch.sin(angle)
-    return weighted_sum([first, second], weights.tolist())
+    wanted = zip(
+        piece.changed, given.of("density", piece.changed), given.of("gamma", piece.changed), strict=True
+    )
+    bands = [piece.band(expert, density, gamma) for expert, density, gamma in wanted]
+    numbers = _numbers(given.of("lambda", piece.changed))._replace(
+        low=_floats([low for low, _ in bands]), high=_floats([high for _, high in bands])
+    )
+    return Step(numbers, "band")
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return Σ wᵢ xᵢ, accumulated in the order given."""
-    total = torch.zeros_like(tensors[0])
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
-    return total
+def breadcrumbs_ties(piece: Piece, given: Coefficients) -> Step:
+    """Drop as Breadcrumbs does, then elect signs and merge what agrees, as TIES does."""
+    return replace(breadcrumbs(piece, given), combine=_combine(given))
 
 
-def trim(task_vector: Tensor, threshold: float) -> Tensor:
-    """Set to zero what is smaller in magnitude than `threshold`; entries equal to it are all kept."""
-    return task_vector.where(task_vector.abs() >= threshold, 0.0)
+def dare_linear(piece: Piece, given: Coefficients) -> Step:
+    """Drop entries at random, rescale and add: θ₀ + Σ λᵢ (mᵢ ∘ τᵢ) / p (DARE; Yu et al. 2024, eq. 1–2).
 
-
-def drop(task_vector: Tensor, mask: Tensor, density: float) -> Tensor:
-    """Keep where `mask` (True: kept) and divide by the density kept: E[result] = task vector."""
-    return task_vector.where(mask, 0.0).div_(density)
-
-
-def disjoint_mean(task_vectors: Sequence[Tensor], lambdas: Sequence[float]) -> Tensor:
-    """Average, entry by entry, the λᵢ τᵢ whose sign is the elected one (TIES, steps 2 and 3).
-
-    The sign elected is that of Σ λᵢ τᵢ, the side of greater total magnitude; entries that are zero
-    take no part in the mean.
+    mᵢ keeps an entry with probability p, the density. The option `rescale: l1` divides by the share
+    of the magnitude that was kept instead, as mergekit does.
     """
-    scaled = torch.stack([lam * vector for vector, lam in zip(task_vectors, lambdas, strict=True)])
-    elected = torch.sign(scaled.sum(dim=0))
-    agrees = (torch.sign(scaled) == elected) & (scaled != 0)  # (n_experts, *shape)
-    count = agrees.sum(dim=0).clamp_(min=1)
-    return scaled.where(agrees, 0.0).sum(dim=0) / count
+    lambdas, densities = (given.of(name, piece.changed) for name in ("lambda", "density"))
+    factors = [
+        _dare_factor(piece, expert, density, given.options["rescale"])
+        for expert, density in zip(piece.changed, densities, strict=True)
+    ]
+    numbers = _numbers([lam * factor for lam, factor in zip(lambdas, factors, strict=True)])._replace(
+        limits=_ints([keep_limit(density) for density in densities]),
+        keys=_ints([hash_key(piece.seed, expert, piece.name) for expert in piece.changed]),
+        stream=_ints(hash_key(piece.seed, "", piece.name)),
+        start=_ints(0),
+    )
+    return Step(numbers, "random")
 
 
-def trim_thresholds(task_vector: Tensor, densities: Sequence[float]) -> list[float]:
-    """Return, for each density, the magnitude of the k-th largest entry, k = max(1, ⌊density · n⌋).
+def dare_ties(piece: Piece, given: Coefficients) -> Step:
+    """Drop and rescale as DARE does, then elect signs and merge what agrees (Yu et al. 2024, section 3.3)."""
+    return replace(dare_linear(piece, given), combine=_combine(given))
 
-    Exact: one sort serves every density.
+
+def della_linear(piece: Piece, given: Coefficients) -> Step:
+    """Drop by magnitude at random, rescale and add (DELLA; Deep et al. 2024, MAGPRUNE).
+
+    Entry j is kept with probability pⱼ, which rises with the rank of its magnitude in its row from
+    density − epsilon to density + epsilon, and is divided by pⱼ.
     """
-    magnitudes = task_vector.abs().flatten().sort(descending=True).values
-    ranks = [max(1, int(density * magnitudes.numel() + 1e-9)) for density in densities]
-    return [float(magnitudes[rank - 1]) for rank in ranks]
+    rows = zip(
+        piece.changed, given.of("density", piece.changed), given.of("epsilon", piece.changed), strict=True
+    )
+    vectors = [_magpruned(piece, *row, given.options["rescale"]) for row in rows]
+    return Step(_numbers(given.of("lambda", piece.changed)), vectors=vectors)
 
 
-def keep_mask(shape: Sequence[int], density: float, key: int) -> Tensor:
-    """Return DARE's random mask: True with probability `density`, a pure function of (key, index).
+def della(piece: Piece, given: Coefficients) -> Step:
+    """Drop as `della_linear` does, then elect signs and merge what agrees (DELLA; Deep et al. 2024)."""
+    return replace(della_linear(piece, given), combine=_combine(given))
 
-    The entry's index is hashed to a uniform number and compared with the density: masks of the same
-    key are nested as the density grows, and no state, order or device enters.
+
+def sce(piece: Piece, given: Coefficients) -> Step:
+    """Select by variance, calculate weights by mean square, erase minority signs (SCE; Wan et al. 2024)."""
+    merged = selection_masks.sce(
+        [piece.vector(expert) for expert in piece.experts], given.single("select_topk")
+    )
+    return Step(_numbers([1.0]), vectors=[merged])
+
+
+def model_stock(piece: Piece, given: Coefficients) -> Step:
+    """Move towards the estimated centre of fine-tunes: θ₀ + t · mean τ (model stock; Jang et al. 2024).
+
+    t = N cos θ / (1 + (N − 1) cos θ), with cos θ the mean cosine between task vectors, of the tensor
+    or of each row.
     """
-    size = 1
-    for length in shape:
-        size *= length
-    uniform = _hash32(torch.arange(size, dtype=torch.int64), key).to(torch.float64) / 2**32
-    return (uniform < density).reshape(tuple(shape))
+    by_rows = given.options["granularity"] == "rows"
+    gram = piece.gram(by_rows)
+    return _combination(piece, spherical.model_stock(gram[..., 1:, 1:]), base=1.0)
 
 
-def _dropped(
-    task_vectors: Sequence[Tensor], masks: Sequence[Tensor], densities: Sequence[float]
-) -> list[Tensor]:
-    return [drop(*inputs) for inputs in zip(task_vectors, masks, densities, strict=True)]
+def slerp(piece: Piece, given: Coefficients) -> Step:
+    """Follow the arc between two experts' weights (Shoemake 1985).
+
+    θ = sin((1−t)Ω)/sinΩ · θ₁ + sin(tΩ)/sinΩ · θ₂ with Ω the angle between them; the straight line
+    where they are nearly parallel (|cos Ω| > 0.9995).
+    """
+    return _combination(piece, spherical.slerp(_gram_of_weights(piece), given.single("t")))
 
 
-def _hash32(index: Tensor, key: int) -> Tensor:
-    """Hash int64 indices to uniform integers in [0, 2³²) (SplitMix64's finalizer; Steele et al. 2014)."""
-    value = index * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ _shift_right(value, shift)) * _signed(factor)
-    return _shift_right(value ^ _shift_right(value, 31), 32)
+def nuslerp(piece: Piece, given: Coefficients) -> Step:
+    """Follow the arc between two task vectors, or weights, taken as directions (mergekit's NuSLERP)."""
+    by_rows, of_weights = given.options["granularity"] == "rows", given.options["origin"] == "zero"
+    gram = _gram_of_weights(piece, by_rows) if of_weights else piece.gram(by_rows)[..., 1:, 1:]
+    weights = spherical.nuslerp(gram, given.single("t"))
+    return _combination(piece, weights, base=None if of_weights else 1.0)
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Shift int64 right and fill with zeros, as unsigned integers do."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+def multislerp(piece: Piece, given: Coefficients) -> Step:
+    """Average on the sphere in the tangent space at the mean direction (Goddard 2025, multi-SLERP)."""
+    of_weights = given.options["origin"] == "zero"
+    gram = _gram_of_weights(piece) if of_weights else piece.gram()[1:, 1:]
+    weights = spherical.multislerp(gram, given.of("lambda", piece.experts))
+    return _combination(piece, weights, base=None if of_weights else 1.0)
 
 
-def _signed(value: int) -> int:
-    """Map an unsigned 64-bit integer to the int64 of the same bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
+def karcher(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+    """Take the Karcher mean of the experts' directions, times their mean norm (Karcher 1977)."""
+    return _combination(piece, spherical.karcher(_gram_of_weights(piece)))
+
+
+def nearswap(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+    """Move each weight to the expert's, but by t at most: θ₀ + sign(τ) min(|τ|, t) (mergekit's NearSwap)."""
+    return Step(_numbers([1.0])._replace(low=_floats([given.single("t")])), "clip")
+
+
+def arcee_fusion(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+    """Take over the weights of importance |τ| · KL ≥ median + 1.5 IQR (mergekit's Arcee Fusion)."""
+    vector = piece.vector(piece.experts[0])
+    base = piece.base.float()
+    mask = selection_masks.arcee_fusion_mask(base + vector, base)
+    return Step(_numbers([1.0]), vectors=[torch.where(mask, vector, 0.0)])
+
+
+def passthrough(piece: Piece, given: Coefficients) -> Step:
+    """Take the expert itself, scaled: θ = scale · θ₁."""
+    scale = given.single("scale")
+    return Step(_numbers([scale] * len(piece.changed), base_weight=scale))
+
+
+RULES: dict[MethodName, Callable[[Piece, Coefficients], Step]] = {
+    "linear": linear,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "della_linear": della_linear,
+    "della": della,
+    "breadcrumbs": breadcrumbs,
+    "breadcrumbs_ties": breadcrumbs_ties,
+    "sce": sce,
+    "model_stock": model_stock,
+    "slerp": slerp,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "karcher": karcher,
+    "nearswap": nearswap,
+    "arcee_fusion": arcee_fusion,
+    "passthrough": passthrough,
+}
+
+
+def hash_key(seed: int, expert: str, name: str) -> int:
+    """Derive an int32 key for `hash32` from the recipe's seed, the expert and the tensor."""
+    digest = hashlib.blake2b(f"{seed}\0{expert}\0{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _add(lambdas: Sequence[float]) -> Step:
+    return Step(_numbers(lambdas))
+
+
+def _numbers(lambdas: Sequence[float], base_weight: float = 1.0) -> Numbers:
+    return Numbers(base_weight=_floats(base_weight), lambdas=_floats(lambdas))
+
+
+def _combine(given: Coefficients) -> Combine:
+    choices: dict[str, Combine] = {"count": "count", "weights": "weights", "none": "none"}
+    return choices[given.options["normalize"]]
+
+
+def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> Step:
+    """Return θ₀ + Σ wᵢ τᵢ where `base` is 1, or Σ wᵢ θᵢ where it is None.
+
+    `weights` has shape (n_experts,), or (rows, n_experts) for a weight in each row.
+    """
+    total = weights.sum(-1) if base is None else torch.full_like(weights[..., 0], base)
+    changed = weights[..., [piece.experts.index(expert) for expert in piece.changed]].movedim(-1, 0)
+    if weights.ndim > 1:
+        rows = (*piece.base.shape[:-1], 1)
+        total, changed = total.reshape(rows), changed.reshape(-1, *rows)
+    device = piece.base.device
+    return Step(Numbers(total.float().to(device), changed.float().to(device)))
+
+
+def _gram_of_weights(piece: Piece, by_rows: bool = False) -> Tensor:
+    """Return the inner products of the experts' weights θᵢ = θ₀ + τᵢ: (…, n, n)."""
+    gram = piece.gram(by_rows)
+    cross = gram[..., 0, 1:]
+    return gram[..., :1, :1] + cross[..., None, :] + cross[..., :, None] + gram[..., 1:, 1:]
+
+
+def _magpruned(piece: Piece, expert: str, density: float, epsilon: float, rescale: str) -> Tensor:
+    """Return an expert's task vector with entries dropped by MAGPRUNE and rescaled."""
+    vector = piece.vector(expert)
+    probabilities = selection_masks.della_probabilities(vector, density, epsilon)
+    limits = (probabilities.double() * 2**32).round().clamp_(min=1) - 2**31 - 1  # as `keep_limit`
+    mask = _hashes(piece, expert) <= limits.to(torch.int32)
+    if rescale == "probability":
+        vector = vector / probabilities.clamp(min=2**-32)
+    kept = torch.where(mask, vector, 0.0)
+    return kept * _l1_factor(vector, mask) if rescale == "l1" else kept
+
+
+def _l1_factor(vector: Tensor, mask: Tensor) -> float:
+    """Return Σ|τ| before over Σ|τ| after masking; 1 where either is about zero, as mergekit has it."""
+    magnitudes = vector.abs().cpu().numpy()
+    before = float(np.sum(magnitudes, dtype=np.float64))
+    after = float(np.sum(magnitudes, where=mask.cpu().numpy(), dtype=np.float64))
+    return before / after if min(before, after) >= 1e-7 else 1.0
+
+
+def _dare_factor(piece: Piece, expert: str, density: float, rescale: str) -> float:
+    if rescale == "l1":
+        return _l1_factor(piece.vector(expert), _hashes(piece, expert) <= keep_limit(density))
+    return 1 / density if rescale == "probability" else 1.0
+
+
+def _hashes(piece: Piece, expert: str) -> Tensor:
+    """Return a uniform int32 for every entry of the tensor, the same as `merge_chunk` draws."""
+    index = torch.arange(piece.base.numel(), device=piece.base.device).to(torch.int32)
+    stream, key = _ints(hash_key(piece.seed, "", piece.name)), _ints(hash_key(piece.seed, expert, piece.name))
+    return hash32(index, stream.to(index.device), key.to(index.device)).view(piece.base.shape)
+
+
+def _floats(values: float | Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _ints(values: int | Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

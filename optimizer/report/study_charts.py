@@ -83,7 +83,8 @@ def depth_panels(data: ReportData) -> list[alt.LayerChart]:
     for (parameter, part), rows in inside.groupby(keys, sort=False):
         values = inside.loc[inside["parameter"] == parameter, "value"]
         domain = [min(0.0, values.min()), max(1.0, values.max())]
-        panels.append(_depth_panel(rows, f"{parameter}: {part}", domain, list(data.study.experts)))
+        experts = list(dict.fromkeys([*data.study.experts, *rows["expert"]]))
+        panels.append(_depth_panel(rows, f"{parameter}: {part}", domain, experts))
     return panels
 
 

@@ -1,0 +1,225 @@
+"""The elementwise part of every merge: one pass over memory, in chunks that stay in cache.
+
+For each parameter the base and the experts are read once in their own dtype and the result is written
+once; everything between happens in float32. `merge_chunk` is plain torch; where it pays the same
+function runs compiled, with equal bits (no fused multiply-add, no reordering).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("mergetune")
+
+Keep = Literal["all", "trim", "band", "random", "clip"]
+Combine = Literal["sum", "count", "weights", "none"]
+
+# Compiling takes 5 to 20 s once per machine and method; below this many parameters a study of a
+# hundred candidates does not win them back.
+_COMPILE_FROM = 500_000_000
+_SMALL = 4096  # elements; below, a call costs more than the work, and compiled code has no lead
+_PLAIN_CHUNK, _COMPILED_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 22, 1 << 28  # elements
+
+
+_NONE = torch.empty(0)  # what a rule does not read
+
+
+class Numbers(NamedTuple):
+    """What `merge_chunk` reads beside the weights; entry i belongs to expert i.
+
+    `low` and `high` bound the magnitudes kept; `limits`, `keys`, `stream` and `start` are those of
+    `hash32`, with `start` the position of the chunk's first entry in its tensor.
+    """
+
+    base_weight: Tensor  # () or (rows, 1), float32
+    lambdas: Tensor  # (n,) or (n, rows, 1), float32
+    low: Tensor = _NONE  # (n,), float32
+    high: Tensor = _NONE  # (n,), float32
+    limits: Tensor = _NONE  # (n,), int32
+    keys: Tensor = _NONE  # (n,), int32
+    stream: Tensor = _NONE  # (), int32
+    start: Tensor = _NONE  # (), int32
+
+
+@dataclass(frozen=True)
+class Step:
+    """The merge of one tensor, reduced to numbers and an elementwise rule.
+
+    `keep` says which entries of a task vector τ count: all; those with low ≤ |τ| (trim); those with
+    low ≤ |τ| < high (band); a random subset; or all, cut to ±low (clip). `combine` says what becomes
+    of the λτ: their sum; or only those whose sign is the elected one, their sum divided by their
+    count, by the sum of their λ (weights), or by nothing (none).
+
+    `vectors` takes the place of the experts' task vectors where a rule looked at whole tensors.
+    """
+
+    numbers: Numbers
+    keep: Keep = "all"
+    combine: Combine = "sum"
+    vectors: Sequence[Tensor] | None = None
+
+
+def merge_chunk(
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    keep: Keep,
+    combine: Combine,
+    numbers: Numbers,
+) -> Tensor:
+    """Merge entries of one tensor into `out` and return the largest magnitude, NaN if there is one.
+
+    All tensors have one shape. `sources[i]` is a task vector in float32 where `are_vectors[i]`, else
+    the expert's weights. Sums are accumulated in float32 in the order of the experts, and cast once.
+    """
+    start = base.float()
+    parts = []
+    for i, source in enumerate(sources):
+        vector = source if are_vectors[i] else source.float() - start
+        parts.append(_kept(vector, i, keep, numbers) * numbers.lambdas[i])
+    if combine == "sum":
+        merged = numbers.base_weight * start
+        merged = merged + _sum(parts) if parts else merged
+    else:
+        merged = start + _consensus(parts, combine, numbers.lambdas)
+    out.copy_(merged)
+    return merged.abs().amax()
+
+
+def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
+    """Set the entries to zero that expert i's rule drops."""
+    if keep == "all":
+        return vector
+    if keep == "random":
+        index = numbers.start + torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
+        is_kept = hash32(index, numbers.stream, numbers.keys[i]) <= numbers.limits[i]
+        return torch.where(is_kept, vector, 0.0)
+    if keep == "clip":
+        return torch.minimum(torch.maximum(vector, -numbers.low[i]), numbers.low[i])
+    magnitude = vector.abs()
+    is_kept = magnitude >= numbers.low[i]
+    if keep == "band":
+        is_kept = is_kept & (magnitude < numbers.high[i])
+    return torch.where(is_kept, vector, 0.0)
+
+
+def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Tensor) -> Tensor:
+    """Add up, entry by entry, the parts whose sign is that of Σ λτ (TIES, steps 2 and 3), and divide.
+
+    Yadav et al. 2023, algorithm 1. Zeros never agree; where Σ λτ is exactly zero nothing does.
+    """
+    elected = _sum(parts)
+    agrees = [part * elected > 0 for part in parts]
+    total = _sum([torch.where(agree, part, 0.0) for agree, part in zip(agrees, parts, strict=True)])
+    if combine == "none":
+        return total
+    if combine == "weights":
+        divisor = _sum([torch.where(agree, lambdas[i], 0.0) for i, agree in enumerate(agrees)])
+        return total / torch.where(divisor == 0, 1.0, divisor)
+    count = _sum([torch.where(agree, 1.0, 0.0) for agree in agrees])
+    share = torch.ones_like(count)
+    for n in range(2, len(parts) + 1):  # a division would take longer than all the rest
+        share = torch.where(count == n, 1 / n, share)
+    return total * share
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def hash32(index: Tensor, stream: Tensor, key: Tensor) -> Tensor:
+    """Hash int32 counters to uniform int32 values: a random number that is a function of its place.
+
+    Two rounds of multiply and xorshift (constants of `lowbias32`, Wellons 2018), with the tensor's
+    `stream` in the first and the expert's `key` in the second, so that all experts share the first.
+    """
+    value = index * _signed(0x9E3779B9) + stream
+    value = (value ^ ((value >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    value = value + key
+    value = (value ^ ((value >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return value ^ ((value >> 16) & 0xFFFF)
+
+
+def keep_limit(probability: float) -> int:
+    """Return the int32 that a uniform int32 exceeds with probability 1 − p; raises nothing for p ∈ (0, 1]."""
+    return max(round(probability * 2**32), 1) - 2**31 - 1
+
+
+def _signed(value: int) -> int:
+    """Map an unsigned 32-bit integer to the int32 of the same bits."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def merge_tensor(
+    step: Step,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    out: Tensor,
+    compiled: bool,
+) -> Tensor:
+    """Merge one tensor into `out`, chunk by chunk; see `merge_chunk`, whose result is that of the whole."""
+    if step.vectors is not None:
+        sources, are_vectors = step.vectors, (True,) * len(step.vectors)
+    size, device = base.numel(), base.device
+    if size == 0:
+        return torch.zeros((), device=device)
+    rule = (tuple(are_vectors), step.keep, step.combine)
+    numbers = Numbers(*(each if each is _NONE else each.to(device) for each in step.numbers))
+    if numbers.lambdas.ndim > 1:  # a weight for each row: the tensor keeps its shape
+        return merge_chunk(out, base, sources, *rule, numbers)
+    kernel, chunk = (
+        (_compiled(), _COMPILED_CHUNK) if compiled and size >= _SMALL else (merge_chunk, _PLAIN_CHUNK)
+    )
+    if device.type == "cuda":
+        chunk = _CUDA_CHUNK
+    flat = [tensor.reshape(-1) for tensor in (out, base, *sources)]
+    peaks = []
+    for begin in range(0, size, chunk):
+        part = [tensor[begin : begin + chunk] for tensor in flat]
+        peaks.append(kernel(part[0], part[1], part[2:], *rule, _at(numbers, begin)))
+    return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
+
+
+def _at(numbers: Numbers, begin: int) -> Numbers:
+    """Return the numbers for the chunk that begins at this entry of its tensor."""
+    if numbers.stream is _NONE:
+        return numbers
+    start = torch.tensor(_signed(begin % 2**32), dtype=torch.int32, device=numbers.stream.device)
+    return numbers._replace(start=start)
+
+
+def compiling_pays(n_parameters: int, device: torch.device) -> bool:
+    """Say whether a study with so many parameters wins back the seconds that compiling takes."""
+    if device.type == "cuda":
+        return True
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return n_parameters >= _COMPILE_FROM and has_compiler
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Return `merge_chunk` compiled at first use, or the plain one where compiling fails."""
+    state: dict[str, Any] = {"kernel": torch.compile(merge_chunk, dynamic=True)}
+
+    def call(*arguments: Any) -> Tensor:
+        try:
+            result: Tensor = state["kernel"](*arguments)
+        except Exception as error:
+            if state["kernel"] is merge_chunk:
+                raise
+            log.warning("Merging runs uncompiled, slower and with the same result: %s", error)
+            state["kernel"] = merge_chunk
+            return merge_chunk(*arguments)
+        return result
+
+    return call
