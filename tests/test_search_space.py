@@ -10,6 +10,7 @@ from optuna.distributions import FloatDistribution
 
 from optimizer.errors import MergetuneError
 from optimizer.library import presets
+from optimizer.method_table import METHODS
 from optimizer.recipe import MergeRecipe, Source, assign_groups
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig, read_search_space
@@ -43,7 +44,9 @@ def lambdas(recipe: MergeRecipe, expert: str) -> list[float]:
 @pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
 def test_every_preset_fits_a_model_and_explains_itself(path: Path) -> None:
     config = read_search_space(path)
-    bound = SearchSpace(config, BASE, EXPERTS, CHANGED, NAMES)
+    n_experts = METHODS[config.method].max_experts or 2
+    experts = dict(list(EXPERTS.items())[:n_experts])
+    bound = SearchSpace(config, BASE, experts, {name: NAMES for name in experts}, NAMES)
     assert 1 <= len(bound.distributions) <= 24
     assert len(config.description) > 30
     middle = {
@@ -52,6 +55,24 @@ def test_every_preset_fits_a_model_and_explains_itself(path: Path) -> None:
         if isinstance(d, FloatDistribution)
     }
     assert assign_groups(bound.recipe(middle).groups, NAMES)
+
+
+def test_every_method_with_something_to_tune_has_a_preset() -> None:
+    covered = {read_search_space(path).method for path in presets("search_spaces").values()}
+    assert covered == {name for name, method in METHODS.items() if method.parameters}
+
+
+def test_options_reach_the_recipe() -> None:
+    found = space(method="ties", options={"normalize": "weights"}, groups=[{"name": "all"}])
+    point = {key: 0.5 for key in found.distributions}
+    assert found.recipe(point).choices == {"normalize": "weights"}
+
+
+def test_held_parameters_stand_in_the_recipe_and_are_not_searched() -> None:
+    found = space(method="breadcrumbs", groups=[{"name": "all"}])
+    assert not any("gamma" in key for key in found.distributions)
+    recipe = found.recipe({key: 0.5 for key in found.distributions})
+    assert recipe.groups[0].per_expert("gamma") == {"a": 0.01, "b": 0.01}
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -142,6 +163,10 @@ def test_constant_points_are_those_inside_the_space() -> None:
             {"groups": [{"name": "x", "layer": [0, 1]}]},
             r"`groups\.0\.layer`: unknown key. Did you mean `layers`",
         ),
+        ({"groups": [{"name": "x", "lamda": 1}]}, r"`groups\.0\.lamda`: unknown key. Did you mean `lambda`"),
+        ({"lamda": 1, "anchors": 3}, r"`lamda`: unknown key. Did you mean `lambda`"),
+        ({"method": "ties", "options": {"rescale": "l1"}, "anchors": 3}, "`ties` has no option `rescale`"),
+        ({"method": "slerp", "groups": [{"name": "x", "t": {"low": 0, "high": 2}}]}, r"`t` ∈ \[0, 1\]"),
         ({"method": "tis", "anchors": 3}, "`method`"),
         ({"groups": [{"name": "x", "roles": ["mlp"]}]}, r"none takes model\.embed_tokens\.weight"),
         (
@@ -172,5 +197,5 @@ def test_coefficients_that_touch_nothing_are_not_searched() -> None:
 
 def test_slerp_takes_two_experts() -> None:
     config = read_search_space(presets("search_spaces")["slerp_layer_groups"])
-    with pytest.raises(MergetuneError, match="2 experts"):
+    with pytest.raises(MergetuneError, match="exactly 2 experts, but got 3"):
         SearchSpace(config, BASE, {**EXPERTS, "c": Source(path="c")}, {**CHANGED, "c": NAMES}, NAMES)
