@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from optimizer.recipe import MergeRecipe, RecipeGroup, Source
@@ -14,6 +15,8 @@ _USUAL_LAMBDAS = (0.5, 0.8, 1.0)
 # TIES without a search keeps the top 20 % and scales by 1 (Yadav et al. 2023, section 4);
 # DARE's usual drop rate is 0.9 for fine-tunes of this kind (Yu et al. 2024).
 _USUAL_DENSITY = {"ties": 0.2, "dare_linear": 0.1, "dare_ties": 0.1}
+_SOUP = "soup-"
+_LONGEST_NAME = 60  # a candidate's name is a file's name, too
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,27 @@ def uniform_name(n_experts: int) -> str:
     return f"average-{1 / n_experts:.2g}"
 
 
+def average_name(members: Collection[str], experts: Sequence[str]) -> str:
+    """Return the candidate's name of the average of some of the experts: one name for one set.
+
+    The average of one expert is that expert, and the average of all is the plain one.
+    """
+    ordered = [name for name in experts if name in members]
+    if len(ordered) == 1:
+        return expert_name(ordered[0])
+    if len(ordered) == len(experts):
+        return uniform_name(len(experts))
+    name = _SOUP + "+".join(ordered)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{_SOUP}of-{len(ordered)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def is_soup(name: str) -> bool:
+    """Say whether a candidate's name is that of the average of some of the experts."""
+    return name.startswith(_SOUP)
+
+
 def baselines(space: SearchSpace, base: Source, experts: Mapping[str, Source]) -> list[Baseline]:
     """List the base, each expert, the plain average, and the usual defaults of the space's method.
 
@@ -41,13 +65,23 @@ def baselines(space: SearchSpace, base: Source, experts: Mapping[str, Source]) -
     share = 1 / len(experts)
     averages = {uniform_name(len(experts)): share}
     averages |= {f"average-{lam:.2g}": lam for lam in _USUAL_LAMBDAS}
-    for name, lam in averages.items():
-        recipe = _task_arithmetic(dict.fromkeys(experts, lam), base, experts)
-        params = None
-        if space.config.method == "task_arithmetic":
-            params = space.constant(dict.fromkeys(experts, lam), density=1.0)
-        found.append(Baseline(name, recipe, params))
+    found += [
+        _average(name, dict.fromkeys(experts, lam), space, base, experts) for name, lam in averages.items()
+    ]
     return found + _method_default(space, experts)
+
+
+def soup(
+    members: Collection[str], space: SearchSpace, base: Source, experts: Mapping[str, Source]
+) -> Baseline:
+    """Return the average of some of the experts, with equal shares."""
+    shares = {name: 1 / len(members) if name in members else 0.0 for name in experts}
+    return _average(average_name(members, list(experts)), shares, space, base, experts)
+
+
+def base_recipe(base: Source, experts: Mapping[str, Source]) -> MergeRecipe:
+    """Return the recipe that gives the base back."""
+    return _task_arithmetic(dict.fromkeys(experts, 0.0), base, experts)
 
 
 def _model(
@@ -59,6 +93,19 @@ def _model(
 ) -> Baseline:
     """The base or one expert, untouched: with density 1 each method that can express it gives it back."""
     params = space.constant(lambdas, density=1.0)
+    return Baseline(name, _task_arithmetic(lambdas, base, experts), params)
+
+
+def _average(
+    name: str,
+    lambdas: dict[str, float],
+    space: SearchSpace,
+    base: Source,
+    experts: Mapping[str, Source],
+) -> Baseline:
+    """A sum of task vectors: a point of the space where that is what the space searches."""
+    is_inside = space.config.method == "task_arithmetic"
+    params = space.constant(lambdas, density=1.0) if is_inside else None
     return Baseline(name, _task_arithmetic(lambdas, base, experts), params)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -18,15 +19,32 @@ from optimizer.engines import Engine, EngineConfig, start_engine
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement, Score
 from optimizer.library import find
-from optimizer.merging.inputs import open_inputs
+from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
 from optimizer.models import find_model
 from optimizer.progress import Progress, candidate_line
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.recipe import MergeRecipe, RecipeGroup, count_layers
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.suite import Split, read_suite
 
+_VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
+
 log = logging.getLogger("mergetune")
+
+
+def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
+    """Keep what the report needs beside the measurements."""
+    run.write_items(evaluator.items())
+    run.write_json("versions.json", {name: importlib.metadata.version(name) for name in _VERSIONS_OF})
+    run.write_json("warnings.json", list(inputs.warnings))
+    run.write_json(
+        "model.json",
+        {
+            "n_layers": count_layers(inputs.base.names),
+            "tensors": list(inputs.base.names),
+            "task_vector_norms": dict(inputs.norms),
+        },
+    )
 
 
 @dataclass
@@ -44,10 +62,13 @@ class Bench:
         self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
     ) -> Candidate:
         """Merge, load and score one candidate on the search split, unless that was done before."""
-        if (done := self.run.candidate(name)) is not None:
-            return done
-        number = len(self.run.candidates())
+        known = self.run.candidate(name)  # perhaps from the holdout split alone
+        if known is not None and (known.state == "failed" or name in self.scores):
+            return known
+        number = len(self.run.candidates()) if known is None else known.number
+        holdout_cost = Cost() if known is None else known.holdout_cost
         fields = {"name": name, "number": number, "kind": kind, "recipe": recipe, "params": params}
+        fields["holdout_cost"] = holdout_cost
         try:
             load = self.load(recipe)
             measurement = self.evaluator.measure(self.engine.lm, "search")

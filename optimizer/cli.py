@@ -19,6 +19,7 @@ from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
     from optimizer.analysis import GroupStatistics
+    from optimizer.soup import Tasting
 
 EXIT_ERROR = 3
 
@@ -119,6 +120,45 @@ def merge(
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 
 
+@app.command()
+def soup(
+    out: Annotated[Path, typer.Argument(help="The model directory to write.", metavar="OUT")],
+    models: Annotated[
+        list[str], typer.Argument(help="Two or more: directories, hub ids or adapters.", metavar="MODEL")
+    ],
+    base: Annotated[str | None, typer.Option(help="The base of the models; adapters need it.")] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(min=2, help="Take the last N checkpoints in MODEL, the folder of a training run."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Choose greedily by this suite: a preset's name or a path.")
+    ] = None,
+    split: Annotated[
+        Literal["search", "holdout", "all"], typer.Option(help="The suite's items to choose on.")
+    ] = "search",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    run: Annotated[
+        Path | None, typer.Option(help="Where the suite's measurements are kept. Default: OUT.soup.")
+    ] = None,
+) -> None:
+    """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
+    from optimizer.run_dir import RunDir
+    from optimizer.soup import make_soup
+    from optimizer.soup_plan import SoupPlan
+
+    plan = SoupPlan.read(out, models, base, last, suite, split, batch_size)
+    tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
+    if tasting is not None:
+        _out.print(_soup_table(tasting))
+    members = list(plan.models) if tasting is None else tasting.soup.members
+    if len(members) > 1:
+        _out.print(f"Averaged: {', '.join(members)}", highlight=False, markup=False)
+    else:
+        _out.print(f"No soup is as good as {members[0]} alone.", highlight=False, markup=False)
+    _out.print(f"Merged model: {out}", highlight=False, markup=False)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
@@ -199,6 +239,21 @@ def _statistics_table(statistics: list[GroupStatistics]) -> Table:
         norms = [f"{group.relative_norms[expert]:.4f}" for expert in experts]
         both = [cell for pair in group.pairs for cell in (f"{pair.cosine:.3f}", f"{pair.sign_conflict:.0%}")]
         table.add_row(group.group, f"{group.n_parameters:,}", *norms, *both)
+    return table
+
+
+def _soup_table(tasting: Tasting) -> Table:
+    table = Table(title="Greedy soup")
+    table.add_column("tried")
+    for name in tasting.rows[0].scores:
+        table.add_column(name, justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("kept")
+    for row in tasting.rows:
+        shown = [f"{score.value:.3f} ± {score.stderr:.3f}" for score in row.scores.values()]
+        kept = "" if row.is_kept is None else "yes" if row.is_kept else "no"
+        broken = " (breaks a guard)" if row.standing.allowance < 0 else ""
+        table.add_row(escape(row.label), *shown, f"{row.standing.gain:.3f}{broken}", kept)
     return table
 
 

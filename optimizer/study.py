@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
-from optimizer.bench import Bench
+from optimizer.bench import Bench, write_facts
 from optimizer.engines import start_engine
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
@@ -20,13 +20,11 @@ from optimizer.merging.inputs import Inputs
 from optimizer.merging.merger import Merger
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
-from optimizer.recipe import count_layers
 from optimizer.report import write_report
 from optimizer.run_dir import RunDir, log_to
 from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
 from optimizer.search_space import SearchSpace
-
-_VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
+from optimizer.soup import measure_greedy_soup
 
 
 def run_study(study_file: Path, out: Path, console: Console) -> Path:
@@ -51,7 +49,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
     run = RunDir(out)
     with run.claim(plan.record(inputs)), Progress(console) as progress, Interrupts() as interrupts:
         log_to(out / "run.log")
-        _write_facts(run, inputs, evaluator)
+        write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
         progress.at_work("starting the engine …")
@@ -60,8 +58,9 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         try:
             for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
                 bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+            soup = measure_greedy_soup(bench, space, inputs)
             _search(plan, space, bench, interrupts)
-            _confirm(bench, len(inputs.experts))
+            _confirm(bench, [uniform_name(len(inputs.experts)), soup])
         except BaseException as error:
             if not interrupts.requested:
                 raise
@@ -108,13 +107,13 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
         search.tell(trial, values)
 
 
-def _confirm(bench: Bench, n_experts: int) -> None:
+def _confirm(bench: Bench, averages: Sequence[str]) -> None:
     """Measure the recommended merge once on the holdout split, with what it is compared to."""
     if bench.evaluator.count("holdout") == 0:
         return
     chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
     compared = [name for name in bench.scores if name == selection.BASE or selection.is_expert(name)]
-    names = [*compared, uniform_name(n_experts), *([chosen.name] if chosen else [])]
+    names = [*compared, *averages, *([chosen.name] if chosen else [])]
     for candidate in bench.run.candidates():
         if candidate.name in names and candidate.state == "complete":
             bench.confirm(candidate)
@@ -139,18 +138,3 @@ def _standing(bench: Bench, number: int, total: int, seconds_per_trial: float | 
     floor = selection.objective_points({"": bench.scores[selection.BASE]}, suite)[0]
     volume = pareto.hypervolume(points, floor)
     return study_line(number, total, seconds_per_trial, len(on_front), volume)
-
-
-def _write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
-    """Keep what the report needs beside the measurements."""
-    run.write_items(evaluator.items())
-    run.write_json("versions.json", {name: importlib.metadata.version(name) for name in _VERSIONS_OF})
-    run.write_json("warnings.json", list(inputs.warnings))
-    run.write_json(
-        "model.json",
-        {
-            "n_layers": count_layers(inputs.base.names),
-            "tensors": list(inputs.base.names),
-            "task_vector_norms": dict(inputs.norms),
-        },
-    )

@@ -203,7 +203,7 @@ def _verdict(
     metrics: Sequence[Metric],
     split: Split,
 ) -> Verdict:
-    """Judge the recommended merge against the base, the experts and the plain averages."""
+    """Judge the recommended merge against the base, the experts, the plain averages and the soups."""
     frames = {
         entry.name: frame
         for entry in entries

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer import selection
+from optimizer.baselines import is_soup
 from optimizer.evaluate import Measurement, Score
 from optimizer.report.metric import Metric
 from optimizer.selection import Recommendation
@@ -75,12 +76,12 @@ def judge(
 
     Args:
         chosen: what `selection.recommend` said.
-        frames: per-item scores of the recommended merge, the base, the experts and the plain
-            averages, by candidate name.
+        frames: per-item scores of the recommended merge, the base, the experts and what is in
+            `averages`, by candidate name.
         metrics: the suite's objectives and guards.
         suite: the suite's file.
         split: where `frames` were measured.
-        averages: the names of the plain averages and usual defaults.
+        averages: the names of the plain averages, the soups and the usual defaults.
     """
     if chosen is None:
         return Verdict("mixed", "No merge has been measured yet.", (), split)
@@ -132,18 +133,27 @@ def _words(
     ahead = [rival for rival in (expert, average) if rival]
     figures = [_standing(own, ahead)] if ahead else []
     if chosen.name in averages:
-        return "mixed", f"The search found no merge better than the plain average `{chosen.name}`.", figures
+        return "mixed", f"The search found no merge better than {_title(chosen.name)}.", figures
     if average and average.worst_loss <= own:
         return (
             "mixed",
-            f"The search found nothing clearly better than the plain average `{average.name}`.",
+            f"The search found nothing clearly better than {_title(average.name)}.",
             figures,
         )
     if unclear := [rival.name for rival in ahead if rival.ahead < CLEAR]:
         names = " or ".join(f"`{name}`" for name in unclear)
         return "mixed", f"`{chosen.name}` is ahead, but not clearly: {names} may be as good.", figures
-    whom = "every expert and every plain average" if average else "every expert"
+    kinds = {"every expert": None} | {f"every {_kind(r.name)}": None for r in rivals if r.name in averages}
+    whom = " and ".join(kinds)
     return "good", f"`{chosen.name}` beats {whom}.", figures
+
+
+def _kind(average: str) -> str:
+    return "soup" if is_soup(average) else "plain average"
+
+
+def _title(average: str) -> str:
+    return f"the {_kind(average)} `{average}`"
 
 
 def _standing(own: float, rivals: Sequence[Rival]) -> str:

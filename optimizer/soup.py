@@ -1,0 +1,259 @@
+"""Model soups: averages of fine-tunes of one base, uniform or greedy (Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
+from rich.console import Console
+
+from optimizer import baselines, selection
+from optimizer.baselines import average_name
+from optimizer.bench import Bench, write_facts
+from optimizer.engines import start_engine
+from optimizer.evaluate import Evaluator, Measurement
+from optimizer.export import write_merged
+from optimizer.merging.inputs import Inputs
+from optimizer.merging.merger import Merger
+from optimizer.progress import Progress
+from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.run_dir import Candidate, RunDir, log_to
+from optimizer.search_space import SearchSpace
+from optimizer.selection import BASE, Scores, expert_name
+from optimizer.soup_plan import SoupPlan
+from optimizer.suite import Split, SuiteConfig
+
+
+class Standing(NamedTuple):
+    """How good a model is; greater is better, and the guards come before the gain.
+
+    Attributes:
+        allowance: 0 where every guard is kept, else minus the most by which one is broken.
+        gain: what it is worth in all objectives together.
+    """
+
+    allowance: float
+    gain: float
+
+
+def standing(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> Standing:
+    """Rank a model by its guards, then by the weighted mean of its objectives.
+
+    What is averaged is the share kept of the best expert's gain over the base, as in
+    `selection.retained_gains`, so that objectives on different scales count alike; where no base was
+    measured, the scores themselves, signed so that greater is better. A mean counts every
+    objective's gain, so that a soup can grow one skill at a time; the worst loss, by which one merge
+    is recommended, stays the same until the last skill is in.
+
+    Args:
+        scores: the model's.
+        references: the scores of the experts and, if it was measured, of the base, by candidate name.
+        suite: the suite's file.
+    """
+    objectives = suite.objectives
+    if BASE in references:
+        gains = selection.retained_gains(references, scores, suite)
+    else:
+        gains = {name: objective.sign * scores[name].value for name, objective in objectives.items()}
+    total = sum(objective.weight for objective in objectives.values())
+    gain = sum(objective.weight * gains[name] for name, objective in objectives.items()) / total
+    excess = max([0.0, *selection.guard_violations(scores, references, suite).values()])
+    return Standing(-excess, gain)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A soup that was tried: its ingredients, the last of them new, and whether that was kept."""
+
+    members: tuple[str, ...]
+    standing: Standing
+    is_kept: bool
+
+
+@dataclass(frozen=True)
+class Soup:
+    """A greedy soup: its ingredients in the order added, and all that was tried."""
+
+    members: tuple[str, ...]
+    standing: Standing
+    attempts: tuple[Attempt, ...]
+
+
+def greedy_soup(standings: Mapping[str, Standing], measure: Callable[[tuple[str, ...]], Standing]) -> Soup:
+    """Choose a soup's ingredients greedily (Wortsman et al. 2022, algorithm 1).
+
+    From the best ingredient down, each is added and kept if the soup does not get worse: so the soup
+    is never worse than the best ingredient on the items measured.
+
+    Args:
+        standings: of each ingredient alone, by name.
+        measure: gives the standing of the average of some ingredients.
+    """
+    first, *rest = sorted(standings, key=lambda name: standings[name], reverse=True)
+    members: tuple[str, ...] = (first,)
+    best = standings[first]
+    attempts = []
+    for name in rest:
+        tried = (*members, name)
+        found = measure(tried)
+        attempts.append(Attempt(tried, found, found >= best))
+        if attempts[-1].is_kept:
+            members, best = tried, found
+    return Soup(members, best, tuple(attempts))
+
+
+def measure_greedy_soup(bench: Bench, space: SearchSpace, inputs: Inputs) -> str:
+    """Measure what the greedy soup of a study's experts takes; returns the soup's candidate name.
+
+    The base, the experts and the plain average must have been measured. With one or two experts they
+    decide, and nothing more is measured.
+    """
+    experts, suite = inputs.expert_sources, bench.evaluator.suite.config
+
+    def measure(members: tuple[str, ...]) -> Standing:
+        tried = baselines.soup(members, space, inputs.base_source, experts)
+        bench.measure("baseline", tried.name, tried.recipe, tried.params)
+        return standing(bench.scores[tried.name], bench.scores, suite)
+
+    alone = {name: standing(bench.scores[expert_name(name)], bench.scores, suite) for name in experts}
+    return average_name(greedy_soup(alone, measure).members, list(experts))
+
+
+@dataclass(frozen=True)
+class Tasted:
+    """A model measured for a greedy soup; `is_kept` is None where that was no question."""
+
+    label: str
+    scores: Scores
+    standing: Standing
+    is_kept: bool | None
+
+
+@dataclass(frozen=True)
+class Tasting:
+    """A greedy soup with the scores of all that was measured for it, by candidate name."""
+
+    soup: Soup
+    scores: Mapping[str, Scores]
+    rows: tuple[Tasted, ...]
+
+
+def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
+    """Write a soup as a model directory; a greedy one's measurements are kept in `run`.
+
+    Raises:
+        MergetuneError: something the user has to mend; what was measured stays on disk.
+    """
+    inputs = plan.open_inputs()
+    merger = Merger(inputs.base, inputs.experts)
+    if plan.study is None:
+        for warning in inputs.warnings:
+            console.print(f"warning: {warning}", highlight=False, markup=False)
+        write_merged(plan.out, merger, soup_recipe(list(plan.models), inputs), inputs)
+        return None
+    evaluator = Evaluator(plan.study.suite)
+    with run.claim(plan.study.record(inputs)), Progress(console) as progress:
+        log_to(run.path / "run.log")
+        write_facts(run, inputs, evaluator)
+        for warning in inputs.warnings:
+            progress.say(f"warning: {warning}")
+        progress.at_work("starting the engine …")
+        engine = start_engine(plan.study.config.engine, inputs.base.folder)
+        try:
+            bench = Bench(merger, engine, evaluator, run, progress, run.all_scores("search"))
+            tasting = _choose(plan, bench, inputs)
+            _confirm(plan, bench, tasting.soup)
+        except KeyboardInterrupt:
+            progress.say("Interrupted; run the same command to go on.")
+            raise
+        finally:
+            engine.close()
+    _write(plan, merger, inputs, run, tasting)
+    return tasting
+
+
+def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
+    """Return the recipe of the average of some ingredients, in the order that they were opened in."""
+    sources = {name: source for name, source in inputs.expert_sources.items() if name in members}
+    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(sources, 1.0)})
+    return MergeRecipe(method="linear", base=inputs.base_source, experts=sources, groups=(group,))
+
+
+def _choose(plan: SoupPlan, bench: Bench, inputs: Inputs) -> Tasting:
+    """Measure the base, if there is one, and each ingredient; then build the greedy soup."""
+    names, suite = list(plan.models), bench.evaluator.suite.config
+    scores: dict[str, Scores] = {}
+    if plan.base is not None:
+        recipe = baselines.base_recipe(inputs.base_source, inputs.expert_sources)
+        scores[BASE] = _measure(bench, BASE, recipe, plan.splits)
+    for name in names:
+        scores[expert_name(name)] = _measure(
+            bench, expert_name(name), soup_recipe([name], inputs), plan.splits
+        )
+
+    def measure(members: tuple[str, ...]) -> Standing:
+        name = average_name(members, names)
+        scores[name] = _measure(bench, name, soup_recipe(members, inputs), plan.splits)
+        return standing(scores[name], scores, suite)
+
+    alone = {name: standing(scores[expert_name(name)], scores, suite) for name in names}
+    soup = greedy_soup(alone, measure)
+    return Tasting(soup, scores, tuple(_rows(soup, alone, scores, suite)))
+
+
+def _rows(
+    soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores], suite: SuiteConfig
+) -> Iterator[Tasted]:
+    """Yield the base, if it was measured, the ingredients from the best down, and the soups tried."""
+    if BASE in scores:
+        yield Tasted(BASE, scores[BASE], standing(scores[BASE], scores, suite), None)
+    first = soup.members[0]
+    for name in [first, *(attempt.members[-1] for attempt in soup.attempts)]:
+        yield Tasted(name, scores[expert_name(name)], alone[name], True if name == first else None)
+    for attempt in soup.attempts:
+        own = scores[average_name(attempt.members, list(alone))]
+        yield Tasted(" + ".join(attempt.members), own, attempt.standing, attempt.is_kept)
+
+
+def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> Scores:
+    """Score a candidate on these splits together, where that was not done before."""
+    bench.progress.at_work(f"{name} …")
+    if "search" in splits:
+        bench.measure("baseline", name, recipe, None)
+    if "holdout" in splits:
+        candidate = bench.run.candidate(name)
+        if candidate is None:
+            number = len(bench.run.candidates())
+            candidate = Candidate(name=name, number=number, kind="baseline", recipe=recipe)
+            bench.run.write_candidate(candidate, None)
+        bench.confirm(candidate)
+    found = [bench.run.measurement(name, split) for split in splits]
+    items = pd.concat([items for items in found if items is not None], ignore_index=True)
+    return Measurement(items, 0.0).scores()
+
+
+def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:
+    """Measure the soup, its best ingredient and the base on items that it was not chosen on."""
+    if "holdout" in plan.splits or bench.evaluator.count("holdout") == 0:
+        return
+    best, chosen = (average_name(members, list(plan.models)) for members in (soup.members[:1], soup.members))
+    for name in dict.fromkeys([BASE, best, chosen]):
+        if (candidate := bench.run.candidate(name)) is not None:
+            bench.confirm(candidate)
+
+
+def _write(plan: SoupPlan, merger: Merger, inputs: Inputs, run: RunDir, tasting: Tasting) -> None:
+    """Write the soup; its card names what it is made of, and its scores on items it was not chosen on."""
+    members = tasting.soup.members
+    name = average_name(members, list(plan.models))
+    kept = tuple(expert for expert in inputs.experts if expert.name in members)
+    confirmed = None if "holdout" in plan.splits else run.scores(name, "holdout")
+    write_merged(
+        plan.out,
+        merger,
+        soup_recipe(members, inputs),
+        replace(inputs, experts=kept),
+        confirmed or tasting.scores[name],
+    )
