@@ -19,6 +19,8 @@ from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
 from optimizer.yaml_io import to_yaml
 
+_WITHOUT_BASE = ("linear", "karcher", "passthrough")  # to mergekit
+
 
 def write_merged(
     folder: Path,
@@ -61,47 +63,66 @@ def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[
 def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     """Return mergekit's configuration of the same merge; None where mergekit cannot express it.
 
-    mergekit scales DARE otherwise and draws other masks; its TIES divides by the sum of the weights,
-    which is the paper's mean only where all experts of a group share one lambda.
+    It draws other random masks (DARE, DELLA) and samples thresholds (Arcee Fusion), weighs short task
+    vectors alike (SCE) and gives norms of filters a floor (model stock by rows); dividing by a count
+    it does only where all experts of a group share one lambda.
     """
-    groups = assign_groups(recipe.groups, inputs.base.names)
-    if recipe.method.startswith("dare") or (
-        recipe.method == "ties" and any(len(set(g.per_expert("lambda").values())) > 1 for g in recipe.groups)
-    ):
+    shared = _shared_parameters(recipe)
+    if shared is None:
         return None
+    groups = assign_groups(recipe.groups, inputs.base.names)
     base = recipe.base.path
-    experts = {
-        expert.name: f"{base}+{expert.folder}" if _is_adapter(expert.folder) else str(expert.folder)
+    models = [
+        {"model": f"{base}+{expert.folder}" if _is_adapter(expert.folder) else str(expert.folder)}
         for expert in inputs.experts
-    }
+    ]
     config: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.method == "slerp":
-        first, second = experts.values()
-        config |= {
-            "base_model": first,
-            "models": [{"model": first}, {"model": second}],
-            "parameters": {"t": _by_tensor(groups, lambda group: group.single("t"))},
-        }
+        config |= {"base_model": models[0]["model"], "models": models}
     else:
-        config["models"] = [
-            {"model": path, "parameters": _parameters(recipe, groups, name)} for name, path in experts.items()
-        ]
-        if recipe.method != "linear":
+        parameters = [_expert_parameters(recipe, groups, name) for name in recipe.experts]
+        pairs = zip(models, parameters, strict=True)
+        config["models"] = [{**model, **({"parameters": own} if own else {})} for model, own in pairs]
+        if recipe.method not in _WITHOUT_BASE and recipe.choices.get("origin") != "zero":
             config["base_model"] = base
-        if recipe.method == "ties":
-            scale = _by_tensor(groups, lambda group: next(iter(group.per_expert("lambda").values())))
-            config["parameters"] = {"normalize": True, "lambda": scale}
+    outer = {name: _by_tensor(groups, value) if callable(value) else value for name, value in shared.items()}
+    config |= {"parameters": outer} if outer else {}
     config |= {"dtype": "float32", "out_dtype": inputs.base.config.get("dtype", "float32")}
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _parameters(recipe: MergeRecipe, groups: Mapping[str, RecipeGroup], expert: str) -> dict[str, Any]:
-    if recipe.method == "ties":
-        return {
-            "weight": 1.0,
-            "density": _by_tensor(groups, lambda group: group.per_expert("density")[expert]),
-        }
-    return {"weight": _by_tensor(groups, lambda group: group.per_expert("lambda")[expert])}
+def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:
+    """Return mergekit's parameters for all models at once, functions of the layer group where they vary.
+
+    None where mergekit cannot express the method with these options.
+    """
+    options = recipe.choices
+    normalize = options.get("normalize")
+    is_random = recipe.method.startswith(("dare", "della"))
+    if is_random or recipe.method in ("sce", "arcee_fusion") or options.get("granularity") == "rows":
+        return None
+    if normalize == "count":
+        if any(len(set(group.per_expert("lambda").values())) > 1 for group in recipe.groups):
+            return None
+        return {"normalize": True, "lambda": lambda group: next(iter(group.per_expert("lambda").values()))}
+    if normalize is not None:
+        return {"normalize": normalize == "weights"}
+    return {"t": lambda group: group.single("t")} if recipe.method in ("slerp", "nearswap") else {}
+
+
+def _expert_parameters(recipe: MergeRecipe, groups: Mapping[str, RecipeGroup], expert: str) -> dict[str, Any]:
+    """Return mergekit's parameters of one model."""
+    if recipe.method == "nuslerp":
+        is_second = expert == list(recipe.experts)[1]
+        return {"weight": _by_tensor(groups, lambda g: g.single("t") if is_second else 1 - g.single("t"))}
+    if recipe.method == "passthrough":
+        return {"scale": _by_tensor(groups, lambda group: group.single("scale"))}
+    named = {"lambda": "weight", "density": "density", "gamma": "gamma"}
+    given = [name for name in named if name in recipe.groups[0].coefficients]
+    found = {
+        named[name]: _by_tensor(groups, lambda g, name=name: g.per_expert(name)[expert]) for name in given
+    }
+    return found | ({"weight": 1.0} if recipe.choices.get("normalize") == "count" else {})
 
 
 def _by_tensor(groups: Mapping[str, RecipeGroup], value: Any) -> Any:
