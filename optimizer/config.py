@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from optimizer.engines.engine import EngineConfig
 from optimizer.yaml_io import Strict, read_yaml
+
+VocabularyRule = Literal["refuse", "base", "mean"]
 
 
 class Budget(Strict):
@@ -32,12 +34,23 @@ class SamplerConfig(Strict):
 
 
 class StudyConfig(Strict):
-    """The file `study.yaml`; see README for its keys."""
+    """The file `study.yaml`; see README for its keys.
+
+    `vocabulary` says what becomes of tokens that experts added to the base's, everything else in the
+    tokenizers being equal. Rows of embeddings and head are matched by token; a row of the base whose
+    token an expert lacks is left as it is by that expert.
+
+    - `refuse`: nothing; such an expert is an error.
+    - `base`: the merged model has the base's tokens, and the rows of others are left out.
+    - `mean`: the merged model has the base's tokens and all that were added. The row of an added
+      token is the mean over the experts that have it, whatever the coefficients.
+    """
 
     base: str
     experts: dict[str, str] = Field(min_length=1)
     search_space: str
     suite: str
+    vocabulary: VocabularyRule = "refuse"
     engine: EngineConfig = EngineConfig()
     budget: Budget = Budget()
     sampler: SamplerConfig = SamplerConfig()

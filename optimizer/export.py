@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 from jinja2 import Template
 
+from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Score
 from optimizer.library import shared_folder
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
+from optimizer.merging.vocabulary import MatchedExpert
 from optimizer.merging.writer import write_model
 from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
@@ -65,10 +67,10 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
 
     It draws other random masks (DARE, DELLA) and samples thresholds (Arcee Fusion), weighs short task
     vectors alike (SCE) and gives norms of filters a floor (model stock by rows); dividing by a count
-    it does only where all experts of a group share one lambda.
+    it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise.
     """
     shared = _shared_parameters(recipe)
-    if shared is None:
+    if shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
     base = recipe.base.path
@@ -151,7 +153,10 @@ def merge_recipe(recipe_file: Path, folder: Path) -> None:
     recipe = MergeRecipe.read(recipe_file)
     origin = recipe_file.resolve().parent
     experts = {name: find_model(source.path, origin) for name, source in recipe.experts.items()}
-    inputs = open_inputs(find_model(recipe.base.path, origin), experts)
+    # The digests tell which rows were matched by token, too; without them added tokens are refused.
+    are_pinned = all(source.digest for source in (recipe.base, *recipe.experts.values()))
+    rule: VocabularyRule = "base" if are_pinned else "refuse"
+    inputs = open_inputs(find_model(recipe.base.path, origin), experts, rule)
     found = {"base": inputs.base_source, **inputs.expert_sources}
     for name, source in {"base": recipe.base, **recipe.experts}.items():
         if source.digest is not None and source.digest != found[name].digest:

@@ -11,7 +11,7 @@ from optimizer.errors import MergetuneError
 from optimizer.library import find
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import check_reference, find_model
-from optimizer.run_dir import StudyRecord
+from optimizer.run_dir import RunDir, StudyRecord
 from optimizer.search import check_sampler
 from optimizer.search_space_config import SearchSpaceConfig, read_search_space
 from optimizer.suite import Suite, read_suite
@@ -48,13 +48,20 @@ class Plan:
                 )
         return cls(config, folder, space, suite)
 
-    def open_inputs(self) -> Inputs:
-        """Fetch, open and check the models."""
+    def open_inputs(self, out: Path | None = None) -> Inputs:
+        """Fetch, open and check the models.
+
+        With `vocabulary: mean` a base with more tokens is written to the run directory `out`.
+        """
         base = find_model(self.config.base, self.folder)
         experts = {
             name: find_model(reference, self.folder) for name, reference in self.config.experts.items()
         }
-        return open_inputs(base, experts)
+        if out is None:
+            return open_inputs(base, experts, self.config.vocabulary)
+        run = RunDir(out)
+        run.check_own()
+        return open_inputs(base, experts, self.config.vocabulary, run.extended_base)
 
     def record(self, inputs: Inputs) -> StudyRecord:
         """Return what the run directory keeps of the study: absolute paths, digests of inputs."""
@@ -62,7 +69,7 @@ class Plan:
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
             **self.config.model_dump(exclude={"base", "experts", "search_space", "suite"}),
-            base=sources["base"].path,
+            base=str(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
             search_space=str(find("search_spaces", self.config.search_space, self.folder)),
             suite=str(self.suite.path),

@@ -8,6 +8,7 @@ study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 run.log           what happened, with times
+base/             the base with the tokens that experts added, where there are any
 report/           the report
 best/             the recommended merge, a model directory
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ from optimizer.evaluate import Measurement, Score
 from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
 from optimizer.yaml_io import Strict, write_text, write_yaml
+
+# What may be there before the record is; `.base.…` was being written when a run was killed.
+_EARLY = re.compile(r"lock|base|\.base\..*")
 
 CandidateKind = Literal["baseline", "trial"]
 
@@ -108,9 +113,7 @@ class RunDir:
             MergetuneError: another process holds it, it belongs to another study, or it holds files
                 of something else.
         """
-        foreign = self.path.is_dir() and any(entry.name != "lock" for entry in self.path.iterdir())
-        if foreign and not self._record_file.exists():
-            raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
+        self.check_own()
         (self.path / "candidates").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
@@ -126,6 +129,13 @@ class RunDir:
             yield
         finally:
             lock.release()
+
+    def check_own(self) -> None:
+        """Raise `MergetuneError` if the directory holds files of something else."""
+        if not self.path.is_dir() or self._record_file.exists():
+            return
+        if not all(_EARLY.fullmatch(entry.name) for entry in self.path.iterdir()):
+            raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
 
     def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
         """Keep a candidate; its scores go first, so that a candidate on disk is always whole."""
@@ -181,6 +191,11 @@ class RunDir:
         """Read one of the small JSON files; None where it is missing."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    @property
+    def extended_base(self) -> Path:
+        """Where the base with the tokens that experts added stands."""
+        return self.path.resolve() / "base"
 
     @property
     def _record_file(self) -> Path:

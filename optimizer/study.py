@@ -35,7 +35,7 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         KeyboardInterrupt: after a report of what is there was written.
     """
     plan = Plan.read(study_file)
-    inputs = plan.open_inputs()
+    inputs = plan.open_inputs(out)
     space = SearchSpace(
         plan.space,
         inputs.base_source,

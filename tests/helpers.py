@@ -15,6 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from optimizer.merging.inputs import Inputs
+from optimizer.merging.merger import Merger
+from optimizer.recipe import MergeRecipe
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -98,6 +102,19 @@ def train_adapter(
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     adapter.to(dtype or model.dtype).save_pretrained(folder)
     return folder
+
+
+def merge_at(inputs: Inputs, **lambdas: float) -> dict[str, torch.Tensor]:
+    """Return the base with every task vector added, scaled by its expert's lambda."""
+    recipe = MergeRecipe.model_validate(
+        {
+            "method": "task_arithmetic",
+            "base": inputs.base_source,
+            "experts": inputs.expert_sources,
+            "groups": [{"name": "all", "lambda": lambdas}],
+        }
+    )
+    return dict(Merger(inputs.base, inputs.experts).merge(recipe))
 
 
 def merge_with_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:

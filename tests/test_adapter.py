@@ -220,7 +220,7 @@ class TestRefusals:
     def test_resized_vocabulary(self, tiny_base: Path, copied: Path) -> None:
         edit_tensors(copied, **{"base_model.model.lm_head.weight": torch.ones(321, 32)})
         with pytest.raises(
-            MergetuneError, match=r"\(321, 32\) was saved \(with a resized.*\(320, 32\).*tiny-base"
+            MergetuneError, match=r"saved with 321 rows, but the base has 320.*tiny-base.*`vocabulary: base`"
         ):
             open_expert("tuned", copied, Checkpoint(tiny_base))
 

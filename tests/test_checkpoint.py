@@ -122,10 +122,12 @@ def test_full_expert_adds_up_to_its_weights(tiny_base: Path, tiny_experts: dict[
     base, expert = Checkpoint(tiny_base), FullExpert("a", Checkpoint(tiny_experts["a"]))
     for name in base.names:
         vector = expert.task_vector(name, base.tensor(name))
+        assert vector is not None
         assert vector.dtype == torch.float32
         assert torch.equal(vector, expert.checkpoint.tensor(name) - base.tensor(name))
         in_bfloat16 = base.tensor(name).bfloat16()
         vector = expert.task_vector(name, in_bfloat16)
+        assert vector is not None
         assert torch.equal(vector, expert.checkpoint.tensor(name) - in_bfloat16.float())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama, build_tokenizer, fine_tune, train_adapter
+from helpers import build_llama, build_tokenizer, fine_tune, merge_at, train_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -23,6 +23,7 @@ from optimizer.merging.compatibility import (
     check_task_vectors,
     task_vector_norms,
 )
+from optimizer.merging.inputs import open_inputs
 
 
 @pytest.fixture
@@ -127,13 +128,88 @@ class TestTensors:
         assert "and 16 more" in message  # shapes
         assert "deep/config.json: `num_hidden_layers` is 3" in message
         assert "deep: has model.layers.2." in message
-        assert "tied/config.json: `tie_word_embeddings` is True" in message
-        assert "tied: lacks lm_head.weight" in message
+        assert "tied takes its embeddings for one. Untie the latter: add a copy" in message
 
     def test_another_dtype_is_warned_of(self, base: Checkpoint, tiny_base: Path, tmp_path: Path) -> None:
         expert = fine_tune(tiny_base, tmp_path / "half", 1, std=0.002, dtype=torch.bfloat16)
         (warning,) = check(base, expert)
         assert "half: 21 of 21 tensors are torch.bfloat16, but torch.float32 in the base" in warning
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            (torch.bfloat16, torch.float32),
+            (torch.bfloat16, torch.float16),
+            (torch.float16, torch.bfloat16),
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float16),
+        ],
+    )
+    def test_an_expert_of_another_dtype_is_merged_in_the_base_s(
+        self, tiny_base: Path, tmp_path: Path, ours: torch.dtype, theirs: torch.dtype
+    ) -> None:
+        base = fine_tune(tiny_base, tmp_path / "base", seed=0, std=0.0, dtype=ours)
+        expert = fine_tune(tiny_base, tmp_path / "expert", seed=1, std=0.002, dtype=theirs)
+        inputs = open_inputs(base, {"a": expert})
+        (warning,) = inputs.warnings
+        assert f"tensors are {theirs}, but {ours} in the base; the merged model has the base's" in warning
+        tuned = load_file(expert / "model.safetensors")
+        for name, tensor in merge_at(inputs, a=1.0).items():
+            assert tensor.dtype == ours
+            torch.testing.assert_close(tensor, tuned[name].to(ours))
+
+    @pytest.mark.parametrize("stored_in", ["base", "expert", "both"])
+    def test_a_tied_head_may_be_stored_or_not(
+        self, tiny_tied_base: Path, tmp_path: Path, stored_in: str
+    ) -> None:
+        def store_head(tensors: dict[str, Tensor]) -> None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+        base = Path(shutil.copytree(tiny_tied_base, tmp_path / "base"))
+        expert = fine_tune(tiny_tied_base, tmp_path / "expert", 1, std=0.002)
+        for folder in (base, expert):
+            if stored_in in (folder.name, "both"):
+                edit_tensors(folder, store_head)
+        inputs = open_inputs(base, {"a": expert})
+        tuned = load_file(expert / "model.safetensors")
+        for name, tensor in merge_at(inputs, a=1.0).items():
+            torch.testing.assert_close(tensor, tuned[name])
+
+    @pytest.mark.parametrize("tied", ["base", "expert"])
+    def test_a_head_of_its_own_and_a_tied_one_are_refused_with_a_remedy_that_works(
+        self, tiny_tied_base: Path, tmp_path: Path, tied: str
+    ) -> None:
+        folders = {"base": Path(shutil.copytree(tiny_tied_base, tmp_path / "base"))}
+        folders["expert"] = fine_tune(folders["base"], tmp_path / "expert", 1, std=0.002)
+        untied = "expert" if tied == "base" else "base"
+
+        def untie(folder: Path) -> None:
+            def add_head(tensors: dict[str, Tensor]) -> None:
+                tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+            edit_tensors(folder, add_head)
+            edit_json(folder / "config.json", tie_word_embeddings=False)
+
+        untie(folders[untied])
+        edit_tensors(folders[untied], lambda tensors: tensors["lm_head.weight"].add_(0.001))
+        with pytest.raises(MergetuneError) as caught:
+            check(Checkpoint(folders["base"]), folders["expert"])
+        lines = str(caught.value).splitlines()[1:]
+        assert len(lines) == 1
+        assert f"{untied}: has a head of its own, `lm_head.weight`, but {folders[tied]} takes" in lines[0]
+        assert "add a copy of `model.embed_tokens.weight` to its weights as `lm_head.weight`" in lines[0]
+        untie(folders[tied])
+        assert check(Checkpoint(folders["base"]), folders["expert"]) == []
+        assert "lm_head.weight" in merge_at(open_inputs(folders["base"], {"a": folders["expert"]}), a=1.0)
+
+    def test_buffers_that_follow_from_the_config_are_overlooked(self, base: Checkpoint, copied: Path) -> None:
+        def add_buffers(tensors: dict[str, Tensor]) -> None:
+            for name in ("inv_freq", "cos_cached", "sin_cached"):
+                tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = torch.ones(4)
+            tensors["model.position_ids"] = torch.arange(8)
+
+        edit_tensors(copied, add_buffers)
+        assert check(base, copied) == []
 
 
 class TestTokenizers:
@@ -146,7 +222,9 @@ class TestTokenizers:
         tokenizer = AutoTokenizer.from_pretrained(copied)
         tokenizer.add_tokens(["<|tool|>"])
         tokenizer.save_pretrained(copied)
-        with pytest.raises(MergetuneError, match=r"1 tokens .*<\|tool\|>' \(320, not None\)"):
+        with pytest.raises(
+            MergetuneError, match=r"1 tokens .*<\|tool\|>' \(320, not None\).*`vocabulary: base`"
+        ):
             check(base, copied)
 
     def test_an_adapter_that_ships_another_tokenizer_is_refused(

@@ -16,14 +16,25 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint, Expert, FullExpert, is_embeddings, is_head
+from optimizer.merging.checkpoint import (
+    Checkpoint,
+    Expert,
+    FullExpert,
+    has_token_rows,
+    is_embeddings,
+    is_head,
+    match_names,
+)
 from optimizer.merging.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
+from optimizer.merging.tokenizer_files import VOCABULARY_REMEDY
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+# Where embeddings were both trained and resized, peft saves them a second and a third time.
+_COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
 # How these begin training leaves the base's own weights as they are.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _UNSUPPORTED = {
@@ -51,8 +62,10 @@ _SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 class _Update:
     """What an adapter does to one tensor: a low-rank product, a tensor in its place, or both.
 
-    `a`, `b` and `saved` name tensors in the adapter's file.
+    `a`, `b` and `saved` name tensors in the adapter's file, `module` the module in peft's words.
     """
+
+    module: str = ""
 
     a: str | None = None  # (rank, in)
     b: str | None = None  # (out, rank)
@@ -72,6 +85,9 @@ class LoraExpert:
         config: its `adapter_config.json`.
         targets: the base's tensors that it changes.
 
+    With `may_add_tokens` embeddings and head may have been saved with more rows than the base's: see
+    `resized`.
+
     Raises:
         MergetuneError: the adapter is of a kind that is no task vector, or does not fit `base`.
     """
@@ -81,7 +97,7 @@ class LoraExpert:
     config: dict[str, Any]
     targets: tuple[str, ...]
 
-    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
+    def __init__(self, name: str, folder: Path, base: Checkpoint, may_add_tokens: bool = False) -> None:
         self.name = name
         self.folder = folder
         self.config = read_json(folder / CONFIG)
@@ -90,7 +106,7 @@ class LoraExpert:
             raise MergetuneError(f"{folder}: {explain_no_weights(folder, WEIGHTS)}")
         self._files = TensorFiles([folder / WEIGHTS])
         self._updates = self._read_updates(base)
-        if problems := list(self._find_problems(base)):
+        if problems := list(self._find_problems(base, may_add_tokens)):
             raise MergetuneError("\n".join(f"{folder / WEIGHTS}: {line}" for line in problems))
         self.targets = tuple(self._updates)
 
@@ -120,15 +136,29 @@ class LoraExpert:
         if update.saved:
             total += self._files.view(update.saved).float() - base.cpu().float()
         if update.a and update.b:
-            a, b = self._files.view(update.a).float(), self._files.view(update.b).float()
-            scale = _scale(self.config, module=name.removesuffix(".weight"), rank=len(a))
-            total += ((b @ a).T if update.is_transposed else b @ a) * scale
+            total += self._product(update.a, update.b, update)
         return total.to(base.device)
+
+    def resized(self, name: str, base: Tensor) -> Tensor | None:
+        """Return a whole tensor in float32, with as many rows as the adapter has, or None if it has none."""
+        update = self._updates.get(name)
+        if update is None:
+            return None
+        start = self._files.view(update.saved) if update.saved else base
+        return start.float() + (self._product(update.a, update.b, update) if update.a and update.b else 0)
+
+    def _product(self, a: str, b: str, update: _Update) -> Tensor:
+        """Return scale · B @ A in the layout of the base's tensor."""
+        left, right = self._files.view(b).float(), self._files.view(a).float()
+        product = (left @ right) * _scale(self.config, update.module, rank=len(right))
+        return product.T if update.is_transposed else product
 
     def _read_updates(self, base: Checkpoint) -> dict[str, _Update]:
         """Gather the adapter's tensors by the base's tensor that they change."""
         updates: dict[str, _Update] = {}
         for stored in self._files.names:
+            if _COPIES.search(stored):
+                continue
             name = stored.removeprefix(_PREFIX)
             match = _FACTOR.fullmatch(name)
             if match is None:
@@ -136,6 +166,7 @@ class LoraExpert:
                 updates.setdefault(name.replace(".base_layer.", "."), _Update()).saved = stored
                 continue
             update = updates.setdefault(f"{match['module']}.weight", _Update())
+            update.module = match["module"]
             update.is_transposed = bool(match["embedding"] or self.config.get("fan_in_fan_out"))
             if match["factor"] == "A":
                 update.a = stored
@@ -143,9 +174,10 @@ class LoraExpert:
                 update.b = stored
         if base.is_tied:
             _drop_tied_copy(updates, self._files)
-        return updates
+        ours = {theirs: our for our, theirs in match_names(base.names, tuple(updates)).items()}
+        return {ours.get(name, name): update for name, update in updates.items()}
 
-    def _find_problems(self, base: Checkpoint) -> Iterator[str]:
+    def _find_problems(self, base: Checkpoint, may_add_tokens: bool) -> Iterator[str]:
         """Yield what does not fit the base, one line for each kind of problem."""
         given = self.config.get("base_model_name_or_path")
         remedy = f"The adapter names `{given}` as its base: give that one, or another adapter."
@@ -162,19 +194,35 @@ class LoraExpert:
         strays = [name for name in self._updates if name not in known and name not in heads]
         if strays:
             yield f"{shortened(strays)}: no such tensor in the base {base.folder}. {remedy}"
+        shapes = {
+            name: self._shape_with_tokens(name, base.shape(name)) for name in self._updates if name in known
+        }
         misfits = [
             f"{name}: {misfit}, but the base's shape is {base.shape(name)}"
-            for name, update in self._updates.items()
-            if name in known and (misfit := self._find_misfit(update, base.shape(name)))
+            for name, shape in shapes.items()
+            if (misfit := self._find_misfit(self._updates[name], shape))
         ]
         if misfits:
             yield f"{shortened(misfits)}. {remedy}"
+        resized = [
+            f"{name} was saved with {shape[0]} rows, but the base has {base.shape(name)[0]}"
+            for name, shape in shapes.items()
+            if shape != base.shape(name)
+        ]
+        if resized and not may_add_tokens:
+            yield f"{shortened(resized)}. {remedy} {VOCABULARY_REMEDY}"
+
+    def _shape_with_tokens(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that the base's tensor would have with the adapter's number of tokens."""
+        saved = self._updates[name].saved
+        if saved is None or not has_token_rows(name) or self._shape(saved)[1:] != shape[1:]:
+            return shape
+        return self._shape(saved)
 
     def _find_misfit(self, update: _Update, shape: tuple[int, ...]) -> str | None:
-        """Say what about an update does not fit a tensor of the base with this shape."""
+        """Say what about an update does not fit a tensor of this shape."""
         if update.saved and (saved := self._shape(update.saved)) != shape:
-            resized = " (with a resized vocabulary?)" if saved[1:] == shape[1:] else ""
-            return f"a tensor of shape {saved} was saved{resized}"
+            return f"a tensor of shape {saved} was saved"
         if not update.a and not update.b:
             return None
         if not update.a or not update.b:
@@ -190,11 +238,12 @@ class LoraExpert:
         return tuple(self._files.view(stored).shape)
 
 
-def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
+def open_expert(name: str, folder: Path, base: Checkpoint, may_add_tokens: bool = False) -> Expert:
     """Open a LoRA adapter (a folder with `adapter_config.json`) or else a full checkpoint."""
     if (folder / CONFIG).exists():
-        return LoraExpert(name, folder, base)
-    return FullExpert(name, Checkpoint(folder))
+        return LoraExpert(name, folder, base, may_add_tokens)
+    checkpoint = Checkpoint(folder)
+    return FullExpert(name, checkpoint, match_names(base.names, checkpoint.names))
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:

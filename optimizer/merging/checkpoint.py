@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,10 @@ from optimizer.errors import MergetuneError
 from optimizer.merging.tensor_files import open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_HEAD_BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\.bias$")
+_EMBEDDINGS = re.compile(
+    r"(^|\.)(embed_tokens|tok_embeddings|wte|embed_in|word_embeddings|embeddings)\.weight$"
+)
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale(_inv)?)$|\.quant_state\."
 )
@@ -106,12 +110,12 @@ class Checkpoint:
 
         A bias with one dimension is a learned one.
         """
+        computed = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
         masks = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
         return [
             name
             for name in self._files.names
-            if name.endswith(".rotary_emb.inv_freq")
-            or (masks.search(name) and self._files.view(name).ndim != 1)
+            if computed.search(name) or (masks.search(name) and self._files.view(name).ndim != 1)
         ]
 
     def _duplicate_head(self) -> str | None:
@@ -169,10 +173,16 @@ class Expert(Protocol):
 
 @dataclass(frozen=True)
 class FullExpert:
-    """A full fine-tuned checkpoint as an expert."""
+    """A full fine-tuned checkpoint as an expert; `names` is as `match_names` gives it, or all alike."""
 
     name: str
     checkpoint: Checkpoint
+    names: Mapping[str, str] | None = None
+
+    @cached_property
+    def own_names(self) -> Mapping[str, str]:
+        """The base's name → the checkpoint's own of every tensor in common."""
+        return {name: name for name in self.checkpoint.names} if self.names is None else self.names
 
     @property
     def folder(self) -> Path:
@@ -181,21 +191,48 @@ class FullExpert:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The base's tensors that it changes: all of them."""
-        return self.checkpoint.names
+        """The base's tensors that it changes: all that it has."""
+        return tuple(self.own_names)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the checkpoint's tensors."""
         return self.checkpoint.digest
 
-    def weights(self, name: str) -> Tensor:
+    def weights(self, name: str) -> Tensor | None:
         """Return the tensor as it is mapped from its file: read only."""
-        return self.checkpoint.view(name)
+        return self.checkpoint.view(self.own_names[name]) if name in self.own_names else None
 
-    def task_vector(self, name: str, base: Tensor) -> Tensor:
+    def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return expert − base in float32, on the device of `base`."""
-        return self.checkpoint.tensor(name, torch.float32).to(base.device).sub_(base)
+        weights = self.weights(name)
+        return None if weights is None else weights.to(torch.float32, copy=True).to(base.device).sub_(base)
+
+
+def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
+    """Return our name → their name of every tensor in common.
+
+    A prefix that only one side has is overlooked if all tensors of a side find a partner then:
+    GPT-2 is stored as `h.0.ln_1.weight` on the hub, as `transformer.h.0.ln_1.weight` since.
+    """
+    known = set(theirs)
+    common = {name: name for name in ours if name in known}
+    our_strays = dict.fromkeys(name for name in ours if name not in common)
+    their_strays = dict.fromkeys(name for name in theirs if name not in common)
+    added, removed = _find_prefix(their_strays, our_strays), _find_prefix(our_strays, their_strays)
+    partners = {name: added + name if added else name.removeprefix(removed) for name in our_strays}
+    found = {name: partner for name, partner in partners.items() if partner in their_strays}
+    return common | found if len(common) + len(found) in (len(ours), len(theirs)) else common
+
+
+def _find_prefix(longer: Collection[str], shorter: Collection[str]) -> str:
+    """Return what must be taken from the front of one of the longer names to get a shorter one."""
+    for name in longer:
+        rest = name
+        while rest := rest.partition(".")[2]:
+            if rest in shorter:
+                return name.removesuffix(rest)
+    return ""
 
 
 def is_head(name: str) -> bool:
@@ -206,3 +243,8 @@ def is_head(name: str) -> bool:
 def is_embeddings(name: str) -> bool:
     """Say whether a tensor is the matrix of token embeddings."""
     return _EMBEDDINGS.search(name) is not None
+
+
+def has_token_rows(name: str) -> bool:
+    """Say whether a tensor has one row for each token: embeddings, head, the head's bias."""
+    return is_embeddings(name) or is_head(name) or _HEAD_BIAS.search(name) is not None

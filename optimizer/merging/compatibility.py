@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import CONFIG as ADAPTER_CONFIG
 from optimizer.merging.adapter import LoraExpert
-from optimizer.merging.checkpoint import Checkpoint, Expert, FullExpert, is_embeddings
+from optimizer.merging.checkpoint import (
+    Checkpoint,
+    Expert,
+    FullExpert,
+    has_token_rows,
+    is_embeddings,
+    is_head,
+)
 from optimizer.merging.tensor_files import read_json, shortened
 from optimizer.merging.tokenizer_files import (
+    VOCABULARY_REMEDY,
     has_tokenizer,
+    read_added_tokens,
     read_chat_template,
     read_pipeline,
     read_vocabulary,
@@ -31,6 +42,7 @@ _IGNORED_KEYS = {
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     *("id2label", "label2id", "problem_type", "task_specific_params"),
     *("output_router_logits", "router_aux_loss_coef"),
+    "tie_word_embeddings",  # the tensors tell
 }
 # Keys that change the use of a model but not the function that its weights compute.
 _NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
@@ -44,8 +56,12 @@ class _Finding:
     is_fatal: bool = True
 
 
-def check_compatibility(base: Checkpoint, experts: Sequence[Expert]) -> list[str]:
+def check_compatibility(
+    base: Checkpoint, experts: Sequence[Expert], vocabulary: VocabularyRule = "refuse"
+) -> list[str]:
     """Compare configs, tensor headers and tokenizer files of the experts with the base's.
+
+    Tokens that an expert added are refused unless another rule is given for them.
 
     Returns:
         Warnings, one sentence each.
@@ -53,7 +69,7 @@ def check_compatibility(base: Checkpoint, experts: Sequence[Expert]) -> list[str
     Raises:
         MergetuneError: experts are no fine-tunes of `base`; one line for each mismatch of each.
     """
-    findings = [finding for expert in experts for finding in _compare(base, expert)]
+    findings = [finding for expert in experts for finding in _compare(base, expert, vocabulary)]
     fatal = [finding.message for finding in findings if finding.is_fatal]
     if fatal:
         raise MergetuneError(
@@ -140,10 +156,11 @@ def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.float(), dtype=torch.float64)) ** 2
 
 
-def _compare(base: Checkpoint, expert: Expert) -> Iterator[_Finding]:
+def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> Iterator[_Finding]:
     if isinstance(expert, FullExpert):
-        yield from _compare_configs(base.folder, expert.folder)
-        yield from _compare_tensors(base, expert.checkpoint)
+        yield from _compare_configs(base.folder, expert.folder, vocabulary)
+        yield from _compare_names(base, expert)
+        yield from _compare_tensors(base, expert, vocabulary)
         if not has_tokenizer(expert.folder):
             yield _Finding(
                 f"{expert.folder}: holds no tokenizer files, so it is taken on trust that expert "
@@ -154,15 +171,19 @@ def _compare(base: Checkpoint, expert: Expert) -> Iterator[_Finding]:
         yield from _compare_base_name(base, expert)
         yield from _warn_of_tied_embeddings(base, expert)
     if has_tokenizer(expert.folder):
-        yield from _compare_tokenizers(base.folder, expert.folder)
+        yield from _compare_tokenizers(base.folder, expert.folder, vocabulary)
 
 
-def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
+def _compare_configs(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
     path = expert / "config.json"
     ours, theirs = _read_configs(base, expert)
     for key in sorted(ours.keys() | theirs.keys()):
         leaf = key.rpartition(".")[2]
         if _is_ignored(leaf) or ours.get(key) == theirs.get(key):
+            continue
+        if leaf == "vocab_size" and vocabulary != "refuse":
+            continue
+        if leaf == "eos_token_id" and _takes_template(base, expert, vocabulary):
             continue
         differing = f"{path}: `{key}` is {theirs.get(key)}, but the base has {ours.get(key)}"
         if leaf in _NOTABLE_KEYS:
@@ -172,6 +193,11 @@ def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
                 f"{differing}. Give a fine-tune of this base (or, where one of the two configs is "
                 "wrong, correct it)."
             )
+
+
+def _takes_template(base: Path, expert: Path, vocabulary: VocabularyRule) -> bool:
+    """Say whether the merged model takes a chat template from an expert: see `extend_base`."""
+    return vocabulary == "mean" and not read_chat_template(base) and bool(read_chat_template(expert))
 
 
 def _is_ignored(key: str) -> bool:
@@ -204,31 +230,84 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _compare_tensors(base: Checkpoint, expert: Checkpoint) -> Iterator[_Finding]:
-    ours, theirs = set(base.names), set(expert.names)
+def _compare_names(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
+    theirs = expert.checkpoint
+    if base.is_tied != theirs.is_tied:
+        yield _Finding(_explain_heads(base, theirs))
+    own = set(expert.own_names.values())
+    missing = [name for name in base.names if name not in expert.own_names and not is_head(name)]
+    extra = [name for name in theirs.names if name not in own and not is_head(name)]
+    if not missing and not extra:
+        return
+    left_out = _left_out_by_transformers(base.folder)
+    spared = [name for name in missing if left_out(name)]
+    if spared:
+        yield _Finding(
+            f"{expert.folder}: lacks {shortened(spared)}, which transformers leaves out of this "
+            "architecture; the merged model has the base's.",
+            is_fatal=False,
+        )
     remedy = "Give a checkpoint saved from the same model class as the base."
-    if missing := sorted(ours - theirs):
+    if missing := sorted(set(missing) - set(spared)):
         yield _Finding(f"{expert.folder}: lacks {shortened(missing)}. {remedy}")
-    if extra := sorted(theirs - ours):
+    if extra := sorted(name for name in extra if not left_out(name)):
         yield _Finding(f"{expert.folder}: has {shortened(extra)}, which the base lacks. {remedy}")
-    common = [name for name in base.names if name in theirs]
+
+
+def _explain_heads(base: Checkpoint, expert: Checkpoint) -> str:
+    tied, untied = (base, expert) if base.is_tied else (expert, base)
+    head, embeddings = next(filter(is_head, untied.names)), next(filter(is_embeddings, tied.names), None)
+    return (
+        f"{untied.folder}: has a head of its own, `{head}`, but {tied.folder} takes its embeddings for one. "
+        f"Untie the latter: add a copy of `{embeddings}` to its weights as `{head}` and set "
+        "`tie_word_embeddings: false` in its config.json."
+    )
+
+
+def _left_out_by_transformers(folder: Path) -> Callable[[str], bool]:
+    """Return what tells whether transformers leaves a tensor out of an architecture when it loads one.
+
+    E.g. the layers for multi-token prediction of DeepSeek-V3, which therefore no fine-tune has.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        patterns = model_class._keys_to_ignore_on_load_unexpected or ()
+    except Exception:  # an architecture that transformers does not know
+        patterns = ()
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def _compare_tensors(base: Checkpoint, expert: FullExpert, vocabulary: VocabularyRule) -> Iterator[_Finding]:
+    theirs = {name: weights for name in base.names if (weights := expert.weights(name)) is not None}
     misfits = [
-        f"`{name}` is {expert.shape(name)} instead of {base.shape(name)}"
-        for name in common
-        if base.shape(name) != expert.shape(name)
+        name
+        for name, weights in theirs.items()
+        if weights.shape != base.shape(name)
+        and (vocabulary == "refuse" or not _differ_in_rows(name, weights.shape, base.shape(name)))
     ]
     if misfits:
+        has_rows = any(_differ_in_rows(name, theirs[name].shape, base.shape(name)) for name in misfits)
+        shown = [f"`{name}` is {tuple(theirs[name].shape)} instead of {base.shape(name)}" for name in misfits]
         yield _Finding(
-            f"{expert.folder}: shapes differ from the base's: {shortened(misfits)}. Give a "
-            "fine-tune of this base with the vocabulary as it was."
+            f"{expert.folder}: shapes differ from the base's: {shortened(shown)}. Give a fine-tune of this "
+            f"base with the vocabulary as it was.{f' {VOCABULARY_REMEDY}' if has_rows else ''}"
         )
-    cast = [name for name in common if base.dtype(name) != expert.dtype(name)]
+    cast = [name for name, weights in theirs.items() if weights.dtype != base.dtype(name)]
     if cast:
         yield _Finding(
-            f"{expert.folder}: {len(cast)} of {len(common)} tensors are {expert.dtype(cast[0])}, "
+            f"{expert.folder}: {len(cast)} of {len(theirs)} tensors are {theirs[cast[0]].dtype}, "
             f"but {base.dtype(cast[0])} in the base; the merged model has the base's dtype.",
             is_fatal=False,
         )
+
+
+def _differ_in_rows(name: str, shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Say whether two shapes of a tensor differ in the number of tokens alone."""
+    return has_token_rows(name) and shape[0] != other[0] and tuple(shape[1:]) == tuple(other[1:])
 
 
 def _compare_base_name(base: Checkpoint, expert: LoraExpert) -> Iterator[_Finding]:
@@ -255,14 +334,14 @@ def _warn_of_tied_embeddings(base: Checkpoint, expert: LoraExpert) -> Iterator[_
         )
 
 
-def _compare_tokenizers(base: Path, expert: Path) -> Iterator[_Finding]:
+def _compare_tokenizers(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
     if not has_tokenizer(base):
         yield _Finding(
             f"{base}: holds no tokenizer files to compare with those of {expert}. Copy the base's "
             "tokenizer there."
         )
         return
-    yield from _compare_vocabularies(base, expert)
+    yield from _compare_vocabularies(base, expert, vocabulary)
     ours, theirs = read_pipeline(base), read_pipeline(expert)
     steps = [step for step in ours if ours[step] and theirs[step] and ours[step] != theirs[step]]
     if steps:
@@ -271,7 +350,9 @@ def _compare_tokenizers(base: Path, expert: Path) -> Iterator[_Finding]:
             "expert may have been trained on other tokens; the merged model takes the base's.",
             is_fatal=False,
         )
-    if read_chat_template(base) != read_chat_template(expert):
+    if read_chat_template(base) != read_chat_template(expert) and not _takes_template(
+        base, expert, vocabulary
+    ):
         yield _Finding(
             f"{expert}: the chat template differs from the base's; the merged model takes the "
             "base's, so check that it is the one that this expert was trained with.",
@@ -279,7 +360,7 @@ def _compare_tokenizers(base: Path, expert: Path) -> Iterator[_Finding]:
         )
 
 
-def _compare_vocabularies(base: Path, expert: Path) -> Iterator[_Finding]:
+def _compare_vocabularies(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
     ours, theirs = read_vocabulary(base), read_vocabulary(expert)
     if ours is None or theirs is None:
         if _sentencepiece(base) != _sentencepiece(expert):
@@ -290,13 +371,30 @@ def _compare_vocabularies(base: Path, expert: Path) -> Iterator[_Finding]:
         return
     differing = [token for token, number in theirs.items() if ours.get(token) != number]
     differing += [token for token in ours if token not in theirs]
-    if differing:
+    if not differing:
+        return
+    added = _stand_beside_pieces(differing, base, expert)
+    if not added or vocabulary == "refuse":
         shown = [f"{token!r} ({theirs.get(token)}, not {ours.get(token)})" for token in differing]
         yield _Finding(
-            f"{expert}: {len(differing)} tokens differ from the base's tokenizer: "
-            f"{shortened(shown, 3)}. Give a fine-tune with the base's tokenizer. If this one only "
-            "adds tokens and the base has rows for them, copy its tokenizer files to the base."
+            f"{expert}: {len(differing)} tokens differ from the base's tokenizer: {shortened(shown, 3)}. "
+            f"Give a fine-tune with the base's tokenizer.{f' {VOCABULARY_REMEDY}' if added else ''}"
         )
+    elif vocabulary == "base" and (dropped := [repr(token) for token in theirs if token not in ours]):
+        yield _Finding(
+            f"{expert}: the merged model leaves out {len(dropped)} tokens that this expert added: "
+            f"{shortened(dropped)}. Their text is split into other tokens than in training.",
+            is_fatal=False,
+        )
+
+
+def _stand_beside_pieces(tokens: Sequence[str], base: Path, expert: Path) -> bool:
+    """Say whether all these tokens were added to a vocabulary, wherever they are known."""
+    for folder in (base, expert):
+        known, added = read_vocabulary(folder) or {}, read_added_tokens(folder)
+        if any(token in known and token not in added for token in tokens):
+            return False
+    return True
 
 
 def _sentencepiece(folder: Path) -> bytes | None:

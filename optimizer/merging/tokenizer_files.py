@@ -8,6 +8,7 @@ from typing import Any
 from optimizer.merging.tensor_files import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+VOCABULARY_REMEDY = "If it only adds tokens, set `vocabulary: base` or `vocabulary: mean` in the study file."
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -17,16 +18,31 @@ def has_tokenizer(folder: Path) -> bool:
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Return token → id, added tokens included; None if only a SentencePiece model holds them."""
+    pieces: dict[str, int]
     if (folder / "tokenizer.json").exists():
-        tokenizer = read_json(folder / "tokenizer.json")
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-        return _pieces(tokenizer["model"]["vocab"]) | added
-    if (folder / "vocab.json").exists():
-        return read_json(folder / "vocab.json") | _added_tokens(folder)
-    if (folder / "vocab.txt").exists():
+        pieces = _pieces(read_json(folder / "tokenizer.json")["model"]["vocab"])
+    elif (folder / "vocab.json").exists():
+        pieces = read_json(folder / "vocab.json")
+    elif (folder / "vocab.txt").exists():
         tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        return {token: number for number, token in enumerate(tokens)} | _added_tokens(folder)
-    return None
+        pieces = {token: number for number, token in enumerate(tokens)}
+    else:
+        return None
+    return pieces | {token: entry["id"] for token, entry in read_added_tokens(folder).items()}
+
+
+def read_added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the tokens that stand beside the pieces of text, each with its id and how it is matched.
+
+    The keys are those of `tokenizer.json`: id, single_word, lstrip, rstrip, normalized, special.
+    """
+    if (folder / "tokenizer.json").exists():
+        entries = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        return {entry["content"]: entry for entry in entries}
+    decoder = _read_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    found = {entry["content"]: {**entry, "id": int(number)} for number, entry in decoder.items()}
+    listed = _read_if_there(folder / "added_tokens.json")
+    return found | {token: {**found.get(token, {}), "id": number} for token, number in listed.items()}
 
 
 def read_chat_template(folder: Path) -> object:
@@ -37,6 +53,15 @@ def read_chat_template(folder: Path) -> object:
         template = _read_if_there(folder / name).get("chat_template")
         if template:
             return template
+    return None
+
+
+def read_special_token(folder: Path, key: str) -> str | None:
+    """Return a special token such as `eos_token`, or None."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_if_there(folder / name).get(key)
+        if token:
+            return str(token["content"] if isinstance(token, dict) else token)
     return None
 
 
@@ -56,12 +81,6 @@ def _pieces(vocabulary: dict[str, int] | list[list[Any]]) -> dict[str, int]:
     if isinstance(vocabulary, dict):
         return dict(vocabulary)
     return {piece: number for number, (piece, _) in enumerate(vocabulary)}
-
-
-def _added_tokens(folder: Path) -> dict[str, int]:
-    decoder = _read_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    named = {token["content"]: int(number) for number, token in decoder.items()}
-    return named | _read_if_there(folder / "added_tokens.json")
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
