@@ -18,7 +18,8 @@ from optimizer import __version__
 from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
-    from optimizer.analysis import GroupStatistics
+    from optimizer.analysis.advice import Verdict
+    from optimizer.analysis.task_vectors import TaskVectorStatistics
     from optimizer.soup import Tasting
 
 EXIT_ERROR = 3
@@ -82,17 +83,23 @@ def inspect(
     search_space: Annotated[
         str, typer.Option(help="The search space whose layer groups the tables use.")
     ] = "task_arithmetic_layer_groups",
+    chart: Annotated[
+        Path | None, typer.Option(help="Draw the figures, too: a file ending in .svg, .png or .html.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check that models can be merged, and compare their task vectors by layer group."""
-    from dataclasses import asdict
-
-    from optimizer.analysis import task_vector_statistics
+    """Merge or retrain? Check that models fit together, and compare what they learned."""
+    from optimizer.analysis.advice import as_data, judge
+    from optimizer.analysis.task_vectors import task_vector_statistics
     from optimizer.library import find
     from optimizer.merging.inputs import open_inputs
     from optimizer.models import find_model
     from optimizer.search_space_config import layer_groups, read_search_space
 
+    if chart is not None:
+        from optimizer.analysis.chart import check_chart_path, write_chart
+
+        check_chart_path(chart)
     folder = Path()
     space = read_search_space(find("search_spaces", search_space, folder))
     found = {Path(reference).name: find_model(reference, folder) for reference in experts}
@@ -100,12 +107,15 @@ def inspect(
         raise MergetuneError("The experts' last path components must differ: they are the names.")
     inputs = open_inputs(find_model(base, folder), found)
     statistics = task_vector_statistics(inputs, layer_groups(space, inputs.base.names))
+    verdict = judge(statistics)
+    if chart is not None:
+        write_chart(statistics, verdict, chart)
     if as_json:
-        typer.echo(json.dumps([asdict(group) for group in statistics], indent=1))
+        typer.echo(json.dumps(as_data(statistics, verdict, inputs.warnings), indent=1))
         return
     for warning in inputs.warnings:
         _out.print(f"warning: {warning}", highlight=False, markup=False)
-    _out.print(_statistics_table(statistics))
+    _print_inspection(statistics, verdict)
 
 
 @app.command()
@@ -224,22 +234,15 @@ def _run(study: Path, out: Path) -> None:
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
 
 
-def _statistics_table(statistics: list[GroupStatistics]) -> Table:
-    experts = list(statistics[0].relative_norms)
-    pairs = [(pair.first, pair.second) for pair in statistics[0].pairs]
-    table = Table(title="Task vectors by layer group")
-    table.add_column("layer group")
-    table.add_column("parameters", justify="right")
-    for expert in experts:
-        table.add_column(f"‖{expert}‖ / ‖base‖", justify="right")
-    for first, second in pairs:
-        table.add_column(f"cosine {first}·{second}", justify="right")
-        table.add_column("sign conflict", justify="right")
-    for group in statistics:
-        norms = [f"{group.relative_norms[expert]:.4f}" for expert in experts]
-        both = [cell for pair in group.pairs for cell in (f"{pair.cosine:.3f}", f"{pair.sign_conflict:.0%}")]
-        table.add_row(group.group, f"{group.n_parameters:,}", *norms, *both)
-    return table
+def _print_inspection(statistics: TaskVectorStatistics, verdict: Verdict) -> None:
+    from optimizer.analysis.tables import inspection_tables, verdict_sections
+
+    for table in inspection_tables(statistics, verdict):
+        _out.print(table)
+    for title, sentences in verdict_sections(verdict):
+        _out.print(title, style="bold", highlight=False, markup=False)
+        for sentence in sentences:
+            _out.print(f"- {sentence}", highlight=False, markup=False)
 
 
 def _soup_table(tasting: Tasting) -> Table:

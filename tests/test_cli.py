@@ -149,21 +149,6 @@ def test_an_expert_of_another_size_and_an_adapter_of_another_base_are_refused(
     assert "as its base" in done.stderr
 
 
-def test_inspect_compares_task_vectors_by_layer_group(tiny_base: Path, tiny_experts: dict[str, Path]) -> None:
-    done = mergetune(
-        "inspect", tiny_base, *tiny_experts.values(), "--json", "--search-space", "task_arithmetic"
-    )
-    assert done.returncode == 0, done.stderr
-    (group,) = json.loads(done.stdout)
-    names = [path.name for path in tiny_experts.values()]
-    assert group["relative_norms"][names[1]] == pytest.approx(2 * group["relative_norms"][names[0]], rel=0.05)
-    (pair,) = group["pairs"]
-    assert abs(pair["cosine"]) < 0.05  # independent noise
-    assert pair["sign_conflict"] == pytest.approx(0.5, abs=0.05)
-    table = mergetune("inspect", tiny_base, *tiny_experts.values(), "--search-space", "task_arithmetic")
-    assert "cosine" in table.stdout
-
-
 def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tiny_adapter: Path) -> None:
     write_study(tmp_path, tiny_base, {})
     suite = ["--suite", "./suite.yaml"]

@@ -1,0 +1,1 @@
+"""Merge or retrain: what the task vectors say before any evaluation."""

@@ -1,0 +1,112 @@
+"""What `mergetune inspect` prints, for a terminal of 80 columns or more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from optimizer.analysis.advice import Verdict
+from optimizer.analysis.task_vectors import (
+    GAUSSIAN_OVERLAP,
+    GAUSSIAN_REDUNDANCY,
+    TOP_SHARE,
+    PartStatistics,
+    TaskVectorStatistics,
+    VectorStatistics,
+)
+
+_EXPERTS_ABREAST = 3
+_PAIRS_BY_GROUP = 3  # of more pairs, only the figures of the whole model are shown
+_ABSENT = "–"
+
+
+def inspection_tables(statistics: TaskVectorStatistics, verdict: Verdict) -> Iterator[Table]:
+    """Yield the tables: lengths and redundancy by layer group, then what concerns pairs."""
+    parts = (*statistics.groups, statistics.whole)
+    experts = list(statistics.whole.experts)
+    for start in range(0, len(experts), _EXPERTS_ABREAST):
+        yield _vector_table(parts, experts[start : start + _EXPERTS_ABREAST])
+    if len(verdict.pairs) > _PAIRS_BY_GROUP:
+        yield _overview(statistics, verdict)
+        return
+    for index, pair in enumerate(verdict.pairs):
+        title = f"{pair.first} · {pair.second}: {pair.kind or 'nothing to compare'}"
+        yield _pair_table(title, parts, index)
+
+
+def verdict_sections(verdict: Verdict) -> Iterator[tuple[str, list[str]]]:
+    """Yield titles and their sentences; of many pairs, only those that are not complementary."""
+    many = len(verdict.pairs) > _PAIRS_BY_GROUP
+    shown = [pair for pair in verdict.pairs if not many or pair.kind != "complementary"]
+    reasons = [f"{pair.first} · {pair.second}: {' '.join(pair.reasons)}" for pair in shown]
+    yield verdict.summary, [*reasons, *verdict.notes]
+    yield "What to do", list(verdict.next_steps)
+
+
+def _vector_table(parts: tuple[PartStatistics, ...], experts: list[str]) -> Table:
+    table = _table(
+        "Task vectors: length relative to the base, and squared norm in the largest "
+        f"{TOP_SHARE:.0%} (Gaussian: {GAUSSIAN_REDUNDANCY:.0%})"
+    )
+    table.add_column("layer group", overflow="fold", min_width=11)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    for expert in experts:
+        table.add_column(escape(expert), justify="right", overflow="fold", min_width=11)
+    for part in parts:
+        cells = [_vector_cell(part.experts[expert]) for expert in experts]
+        table.add_row(escape(part.name), f"{part.n_parameters:,}", *cells)
+    return table
+
+
+def _pair_table(title: str, parts: tuple[PartStatistics, ...], index: int) -> Table:
+    table = _table(f"{title} (unrelated: cosine 0, overlap about {GAUSSIAN_OVERLAP:.0%}, conflicts 50%)")
+    table.add_column("layer group", overflow="fold", min_width=11)
+    for column in ("cosine", "overlap", "sign conflict", "weighted conflict", "length ratio"):
+        table.add_column(column, justify="right", min_width=8)
+    for part in parts:
+        pair = part.pairs[index]
+        shares = (pair.overlap, pair.sign_conflict, pair.weighted_conflict)
+        table.add_row(
+            escape(part.name), _number(pair.cosine, 3), *map(_percent, shares), _number(pair.norm_ratio, 2)
+        )
+    return table
+
+
+def _overview(statistics: TaskVectorStatistics, verdict: Verdict) -> Table:
+    """Return a row per pair, the most opposed first."""
+    table = _table("Pairs, whole model (unrelated: cosine 0, conflict 50%)")
+    table.add_column("pair", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for column in ("cosine", "weighted conflict", "length ratio"):
+        table.add_column(column, justify="right", min_width=8)
+    rows = zip(statistics.whole.pairs, verdict.pairs, strict=True)
+    for pair, judged in sorted(rows, key=lambda row: row[0].cosine or 0.0):
+        table.add_row(
+            escape(f"{pair.first} · {pair.second}"),
+            judged.kind or _ABSENT,
+            _number(pair.cosine, 3),
+            _percent(pair.weighted_conflict),
+            _number(pair.norm_ratio, 2),
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _vector_cell(vector: VectorStatistics) -> str:
+    if vector.redundancy is None or vector.relative_norm is None:
+        return _ABSENT
+    return f"{vector.relative_norm:.4f} {vector.redundancy:>4.0%}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _ABSENT if value is None else f"{value:z.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return _ABSENT if share is None else f"{share:.0%}"
