@@ -104,7 +104,7 @@ class Bench:
         """Merge a recipe straight into the engine."""
         clock = _Stopwatch()
         start = time.perf_counter()
-        self.engine.load(clock.watch(self.merger.merge(recipe)))
+        self.engine.load(clock.watch(self.merger.merge(recipe, into=self.engine.weights)))
         total_s = time.perf_counter() - start
         return Cost(merge_s=clock.seconds, load_s=total_s - clock.seconds)
 

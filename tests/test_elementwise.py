@@ -111,8 +111,8 @@ def recipe(method: str) -> MergeRecipe:
 @pytest.mark.parametrize("method", COEFFICIENTS)
 def test_compiled_merges_have_the_bits_of_plain_ones(method: str, dtype: torch.dtype) -> None:
     base, *experts = models(dtype, (5_000, 300_001))
-    plain = dict(Merger(base, experts, compiled=False).merge(recipe(method)))
-    compiled = dict(Merger(base, experts, compiled=True).merge(recipe(method)))
+    plain = dict(Merger(base, experts, is_plain=True).merge(recipe(method)))
+    compiled = dict(Merger(base, experts).merge(recipe(method)))
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,11 @@ class TransformersEngine:
         """The model as lm-eval sees it."""
         return self._lm
 
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's own tensors, by their names in the base's checkpoint."""
+        return self._weights
+
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors over the present weights; see `Engine.load`."""
@@ -60,7 +65,8 @@ class TransformersEngine:
                     f"`{name}` of shape {tuple(tensor.shape)} does not fit the model in transformers, "
                     f"which has {has}. Save the base with `save_pretrained` of transformers 5."
                 )
-            target.copy_(tensor)
+            if target is not tensor:  # it was merged in place
+                target.copy_(tensor)
             loaded.add(target.data_ptr())
         kept = [name for name, weight in self._weights.items() if weight.data_ptr() not in loaded]
         if kept:  # a tied head shares its memory with the embeddings, so it counts as loaded

@@ -1,35 +1,28 @@
 """The elementwise part of every merge: one pass over memory, in chunks that stay in cache.
 
 For each parameter the base and the experts are read once in their own dtype and the result is written
-once; everything between happens in float32. `merge_chunk` is plain torch; where it pays the same
-function runs compiled, with equal bits (no fused multiply-add, no reordering).
+once; everything between happens in float32. `merge_chunk` is the definition, in plain torch. On a CPU
+with a C++ compiler `native` does the same with the same bits; on a GPU `torch.compile` makes one kernel
+of it, whose fused multiply-adds may differ in a last bit.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger("mergetune")
+from optimizer.merging import native
 
 Keep = Literal["all", "trim", "band", "random", "clip"]
 Combine = Literal["sum", "count", "weights", "none"]
 
-# Compiling takes 5 to 20 s once per machine and method; below this many parameters a study of a
-# hundred candidates does not win them back.
-_COMPILE_FROM = 500_000_000
-_SMALL = 4096  # elements; below, a call costs more than the work, and compiled code has no lead
-_PLAIN_CHUNK, _COMPILED_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 22, 1 << 28  # elements
-
-
-_NONE = torch.empty(0)  # what a rule does not read
+_CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
+_NONE, _ZERO = torch.empty(0), torch.zeros((), dtype=torch.int32)  # what a rule does not read
 
 
 class Numbers(NamedTuple):
@@ -45,8 +38,8 @@ class Numbers(NamedTuple):
     high: Tensor = _NONE  # (n,), float32
     limits: Tensor = _NONE  # (n,), int32
     keys: Tensor = _NONE  # (n,), int32
-    stream: Tensor = _NONE  # (), int32
-    start: Tensor = _NONE  # (), int32
+    stream: Tensor = _ZERO  # (), int32
+    start: Tensor = _ZERO  # (), int32
 
 
 @dataclass(frozen=True)
@@ -165,61 +158,36 @@ def merge_tensor(
     sources: Sequence[Tensor],
     are_vectors: Sequence[bool],
     out: Tensor,
-    compiled: bool,
+    is_plain: bool = False,
 ) -> Tensor:
-    """Merge one tensor into `out`, chunk by chunk; see `merge_chunk`, whose result is that of the whole."""
+    """Merge one whole tensor into `out`, as `merge_chunk` does a part of it; `is_plain`: in plain torch."""
     if step.vectors is not None:
         sources, are_vectors = step.vectors, (True,) * len(step.vectors)
-    size, device = base.numel(), base.device
+    size, device, numbers = base.numel(), base.device, step.numbers
     if size == 0:
         return torch.zeros((), device=device)
     rule = (tuple(are_vectors), step.keep, step.combine)
-    numbers = Numbers(*(each if each is _NONE else each.to(device) for each in step.numbers))
     if numbers.lambdas.ndim > 1:  # a weight for each row: the tensor keeps its shape
         return merge_chunk(out, base, sources, *rule, numbers)
-    kernel, chunk = (
-        (_compiled(), _COMPILED_CHUNK) if compiled and size >= _SMALL else (merge_chunk, _PLAIN_CHUNK)
-    )
+    if not is_plain and native.can_merge((out, base, *sources)):
+        return native.merge(out, base, sources, *rule, numbers)
+    kernel, chunk = merge_chunk, _CPU_CHUNK
     if device.type == "cuda":
-        chunk = _CUDA_CHUNK
+        kernel, chunk = merge_chunk if is_plain else _compiled(), _CUDA_CHUNK
+        numbers = Numbers(*(each.to(device) for each in numbers))
     flat = [tensor.reshape(-1) for tensor in (out, base, *sources)]
     peaks = []
     for begin in range(0, size, chunk):
         part = [tensor[begin : begin + chunk] for tensor in flat]
-        peaks.append(kernel(part[0], part[1], part[2:], *rule, _at(numbers, begin)))
+        if step.keep == "random":
+            start = torch.tensor(_signed(begin % 2**32), dtype=torch.int32, device=device)
+            numbers = numbers._replace(start=start)
+        peaks.append(kernel(part[0], part[1], part[2:], *rule, numbers))
     return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
-
-
-def _at(numbers: Numbers, begin: int) -> Numbers:
-    """Return the numbers for the chunk that begins at this entry of its tensor."""
-    if numbers.stream is _NONE:
-        return numbers
-    start = torch.tensor(_signed(begin % 2**32), dtype=torch.int32, device=numbers.stream.device)
-    return numbers._replace(start=start)
-
-
-def compiling_pays(n_parameters: int, device: torch.device) -> bool:
-    """Say whether a study with so many parameters wins back the seconds that compiling takes."""
-    if device.type == "cuda":
-        return True
-    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return n_parameters >= _COMPILE_FROM and has_compiler
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """Return `merge_chunk` compiled at first use, or the plain one where compiling fails."""
-    state: dict[str, Any] = {"kernel": torch.compile(merge_chunk, dynamic=True)}
-
-    def call(*arguments: Any) -> Tensor:
-        try:
-            result: Tensor = state["kernel"](*arguments)
-        except Exception as error:
-            if state["kernel"] is merge_chunk:
-                raise
-            log.warning("Merging runs uncompiled, slower and with the same result: %s", error)
-            state["kernel"] = merge_chunk
-            return merge_chunk(*arguments)
-        return result
-
-    return call
+    """Return `merge_chunk` as one GPU kernel, compiled at first use."""
+    compiled: Callable[..., Tensor] = torch.compile(merge_chunk, dynamic=True)
+    return compiled

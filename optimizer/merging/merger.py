@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.merging.checkpoint import Expert
-from optimizer.merging.elementwise import compiling_pays, merge_tensor
+from optimizer.merging.elementwise import merge_tensor
 from optimizer.merging.methods import RULES, Coefficients
 from optimizer.merging.piece import Piece, Tables
 from optimizer.recipe import MergeRecipe, assign_groups
@@ -38,18 +38,14 @@ class Merger:
     Args:
         base: the base.
         experts: the experts, by the names that recipes use.
-        compiled: whether to compile the elementwise pass, which gives the same bits sooner; by default
-            where the model is large enough to win back the time that compiling takes.
+        is_plain: whether to merge in plain torch, slower and, on a CPU, with the same bits.
     """
 
-    def __init__(self, base: Base, experts: Sequence[Expert], compiled: bool | None = None) -> None:
+    def __init__(self, base: Base, experts: Sequence[Expert], is_plain: bool = False) -> None:
         self.base = base
         self.experts = {expert.name: expert for expert in experts}
         self._tables = Tables()
-        if compiled is None:
-            views = [base.view(name) for name in base.names]
-            compiled = compiling_pays(sum(view.numel() for view in views), views[0].device)
-        self._compiled = compiled
+        self._is_plain = is_plain
 
     @torch.no_grad()
     def merge(
@@ -88,7 +84,7 @@ class Merger:
             out = _destination(into.get(name), piece.base)
             vectors_of = [expert in piece.vectors_of for expert in piece.changed]
             sources = list(piece.sources.values())
-            peaks[name] = merge_tensor(step, piece.base, sources, vectors_of, out, self._compiled)
+            peaks[name] = merge_tensor(step, piece.base, sources, vectors_of, out, self._is_plain)
             yield name, out
         _check_peaks(peaks, {name: self.base.view(name).dtype for name in peaks})
 

@@ -102,7 +102,6 @@ def dare_linear(piece: Piece, given: Coefficients) -> Step:
         limits=_ints([keep_limit(density) for density in densities]),
         keys=_ints([hash_key(piece.seed, expert, piece.name) for expert in piece.changed]),
         stream=_ints(hash_key(piece.seed, "", piece.name)),
-        start=_ints(0),
     )
     return Step(numbers, "random")
 

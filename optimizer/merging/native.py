@@ -1,0 +1,138 @@
+"""`kernel.cpp`, compiled once per machine: the elementwise pass at the speed of memory, on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optimizer.library import cache_folder
+
+if TYPE_CHECKING:
+    from optimizer.merging.elementwise import Numbers
+
+log = logging.getLogger("mergetune")
+
+_SOURCE = Path(__file__).with_name("kernel.cpp")
+_MAX_EXPERTS = 16  # the scratch of so many fits the first-level cache
+_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-fPIC", f"-DMAX_EXPERTS={_MAX_EXPERTS}"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+# What not every compiler and processor takes, from the best down.
+_TUNING = (("-march=native", "-mprefer-vector-width=512", "-fopenmp"), ("-march=native", "-fopenmp"), ())
+# As in the enumerations of `kernel.cpp`.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KEEP = {"all": 0, "trim": 1, "band": 2, "random": 3, "clip": 4}
+_COMBINE = {"sum": 0, "count": 1, "weights": 2, "none": 3}
+
+
+class _Job(ctypes.Structure):
+    """`Job` of `kernel.cpp`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("base", "out", "sources", "dtypes", "are_vectors")),
+        *((name, ctypes.c_void_p) for name in ("lambdas", "low", "high", "limits", "keys")),
+        ("size", ctypes.c_int64),
+        ("base_weight", ctypes.c_float),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("stream", "dtype", "n_experts", "keep", "combine", "n_threads")
+        ),
+    )
+
+
+def can_merge(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the kernel is there and takes these tensors: the result, the base and the sources."""
+    return (
+        len(tensors) <= _MAX_EXPERTS + 2
+        and tensors[0].dtype == tensors[1].dtype
+        and all(each.dtype in _DTYPES and each.is_cpu and each.is_contiguous() for each in tensors)
+        and _library() is not None
+    )
+
+
+def merge(
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    keep: str,
+    combine: str,
+    numbers: Numbers,
+) -> Tensor:
+    """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same bits."""
+    library, n = _library(), len(sources)
+    assert library is not None  # can_merge
+    addresses = (ctypes.c_void_p * n)(*(source.data_ptr() for source in sources))
+    dtypes = (ctypes.c_int32 * n)(*(_DTYPES[source.dtype] for source in sources))
+    flags = (ctypes.c_int32 * n)(*are_vectors)
+    job = _Job(
+        *(base.data_ptr(), out.data_ptr()),
+        *(ctypes.addressof(array) for array in (addresses, dtypes, flags)),
+        *(each.data_ptr() for each in (numbers.lambdas, numbers.low, numbers.high)),
+        *(each.data_ptr() for each in (numbers.limits, numbers.keys)),
+        *(base.numel(), float(numbers.base_weight), int(numbers.stream), _DTYPES[base.dtype], n),
+        *(_KEEP[keep], _COMBINE[combine], torch.get_num_threads()),
+    )
+    return torch.tensor(library.merge_tensor(ctypes.byref(job)))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled kernel; None where there is no C++ compiler, or none that can."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        log.warning("Merging runs in plain torch, some 10 times slower: there is no C++ compiler (g++).")
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("Merging runs in plain torch, some 10 times slower: %s", error)
+        return None
+    library.merge_tensor.restype = ctypes.c_float
+    return library
+
+
+def _build(compiler: str) -> Path:
+    """Compile the kernel unless that was done on this machine before; returns the shared library."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = (_SOURCE.read_text(encoding="utf-8"), version, platform.machine(), _processor(), repr(_FLAGS))
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = cache_folder() / f"kernel-{digest}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            _compile([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], _TUNING)
+            built.replace(path)
+    return path
+
+
+def _compile(command: list[str], tunings: Iterable[Sequence[str]]) -> None:
+    """Run a compiler with the first set of further options that it takes."""
+    for tuning in tunings:
+        done = subprocess.run([*command, *tuning], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+    raise subprocess.SubprocessError(f"{command[0]} cannot compile {_SOURCE.name}: {done.stderr.strip()}")
+
+
+def _processor() -> str:
+    """Return what tells processors apart: a library for one may not run on another."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    return features[0] if features else platform.processor()
