@@ -210,6 +210,17 @@ def report(
 
 
 @app.command()
+def methods() -> None:
+    """List the merge methods with their coefficients and options."""
+    from optimizer.method_table import METHODS
+
+    table = Table("method", "merged weights", "coefficients", "options", box=None, header_style="bold")
+    for name, method in METHODS.items():
+        table.add_row(name, method.summary, method.coefficients, method.choices)
+    _out.print(table, markup=False)
+
+
+@app.command()
 def presets() -> None:
     """List the search spaces and suites that can be named in a study file."""
     from optimizer.library import presets as list_presets

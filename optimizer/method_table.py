@@ -97,6 +97,16 @@ class Method:
     max_experts: int | None = None
     is_joint: bool = False
 
+    @property
+    def coefficients(self) -> str:
+        """The coefficients with their valid values, e.g. `lambda ∈ ℝ, density ∈ (0, 1]`."""
+        return ", ".join(f"{parameter.name} ∈ {parameter.valid}" for parameter in self.parameters) or "none"
+
+    @property
+    def choices(self) -> str:
+        """The options with their choices, the default first, e.g. `rescale: probability | l1 | none`."""
+        return "; ".join(f"{option.name}: {' | '.join(option.choices)}" for option in self.options)
+
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter of this name, or None."""
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
@@ -201,7 +211,7 @@ METHODS: dict[MethodName, Method] = {
         is_joint=True,
     ),
     "multislerp": Method(
-        "weighted mean on the sphere, in the tangent space at the plain mean's direction",
+        "the direction of the weighted mean of unit vectors, times their mean norm",
         (_SHARE,),
         (_ORIGIN,),
         2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -46,6 +47,7 @@ class TensorPlace:
     role: Role | None
 
 
+@functools.cache
 def tensor_place(name: str) -> TensorPlace:
     """Read layer and role off a tensor's name, e.g. `model.layers.3.mlp.up_proj.weight`."""
     layer = _LAYER.search(name)

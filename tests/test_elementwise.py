@@ -27,13 +27,9 @@ COEFFICIENTS = {
 }
 
 
-def ints(value: int) -> Tensor:
-    return torch.tensor(value, dtype=torch.int32)
-
-
 def draw(n: int, expert: str = "a", name: str = "w", seed: int = 0) -> Tensor:
     stream, key = hash_key(seed, "", name), hash_key(seed, expert, name)
-    return hash32(torch.arange(n, dtype=torch.int32), ints(stream), ints(key))
+    return hash32(torch.arange(n, dtype=torch.int32), stream, key)
 
 
 def hash_in_python(index: int, stream: int, key: int) -> int:
@@ -41,13 +37,12 @@ def hash_in_python(index: int, stream: int, key: int) -> int:
     bits = (1 << 32) - 1
     value = (index * 0x9E3779B9 + stream) & bits
     value = ((value ^ (value >> 16)) * 0x7FEB352D + key) & bits
-    value = ((value ^ (value >> 15)) * 0x846CA68B) & bits
-    return value ^ (value >> 16)
+    return ((value ^ (value >> 15)) * 0x846CA68B) & bits
 
 
 @pytest.mark.parametrize(("stream", "key"), [(0, 0), (-(2**31), 2**31 - 1), (123456789, -987654321)])
 def test_the_hash_is_that_of_python_integers(stream: int, key: int) -> None:
-    found = hash32(torch.arange(500, dtype=torch.int32), ints(stream), ints(key))
+    found = hash32(torch.arange(500, dtype=torch.int32), stream, key)
     expected = [hash_in_python(index, stream, key) for index in range(500)]
     assert [value % 2**32 for value in found.tolist()] == expected
 

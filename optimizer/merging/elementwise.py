@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,24 +22,25 @@ Keep = Literal["all", "trim", "band", "random", "clip"]
 Combine = Literal["sum", "count", "weights", "none"]
 
 _CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
-_NONE, _ZERO = torch.empty(0), torch.zeros((), dtype=torch.int32)  # what a rule does not read
+Number = float | Tensor  # a tensor of shape (rows, 1) holds one for each row
 
 
 class Numbers(NamedTuple):
-    """What `merge_chunk` reads beside the weights; entry i belongs to expert i.
+    """What `merge_chunk` reads beside the weights; entry i of a sequence belongs to expert i.
 
-    `low` and `high` bound the magnitudes kept; `limits`, `keys`, `stream` and `start` are those of
-    `hash32`, with `start` the position of the chunk's first entry in its tensor.
+    `low` and `high` bound the magnitudes kept; `limits`, `keys`, `stream` and `start` are int32 for
+    `hash32`, with `start` the position of the chunk's first entry in its tensor. All but the int32 are
+    rounded to float32 when they are used.
     """
 
-    base_weight: Tensor  # () or (rows, 1), float32
-    lambdas: Tensor  # (n,) or (n, rows, 1), float32
-    low: Tensor = _NONE  # (n,), float32
-    high: Tensor = _NONE  # (n,), float32
-    limits: Tensor = _NONE  # (n,), int32
-    keys: Tensor = _NONE  # (n,), int32
-    stream: Tensor = _ZERO  # (), int32
-    start: Tensor = _ZERO  # (), int32
+    base_weight: Number
+    lambdas: Sequence[Number]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    limits: Sequence[int] = ()
+    keys: Sequence[int] = ()
+    stream: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
         is_kept = hash32(index, numbers.stream, numbers.keys[i]) <= numbers.limits[i]
         return torch.where(is_kept, vector, 0.0)
     if keep == "clip":
-        return torch.minimum(torch.maximum(vector, -numbers.low[i]), numbers.low[i])
+        return vector.clamp(-numbers.low[i], numbers.low[i])
     magnitude = vector.abs()
     is_kept = magnitude >= numbers.low[i]
     if keep == "band":
@@ -105,7 +106,7 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
     return torch.where(is_kept, vector, 0.0)
 
 
-def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Tensor) -> Tensor:
+def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Number]) -> Tensor:
     """Add up, entry by entry, the parts whose sign is that of Σ λτ (TIES, steps 2 and 3), and divide.
 
     Yadav et al. 2023, algorithm 1. Zeros never agree; where Σ λτ is exactly zero nothing does.
@@ -129,17 +130,17 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-def hash32(index: Tensor, stream: Tensor, key: Tensor) -> Tensor:
+def hash32(index: Tensor, stream: int, key: int) -> Tensor:
     """Hash int32 counters to uniform int32 values: a random number that is a function of its place.
 
     Two rounds of multiply and xorshift (constants of `lowbias32`, Wellons 2018), with the tensor's
     `stream` in the first and the expert's `key` in the second, so that all experts share the first.
+    The last xorshift is left out: it only stirs the low bits, which seldom decide a comparison.
     """
     value = index * _signed(0x9E3779B9) + stream
     value = (value ^ ((value >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
     value = value + key
-    value = (value ^ ((value >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
-    return value ^ ((value >> 16) & 0xFFFF)
+    return (value ^ ((value >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
 
 
 def keep_limit(probability: float) -> int:
@@ -159,35 +160,46 @@ def merge_tensor(
     are_vectors: Sequence[bool],
     out: Tensor,
     is_plain: bool = False,
-) -> Tensor:
-    """Merge one whole tensor into `out`, as `merge_chunk` does a part of it; `is_plain`: in plain torch."""
+) -> Tensor | float:
+    """Merge one whole tensor into `out`, as `merge_chunk` does a part of it; `is_plain`: in plain torch.
+
+    The largest magnitude is a tensor where reading it would make this process wait for a GPU.
+    """
     if step.vectors is not None:
         sources, are_vectors = step.vectors, (True,) * len(step.vectors)
     size, device, numbers = base.numel(), base.device, step.numbers
     if size == 0:
-        return torch.zeros((), device=device)
+        return 0.0
     rule = (tuple(are_vectors), step.keep, step.combine)
-    if numbers.lambdas.ndim > 1:  # a weight for each row: the tensor keeps its shape
+    if isinstance(numbers.base_weight, Tensor):  # a weight for each row: the tensor keeps its shape
         return merge_chunk(out, base, sources, *rule, numbers)
     if not is_plain and native.can_merge((out, base, *sources)):
         return native.merge(out, base, sources, *rule, numbers)
     kernel, chunk = merge_chunk, _CPU_CHUNK
     if device.type == "cuda":
         kernel, chunk = merge_chunk if is_plain else _compiled(), _CUDA_CHUNK
-        numbers = Numbers(*(each.to(device) for each in numbers))
     flat = [tensor.reshape(-1) for tensor in (out, base, *sources)]
     peaks = []
     for begin in range(0, size, chunk):
         part = [tensor[begin : begin + chunk] for tensor in flat]
-        if step.keep == "random":
-            start = torch.tensor(_signed(begin % 2**32), dtype=torch.int32, device=device)
-            numbers = numbers._replace(start=start)
-        peaks.append(kernel(part[0], part[1], part[2:], *rule, numbers))
+        peaks.append(
+            kernel(part[0], part[1], part[2:], *rule, numbers._replace(start=_signed(begin % 2**32)))
+        )
     return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """Return `merge_chunk` as one GPU kernel, compiled at first use."""
+    """Return `merge_chunk` as one GPU kernel, compiled at first use; numbers are passed as tensors."""
     compiled: Callable[..., Tensor] = torch.compile(merge_chunk, dynamic=True)
-    return compiled
+
+    def call(out: Tensor, *arguments: Any) -> Tensor:
+        *others, numbers = arguments
+        floats, integers = torch.float32, torch.int32
+        types = (floats, floats, floats, floats, integers, integers, integers, integers)
+        moved: list[Any] = [
+            torch.tensor(each, dtype=t, device=out.device) for each, t in zip(numbers, types, strict=True)
+        ]
+        return compiled(out, *others, Numbers(*moved))
+
+    return call

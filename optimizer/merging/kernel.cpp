@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -14,6 +17,7 @@ enum Combine { SUM, COUNT, WEIGHTS, NONE };
 
 constexpr int BLOCK = 256;                // entries
 constexpr int64_t PER_TASK = 64 * BLOCK;  // entries that a thread takes at a time
+constexpr int64_t AHEAD = 4 * BLOCK;      // entries between those worked on and those asked for
 
 struct bfloat16 {
     uint16_t bits;
@@ -71,7 +75,8 @@ namespace {
 struct Rule {  // what an expert's part needs beside its weights
     float lambda, low, high;
     int32_t limit;
-    uint32_t key, stream, index;  // index: of the block's first entry
+    uint32_t key;
+    const uint32_t* mixed;  // the block's counters after the first round of `hash32`
 };
 
 // `elementwise._kept`
@@ -82,11 +87,10 @@ inline float kept(float vector, const Rule& rule, int i) {
         float large = std::fabs(vector) >= rule.low ? vector : 0.0f;
         return std::fabs(vector) < rule.high ? large : 0.0f;
     }
-    if (KEEP == RANDOM) {  // `hash32`
-        uint32_t value = (rule.index + i) * 0x9E3779B9u + rule.stream;
-        value = (value ^ (value >> 16)) * 0x7FEB352Du + rule.key;
+    if (KEEP == RANDOM) {  // the second round
+        uint32_t value = rule.mixed[i] + rule.key;
         value = (value ^ (value >> 15)) * 0x846CA68Bu;
-        return int32_t(value ^ (value >> 16)) <= rule.limit ? vector : 0.0f;
+        return int32_t(value) <= rule.limit ? vector : 0.0f;
     }
     if (KEEP == CLIP) {
         float raised = vector < -rule.low ? -rule.low : vector;
@@ -105,8 +109,8 @@ void fill(float* __restrict part, const T* __restrict source, const float* __res
 }
 
 template <int KEEP>
-void fill(float* part, const float* start, const Job& job, int e, int64_t begin, int n) {
-    Rule rule = {job.lambdas[e], 0, 0, 0, 0, uint32_t(job.stream), uint32_t(begin)};
+void fill(float* part, const float* start, const uint32_t* mixed, const Job& job, int e, int64_t begin, int n) {
+    Rule rule = {job.lambdas[e], 0, 0, 0, 0, mixed};
     if (KEEP == TRIM || KEEP == BAND || KEEP == CLIP) rule.low = job.low[e];
     if (KEEP == BAND) rule.high = job.high[e];
     if (KEEP == RANDOM) rule.limit = job.limits[e], rule.key = job.keys[e];
@@ -122,13 +126,13 @@ void fill(float* part, const float* start, const Job& job, int e, int64_t begin,
 }
 
 // Fill `part` with lambda times what expert e's rule keeps of its task vector.
-void fill(float* part, const float* start, const Job& job, int e, int64_t begin, int n) {
+void fill(float* part, const float* start, const uint32_t* mixed, const Job& job, int e, int64_t begin, int n) {
     switch (job.keep) {
-        case ALL: return fill<ALL>(part, start, job, e, begin, n);
-        case TRIM: return fill<TRIM>(part, start, job, e, begin, n);
-        case BAND: return fill<BAND>(part, start, job, e, begin, n);
-        case RANDOM: return fill<RANDOM>(part, start, job, e, begin, n);
-        default: return fill<CLIP>(part, start, job, e, begin, n);
+        case ALL: return fill<ALL>(part, start, mixed, job, e, begin, n);
+        case TRIM: return fill<TRIM>(part, start, mixed, job, e, begin, n);
+        case BAND: return fill<BAND>(part, start, mixed, job, e, begin, n);
+        case RANDOM: return fill<RANDOM>(part, start, mixed, job, e, begin, n);
+        default: return fill<CLIP>(part, start, mixed, job, e, begin, n);
     }
 }
 
@@ -138,41 +142,38 @@ void add(float* __restrict sum, const float* __restrict part, int n) {
 }
 
 // `elementwise._consensus`: `parts[0]` becomes the sum of the parts that agree, divided.
-void elect(float (*parts)[BLOCK], const Job& job, int n) {
-    alignas(64) float elected[BLOCK], divisor[BLOCK];
-    std::memcpy(elected, parts[0], n * sizeof(float));
-    for (int e = 1; e < job.n_experts; e++) add(elected, parts[e], n);
-    float* __restrict total = parts[0];
-    for (int e = 0; e < job.n_experts; e++) {
-        const float unit = job.combine == WEIGHTS ? job.lambdas[e] : 1.0f;
-        const float* part = parts[e];
-        if (e == 0) {
+template <int N, int COMBINE>
+void elect(float (*__restrict parts)[BLOCK], const float* lambdas, int n) {
+    float units[N];
+    for (int e = 0; e < N; e++) units[e] = COMBINE == WEIGHTS ? lambdas[e] : 1.0f;
 #pragma omp simd
-            for (int i = 0; i < n; i++) {
-                bool agrees = total[i] * elected[i] > 0.0f;
-                total[i] = agrees ? total[i] : 0.0f;
-                divisor[i] = agrees ? unit : 0.0f;
-            }
-        } else {
-#pragma omp simd
-            for (int i = 0; i < n; i++) {
-                bool agrees = part[i] * elected[i] > 0.0f;
-                total[i] += agrees ? part[i] : 0.0f;
-                divisor[i] += agrees ? unit : 0.0f;
-            }
+    for (int i = 0; i < n; i++) {
+        float elected = parts[0][i];
+        for (int e = 1; e < N; e++) elected += parts[e][i];
+        float total = 0.0f, divisor = 0.0f;
+        for (int e = 0; e < N; e++) {
+            bool agrees = parts[e][i] * elected > 0.0f;
+            total += agrees ? parts[e][i] : 0.0f;
+            divisor += agrees ? units[e] : 0.0f;
         }
-    }
-    if (job.combine == COUNT) {
-        for (int k = 2; k <= job.n_experts; k++) {
-            const float count = float(k), share = float(1.0 / k);
-#pragma omp simd
-            for (int i = 0; i < n; i++) total[i] *= divisor[i] == count ? share : 1.0f;
-        }
-    } else if (job.combine == WEIGHTS) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) total[i] /= divisor[i] == 0.0f ? 1.0f : divisor[i];
+        if (COMBINE == COUNT)
+            for (int k = 2; k <= N; k++) total *= divisor == float(k) ? float(1.0 / k) : 1.0f;
+        if (COMBINE == WEIGHTS) total /= divisor == 0.0f ? 1.0f : divisor;
+        parts[0][i] = total;
     }
 }
+
+template <int N>
+void elect(float (*parts)[BLOCK], const Job& job, int n) {
+    if (job.n_experts != N) return elect<N - 1>(parts, job, n);
+    switch (job.combine) {
+        case COUNT: return elect<N, COUNT>(parts, job.lambdas, n);
+        case WEIGHTS: return elect<N, WEIGHTS>(parts, job.lambdas, n);
+        default: return elect<N, NONE>(parts, job.lambdas, n);
+    }
+}
+template <>
+void elect<0>(float (*)[BLOCK], const Job&, int) {}
 
 template <typename T>
 uint32_t finish(T* __restrict out, const float* __restrict start, const float* __restrict sum, float weight, int n) {
@@ -187,21 +188,59 @@ uint32_t finish(T* __restrict out, const float* __restrict start, const float* _
     return peak;
 }
 
+// Write past the caches: what is merged is not read again soon, and its lines need no fetching first.
+void stream(void* to, const void* from, size_t n_bytes) {
+#ifdef __SSE2__
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0 && n_bytes % sizeof(__m128i) == 0) {
+        auto* target = static_cast<__m128i*>(to);
+        const auto* source = static_cast<const __m128i*>(from);
+        for (size_t i = 0; i < n_bytes / sizeof(__m128i); i++) _mm_stream_si128(target + i, source[i]);
+        return;
+    }
+#endif
+    std::memcpy(to, from, n_bytes);
+}
+
+// The first round of `hash32`, which all experts share.
+void mix(uint32_t* __restrict mixed, uint32_t stream, uint32_t begin, int n) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        uint32_t value = (begin + i) * 0x9E3779B9u + stream;
+        mixed[i] = (value ^ (value >> 16)) * 0x7FEB352Du;
+    }
+}
+
+// Ask for what a later block reads: four streams at once are more than the processor foresees.
+void prefetch(const void* from, int dtype, int64_t begin) {
+    const int64_t n_bytes = dtype == FLOAT32 ? 4 : 2;
+    const char* at = static_cast<const char*>(from) + (begin + AHEAD) * n_bytes;
+    for (int64_t i = 0; i < BLOCK * n_bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // Merge n entries from `begin` on; returns the bits of the largest magnitude.
 template <typename T>
 uint32_t merge_block(const Job& job, int64_t begin, int n, float (*parts)[BLOCK]) {
     alignas(64) float start[BLOCK];
+    alignas(64) uint32_t mixed[BLOCK];
+    prefetch(job.base, job.dtype, begin);
     const T* __restrict base = static_cast<const T*>(job.base) + begin;
 #pragma omp simd
     for (int i = 0; i < n; i++) start[i] = widen(base[i]);
-    for (int e = 0; e < job.n_experts; e++) fill(parts[e], start, job, e, begin, n);
+    if (job.keep == RANDOM) mix(mixed, job.stream, uint32_t(begin), n);
+    for (int e = 0; e < job.n_experts; e++) {
+        prefetch(job.sources[e], job.dtypes[e], begin);
+        fill(parts[e], start, mixed, job, e, begin, n);
+    }
     if (job.n_experts == 0)
         std::memset(parts[0], 0, n * sizeof(float));
     else if (job.combine == SUM)
         for (int e = 1; e < job.n_experts; e++) add(parts[0], parts[e], n);
     else
-        elect(parts, job, n);
-    return finish(static_cast<T*>(job.out) + begin, start, parts[0], job.base_weight, n);
+        elect<MAX_EXPERTS>(parts, job, n);
+    alignas(64) T merged[BLOCK];
+    const uint32_t peak = finish(merged, start, parts[0], job.base_weight, n);
+    stream(static_cast<T*>(job.out) + begin, merged, n * sizeof(T));
+    return peak;
 }
 
 template <typename T>
@@ -216,6 +255,9 @@ float merge(const Job& job) {
             uint32_t own = merge_block<T>(job, begin, int(end - begin < BLOCK ? end - begin : BLOCK), parts);
             peak = own > peak ? own : peak;
         }
+#ifdef __SSE2__
+        _mm_sfence();  // what was streamed is seen by all
+#endif
     }
     return from_bits(peak);
 }

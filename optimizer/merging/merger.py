@@ -47,7 +47,6 @@ class Merger:
         self._tables = Tables()
         self._is_plain = is_plain
 
-    @torch.no_grad()
     def merge(
         self, recipe: MergeRecipe, into: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +70,7 @@ class Merger:
             )
         groups = assign_groups(recipe.groups, self.base.names)
         options, rule = recipe.choices, RULES[recipe.method]
-        peaks: dict[str, Tensor] = {}
+        peaks: dict[str, Tensor | float] = {}
         for name in self.base.names:
             piece = self._piece(recipe, name)
             if not piece.base.is_floating_point() or not (piece.changed or recipe.method == "passthrough"):
@@ -114,11 +113,8 @@ def _destination(given: Tensor | None, base: Tensor) -> Tensor:
     return given if given is not None and like and given.is_contiguous() else torch.empty_like(base)
 
 
-def _check_peaks(peaks: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+def _check_peaks(peaks: Mapping[str, Tensor | float], dtypes: Mapping[str, torch.dtype]) -> None:
     """Raise `TrialError` if a merged tensor does not fit its dtype; a GPU is waited for here only."""
-    if not peaks:
-        return
-    found = torch.stack(list(peaks.values())).tolist()
-    for name, peak in zip(peaks, found, strict=True):
-        if not peak <= torch.finfo(dtypes[name]).max:
+    for name, peak in peaks.items():
+        if not float(peak) <= torch.finfo(dtypes[name]).max:
             raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")

@@ -7,6 +7,7 @@ in one pass over memory. The table of methods and their parameters is `method_ta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ def ties(piece: Piece, given: Coefficients) -> Step:
         piece.band(expert, density)
         for expert, density in zip(piece.changed, given.of("density", piece.changed), strict=True)
     ]
-    numbers = _numbers(given.of("lambda", piece.changed))._replace(low=_floats([low for low, _ in bands]))
+    numbers = _numbers(given.of("lambda", piece.changed))._replace(low=[low for low, _ in bands])
     return Step(numbers, "trim", _combine(given))
 
 
@@ -77,7 +78,7 @@ def breadcrumbs(piece: Piece, given: Coefficients) -> Step:
     )
     bands = [piece.band(expert, density, gamma) for expert, density, gamma in wanted]
     numbers = _numbers(given.of("lambda", piece.changed))._replace(
-        low=_floats([low for low, _ in bands]), high=_floats([high for _, high in bands])
+        low=[low for low, _ in bands], high=[high for _, high in bands]
     )
     return Step(numbers, "band")
 
@@ -99,9 +100,9 @@ def dare_linear(piece: Piece, given: Coefficients) -> Step:
         for expert, density in zip(piece.changed, densities, strict=True)
     ]
     numbers = _numbers([lam * factor for lam, factor in zip(lambdas, factors, strict=True)])._replace(
-        limits=_ints([keep_limit(density) for density in densities]),
-        keys=_ints([hash_key(piece.seed, expert, piece.name) for expert in piece.changed]),
-        stream=_ints(hash_key(piece.seed, "", piece.name)),
+        limits=[keep_limit(density) for density in densities],
+        keys=[hash_key(piece.seed, expert, piece.name) for expert in piece.changed],
+        stream=hash_key(piece.seed, "", piece.name),
     )
     return Step(numbers, "random")
 
@@ -180,7 +181,7 @@ def karcher(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
 
 def nearswap(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
     """Move each weight to the expert's, but by t at most: θ₀ + sign(τ) min(|τ|, t) (mergekit's NearSwap)."""
-    return Step(_numbers([1.0])._replace(low=_floats([given.single("t")])), "clip")
+    return Step(_numbers([1.0])._replace(low=[given.single("t")]), "clip")
 
 
 def arcee_fusion(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
@@ -219,6 +220,7 @@ RULES: dict[MethodName, Callable[[Piece, Coefficients], Step]] = {
 }
 
 
+@functools.cache
 def hash_key(seed: int, expert: str, name: str) -> int:
     """Derive an int32 key for `hash32` from the recipe's seed, the expert and the tensor."""
     digest = hashlib.blake2b(f"{seed}\0{expert}\0{name}".encode(), digest_size=4).digest()
@@ -230,7 +232,7 @@ def _add(lambdas: Sequence[float]) -> Step:
 
 
 def _numbers(lambdas: Sequence[float], base_weight: float = 1.0) -> Numbers:
-    return Numbers(base_weight=_floats(base_weight), lambdas=_floats(lambdas))
+    return Numbers(base_weight, lambdas)
 
 
 def _combine(given: Coefficients) -> Combine:
@@ -245,11 +247,11 @@ def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> St
     """
     total = weights.sum(-1) if base is None else torch.full_like(weights[..., 0], base)
     changed = weights[..., [piece.experts.index(expert) for expert in piece.changed]].movedim(-1, 0)
-    if weights.ndim > 1:
-        rows = (*piece.base.shape[:-1], 1)
-        total, changed = total.reshape(rows), changed.reshape(-1, *rows)
-    device = piece.base.device
-    return Step(Numbers(total.float().to(device), changed.float().to(device)))
+    if weights.ndim == 1:
+        return Step(Numbers(float(total), changed.tolist()))
+    rows, device = (*piece.base.shape[:-1], 1), piece.base.device
+    by_row = [each.reshape(rows).float().to(device) for each in (total, *changed)]
+    return Step(Numbers(by_row[0], by_row[1:]))
 
 
 def _gram_of_weights(piece: Piece, by_rows: bool = False) -> Tensor:
@@ -288,13 +290,5 @@ def _dare_factor(piece: Piece, expert: str, density: float, rescale: str) -> flo
 def _hashes(piece: Piece, expert: str) -> Tensor:
     """Return a uniform int32 for every entry of the tensor, the same as `merge_chunk` draws."""
     index = torch.arange(piece.base.numel(), device=piece.base.device).to(torch.int32)
-    stream, key = _ints(hash_key(piece.seed, "", piece.name)), _ints(hash_key(piece.seed, expert, piece.name))
-    return hash32(index, stream.to(index.device), key.to(index.device)).view(piece.base.shape)
-
-
-def _floats(values: float | Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
-
-
-def _ints(values: int | Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    stream, key = (hash_key(piece.seed, who, piece.name) for who in ("", expert))
+    return hash32(index, stream, key).view(piece.base.shape)

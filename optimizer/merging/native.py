@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mergetune")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_MAX_EXPERTS = 16  # the scratch of so many fits the first-level cache
+_MAX_EXPERTS = 8  # the kernel is compiled for each number up to it; more are merged in plain torch
 _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", f"-DMAX_EXPERTS={_MAX_EXPERTS}"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -72,22 +72,27 @@ def merge(
     keep: str,
     combine: str,
     numbers: Numbers,
-) -> Tensor:
+) -> float:
     """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same bits."""
     library, n = _library(), len(sources)
     assert library is not None  # can_merge
-    addresses = (ctypes.c_void_p * n)(*(source.data_ptr() for source in sources))
-    dtypes = (ctypes.c_int32 * n)(*(_DTYPES[source.dtype] for source in sources))
-    flags = (ctypes.c_int32 * n)(*are_vectors)
+    integers, floats = ctypes.c_int32 * n, ctypes.c_float * n
+    lambdas = [float(each) for each in numbers.lambdas]
+    arrays = (  # kept alive until the call has ended
+        (ctypes.c_void_p * n)(*[source.data_ptr() for source in sources]),
+        integers(*[_DTYPES[source.dtype] for source in sources]),
+        integers(*are_vectors),
+        *(floats(*each) if each else None for each in (lambdas, numbers.low, numbers.high)),
+        *(integers(*each) if each else None for each in (numbers.limits, numbers.keys)),
+    )
     job = _Job(
         *(base.data_ptr(), out.data_ptr()),
-        *(ctypes.addressof(array) for array in (addresses, dtypes, flags)),
-        *(each.data_ptr() for each in (numbers.lambdas, numbers.low, numbers.high)),
-        *(each.data_ptr() for each in (numbers.limits, numbers.keys)),
-        *(base.numel(), float(numbers.base_weight), int(numbers.stream), _DTYPES[base.dtype], n),
+        *[None if array is None else ctypes.addressof(array) for array in arrays],
+        *(base.numel(), float(numbers.base_weight), numbers.stream, _DTYPES[base.dtype], n),
         *(_KEEP[keep], _COMBINE[combine], torch.get_num_threads()),
     )
-    return torch.tensor(library.merge_tensor(ctypes.byref(job)))
+    peak: float = library.merge_tensor(ctypes.byref(job))
+    return peak
 
 
 @functools.cache
