@@ -179,8 +179,9 @@ def measure(
     first = {name: seconds(run, device) for name, run in work.items()}
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(arguments.repeats):
-        for name, run in work.items():
-            times[name].append(seconds(run, device))
+        for name in ("copy", "native"):
+            times[name].append(seconds(work[name], device))
+    times["plain"] = [seconds(work["plain"], device) for _ in range(3)]
     ratio = [own / copied for own, copied in zip(times["native"], times["copy"], strict=True)]
     median = {name: statistics.median(values) for name, values in times.items()}
     peak = peak_bytes(work["native"], device)

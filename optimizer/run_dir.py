@@ -135,7 +135,7 @@ class RunDir:
         if not self.path.is_dir() or self._record_file.exists():
             return
         if not all(_EARLY.fullmatch(entry.name) for entry in self.path.iterdir()):
-            raise MergetuneError(f"{self.path}: holds other files. Give a new directory with --out.")
+            raise MergetuneError(f"{self.path}: holds other files. Give a new run directory.")
 
     def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
         """Keep a candidate; its scores go first, so that a candidate on disk is always whole."""
@@ -217,7 +217,7 @@ class RunDir:
             raise MergetuneError(
                 f"{self.path}: holds another study; only `budget` may change when it goes on.\n"
                 + "\n".join(changed)
-                + "\nGive a new directory with --out, or take the changes back."
+                + "\nGive a new run directory, or take the changes back."
             )
 
 

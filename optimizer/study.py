@@ -85,7 +85,8 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
     budget = plan.config.budget
     spent_s = sum(candidate.cost.total_s for candidate in known)
     started, seconds_per_trial = time.monotonic(), None
-    for number in range(n_trials + 1, budget.trials + 1):
+    last = budget.trials if space.distributions else 1  # with nothing to search one trial says it all
+    for number in range(n_trials + 1, last + 1):
         interrupts.check()
         elapsed_s = time.monotonic() - started
         if number > n_trials + 1:

@@ -19,7 +19,7 @@ from optimizer.analysis.task_vectors import (
     TaskVectorStatistics,
     VectorStatistics,
 )
-from optimizer.merging.compatibility import _LONGEST_SHARE_OF_BASE as LONGEST_SHARE_OF_BASE
+from optimizer.merging.compatibility import LONGEST_SHARE_OF_BASE as LONGEST_SHARE_OF_BASE
 from optimizer.merging.tensor_files import shortened
 
 Kind = Literal["complementary", "partial conflict", "conflict", "outside one basin"]

@@ -12,11 +12,10 @@ import pandas as pd
 from optimizer.analysis.advice import Verdict
 from optimizer.analysis.task_vectors import PartStatistics, TaskVectorStatistics
 from optimizer.errors import MergetuneError
-from optimizer.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, SKY, WHITE, YELLOW, themed
+from optimizer.report.style import EXPERTS, INK, ORANGE, SKY, WHITE, themed
 
 Format = Literal["svg", "png", "html"]
 _OPTIONS: dict[Format, dict[str, Any]] = {"svg": {}, "png": {"scale_factor": 2}, "html": {"inline": True}}
-_EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]
 _WIDTH = 680
 _MOST_LABELLED = 14  # columns; where there are more, cells are too narrow for their figures
 
@@ -98,7 +97,7 @@ def _lengths(frame: pd.DataFrame) -> alt.Chart:
             x=_across(frame),
             xOffset=alt.XOffset("expert:N", sort=experts, scale=alt.Scale(paddingOuter=0.3)),
             y=alt.Y("length:Q", title=None, axis=alt.Axis(format="~%", tickCount=5)),
-            color=alt.Color("expert:N", title=None, scale=alt.Scale(domain=experts, range=_EXPERTS)),
+            color=alt.Color("expert:N", title=None, scale=alt.Scale(domain=experts, range=EXPERTS)),
             tooltip=[
                 "part:N",
                 "expert:N",

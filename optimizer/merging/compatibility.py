@@ -47,7 +47,7 @@ _IGNORED_KEYS = {
 # Keys that change the use of a model but not the function that its weights compute.
 _NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
 _LARGEST_RATIO = 5.0
-_LONGEST_SHARE_OF_BASE = 0.5
+LONGEST_SHARE_OF_BASE = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def check_task_vectors(norms: Mapping[str, float], base_norm: float) -> list[str
         base_norm: the norm of the base's matrices, as `base_norm` gives it.
     """
     warnings = []
-    longest = _LONGEST_SHARE_OF_BASE * base_norm
+    longest = LONGEST_SHARE_OF_BASE * base_norm
     for name, norm in norms.items():
         others = [other for key, other in norms.items() if key != name and 0 < other <= longest]
         ratio = norm / statistics.median(others) if others else 1.0

@@ -96,14 +96,14 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
     if keep == "random":
         index = numbers.start + torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
         is_kept = hash32(index, numbers.stream, numbers.keys[i]) <= numbers.limits[i]
-        return torch.where(is_kept, vector, 0.0)
+        return vector * is_kept
     if keep == "clip":
         return vector.clamp(-numbers.low[i], numbers.low[i])
     magnitude = vector.abs()
     is_kept = magnitude >= numbers.low[i]
     if keep == "band":
         is_kept = is_kept & (magnitude < numbers.high[i])
-    return torch.where(is_kept, vector, 0.0)
+    return vector * is_kept  # torch.where takes four times as long
 
 
 def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Number]) -> Tensor:
@@ -113,16 +113,16 @@ def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Numb
     """
     elected = _sum(parts)
     agrees = [part * elected > 0 for part in parts]
-    total = _sum([torch.where(agree, part, 0.0) for agree, part in zip(agrees, parts, strict=True)])
+    total = _sum([part * agree for agree, part in zip(agrees, parts, strict=True)])
     if combine == "none":
         return total
     if combine == "weights":
-        divisor = _sum([torch.where(agree, lambdas[i], 0.0) for i, agree in enumerate(agrees)])
-        return total / torch.where(divisor == 0, 1.0, divisor)
-    count = _sum([torch.where(agree, 1.0, 0.0) for agree in agrees])
-    share = torch.ones_like(count)
+        divisor = _sum([agree * lambdas[i] for i, agree in enumerate(agrees)])
+        return total / (divisor + (divisor == 0))
+    count = _sum([agree.float() for agree in agrees])
+    share = (count < 2).float()
     for n in range(2, len(parts) + 1):  # a division would take longer than all the rest
-        share = torch.where(count == n, 1 / n, share)
+        share = share + (count == n) * (1 / n)
     return total * share
 
 

@@ -6,9 +6,8 @@ import altair as alt
 import pandas as pd
 
 from optimizer.report.data import ReportData
-from optimizer.report.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
+from optimizer.report.style import BLUE, EXPERTS, GREY, ORANGE, YELLOW
 
-_EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12
 
@@ -153,7 +152,7 @@ def _depth_panel(rows: pd.DataFrame, title: str, domain: list[float], experts: l
             color=alt.Color(
                 "expert:N",
                 title=None,
-                scale=alt.Scale(domain=experts, range=_EXPERTS[: len(experts)]),
+                scale=alt.Scale(domain=experts, range=EXPERTS[: len(experts)]),
             ),
             tooltip=["expert:N", "layer:Q", alt.Tooltip("value:Q", format=".3f")],
         )

@@ -36,6 +36,7 @@ class Mark:
 BROKEN = Mark("merge, breaks a guard", WHITE, GREY, "circle", 55, 1.0)
 OTHER = Mark("other merge", GREY, GREY, "circle", 55, 1.0)
 BROKEN_BASELINE = Mark("baseline, breaks a guard", WHITE, INK, "diamond", 120, 1.5)
+EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
 BASELINE = Mark("base, expert, average", INK, INK, "diamond", 120, 1.5)
 FRONT = Mark("on the front", BLUE, BLUE, "circle", 80, 2.0)
 RECOMMENDED = Mark("recommended", ORANGE, ORANGE, _STAR, 460, 4.0)
