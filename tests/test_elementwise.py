@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from optimizer.merging.elementwise import hash32, keep_limit
+from optimizer.merging.elementwise import (
+    Numbers,
+    compiled_merge_chunk,
+    hash32,
+    keep_limit,
+    merge_chunk,
+)
 from optimizer.merging.memory_model import MemoryModel
 from optimizer.merging.merger import Merger
 from optimizer.merging.methods import hash_key
@@ -104,11 +114,11 @@ def recipe(method: str) -> MergeRecipe:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("method", COEFFICIENTS)
-def test_compiled_merges_have_the_bits_of_plain_ones(method: str, dtype: torch.dtype) -> None:
+def test_the_native_kernel_has_the_bits_of_plain_torch(method: str, dtype: torch.dtype) -> None:
     base, *experts = models(dtype, (5_000, 300_001))
     plain = dict(Merger(base, experts, is_plain=True).merge(recipe(method)))
-    compiled = dict(Merger(base, experts).merge(recipe(method)))
-    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+    native = dict(Merger(base, experts).merge(recipe(method)))
+    assert all(torch.equal(plain[name], native[name]) for name in plain)
 
 
 @pytest.mark.parametrize("method", COEFFICIENTS)
@@ -132,3 +142,54 @@ def test_a_given_destination_is_written_to_and_another_shape_is_not() -> None:
     assert merged["w1"] is not into["w1"]
     fresh = dict(Merger(base, experts).merge(recipe("ties")))
     assert all(torch.equal(fresh[name], merged[name]) for name in fresh)
+
+
+def test_the_function_that_gpus_get_compiled_has_the_bits_of_the_plain_one() -> None:
+    """Compiled for the CPU here, where no multiply-adds are fused."""
+    base, *experts = models(torch.bfloat16, (10_000,))
+    numbers = Numbers(
+        base_weight=1.0,
+        lambdas=[1.0, 1.5],
+        limits=[keep_limit(0.3), keep_limit(0.6)],
+        keys=[hash_key(0, expert, "w0") for expert in "ab"],
+        stream=hash_key(0, "", "w0"),
+    )
+    outs = [torch.empty(10_000, dtype=torch.bfloat16) for _ in range(2)]
+    inputs = (base.view("w0"), [expert.weights("w0") for expert in experts], (False, False))
+    peaks = [
+        run(out, *inputs, "random", "count", numbers)
+        for run, out in zip((merge_chunk, compiled_merge_chunk()), outs, strict=True)
+    ]
+    assert torch.equal(*outs)
+    assert torch.equal(*peaks)
+
+
+@pytest.mark.parametrize("compiler", ["", "false"], ids=["none", "broken"])
+def test_without_a_compiler_the_same_bits_come_from_plain_torch(tmp_path: Path, compiler: str) -> None:
+    """In a process of its own, since the kernel is looked for once."""
+    program = (
+        "import sys, torch; sys.path.insert(0, 'tests')\n"
+        "from test_elementwise import Merger, models, recipe\n"
+        "from optimizer.merging import native\n"
+        "base, *experts = models(torch.bfloat16, (5_000,))\n"
+        "merged = dict(Merger(base, experts).merge(recipe('ties')))\n"
+        "assert not native.can_merge((base.view('w0'), base.view('w0')))\n"
+        "torch.save(merged, sys.argv[1])"
+    )
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    if compiler:
+        (bin_folder / "c++").symlink_to("/bin/false")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "merged.pt")],
+        env={**os.environ, "PATH": str(bin_folder), "CXX": "c++", "XDG_CACHE_HOME": str(tmp_path)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plain torch" in done.stderr
+    base, *experts = models(torch.bfloat16, (5_000,))
+    ours = dict(Merger(base, experts).merge(recipe("ties")))
+    assert torch.equal(ours["w0"], torch.load(tmp_path / "merged.pt")["w0"])

@@ -7,15 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fine_tune, merge_with_peft
+from helpers import build_llama, fine_tune, merge_with_peft, train_adapter
 from mergekit.merge_methods import merge_state_dicts
+from optuna.distributions import FloatDistribution
 from torch import Tensor
 
 from optimizer.errors import MergetuneError, TrialError
+from optimizer.library import presets
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.merging.memory_model import MemoryModel
 from optimizer.merging.merger import Merger
+from optimizer.method_table import METHODS
+from optimizer.models import demo_model
 from optimizer.recipe import MergeRecipe
+from optimizer.search_space import SearchSpace
+from optimizer.search_space_config import read_search_space
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +169,83 @@ def test_a_recipe_for_other_experts_is_refused(
     wanted = recipe(inputs, "task_arithmetic", {"name": "all", "lambda": both()})
     with pytest.raises(MergetuneError, match="b"):
         dict(Merger(other.base, other.experts).merge(wanted))
+
+
+@pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
+def test_every_preset_merges_real_models(
+    path: Path, tiny_base: Path, tiny_experts: dict[str, Path], tiny_adapter: Path
+) -> None:
+    config = read_search_space(path)
+    given = {"lora": tiny_adapter, **tiny_experts}
+    given = dict(list(given.items())[: METHODS[config.method].max_experts or 3])
+    found = open_inputs(tiny_base, given)
+    space = SearchSpace(
+        config, found.base_source, found.expert_sources, found.changed, found.base.names, seed=1
+    )
+    point = {
+        key: (d.low + d.high) / 2
+        for key, d in space.distributions.items()
+        if isinstance(d, FloatDistribution)
+    }
+    wanted = space.recipe(point)
+    merged = dict(Merger(found.base, found.experts).merge(wanted))
+    plain = dict(Merger(found.base, found.experts, is_plain=True).merge(wanted))
+    assert all(torch.equal(merged[name], plain[name]) for name in found.base.names)
+    assert any(not torch.equal(merged[name], found.base.tensor(name)) for name in found.base.names)
+
+
+def test_adapters_give_the_same_bits_on_any_number_of_threads(tmp_path: Path) -> None:
+    base = build_llama(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    adapter = train_adapter(base, tmp_path / "lora", r=16, target_modules=["q_proj", "down_proj"])
+    inputs = open_inputs(base, {"lora": adapter})
+    group = {"name": "all", "lambda": {"lora": 0.7}}
+    first = merge(inputs, "task_arithmetic", group)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        second = merge(inputs, "task_arithmetic", group)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("method", "group", "parameters"),
+    [
+        ("task_arithmetic", {"lambda": both(a=0.3, b=0.9)}, {"weight": [0.3, 0.9]}),
+        (
+            "ties",
+            {"lambda": both(a=0.7, b=0.7), "density": both(a=0.2, b=0.5)},
+            {"weight": 1.0, "density": [0.2, 0.5], "lambda": 0.7, "normalize": True},
+        ),
+        (
+            "breadcrumbs",
+            {"lambda": both(a=0.3, b=0.9), "density": both(a=0.2, b=0.5), "gamma": both(a=0.05, b=0.01)},
+            {"weight": [0.3, 0.9], "density": [0.2, 0.5], "gamma": [0.05, 0.01]},
+        ),
+    ],
+)
+def test_real_weights_in_float32_agree_with_mergekit(
+    method: str, group: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    """One layer of SmolLM2-135M, with two fine-tunes whose entries all differ in magnitude."""
+    checkpoint = Checkpoint(demo_model())
+    names = [name for name in checkpoint.names if ".layers.7." in name]
+    base = {name: checkpoint.tensor(name, torch.float32) for name in names}
+    generator = torch.Generator().manual_seed(0)
+    experts = {
+        expert: {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in base.items()}
+        for expert in "ab"
+    }
+    theirs = merge_state_dicts({"base": base, **experts}, method, parameters=parameters, base="base")
+    wanted = MergeRecipe.model_validate(
+        {
+            "method": method,
+            "base": {"path": "base"},
+            "experts": {"a": {"path": "a"}, "b": {"path": "b"}},
+            "groups": [{"name": "all", **group}],
+        }
+    )
+    models = [MemoryModel(name, tensors) for name, tensors in experts.items()]
+    for name, tensor in Merger(MemoryModel("base", base), models).merge(wanted):
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)

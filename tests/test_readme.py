@@ -12,6 +12,7 @@ from typer.main import get_command
 from optimizer.cli import app
 from optimizer.config import StudyConfig
 from optimizer.library import presets
+from optimizer.method_table import METHODS, MethodName
 from optimizer.search_space_config import read_search_space
 from optimizer.suite import SuiteConfig
 from optimizer.yaml_io import validate
@@ -46,6 +47,18 @@ def test_every_make_target_exists() -> None:
 @pytest.mark.parametrize("path", presets("search_spaces").values(), ids=lambda path: path.stem)
 def test_every_search_space_is_in_the_table(path: Path) -> None:
     assert f"| `{path.stem}` | {read_search_space(path).description} |" in README
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_in_the_table(name: MethodName) -> None:
+    method = METHODS[name]
+    options = ", ".join(f"`{option.name}`" for option in method.options) or "–"
+    assert f"| `{name}` | {method.summary} | {method.coefficients} | {options} |" in README
+
+
+def test_every_option_is_explained_with_its_choices() -> None:
+    for option in {option for method in METHODS.values() for option in method.options}:
+        assert f"`{option.name}` ({', '.join(f'`{choice}`' for choice in option.choices)})" in README
 
 
 def test_the_tree_names_every_module() -> None:

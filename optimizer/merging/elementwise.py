@@ -22,6 +22,7 @@ Keep = Literal["all", "trim", "band", "random", "clip"]
 Combine = Literal["sum", "count", "weights", "none"]
 
 _CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
+
 Number = float | Tensor  # a tensor of shape (rows, 1) holds one for each row
 
 
@@ -144,7 +145,7 @@ def hash32(index: Tensor, stream: int, key: int) -> Tensor:
 
 
 def keep_limit(probability: float) -> int:
-    """Return the int32 that a uniform int32 exceeds with probability 1 − p; raises nothing for p ∈ (0, 1]."""
+    """Return the int32 that a uniform int32 does not exceed with this probability ∈ (0, 1]."""
     return max(round(probability * 2**32), 1) - 2**31 - 1
 
 
@@ -177,7 +178,7 @@ def merge_tensor(
         return native.merge(out, base, sources, *rule, numbers)
     kernel, chunk = merge_chunk, _CPU_CHUNK
     if device.type == "cuda":
-        kernel, chunk = merge_chunk if is_plain else _compiled(), _CUDA_CHUNK
+        kernel, chunk = merge_chunk if is_plain else compiled_merge_chunk(), _CUDA_CHUNK
     flat = [tensor.reshape(-1) for tensor in (out, base, *sources)]
     peaks = []
     for begin in range(0, size, chunk):
@@ -189,14 +190,13 @@ def merge_tensor(
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def compiled_merge_chunk() -> Callable[..., Tensor]:
     """Return `merge_chunk` as one GPU kernel, compiled at first use; numbers are passed as tensors."""
     compiled: Callable[..., Tensor] = torch.compile(merge_chunk, dynamic=True)
 
     def call(out: Tensor, *arguments: Any) -> Tensor:
         *others, numbers = arguments
-        floats, integers = torch.float32, torch.int32
-        types = (floats, floats, floats, floats, integers, integers, integers, integers)
+        types = [torch.float32] * 4 + [torch.int32] * 4  # as the fields of Numbers
         moved: list[Any] = [
             torch.tensor(each, dtype=t, device=out.device) for each, t in zip(numbers, types, strict=True)
         ]
