@@ -26,7 +26,7 @@ _DECIMALS = {"density": 2, "select_topk": 2}  # interpolated between anchors, th
 class _Slot:
     """One coefficient in one scope: a layer group, or an anchor; `expert` is None if it is one for all.
 
-    A slot that does not matter touches no tensor: it is not searched, and its value is 1.
+    A slot that does not matter touches no tensor: it is not searched, and its value is `idle`.
     """
 
     parameter: str
@@ -34,6 +34,7 @@ class _Slot:
     key: str  # Optuna's name
     coefficient: Coefficient
     matters: bool
+    idle: float
 
     @property
     def range(self) -> Range | None:
@@ -42,7 +43,7 @@ class _Slot:
 
     def value(self, params: Mapping[str, float]) -> float:
         if not self.matters:
-            return 1.0
+            return self.idle
         return params[self.key] if isinstance(self.coefficient, Range) else self.coefficient
 
     @property
@@ -158,7 +159,8 @@ class SearchSpace:
         coefficient = next(found for found in given if found is not None)
         shared = expert is None or (isinstance(coefficient, Range) and coefficient.shared)
         key = f"{name}.{scope}" if shared else f"{name}.{scope}.{expert}"
-        return _Slot(name, expert, key, coefficient, matters)
+        low = coefficient.low if isinstance(coefficient, Range) else coefficient
+        return _Slot(name, expert, key, coefficient, matters, idle=1.0 if 1.0 in parameter.valid else low)
 
     def _touches(self, scope: str, expert: str | None, changed: Mapping[str, Collection[str]]) -> bool:
         """Say whether a coefficient in a scope has an effect on any tensor."""

@@ -132,12 +132,11 @@ class LoraExpert:
         update = self._updates.get(name)
         if update is None:
             return None
-        total = torch.zeros(base.shape)
-        if update.saved:
-            total += self._files.view(update.saved).float() - base.cpu().float()
-        if update.a and update.b:
-            total += self._product(update.a, update.b, update)
-        return total.to(base.device)
+        product = self._product(update.a, update.b, update) if update.a and update.b else None
+        if not update.saved:
+            return None if product is None else product.to(base.device)
+        saved = self._files.view(update.saved).float() - base.cpu().float()
+        return (saved if product is None else saved + product).to(base.device)
 
     def resized(self, name: str, base: Tensor) -> Tensor | None:
         """Return a whole tensor in float32, with as many rows as the adapter has, or None if it has none."""
@@ -150,8 +149,8 @@ class LoraExpert:
     def _product(self, a: str, b: str, update: _Update) -> Tensor:
         """Return scale · B @ A in the layout of the base's tensor."""
         left, right = self._files.view(b).float(), self._files.view(a).float()
-        product = (left @ right) * _scale(self.config, update.module, rank=len(right))
-        return product.T if update.is_transposed else product
+        product = (left @ right).mul_(_scale(self.config, update.module, rank=len(right)))
+        return product.T.contiguous() if update.is_transposed else product
 
     def _read_updates(self, base: Checkpoint) -> dict[str, _Update]:
         """Gather the adapter's tensors by the base's tensor that they change."""
