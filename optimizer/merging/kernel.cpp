@@ -57,14 +57,10 @@ inline bfloat16 narrow<bfloat16>(float value) {  // to nearest, ties to even
 struct Job {
     const void* base;
     void* out;
-    const void* const* sources;
-    const int32_t* dtypes;  // of the sources
-    const int32_t* are_vectors;
-    const float* lambdas;
-    const float* low;
-    const float* high;
-    const int32_t* limits;
-    const int32_t* keys;
+    const void* sources[MAX_EXPERTS];
+    int32_t dtypes[MAX_EXPERTS], are_vectors[MAX_EXPERTS];  // of the sources
+    float lambdas[MAX_EXPERTS], low[MAX_EXPERTS], high[MAX_EXPERTS];
+    int32_t limits[MAX_EXPERTS], keys[MAX_EXPERTS];
     int64_t size;
     float base_weight;
     int32_t stream, dtype, n_experts, keep, combine, n_threads;
@@ -110,10 +106,7 @@ void fill(float* __restrict part, const T* __restrict source, const float* __res
 
 template <int KEEP>
 void fill(float* part, const float* start, const uint32_t* mixed, const Job& job, int e, int64_t begin, int n) {
-    Rule rule = {job.lambdas[e], 0, 0, 0, 0, mixed};
-    if (KEEP == TRIM || KEEP == BAND || KEEP == CLIP) rule.low = job.low[e];
-    if (KEEP == BAND) rule.high = job.high[e];
-    if (KEEP == RANDOM) rule.limit = job.limits[e], rule.key = job.keys[e];
+    const Rule rule = {job.lambdas[e], job.low[e], job.high[e], job.limits[e], uint32_t(job.keys[e]), mixed};
     const auto of = [&](auto type) { return static_cast<const decltype(type)*>(job.sources[e]) + begin; };
     if (job.are_vectors[e])
         fill<KEEP, float, true>(part, of(float()), start, rule, n);

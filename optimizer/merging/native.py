@@ -43,8 +43,12 @@ class _Job(ctypes.Structure):
     """`Job` of `kernel.cpp`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("base", "out", "sources", "dtypes", "are_vectors")),
-        *((name, ctypes.c_void_p) for name in ("lambdas", "low", "high", "limits", "keys")),
+        ("base", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p * _MAX_EXPERTS),
+        *((name, ctypes.c_int32 * _MAX_EXPERTS) for name in ("dtypes", "are_vectors")),
+        *((name, ctypes.c_float * _MAX_EXPERTS) for name in ("lambdas", "low", "high")),
+        *((name, ctypes.c_int32 * _MAX_EXPERTS) for name in ("limits", "keys")),
         ("size", ctypes.c_int64),
         ("base_weight", ctypes.c_float),
         *(
@@ -74,22 +78,23 @@ def merge(
     numbers: Numbers,
 ) -> float:
     """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same bits."""
-    library, n = _library(), len(sources)
+    library = _library()
     assert library is not None  # can_merge
-    integers, floats = ctypes.c_int32 * n, ctypes.c_float * n
-    lambdas = [float(each) for each in numbers.lambdas]
-    arrays = (  # kept alive until the call has ended
-        (ctypes.c_void_p * n)(*[source.data_ptr() for source in sources]),
-        integers(*[_DTYPES[source.dtype] for source in sources]),
-        integers(*are_vectors),
-        *(floats(*each) if each else None for each in (lambdas, numbers.low, numbers.high)),
-        *(integers(*each) if each else None for each in (numbers.limits, numbers.keys)),
-    )
     job = _Job(
-        *(base.data_ptr(), out.data_ptr()),
-        *[None if array is None else ctypes.addressof(array) for array in arrays],
-        *(base.numel(), float(numbers.base_weight), numbers.stream, _DTYPES[base.dtype], n),
-        *(_KEEP[keep], _COMBINE[combine], torch.get_num_threads()),
+        base.data_ptr(),
+        out.data_ptr(),
+        tuple([source.data_ptr() for source in sources]),
+        tuple([_DTYPES[source.dtype] for source in sources]),
+        tuple(are_vectors),
+        *map(tuple, (numbers.lambdas, numbers.low, numbers.high, numbers.limits, numbers.keys)),
+        base.numel(),
+        numbers.base_weight,
+        numbers.stream,
+        _DTYPES[base.dtype],
+        len(sources),
+        _KEEP[keep],
+        _COMBINE[combine],
+        torch.get_num_threads(),
     )
     peak: float = library.merge_tensor(ctypes.byref(job))
     return peak
