@@ -89,7 +89,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
             config["base_model"] = base
     outer = {name: _by_tensor(groups, value) if callable(value) else value for name, value in shared.items()}
     config |= {"parameters": outer} if outer else {}
-    config |= {"dtype": "float32", "out_dtype": inputs.base.config.get("dtype", "float32")}
+    config |= {"dtype": "float32", "out_dtype": _dtype(inputs)}
     return yaml.safe_dump(config, sort_keys=False)
 
 
@@ -138,6 +138,12 @@ def _by_tensor(groups: Mapping[str, RecipeGroup], value: Any) -> Any:
         return next(iter(values.values()))
     ordered = sorted(values, key=len, reverse=True)
     return [{"filter": name, "value": values[name]} for name in ordered]
+
+
+def _dtype(inputs: Inputs) -> str:
+    """Return the dtype of the base's weights, as mergekit names it."""
+    dtypes = (inputs.base.dtype(name) for name in inputs.base.names)
+    return str(next(dtype for dtype in dtypes if dtype.is_floating_point)).removeprefix("torch.")
 
 
 def _is_adapter(folder: Path) -> bool:

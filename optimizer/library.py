@@ -47,4 +47,4 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
 
 def cache_folder() -> Path:
     """Return where things made once per machine are kept; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergetune"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mergetune"

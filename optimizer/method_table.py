@@ -195,7 +195,9 @@ METHODS: dict[MethodName, Method] = {
         (_LAMBDA, _DENSITY, _GAMMA),
         (_NORMALIZE,),
     ),
-    "sce": Method("keep the entries that vary most, weigh τᵢ by its mean square, elect a sign", (_TOPK,)),
+    "sce": Method(
+        "keep the entries that vary most, weigh τᵢ by its mean square, elect a sign", (_TOPK,), (), 2
+    ),
     "model_stock": Method(
         "θ₀ + t · mean τ, with t from the angle between the τᵢ", (), (_GRANULARITY,), 2, is_joint=True
     ),

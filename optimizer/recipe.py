@@ -179,10 +179,11 @@ def check_expert_count(method: MethodName, count: int) -> None:
 def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[str]) -> None:
     """Check that the group has each coefficient its method reads, for each expert, and no other."""
     parameters = {parameter.name: parameter for parameter in METHODS[method].parameters}
-    for name in {*parameters, *group.coefficients}:
+    for name in dict.fromkeys((*parameters, *group.coefficients)):
         parameter, given = parameters.get(name), group.coefficients.get(name)
         if parameter is None or given is None:
-            raise ValueError(f"`{name}` must {'not ' if given else ''}stand in `{group.name}` of `{method}`")
+            wanted = "not stand" if parameter is None else "stand"
+            raise ValueError(f"`{name}` must {wanted} in `{group.name}` of `{method}`")
         _check_shape(f"`{name}` of `{group.name}`", given, experts if parameter.is_per_expert else None)
         for value in given.values() if isinstance(given, dict) else [given]:
             if value not in parameter.valid:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.distributions import BaseDistribution, FloatDistribution
+from pydantic import ValidationError
 
-from optimizer.errors import MergetuneError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.method_table import METHODS, Parameter
 from optimizer.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
 from optimizer.search_space_config import (
@@ -19,7 +20,7 @@ from optimizer.search_space_config import (
     layer_groups,
 )
 
-_DECIMALS = {"density": 2, "select_topk": 2}  # interpolated between anchors, they stay on the merger's grid
+_ON_THE_GRID = ("density", "select_topk")  # interpolated between anchors, they stay on the merger's grid
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class _Slot:
 
     def holds(self, value: float) -> bool:
         if isinstance(self.coefficient, Range):
-            return self.coefficient.low <= value <= self.coefficient.high
+            low, step = self.coefficient.low, self.coefficient.step
+            is_on_grid = step is None or abs(round((value - low) / step) * step + low - value) < 1e-9
+            return is_on_grid and low <= value <= self.coefficient.high
         return self.coefficient == value
 
 
@@ -97,19 +100,27 @@ class SearchSpace:
             self.recipe(
                 {key: d.high for key, d in self.distributions.items() if isinstance(d, FloatDistribution)}
             )
-        except ValueError as error:
+        except TrialError as error:
             raise MergetuneError(f"The search space does not fit these models: {error}") from error
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
-        """Return the recipe at a point of the space; `params` as Optuna's `trial.params`."""
-        return MergeRecipe(
-            method=self.config.method,
-            base=self._base,
-            experts=self._experts,
-            groups=tuple(self._recipe_group(group, params) for group in self.groups),
-            options=self.config.options,
-            seed=self._seed,
-        )
+        """Return the recipe at a point of the space; `params` as Optuna's `trial.params`.
+
+        Raises:
+            TrialError: the method cannot merge there, e.g. shares that sum to zero.
+        """
+        try:
+            return MergeRecipe(
+                method=self.config.method,
+                base=self._base,
+                experts=self._experts,
+                groups=tuple(self._recipe_group(group, params) for group in self.groups),
+                options=self.config.options,
+                seed=self._seed,
+            )
+        except ValidationError as error:
+            reasons = [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
+            raise TrialError("; ".join(reasons)) from error
 
     def constant(self, lambdas: Mapping[str, float], density: float) -> dict[str, float] | None:
         """Return the point with these coefficients in every layer group; None if it lies outside.
@@ -175,9 +186,17 @@ class SearchSpace:
             for slot in self._slots[scope]:
                 own = found.setdefault(slot.parameter, {})
                 total = own.get(slot.expert, 0.0) + weight * slot.value(params)
-                own[slot.expert] = round(total, _DECIMALS.get(slot.parameter, 12))
+                own[slot.expert] = total
+        if len(self._weights[group.name]) > 1:  # interpolated between anchors
+            found = {name: _rounded(name, own) for name, own in found.items()}
         coefficients = {name: own.get(None, own) for name, own in found.items()}
         return RecipeGroup.model_validate({**group.model_dump(exclude_none=True), **coefficients})
+
+
+def _rounded(parameter: str, values: Mapping[str | None, float]) -> dict[str | None, float]:
+    if parameter in _ON_THE_GRID:
+        return {expert: max(0.01, round(value, 2)) for expert, value in values.items()}
+    return {expert: round(value, 12) for expert, value in values.items()}
 
 
 def _scope_weights(

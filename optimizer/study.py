@@ -13,6 +13,7 @@ from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
 from optimizer.engines import start_engine
+from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.interrupts import Interrupts
@@ -98,7 +99,13 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
         trial = search.ask(space.distributions)
         name = f"trial-{number:04d}"
         trial.set_user_attr(CANDIDATE, name)
-        candidate = bench.measure("trial", name, space.recipe(trial.params), trial.params)
+        try:
+            recipe = space.recipe(trial.params)
+        except TrialError as error:  # such as shares that sum to 0
+            bench.progress.say(f"{name} failed: {error}")
+            search.tell(trial, state=TrialState.FAIL)
+            continue
+        candidate = bench.measure("trial", name, recipe, trial.params)
         if candidate.state == "failed":
             search.tell(trial, state=TrialState.FAIL)
             continue

@@ -129,10 +129,12 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "unknown_key":
         prefix = "" if not location else f"{path}."
         key = detail["ctx"]["key"]
-        return f"`{prefix}{key}`: unknown key.{nearest(key, detail['ctx']['valid'])}"
+        return f"`{prefix}{key}`: unknown key.{nearest(str(key), detail['ctx']['valid'])}"
     if detail["type"] == "missing":
         return f"`{path}`: required key is missing."
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and " but " in message:  # the rule's own message has the value
+        return f"`{path}`: {message}."
     return f"`{path}`: {message}, but got {_shown(detail['input'])}."
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors
 from torch import Tensor
 
-from optimizer.errors import TrialError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.merging.memory_model import MemoryModel
 from optimizer.merging.merger import Merger
 from optimizer.method_table import METHODS, MethodName, Parameter, SearchInterval
@@ -379,3 +379,23 @@ def test_shares_that_balance_out_on_the_sphere_fail_the_trial() -> None:
     rows = torch.tensor([[1.0, 0, 0], [-0.5, 0.75**0.5, 0], [-0.5, -(0.75**0.5), 0]])
     with pytest.raises(TrialError, match="multislerp"):
         merge([base, *rows], "multislerp", {"lambda": [1.0, 1.0, 1.0]})
+
+
+def test_a_model_of_another_shape_is_refused() -> None:
+    with pytest.raises(MergetuneError, match=r"must have the base's shape \(4, 8\), but has \(3, 8\)"):
+        merge([torch.zeros(4, 8), torch.zeros(3, 8)], "task_arithmetic", {"lambda": [1.0]})
+
+
+def test_tensors_may_lie_transposed_in_memory_or_be_empty() -> None:
+    base, first, second = random_models(2)
+    turned = [model.T.contiguous().T for model in (base, first, second)]
+    given: dict[str, list[float] | float] = {"lambda": [0.3, 0.7], "density": [0.5, 0.5]}
+    assert torch.equal(merge(turned, "ties", given), merge([base, first, second], "ties", given))
+    assert merge([torch.zeros(0, 4)] * 3, "ties", given).shape == (0, 4)
+
+
+def test_a_gamma_off_the_grid_is_exact_too() -> None:
+    models = random_models(1, (100,))
+    given: dict[str, list[float] | float] = {"lambda": [1.0], "density": [0.5]}
+    on, off = (merge(models, "breadcrumbs", {**given, "gamma": [gamma]}) for gamma in (0.05, 0.0501))
+    assert torch.equal(on, off)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from optimizer.errors import MergetuneError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.library import presets
 from optimizer.method_table import METHODS
 from optimizer.recipe import MergeRecipe, Source, assign_groups
@@ -199,3 +199,28 @@ def test_slerp_takes_two_experts() -> None:
     config = read_search_space(presets("search_spaces")["slerp_layer_groups"])
     with pytest.raises(MergetuneError, match="exactly 2 experts, but got 3"):
         SearchSpace(config, BASE, {**EXPERTS, "c": Source(path="c")}, {**CHANGED, "c": NAMES}, NAMES)
+
+
+def test_coefficients_are_those_of_the_file_and_the_trial_unless_interpolated() -> None:
+    found = space(
+        method="ties",
+        groups=[{"name": "all"}],
+        density={"low": 0.05, "high": 0.2, "step": 0.005, "shared": True},
+    )
+    recipe = found.recipe({**dict.fromkeys(found.distributions, 1.0), "density.all": 0.055})
+    assert recipe.groups[0].per_expert("density") == {"a": 0.055, "b": 0.055}
+    fixed = space(method="ties", groups=[{"name": "all"}], density=0.125)
+    recipe = fixed.recipe(dict.fromkeys(fixed.distributions, 1.0))
+    assert recipe.groups[0].per_expert("density") == {"a": 0.125, "b": 0.125}
+
+
+def test_a_baseline_off_the_grid_is_no_point_of_the_space() -> None:
+    found = space(groups=[{"name": "all"}], **{"lambda": {"low": 0, "high": 2, "step": 0.3}})
+    assert found.constant({"a": 1.0, "b": 0.0}, density=1.0) is None
+    assert found.constant({"a": 0.3, "b": 0.0}, density=1.0) is not None
+
+
+def test_a_point_that_the_method_cannot_merge_fails_the_trial() -> None:
+    found = space(method="linear", groups=[{"name": "all"}])
+    with pytest.raises(TrialError, match="sum of the lambdas, which is 0"):
+        found.recipe(dict.fromkeys(found.distributions, 0.0))

@@ -73,7 +73,8 @@ class Merger:
         peaks: dict[str, Tensor | float] = {}
         for name in self.base.names:
             piece = self._piece(recipe, name)
-            if not piece.base.is_floating_point() or not (piece.changed or recipe.method == "passthrough"):
+            is_changed = piece.changed or recipe.method == "passthrough"
+            if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
                 yield name, piece.base
                 continue
             try:
@@ -94,6 +95,11 @@ class Merger:
         vectors_of: set[str] = set()
         for expert in recipe.experts if base.is_floating_point() else ():
             weights = self.experts[expert].weights(name)
+            if weights is not None and weights.shape != base.shape:
+                raise MergetuneError(
+                    f"Expert `{expert}`: `{name}` must have the base's shape {tuple(base.shape)}, but has "
+                    f"{tuple(weights.shape)}. Give a fine-tune of this base."
+                )
             if weights is not None:
                 sources[expert] = weights.to(base.device)
             elif (vector := self.experts[expert].task_vector(name, base)) is not None:
@@ -104,13 +110,15 @@ class Merger:
 
 
 def _destination(given: Tensor | None, base: Tensor) -> Tensor:
-    """Return the tensor to write into: the one given if it is like the base's and in one block."""
+    """Return the tensor to write into: the one given if it is like the base's, in one block, and not it."""
     like = given is not None and (given.shape, given.dtype, given.device) == (
         base.shape,
         base.dtype,
         base.device,
     )
-    return given if given is not None and like and given.is_contiguous() else torch.empty_like(base)
+    if given is not None and like and given.is_contiguous() and given.data_ptr() != base.data_ptr():
+        return given
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
 def _check_peaks(peaks: Mapping[str, Tensor | float], dtypes: Mapping[str, torch.dtype]) -> None:

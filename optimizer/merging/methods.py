@@ -266,7 +266,7 @@ def _magpruned(piece: Piece, expert: str, density: float, epsilon: float, rescal
     vector = piece.vector(expert)
     probabilities = selection_masks.della_probabilities(vector, density, epsilon)
     limits = (probabilities.double() * 2**32).round().clamp_(min=1) - 2**31 - 1  # as `keep_limit`
-    mask = _hashes(piece, expert) <= limits.to(torch.int32)
+    mask = (_hashes(piece, expert) <= limits.to(torch.int32)) & (probabilities > 0)
     if rescale == "probability":
         vector = vector / probabilities.clamp(min=2**-32)
     kept = torch.where(mask, vector, 0.0)

@@ -32,7 +32,12 @@ _FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 # What not every compiler and processor takes, from the best down.
-_TUNING = (("-march=native", "-mprefer-vector-width=512", "-fopenmp"), ("-march=native", "-fopenmp"), ())
+_TUNING = (
+    ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),
+    (),
+)
 # As in the enumerations of `kernel.cpp`.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KEEP = {"all": 0, "trim": 1, "band": 2, "random": 3, "clip": 4}
@@ -77,7 +82,7 @@ def merge(
     combine: str,
     numbers: Numbers,
 ) -> float:
-    """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same bits."""
+    """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same result."""
     library = _library()
     assert library is not None  # can_merge
     job = _Job(
@@ -109,7 +114,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("Merging runs in plain torch, some 10 times slower: %s", error)
         return None
     library.merge_tensor.restype = ctypes.c_float
@@ -119,7 +124,13 @@ def _library() -> ctypes.CDLL | None:
 def _build(compiler: str) -> Path:
     """Compile the kernel unless that was done on this machine before; returns the shared library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (_SOURCE.read_text(encoding="utf-8"), version, platform.machine(), _processor(), repr(_FLAGS))
+    parts = (
+        _SOURCE.read_text(encoding="utf-8"),
+        version,
+        platform.machine(),
+        _processor(),
+        repr((_FLAGS, _TUNING)),
+    )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernel-{digest}.so"
     if not path.exists():

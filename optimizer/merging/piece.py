@@ -59,10 +59,6 @@ class Piece:
         source = self.sources[expert]
         return source if expert in self.vectors_of else source.float() - self.base.float()
 
-    def vectors(self) -> list[Tensor]:
-        """Return the task vectors of the experts that change this tensor."""
-        return [self.vector(expert) for expert in self.changed]
-
     def band(self, expert: str, density: float, gamma: float = 0.0) -> tuple[float, float]:
         """Return the magnitudes low and high between which (low ≤ |τ| < high) an expert's entries stay.
 
@@ -71,7 +67,7 @@ class Piece:
         equal to `high` all left out. Exact: one sort serves every density of the grid.
         """
         step = round(density / DENSITY_STEP)
-        if abs(step * DENSITY_STEP - density) > 1e-9 or step < 1:
+        if not (_is_on_grid(density) and _is_on_grid(gamma)) or step < 1:
             return _bands(self.vector(expert), (density,), gamma)[0]
         key = (expert, self.name, gamma)
         if key not in self.tables.thresholds:
@@ -86,9 +82,15 @@ class Piece:
         key = (self.experts, self.name, by_rows)
         if key not in self.tables.grams:
             vectors = [self.base.float(), *(self.vector(expert) for expert in self.experts)]
-            self.tables.grams[key] = _gram(vectors, self.base.shape[-1] if by_rows else self.base.numel())
+            self.tables.grams[key] = _gram(
+                vectors, self.base.shape[-1] if by_rows and self.base.ndim else self.base.numel()
+            )
         gram = self.tables.grams[key]
         return gram if by_rows else gram[0]
+
+
+def _is_on_grid(value: float) -> bool:
+    return abs(round(value / DENSITY_STEP) * DENSITY_STEP - value) < 1e-9
 
 
 def _bands(vector: Tensor, densities: Sequence[float], gamma: float) -> list[tuple[float, float]]:
