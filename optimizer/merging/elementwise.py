@@ -74,7 +74,8 @@ def merge_chunk(
     """Merge entries of one tensor into `out` and return the largest magnitude, NaN if there is one.
 
     All tensors have one shape. `sources[i]` is a task vector in float32 where `are_vectors[i]`, else
-    the expert's weights. Sums are accumulated in float32 in the order of the experts, and cast once.
+    the expert's weights. Sums are accumulated in float32 in the order of the experts, and cast once;
+    adding 0.0 rids them of negative zeros, which would depend on how an entry was dropped.
     """
     start = base.float()
     parts = []
@@ -83,9 +84,9 @@ def merge_chunk(
         parts.append(_kept(vector, i, keep, numbers) * numbers.lambdas[i])
     if combine == "sum":
         merged = numbers.base_weight * start
-        merged = merged + _sum(parts) if parts else merged
+        merged = merged + (_sum(parts) + 0.0) if parts else merged + 0.0
     else:
-        merged = start + _consensus(parts, combine, numbers.lambdas)
+        merged = start + (_consensus(parts, combine, numbers.lambdas) + 0.0)
     out.copy_(merged)
     return merged.abs().amax()
 

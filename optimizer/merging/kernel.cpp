@@ -16,7 +16,7 @@ enum Keep { ALL, TRIM, BAND, RANDOM, CLIP };
 enum Combine { SUM, COUNT, WEIGHTS, NONE };
 
 constexpr int BLOCK = 256;                // entries
-constexpr int64_t PER_TASK = 64 * BLOCK;  // entries that a thread takes at a time
+constexpr int64_t PER_TASK = 16 * BLOCK;  // entries that a thread takes at a time
 constexpr int64_t AHEAD = 4 * BLOCK;      // entries between those worked on and those asked for
 
 struct bfloat16 {
@@ -173,7 +173,7 @@ uint32_t finish(T* __restrict out, const float* __restrict start, const float* _
     uint32_t peak = 0;  // magnitudes are ordered as their bits are, and NaN is above them all
 #pragma omp simd reduction(max : peak)
     for (int i = 0; i < n; i++) {
-        float merged = weight * start[i] + sum[i];
+        float merged = weight * start[i] + (sum[i] + 0.0f);  // no negative zero
         out[i] = narrow<T>(merged);
         uint32_t magnitude = to_bits(merged) & 0x7FFFFFFFu;
         peak = magnitude > peak ? magnitude : peak;

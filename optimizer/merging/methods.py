@@ -94,12 +94,12 @@ def dare_linear(piece: Piece, given: Coefficients) -> Step:
     mᵢ keeps an entry with probability p, the density. The option `rescale: l1` divides by the share
     of the magnitude that was kept instead, as mergekit does.
     """
-    lambdas, densities = (given.of(name, piece.changed) for name in ("lambda", "density"))
-    factors = [
-        _dare_factor(piece, expert, density, given.options["rescale"])
-        for expert, density in zip(piece.changed, densities, strict=True)
-    ]
-    numbers = _numbers([lam * factor for lam, factor in zip(lambdas, factors, strict=True)])._replace(
+    lambdas, densities = given.of("lambda", piece.changed), given.of("density", piece.changed)
+    rescale = given.options["rescale"]
+    factors = [_dare_factor(piece, *pair, rescale) for pair in zip(piece.changed, densities, strict=True)]
+    numbers = Numbers(
+        base_weight=1.0,
+        lambdas=[lam * factor for lam, factor in zip(lambdas, factors, strict=True)],
         limits=[keep_limit(density) for density in densities],
         keys=[hash_key(piece.seed, expert, piece.name) for expert in piece.changed],
         stream=hash_key(piece.seed, "", piece.name),
