@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -11,7 +12,8 @@ class Interrupts:
     """Remembers Ctrl-C while the block runs.
 
     A `KeyboardInterrupt` raised inside a callback of C code (an optimizer's, a database driver's) may
-    be swallowed there or come out as another exception; `requested` stays set all the same.
+    be swallowed there or come out as another exception; `requested` stays set all the same, and
+    Python does not print a traceback of what it swallowed.
     """
 
     def __init__(self) -> None:
@@ -26,12 +28,18 @@ class Interrupts:
         self._is_main = threading.current_thread() is threading.main_thread()
         if self._is_main:  # Python delivers signals to the main thread only
             self._before = signal.signal(signal.SIGINT, self._handle)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._on_swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._is_main:
             signal.signal(signal.SIGINT, self._before)
+            sys.unraisablehook = self._hook_before
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
         raise KeyboardInterrupt
+
+    def _on_swallowed(self, swallowed: sys.UnraisableHookArgs) -> None:
+        if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+            self._hook_before(swallowed)
