@@ -59,12 +59,14 @@ def baselines(space: SearchSpace, base: Source, experts: Mapping[str, Source]) -
 
     Those which the space can express carry their point, and so teach the sampler.
     """
-    zero = dict.fromkeys(experts, 0.0)
-    found = [_model(BASE, zero, space, base, experts)]
-    found += [_model(expert_name(name), {**zero, name: 1.0}, space, base, experts) for name in experts]
-    share = 1 / len(experts)
-    averages = {uniform_name(len(experts)): share}
-    averages |= {f"average-{lam:.2g}": lam for lam in _USUAL_LAMBDAS}
+    zero, share = dict.fromkeys(experts, 0.0), 1 / len(experts)
+    models = {BASE: zero} | {expert_name(name): {**zero, name: 1.0} for name in experts}
+    averages = {uniform_name(len(experts)): share} | {f"average-{lam:.2g}": lam for lam in _USUAL_LAMBDAS}
+    # With density 1 each method that can express an untouched model gives it back.
+    found = [
+        Baseline(name, _task_arithmetic(lambdas, base, experts), space.constant(lambdas, density=1.0))
+        for name, lambdas in models.items()
+    ]
     found += [
         _average(name, dict.fromkeys(experts, lam), space, base, experts) for name, lam in averages.items()
     ]
@@ -82,18 +84,6 @@ def soup(
 def base_recipe(base: Source, experts: Mapping[str, Source]) -> MergeRecipe:
     """Return the recipe that gives the base back."""
     return _task_arithmetic(dict.fromkeys(experts, 0.0), base, experts)
-
-
-def _model(
-    name: str,
-    lambdas: dict[str, float],
-    space: SearchSpace,
-    base: Source,
-    experts: Mapping[str, Source],
-) -> Baseline:
-    """The base or one expert, untouched: with density 1 each method that can express it gives it back."""
-    params = space.constant(lambdas, density=1.0)
-    return Baseline(name, _task_arithmetic(lambdas, base, experts), params)
 
 
 def _average(

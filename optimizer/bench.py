@@ -19,6 +19,7 @@ from optimizer.engines import Engine, EngineConfig, start_engine
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement, Score
 from optimizer.library import find
+from optimizer.merging.adapter import is_adapter
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
 from optimizer.models import find_model
@@ -147,8 +148,7 @@ def measure_model(
     here = Path()
     evaluator = Evaluator(read_suite(find("evals", suite, here)))
     folder = find_model(model, here)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter and base is None:
+    if is_adapter(folder) and base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
     engine = start_engine(EngineConfig(batch_size=batch_size), find_model(base, here) if base else folder)
     try:

@@ -13,6 +13,7 @@ from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Score
 from optimizer.library import shared_folder
+from optimizer.merging.adapter import is_adapter
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import MatchedExpert
@@ -75,7 +76,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     groups = assign_groups(recipe.groups, inputs.base.names)
     base = recipe.base.path
     models = [
-        {"model": f"{base}+{expert.folder}" if _is_adapter(expert.folder) else str(expert.folder)}
+        {"model": f"{base}+{expert.folder}" if is_adapter(expert.folder) else str(expert.folder)}
         for expert in inputs.experts
     ]
     config: dict[str, Any] = {"merge_method": recipe.method}
@@ -144,10 +145,6 @@ def _dtype(inputs: Inputs) -> str:
     """Return the dtype of the base's weights, as mergekit names it."""
     dtypes = (inputs.base.dtype(name) for name in inputs.base.names)
     return str(next(dtype for dtype in dtypes if dtype.is_floating_point)).removeprefix("torch.")
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
 
 
 def merge_recipe(recipe_file: Path, folder: Path) -> None:

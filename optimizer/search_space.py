@@ -136,7 +136,11 @@ class SearchSpace:
                 return None
             if slot.range is not None:
                 params[slot.key] = value
-        return None if self._is_undefined(lambdas) else params
+        try:
+            self.recipe(params)
+        except TrialError:  # an average of whole experts cannot give the base
+            return None
+        return params
 
     def _shares(self, lambdas: Mapping[str, float]) -> dict[str, float]:
         """Return `t` of the methods between two experts: the second one's share of the lambdas."""
@@ -144,10 +148,6 @@ class SearchSpace:
         if self.config.method not in ("slerp", "nuslerp") or total == 0:
             return {}
         return {"t": list(lambdas.values())[1] / total}
-
-    def _is_undefined(self, lambdas: Mapping[str, float]) -> bool:
-        """Say whether the method averages whole experts, and so cannot give the base."""
-        return self.config.method in ("linear", "multislerp") and sum(lambdas.values()) == 0
 
     def _make_slots(self, changed: Mapping[str, Collection[str]]) -> dict[str, list[_Slot]]:
         """Return the slots of each scope."""

@@ -12,8 +12,10 @@ from optimizer.config import Budget, StudyConfig
 from optimizer.engines import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.library import find
+from optimizer.merging.adapter import is_adapter
 from optimizer.merging.checkpoint import FullExpert
 from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.merging.writer import check_replaceable
 from optimizer.models import check_reference, find_model
 from optimizer.plan import Plan
 from optimizer.search_space_config import read_search_space
@@ -93,7 +95,7 @@ class SoupPlan:
             _check_out(self.out, [base, *folders.values()])
             return open_inputs(base, folders)
         _check_out(self.out, folders.values())
-        adapters = [path for path in folders.values() if (path / "adapter_config.json").is_file()]
+        adapters = [path for path in folders.values() if is_adapter(path)]
         if adapters:
             raise MergetuneError(f"{adapters[0]}: is an adapter. Name the model it belongs to with --base.")
         first, *others = folders
@@ -184,9 +186,4 @@ def _check_out(out: Path, sources: Iterable[Path]) -> None:
             f"{out}: would be replaced, but holds {lost[0]}, which the soup is made of. Give another "
             "output directory."
         )
-    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if taken and not (out / "config.json").exists():
-        raise MergetuneError(
-            f"{out}: exists and is no model directory, so it is not replaced. Give another output "
-            "directory or remove this one."
-        )
+    check_replaceable(out)

@@ -237,9 +237,14 @@ class LoraExpert:
         return tuple(self._files.view(stored).shape)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter in peft's format."""
+    return (folder / CONFIG).is_file()
+
+
 def open_expert(name: str, folder: Path, base: Checkpoint, may_add_tokens: bool = False) -> Expert:
     """Open a LoRA adapter (a folder with `adapter_config.json`) or else a full checkpoint."""
-    if (folder / CONFIG).exists():
+    if is_adapter(folder):
         return LoraExpert(name, folder, base, may_add_tokens)
     checkpoint = Checkpoint(folder)
     return FullExpert(name, checkpoint, match_names(base.names, checkpoint.names))

@@ -34,8 +34,8 @@ class Numbers(NamedTuple):
     rounded to float32 when they are used.
     """
 
-    base_weight: Number
     lambdas: Sequence[Number]
+    base_weight: Number = 1.0
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     limits: Sequence[int] = ()
@@ -170,8 +170,6 @@ def merge_tensor(
     if step.vectors is not None:
         sources, are_vectors = step.vectors, (True,) * len(step.vectors)
     size, device, numbers = base.numel(), base.device, step.numbers
-    if size == 0:
-        return 0.0
     rule = (tuple(are_vectors), step.keep, step.combine)
     if isinstance(numbers.base_weight, Tensor):  # a weight for each row: the tensor keeps its shape
         return merge_chunk(out, base, sources, *rule, numbers)

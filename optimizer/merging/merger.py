@@ -70,7 +70,7 @@ class Merger:
             )
         groups = assign_groups(recipe.groups, self.base.names)
         options, rule = recipe.choices, RULES[recipe.method]
-        peaks: dict[str, Tensor | float] = {}
+        peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
             piece = self._piece(recipe, name)
             is_changed = piece.changed or recipe.method == "passthrough"
@@ -84,9 +84,10 @@ class Merger:
             out = _destination(into.get(name), piece.base)
             vectors_of = [expert in piece.vectors_of for expert in piece.changed]
             sources = list(piece.sources.values())
-            peaks[name] = merge_tensor(step, piece.base, sources, vectors_of, out, self._is_plain)
+            peak = merge_tensor(step, piece.base, sources, vectors_of, out, self._is_plain)
+            peaks[name] = (peak, torch.finfo(out.dtype).max)
             yield name, out
-        _check_peaks(peaks, {name: self.base.view(name).dtype for name in peaks})
+        _check_peaks(peaks)
 
     def _piece(self, recipe: MergeRecipe, name: str) -> Piece:
         """Gather what the base and the experts hold of one tensor."""
@@ -121,8 +122,8 @@ def _destination(given: Tensor | None, base: Tensor) -> Tensor:
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
-def _check_peaks(peaks: Mapping[str, Tensor | float], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise `TrialError` if a merged tensor does not fit its dtype; a GPU is waited for here only."""
-    for name, peak in peaks.items():
-        if not float(peak) <= torch.finfo(dtypes[name]).max:
+def _check_peaks(peaks: Mapping[str, tuple[Tensor | float, float]]) -> None:
+    """Raise `TrialError` if a peak is beyond what its dtype holds; a GPU is waited for here only."""
+    for name, (peak, largest) in peaks.items():
+        if not float(peak) <= largest:
             raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")

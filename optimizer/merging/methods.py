@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,12 +47,12 @@ def linear(piece: Piece, given: Coefficients) -> Step:
     Computed as θ₀ + Σ λᵢ τᵢ / Σ λᵢ.
     """
     total = sum(given.of("lambda", piece.experts))
-    return _add([weight / total for weight in given.of("lambda", piece.changed)])
+    return Step(Numbers([weight / total for weight in given.of("lambda", piece.changed)]))
 
 
 def task_arithmetic(piece: Piece, given: Coefficients) -> Step:
     """Add scaled task vectors: θ = θ₀ + Σ λᵢ τᵢ (Ilharco et al. 2023, section 2)."""
-    return _add(given.of("lambda", piece.changed))
+    return Step(Numbers(given.of("lambda", piece.changed)))
 
 
 def ties(piece: Piece, given: Coefficients) -> Step:
@@ -64,7 +65,7 @@ def ties(piece: Piece, given: Coefficients) -> Step:
         piece.band(expert, density)
         for expert, density in zip(piece.changed, given.of("density", piece.changed), strict=True)
     ]
-    numbers = _numbers(given.of("lambda", piece.changed))._replace(low=[low for low, _ in bands])
+    numbers = Numbers(given.of("lambda", piece.changed), low=[low for low, _ in bands])
     return Step(numbers, "trim", _combine(given))
 
 
@@ -77,8 +78,8 @@ def breadcrumbs(piece: Piece, given: Coefficients) -> Step:
         piece.changed, given.of("density", piece.changed), given.of("gamma", piece.changed), strict=True
     )
     bands = [piece.band(expert, density, gamma) for expert, density, gamma in wanted]
-    numbers = _numbers(given.of("lambda", piece.changed))._replace(
-        low=[low for low, _ in bands], high=[high for _, high in bands]
+    numbers = Numbers(
+        given.of("lambda", piece.changed), low=[low for low, _ in bands], high=[high for _, high in bands]
     )
     return Step(numbers, "band")
 
@@ -98,7 +99,6 @@ def dare_linear(piece: Piece, given: Coefficients) -> Step:
     rescale = given.options["rescale"]
     factors = [_dare_factor(piece, *pair, rescale) for pair in zip(piece.changed, densities, strict=True)]
     numbers = Numbers(
-        base_weight=1.0,
         lambdas=[lam * factor for lam, factor in zip(lambdas, factors, strict=True)],
         limits=[keep_limit(density) for density in densities],
         keys=[hash_key(piece.seed, expert, piece.name) for expert in piece.changed],
@@ -122,7 +122,7 @@ def della_linear(piece: Piece, given: Coefficients) -> Step:
         piece.changed, given.of("density", piece.changed), given.of("epsilon", piece.changed), strict=True
     )
     vectors = [_magpruned(piece, *row, given.options["rescale"]) for row in rows]
-    return Step(_numbers(given.of("lambda", piece.changed)), vectors=vectors)
+    return Step(Numbers(given.of("lambda", piece.changed)), vectors=vectors)
 
 
 def della(piece: Piece, given: Coefficients) -> Step:
@@ -135,7 +135,7 @@ def sce(piece: Piece, given: Coefficients) -> Step:
     merged = selection_masks.sce(
         [piece.vector(expert) for expert in piece.experts], given.single("select_topk")
     )
-    return Step(_numbers([1.0]), vectors=[merged])
+    return Step(Numbers([1.0]), vectors=[merged])
 
 
 def model_stock(piece: Piece, given: Coefficients) -> Step:
@@ -181,7 +181,7 @@ def karcher(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
 
 def nearswap(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
     """Move each weight to the expert's, but by t at most: θ₀ + sign(τ) min(|τ|, t) (mergekit's NearSwap)."""
-    return Step(_numbers([1.0])._replace(low=[given.single("t")]), "clip")
+    return Step(Numbers([1.0], low=[given.single("t")]), "clip")
 
 
 def arcee_fusion(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
@@ -189,13 +189,13 @@ def arcee_fusion(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
     vector = piece.vector(piece.experts[0])
     base = piece.base.float()
     mask = selection_masks.arcee_fusion_mask(base + vector, base)
-    return Step(_numbers([1.0]), vectors=[torch.where(mask, vector, 0.0)])
+    return Step(Numbers([1.0]), vectors=[torch.where(mask, vector, 0.0)])
 
 
 def passthrough(piece: Piece, given: Coefficients) -> Step:
     """Take the expert itself, scaled: θ = scale · θ₁."""
     scale = given.single("scale")
-    return Step(_numbers([scale] * len(piece.changed), base_weight=scale))
+    return Step(Numbers([scale] * len(piece.changed), base_weight=scale))
 
 
 RULES: dict[MethodName, Callable[[Piece, Coefficients], Step]] = {
@@ -227,17 +227,8 @@ def hash_key(seed: int, expert: str, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _add(lambdas: Sequence[float]) -> Step:
-    return Step(_numbers(lambdas))
-
-
-def _numbers(lambdas: Sequence[float], base_weight: float = 1.0) -> Numbers:
-    return Numbers(base_weight, lambdas)
-
-
 def _combine(given: Coefficients) -> Combine:
-    choices: dict[str, Combine] = {"count": "count", "weights": "weights", "none": "none"}
-    return choices[given.options["normalize"]]
+    return cast(Combine, given.options["normalize"])
 
 
 def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> Step:
@@ -248,10 +239,10 @@ def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> St
     total = weights.sum(-1) if base is None else torch.full_like(weights[..., 0], base)
     changed = weights[..., [piece.experts.index(expert) for expert in piece.changed]].movedim(-1, 0)
     if weights.ndim == 1:
-        return Step(Numbers(float(total), changed.tolist()))
+        return Step(Numbers(changed.tolist(), float(total)))
     rows, device = (*piece.base.shape[:-1], 1), piece.base.device
     by_row = [each.reshape(rows).float().to(device) for each in (total, *changed)]
-    return Step(Numbers(by_row[0], by_row[1:]))
+    return Step(Numbers(by_row[1:], by_row[0]))
 
 
 def _gram_of_weights(piece: Piece, by_rows: bool = False) -> Tensor:

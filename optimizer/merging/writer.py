@@ -86,7 +86,11 @@ def write_model(
     folder = folder.resolve()
     layout = layout_of(like) if layout is None else layout
     needed = sum(_nbytes(*entry) for entry in layout.values())
-    _check_replaceable(folder, like)
+    if like.folder.resolve().is_relative_to(folder):
+        raise MergetuneError(
+            f"{folder}: is the base of the merge, or holds it. Give another output directory."
+        )
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_space(folder.parent, needed)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -111,11 +115,8 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def _check_replaceable(folder: Path, like: Checkpoint) -> None:
-    if like.folder.resolve().is_relative_to(folder):
-        raise MergetuneError(
-            f"{folder}: is the base of the merge, or holds it. Give another output directory."
-        )
+def check_replaceable(folder: Path) -> None:
+    """Raise `MergetuneError` if a model cannot be written to `folder`, since it holds something else."""
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (folder / "config.json").exists():
         raise MergetuneError(
