@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from optimizer import selection
-from optimizer.engines import Engine, EngineConfig, start_engine
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator, Measurement, Score
+from optimizer.engines.choice import choose_engine
+from optimizer.engines.engine import Engine, EngineConfig
+from optimizer.engines.start import start_engine
+from optimizer.errors import EngineFault, MergetuneError, TrialError
+from optimizer.evaluate import Evaluator, Measurement
 from optimizer.library import find
 from optimizer.merging.adapter import is_adapter
 from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.merger import Merger
 from optimizer.models import find_model
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, RecipeGroup, count_layers
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.suite import Split, read_suite
 
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+_ATTEMPTS = 2  # at a candidate, where the engine breaks
+_FAULTS_IN_A_ROW = 6
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
 
 log = logging.getLogger("mergetune")
@@ -48,41 +51,56 @@ def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
     )
 
 
-@dataclass
 class Bench:
-    """Where candidates are measured: the merger, the engine and the suite, and what they found."""
+    """Where candidates are measured: a living engine and the suite, and what they found.
 
-    merger: Merger
-    engine: Engine
-    evaluator: Evaluator
-    run: RunDir
-    progress: Progress
-    scores: dict[str, dict[str, Score]]
+    An engine that breaks is replaced, and the candidate tried once more.
+
+    Raises:
+        MergetuneError: the engine cannot be started.
+    """
+
+    def __init__(
+        self, engine: EngineConfig, inputs: Inputs, evaluator: Evaluator, run: RunDir, progress: Progress
+    ) -> None:
+        self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
+        self.scores = run.all_scores("search")
+        self._config, reason = choose_engine(engine, inputs.base.folder, run.engine_kind())
+        run.write_engine_kind(self._config.kind)
+        self._broken_in_a_row = 0
+        progress.say(f"engine: {reason}")
+        self.engine = self._start()
 
     def measure(
         self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
     ) -> Candidate:
         """Merge, load and score one candidate on the search split, unless that was done before."""
         known = self.run.candidate(name)  # perhaps from the holdout split alone
-        if known is not None and (known.state == "failed" or name in self.scores):
+        if known is not None and (name in self.scores or (known.state == "failed" and kind == "trial")):
             return known
-        number = len(self.run.candidates()) if known is None else known.number
-        holdout_cost = Cost() if known is None else known.holdout_cost
-        fields = {"name": name, "number": number, "kind": kind, "recipe": recipe, "params": params}
-        fields["holdout_cost"] = holdout_cost
+        fields: dict[str, Any] = {
+            "name": name,
+            "number": len(self.run.candidates()) if known is None else known.number,
+            "kind": kind,
+            "recipe": recipe,
+            "params": params,
+            "holdout_cost": Cost() if known is None else known.holdout_cost,
+        }
+
+        def fail(reason: str) -> Candidate:
+            failed = Candidate.model_validate({**fields, "state": "failed", "reason": reason})
+            self.run.write_candidate(failed, None)
+            self.progress.say(candidate_line(name, None, 0.0, reason))
+            return failed
+
         try:
-            load = self.load(recipe)
-            measurement = self.evaluator.measure(self.engine.lm, "search")
+            cost, measurement, faults = self._score(recipe, "search", fail)
         except (TrialError, torch.OutOfMemoryError) as error:
             log.exception("%s failed", name)
             if kind == "baseline":
                 raise MergetuneError(f"The baseline `{name}` cannot be measured: {error}") from error
-            candidate = Candidate.model_validate({**fields, "state": "failed", "reason": str(error)})
-            self.run.write_candidate(candidate, None)
-            self.progress.say(candidate_line(name, None, 0.0, str(error)))
-            return candidate
-        spent = Cost(evaluate_s=measurement.seconds, n_items=len(measurement.items))
-        candidate = Candidate.model_validate({**fields, "cost": load.plus(spent)})
+            return fail(str(error))
+        candidate = Candidate.model_validate({**fields, "cost": cost, "faults": faults})
         self.run.write_candidate(candidate, measurement)
         self.scores[name] = measurement.scores()
         self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
@@ -93,21 +111,65 @@ class Bench:
         if self.run.measurement(candidate.name, "holdout") is not None:
             return
         self.progress.at_work(f"holdout: {candidate.name}")
-        load = self.load(candidate.recipe)
-        measurement = self.evaluator.measure(self.engine.lm, "holdout")
+
+        def say(reason: str) -> None:
+            self.progress.say(f"holdout: {candidate_line(candidate.name, None, 0.0, reason)}")
+
+        cost, measurement, _ = self._score(candidate.recipe, "holdout", say)
         self.run.write_measurement(candidate.name, "holdout", measurement)
-        spent = load.plus(Cost(evaluate_s=measurement.seconds, n_items=len(measurement.items)))
-        self.run.write_candidate(candidate.model_copy(update={"holdout_cost": spent}), None)
-        line = candidate_line(candidate.name, measurement.scores(), spent.total_s, "")
+        self.run.write_candidate(candidate.model_copy(update={"holdout_cost": cost}), None)
+        line = candidate_line(candidate.name, measurement.scores(), cost.total_s, "")
         self.progress.say(f"holdout: {line}")
 
-    def load(self, recipe: MergeRecipe) -> Cost:
-        """Merge a recipe straight into the engine."""
-        clock = _Stopwatch()
-        start = time.perf_counter()
-        self.engine.load(clock.watch(self.merger.merge(recipe, into=self.engine.weights)))
-        total_s = time.perf_counter() - start
-        return Cost(merge_s=clock.seconds, load_s=total_s - clock.seconds)
+    def close(self) -> None:
+        """End the engine."""
+        self.engine.close()
+
+    def _score(
+        self, recipe: MergeRecipe, split: Split, on_fault: Callable[[str], object]
+    ) -> tuple[Cost, Measurement, tuple[str, ...]]:
+        """Merge, load and score, once more where the engine breaks; returns its faults, too."""
+        faults: tuple[str, ...] = ()
+        while True:
+            try:
+                time = self.engine.load(recipe)
+                measurement = self.evaluator.measure(self.engine.lm, split)
+            except EngineFault as fault:
+                log.exception("the engine broke")
+                faults = (*faults, str(fault))
+                self._restart(str(fault))
+                if len(faults) == _ATTEMPTS:
+                    raise
+                on_fault(str(fault))
+                continue
+            self._broken_in_a_row = 0
+            cost = Cost(
+                merge_s=time.merge_s,
+                load_s=time.load_s,
+                evaluate_s=measurement.seconds,
+                n_items=len(measurement.items),
+            )
+            return cost, measurement, faults
+
+    def _start(self) -> Engine:
+        self.progress.at_work("starting the engine …")
+        return start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
+
+    def _restart(self, reason: str) -> None:
+        """Put a new engine in place of one that broke."""
+        self._broken_in_a_row += 1
+        self.engine.close()
+        if self._broken_in_a_row == _FAULTS_IN_A_ROW:
+            raise MergetuneError(
+                f"The engine broke {_FAULTS_IN_A_ROW} times in a row, the last time so: {reason}\n"
+                "What was measured is kept: mend what is wrong and run the same command again."
+            )
+        try:
+            self.engine = self._start()
+        except EngineFault as error:
+            raise MergetuneError(
+                f"The engine broke ({reason}) and cannot be started again: {error}"
+            ) from error
 
     def outcome(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
         """Return a complete candidate's objective values and guard violations, as Optuna takes them."""
@@ -117,28 +179,12 @@ class Bench:
         return values, selection.guard_violations(scores, self.scores, suite)
 
 
-class _Stopwatch:
-    """Adds up the time that an iterator takes, apart from what its consumer does with it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def watch(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        while True:
-            start = time.perf_counter()
-            item = next(tensors, None)
-            self.seconds += time.perf_counter() - start
-            if item is None:
-                return
-            yield item
-
-
 def measure_model(
     model: str,
     suite: str,
     base: str | None,
     split: Literal["search", "holdout", "all"],
-    batch_size: int,
+    engine: EngineConfig,
 ) -> Measurement:
     """Score one model, or an adapter on its `base`, on a suite; paths are relative to this folder.
 
@@ -150,26 +196,32 @@ def measure_model(
     folder = find_model(model, here)
     if is_adapter(folder) and base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
-    engine = start_engine(EngineConfig(batch_size=batch_size), find_model(base, here) if base else folder)
+    inputs = None if base is None else open_inputs(find_model(base, here), {"expert": folder})
+    start = folder if inputs is None else inputs.base.folder
+    config, reason = choose_engine(engine, start)
+    log.info("engine: %s", reason)
+    living = start_engine(config, start, inputs)
     try:
-        if base is not None:
-            _load_expert(engine, find_model(base, here), folder)
-        wanted: list[Split] = ["search", "holdout"] if split == "all" else [split]
-        parts = [evaluator.measure(engine.lm, each) for each in wanted if evaluator.count(each)]
-        items = pd.concat([part.items for part in parts], ignore_index=True)
-        return Measurement(items, sum(part.seconds for part in parts))
+        if inputs is not None:
+            living.load(_expert_alone(inputs))
+        return measure_splits(evaluator, living.lm, split)
     finally:
-        engine.close()
+        living.close()
 
 
-def _load_expert(engine: Engine, base: Path, expert: Path) -> None:
-    """Put one expert's weights into an engine that holds its base."""
-    inputs = open_inputs(base, {"expert": expert})
-    group = RecipeGroup.model_validate({"name": "all", "lambda": {"expert": 1.0}})
-    recipe = MergeRecipe(
+def measure_splits(evaluator: Evaluator, lm: LM, split: Literal["search", "holdout", "all"]) -> Measurement:
+    """Score a model on the items of one split or of both."""
+    wanted: list[Split] = ["search", "holdout"] if split == "all" else [split]
+    parts = [evaluator.measure(lm, each) for each in wanted if evaluator.count(each)]
+    items = pd.concat([part.items for part in parts], ignore_index=True)
+    return Measurement(items, sum(part.seconds for part in parts))
+
+
+def _expert_alone(inputs: Inputs) -> MergeRecipe:
+    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(inputs.expert_sources, 1.0)})
+    return MergeRecipe(
         method="task_arithmetic",
         base=inputs.base_source,
         experts=inputs.expert_sources,
         groups=(group,),
     )
-    engine.load(Merger(inputs.base, inputs.experts).merge(recipe))

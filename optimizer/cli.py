@@ -20,6 +20,7 @@ from optimizer.errors import MergetuneError
 if TYPE_CHECKING:
     from optimizer.analysis.advice import Verdict
     from optimizer.analysis.task_vectors import TaskVectorStatistics
+    from optimizer.engines.engine import EngineKind
     from optimizer.soup import Tasting
 
 EXIT_ERROR = 3
@@ -36,6 +37,7 @@ _out = Console(soft_wrap=True)
 _err = Console(stderr=True, soft_wrap=True)
 
 Study = Annotated[Path, typer.Argument(help="The study file.", metavar="STUDY.yaml")]
+Engine = Annotated[Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")]
 Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.")]
 
 
@@ -63,17 +65,18 @@ def run(
     ] = None,
 ) -> None:
     """Run a study, or go on with it: baselines, search, holdout, report and merged model."""
-    _run(study, out or Path("runs") / study.stem)
+    _run(study, out or Path("runs") / study.stem, None)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    engine: Engine = "auto",
 ) -> None:
     """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
     from optimizer.library import shared_folder
 
-    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out)
+    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, engine)
 
 
 @app.command()
@@ -147,17 +150,20 @@ def soup(
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="The suite's items to choose on.")
     ] = "search",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    engine: Engine = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     run: Annotated[
         Path | None, typer.Option(help="Where the suite's measurements are kept. Default: OUT.soup.")
     ] = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
+    from optimizer.engines.engine import EngineConfig
     from optimizer.run_dir import RunDir
     from optimizer.soup import make_soup
     from optimizer.soup_plan import SoupPlan
 
-    plan = SoupPlan.read(out, models, base, last, suite, split, batch_size)
+    config = EngineConfig(kind=engine, batch_size=batch_size)
+    plan = SoupPlan.read(out, models, base, last, suite, split, config)
     tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
     if tasting is not None:
         _out.print(_soup_table(tasting))
@@ -177,7 +183,8 @@ def evaluate(
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
     ] = "all",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    engine: Engine = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -185,9 +192,11 @@ def evaluate(
     from dataclasses import asdict
 
     from optimizer.bench import measure_model
+    from optimizer.engines.engine import EngineConfig
     from optimizer.run_dir import write_parquet
 
-    measurement = measure_model(model, suite, base, split, batch_size)
+    config = EngineConfig(kind=engine, batch_size=batch_size)
+    measurement = measure_model(model, suite, base, split, config)
     if out is not None:
         write_parquet(out, measurement.items)
     scores = measurement.scores()
@@ -236,10 +245,10 @@ def presets() -> None:
         _out.print(f"  {name:<32} {escape(read_yaml(path, SuiteConfig).description)}")
 
 
-def _run(study: Path, out: Path) -> None:
+def _run(study: Path, out: Path, engine: EngineKind | None) -> None:
     from optimizer.study import run_study
 
-    page = run_study(study, out, _out)
+    page = run_study(study, out, _out, engine)
     _out.print(f"Report: {page}", highlight=False, markup=False)
     if (out / "best").is_dir():
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)

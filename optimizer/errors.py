@@ -7,3 +7,7 @@ class MergetuneError(Exception):
 
 class TrialError(MergetuneError):
     """One candidate could not be measured; the study records the reason and goes on."""
+
+
+class EngineFault(TrialError):
+    """The engine broke down while it measured: it must be started anew before it is used again."""

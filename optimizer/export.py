@@ -15,7 +15,6 @@ from optimizer.evaluate import Score
 from optimizer.library import shared_folder
 from optimizer.merging.adapter import is_adapter
 from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import MatchedExpert
 from optimizer.merging.writer import write_model
 from optimizer.models import find_model
@@ -27,7 +26,6 @@ _WITHOUT_BASE = ("linear", "karcher", "passthrough")  # to mergekit
 
 def write_merged(
     folder: Path,
-    merger: Merger,
     recipe: MergeRecipe,
     inputs: Inputs,
     scores: Mapping[str, Score] | None = None,
@@ -46,7 +44,7 @@ def write_merged(
     }
     if (foreign := mergekit_yaml(recipe, inputs)) is not None:
         notes["mergekit.yaml"] = foreign
-    write_model(folder, merger.merge(recipe), inputs.base, notes)
+    write_model(folder, inputs.merger.merge(recipe), inputs.base, notes)
 
 
 def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[str, Score]) -> str:
@@ -168,4 +166,4 @@ def merge_recipe(recipe_file: Path, folder: Path) -> None:
                 f"recipe was made with (SHA-256 {found[name].digest}, not {source.digest}). Give the "
                 "same weights, or take the digest out of the recipe to merge these."
             )
-    write_merged(folder, Merger(inputs.base, inputs.experts), recipe, inputs)
+    write_merged(folder, recipe, inputs)

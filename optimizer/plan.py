@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.config import StudyConfig, read_study
+from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.library import find
 from optimizer.merging.inputs import Inputs, open_inputs
@@ -27,13 +28,17 @@ class Plan:
     suite: Suite
 
     @classmethod
-    def read(cls, study_file: Path) -> Plan:
+    def read(cls, study_file: Path, engine: EngineKind | None = None) -> Plan:
         """Read a study file and check all that can be checked without a model.
+
+        `engine` takes the place of its `engine.kind`.
 
         Raises:
             MergetuneError: something is missing, misspelt or does not fit together.
         """
         config = read_study(study_file)
+        if engine is not None:
+            config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": engine})})
         folder = study_file.resolve().parent
         space = read_search_space(find("search_spaces", config.search_space, folder))
         suite = read_suite(find("evals", config.suite, folder))

@@ -8,6 +8,8 @@ study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 run.log           what happened, with times
+engine.json       the engine that was chosen; engine.log: what vLLM said
+self_test.json    how exactly vLLM follows a swap of weights
 base/             the base with the tokens that experts added, where there are any
 report/           the report
 best/             the recommended merge, a model directory
@@ -31,6 +33,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from optimizer.config import StudyConfig
+from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Measurement, Score
 from optimizer.recipe import MergeRecipe
@@ -78,7 +81,7 @@ class Candidate(Strict):
     """One model of the study.
 
     `number` counts the candidates in the order measured; `params` is the point in the search space,
-    None if the recipe lies outside.
+    None if the recipe lies outside. `faults` says how the engine broke before it could be measured.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Candidate(Strict):
     params: dict[str, float] | None = None
     state: Literal["complete", "failed"] = "complete"
     reason: str | None = None
+    faults: tuple[str, ...] = ()
     cost: Cost = Field(default_factory=Cost)
     holdout_cost: Cost = Field(default_factory=Cost)
 
@@ -191,6 +195,15 @@ class RunDir:
         """Read one of the small JSON files; None where it is missing."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def engine_kind(self) -> EngineKind | None:
+        """Return the engine that the study was begun with, None before that."""
+        found: EngineKind | None = self.read_json("engine.json")
+        return found
+
+    def write_engine_kind(self, kind: EngineKind) -> None:
+        """Keep the engine that the study was begun with."""
+        self.write_json("engine.json", kind)
 
     @property
     def extended_base(self) -> Path:

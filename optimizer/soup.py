@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,11 +13,9 @@ from rich.console import Console
 from optimizer import baselines, selection
 from optimizer.baselines import average_name
 from optimizer.bench import Bench, write_facts
-from optimizer.engines import start_engine
 from optimizer.evaluate import Evaluator, Measurement
 from optimizer.export import write_merged
 from optimizer.merging.inputs import Inputs
-from optimizer.merging.merger import Merger
 from optimizer.progress import Progress
 from optimizer.recipe import MergeRecipe, RecipeGroup
 from optimizer.run_dir import Candidate, RunDir, log_to
@@ -147,11 +146,10 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
         MergetuneError: something the user has to mend; what was measured stays on disk.
     """
     inputs = plan.open_inputs()
-    merger = Merger(inputs.base, inputs.experts)
     if plan.study is None:
         for warning in inputs.warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)
-        write_merged(plan.out, merger, soup_recipe(list(plan.models), inputs), inputs)
+        write_merged(plan.out, soup_recipe(list(plan.models), inputs), inputs)
         return None
     evaluator = Evaluator(plan.study.suite)
     with run.claim(plan.study.record(inputs)), Progress(console) as progress:
@@ -159,18 +157,14 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
         write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
-        progress.at_work("starting the engine …")
-        engine = start_engine(plan.study.config.engine, inputs.base.folder)
-        try:
-            bench = Bench(merger, engine, evaluator, run, progress, run.all_scores("search"))
-            tasting = _choose(plan, bench, inputs)
-            _confirm(plan, bench, tasting.soup)
-        except KeyboardInterrupt:
-            progress.say("Interrupted; run the same command to go on.")
-            raise
-        finally:
-            engine.close()
-    _write(plan, merger, inputs, run, tasting)
+        with closing(Bench(plan.study.config.engine, inputs, evaluator, run, progress)) as bench:
+            try:
+                tasting = _choose(plan, bench, inputs)
+                _confirm(plan, bench, tasting.soup)
+            except KeyboardInterrupt:
+                progress.say("Interrupted; run the same command to go on.")
+                raise
+    _write(plan, inputs, run, tasting)
     return tasting
 
 
@@ -244,7 +238,7 @@ def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:
             bench.confirm(candidate)
 
 
-def _write(plan: SoupPlan, merger: Merger, inputs: Inputs, run: RunDir, tasting: Tasting) -> None:
+def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, tasting: Tasting) -> None:
     """Write the soup; its card names what it is made of, and its scores on items it was not chosen on."""
     members = tasting.soup.members
     name = average_name(members, list(plan.models))
@@ -252,7 +246,6 @@ def _write(plan: SoupPlan, merger: Merger, inputs: Inputs, run: RunDir, tasting:
     confirmed = None if "holdout" in plan.splits else run.scores(name, "holdout")
     write_merged(
         plan.out,
-        merger,
         soup_recipe(members, inputs),
         replace(inputs, experts=kept),
         confirmed or tasting.scores[name],

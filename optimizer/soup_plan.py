@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from optimizer.config import Budget, StudyConfig
-from optimizer.engines import EngineConfig
+from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.library import find
 from optimizer.merging.adapter import is_adapter
@@ -25,6 +25,7 @@ from optimizer.suite import Split, Suite, read_suite
 SplitChoice = Literal["search", "holdout", "all"]
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as transformers' Trainer names them, by the step
+_AUTO = EngineConfig()
 _SPACE = "task_arithmetic"  # what the soup's run directory would be searched in, as a study
 
 
@@ -55,7 +56,7 @@ class SoupPlan:
         last: int | None = None,
         suite: str | None = None,
         split: SplitChoice = "search",
-        batch_size: int = 32,
+        engine: EngineConfig = _AUTO,
     ) -> SoupPlan:
         """Check all that can be checked without a model; paths are relative to this folder.
 
@@ -79,7 +80,7 @@ class SoupPlan:
             return cls(out.resolve(), named, base, None, ())
         found = read_suite(find("evals", suite, here))
         _check_guards(found, named, base)
-        study = _study(base or models[0], named, found, batch_size)
+        study = _study(base or models[0], named, found, engine)
         return cls(out.resolve(), named, base, study, _splits(found, split))
 
     def open_inputs(self) -> Inputs:
@@ -129,13 +130,13 @@ def last_checkpoints(training_run: Path, count: int) -> list[Path]:
     return [steps[step] for step in sorted(steps)[-count:]]
 
 
-def _study(base: str, models: Mapping[str, str], suite: Suite, batch_size: int) -> Plan:
+def _study(base: str, models: Mapping[str, str], suite: Suite, engine: EngineConfig) -> Plan:
     config = StudyConfig(
         base=base,
         experts=dict(models),
         search_space=_SPACE,
         suite=str(suite.path),
-        engine=EngineConfig(batch_size=batch_size),
+        engine=engine,
         budget=Budget(trials=0),
     )
     return Plan(config, Path(), read_search_space(find("search_spaces", _SPACE, Path())), suite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -12,13 +13,11 @@ from rich.console import Console
 from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
-from optimizer.engines import start_engine
+from optimizer.engines.engine import EngineKind
 from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.interrupts import Interrupts
-from optimizer.merging.inputs import Inputs
-from optimizer.merging.merger import Merger
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
@@ -28,14 +27,16 @@ from optimizer.search_space import SearchSpace
 from optimizer.soup import measure_greedy_soup
 
 
-def run_study(study_file: Path, out: Path, console: Console) -> Path:
+def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind | None = None) -> Path:
     """Run a study, or go on with the one in `out`; returns the report's path.
+
+    `engine` takes the place of the study file's `engine.kind`.
 
     Raises:
         MergetuneError: something the user has to mend; what was measured stays on disk.
         KeyboardInterrupt: after a report of what is there was written.
     """
-    plan = Plan.read(study_file)
+    plan = Plan.read(study_file, engine)
     inputs = plan.open_inputs(out)
     space = SearchSpace(
         plan.space,
@@ -46,31 +47,28 @@ def run_study(study_file: Path, out: Path, console: Console) -> Path:
         seed=plan.config.seed,
     )
     evaluator = Evaluator(plan.suite)
-    merger = Merger(inputs.base, inputs.experts)
     run = RunDir(out)
     with run.claim(plan.record(inputs)), Progress(console) as progress, Interrupts() as interrupts:
         log_to(out / "run.log")
         write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
-        progress.at_work("starting the engine …")
-        engine = start_engine(plan.config.engine, inputs.base.folder)
-        bench = Bench(merger, engine, evaluator, run, progress, run.all_scores("search"))
-        try:
-            for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
-                bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
-            soup = measure_greedy_soup(bench, space, inputs)
-            _search(plan, space, bench, interrupts)
-            _confirm(bench, [uniform_name(len(inputs.experts)), soup])
-        except BaseException as error:
-            if not interrupts.requested:
-                raise
-            progress.say(f"Interrupted; run the same command to go on. Report so far: {write_report(run)}")
-            raise KeyboardInterrupt from error
-        finally:
-            engine.close()
+        with closing(Bench(plan.config.engine, inputs, evaluator, run, progress)) as bench:
+            try:
+                for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
+                    bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+                soup = measure_greedy_soup(bench, space, inputs)
+                _search(plan, space, bench, interrupts)
+                _confirm(bench, [uniform_name(len(inputs.experts)), soup])
+            except BaseException as error:
+                if not interrupts.requested:
+                    raise
+                progress.say(
+                    f"Interrupted; run the same command to go on. Report so far: {write_report(run)}"
+                )
+                raise KeyboardInterrupt from error
         report = write_report(run)
-        _write_best(bench, inputs)
+        _write_best(bench)
     return report
 
 
@@ -127,7 +125,7 @@ def _confirm(bench: Bench, averages: Sequence[str]) -> None:
             bench.confirm(candidate)
 
 
-def _write_best(bench: Bench, inputs: Inputs) -> None:
+def _write_best(bench: Bench) -> None:
     """Write the recommended merge as a model directory."""
     chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
     candidate = bench.run.candidate(chosen.name) if chosen else None
@@ -135,7 +133,7 @@ def _write_best(bench: Bench, inputs: Inputs) -> None:
         return
     bench.progress.at_work("writing the merged model …")
     results = bench.run.scores(chosen.name, "holdout") or bench.scores[chosen.name]
-    write_merged(bench.run.path / "best", bench.merger, candidate.recipe, inputs, results)
+    write_merged(bench.run.path / "best", candidate.recipe, bench.inputs, results)
     bench.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")
 
 

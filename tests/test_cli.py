@@ -151,7 +151,7 @@ def test_an_expert_of_another_size_and_an_adapter_of_another_base_are_refused(
 
 def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tiny_adapter: Path) -> None:
     write_study(tmp_path, tiny_base, {})
-    suite = ["--suite", "./suite.yaml"]
+    suite = ["--suite", "./suite.yaml", "--engine", "transformers"]
     done = mergetune("eval", tiny_base, *suite, "--json", "--out", "scores.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parity"]["n_items"] == 16

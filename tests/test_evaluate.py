@@ -12,7 +12,8 @@ import pytest
 import yaml
 from lm_eval.api.model import LM
 
-from optimizer.engines import Engine, EngineConfig, start_engine
+from optimizer.engines.engine import Engine, EngineConfig
+from optimizer.engines.start import start_engine
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.suite import read_suite
@@ -171,7 +172,7 @@ def test_repeated_items_have_ids_of_their_own(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engine(tiny_base: Path) -> Iterator[Engine]:
-    engine = start_engine(EngineConfig(batch_size=8), tiny_base)
+    engine = start_engine(EngineConfig(kind="transformers", batch_size=8), tiny_base)
     yield engine
     engine.close()
 

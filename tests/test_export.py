@@ -133,7 +133,7 @@ def test_what_mergekit_cannot_express_is_not_exported(
 
 def test_the_card_names_recipe_and_sources(inputs: Inputs, tmp_path: Path) -> None:
     wanted = recipe(inputs, "task_arithmetic", {"lambda": both(0.1, 0.2)}, {"lambda": both(0.3, 0.4)})
-    write_merged(tmp_path / "out", Merger(inputs.base, inputs.experts), wanted, inputs)
+    write_merged(tmp_path / "out", wanted, inputs)
     card = (tmp_path / "out" / "README.md").read_text()
     assert wanted.digest in card
     assert str(inputs.experts[1].digest) in card

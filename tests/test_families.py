@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from optimizer.engines import EngineConfig
+from optimizer.engines.engine import EngineConfig
 from optimizer.engines.stored_weights import StoredWeights
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.errors import MergetuneError
@@ -256,7 +256,7 @@ def logits(model: Any) -> Tensor:
 def in_engine(base: Path, tensors: dict[str, Tensor]) -> Any:
     """Load a candidate into a living engine of the base; return the engine's model."""
     engine = TransformersEngine(EngineConfig(device="cpu"), base)
-    engine.load(tensors.items())
+    engine.replace(tensors.items())
     lm: Any = engine.lm
     return lm.model
 

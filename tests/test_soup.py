@@ -19,7 +19,7 @@ from rich.console import Console
 from synthetic_run import Plan, write_run
 from test_cli import mergetune
 from test_selection import scores, suite
-from test_study import run, write_study
+from test_study import ENGINE, run, write_study
 
 from optimizer import selection
 from optimizer.baselines import average_name, is_soup
@@ -209,7 +209,7 @@ def test_the_verdict_calls_a_soup_a_soup(tmp_path: Path) -> None:
 def soup_of(out: Path, models: list[Path], **options: Any) -> tuple[Tasting | None, str]:
     """Make a soup; returns what was measured for it, and what was printed."""
     printed = io.StringIO()
-    plan = SoupPlan.read(out, [str(model) for model in models], **options)
+    plan = SoupPlan.read(out, [str(model) for model in models], engine=ENGINE, **options)
     run_folder = RunDir(out.with_name(f"{out.name}.soup"))
     return make_soup(plan, run_folder, Console(file=printed, width=200)), printed.getvalue()
 
@@ -406,6 +406,7 @@ def test_the_command_line_shows_what_was_tried_and_goes_on(
     tmp_path: Path, training_run: Path, suite_file: Path
 ) -> None:
     arguments = ["soup", "out", training_run, "--last", 3, "--suite", suite_file, "--run", "measured"]
+    arguments += ["--engine", "transformers"]
     done = mergetune(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Greedy soup" in done.stdout

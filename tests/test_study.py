@@ -21,12 +21,15 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimizer.bench import measure_model
+from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.export import merge_recipe
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import RunDir
 from optimizer.study import run_study
+
+ENGINE = EngineConfig(kind="transformers")
 
 
 def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: Any) -> Path:
@@ -52,6 +55,7 @@ def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: An
         "experts": {name: str(path) for name, path in models.items()},
         "search_space": "task_arithmetic",
         "suite": "suite.yaml",
+        "engine": {"kind": "transformers"},
         "budget": {"trials": 3},
         **changes,
     }
@@ -121,7 +125,7 @@ def test_the_merged_model_is_the_one_that_was_scored(finished: RunDir, models: d
     best = finished.path / "best"
     recipe = MergeRecipe.read(best / "recipe.yaml")
     scored = next(found for found in finished.candidates() if found.recipe.digest == recipe.digest)
-    again = measure_model(str(best), str(finished.study.suite), None, "search", batch_size=32)
+    again = measure_model(str(best), str(finished.study.suite), None, "search", ENGINE)
     measured = finished.measurement(scored.name, "search")
     assert measured is not None
     assert again.items.equals(measured)
@@ -273,7 +277,7 @@ def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tie
     found = RunDir(tmp_path / "run")
     recipe = MergeRecipe.read(found.path / "best" / "recipe.yaml")
     scored = next(c for c in found.candidates() if c.recipe.digest == recipe.digest)
-    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", batch_size=32)
+    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", ENGINE)
     measured = found.measurement(scored.name, "search")
     assert measured is not None
     assert again.items.equals(measured)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from optimizer.config import VocabularyRule, read_study
-from optimizer.engines import EngineConfig
+from optimizer.engines.engine import EngineConfig
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.errors import MergetuneError
 from optimizer.export import merge_recipe
@@ -184,7 +184,7 @@ class TestMean:
         assert tokenizer.convert_tokens_to_ids([X, Y, Z]) == [320, 321, 322]
         assert tokenizer.encode(f"Paris{Y}") == [*tokenizer.encode("Paris"), 321]
         engine = TransformersEngine(EngineConfig(device="cpu"), mean.base.folder)
-        engine.load(merge_at(mean, a=0.5, b=0.5).items())
+        engine.replace(merge_at(mean, a=0.5, b=0.5).items())
 
     def test_added_tokens_keep_how_they_are_matched(self, tiny_base: Path, tmp_path: Path) -> None:
         plain = add_tokens(tiny_base, tmp_path / "a", X, lstrip=True, normalized=False)

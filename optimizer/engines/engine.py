@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from optimizer.yaml_io import Strict
 
@@ -13,19 +15,96 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from torch import Tensor
 
+    from optimizer.recipe import MergeRecipe
+
+EngineKind = Literal["auto", "transformers", "vllm"]
+
+
+class ServerConfig(Strict):
+    """An OpenAI-compatible vLLM server on loopback that the engine starts, watches and stops.
+
+    `port: null` takes a free one; `concurrency` is the number of requests under way at a time.
+    """
+
+    port: int | None = Field(None, gt=0, lt=65536)
+    concurrency: int = Field(64, gt=0)
+
 
 class EngineConfig(Strict):
     """The study file's `engine`.
 
-    `device: auto` takes CUDA where there is one; `dtype: auto` the base's own. `max_length` bounds
-    prompt and reply together, in tokens.
+    `dtype: auto` is the base's own; `max_length` bounds prompt and reply together, in tokens;
+    `batch_size` is how many items are worked on at a time, by default 32 in transformers and as many
+    as fit in vLLM.
+
+    With transformers alone: `device: auto` takes CUDA where there is one.
+
+    With vLLM alone: `gpu_memory_utilization` is the share of a GPU's memory to take; `kv_cache_gib`
+    says instead how much the cache of keys and values has, 4 GiB by default on a CPU.
+    `enforce_eager: null` compiles the model on GPUs only; on a CPU that takes 90 s for a small model,
+    once, and makes it faster. `timeout_s` is how long the engine may be silent while it works before
+    it is taken for hung. `arguments` are any others of vLLM's `EngineArgs` by name.
     """
 
-    kind: Literal["auto", "transformers"] = "auto"
-    device: str = "auto"
+    kind: EngineKind = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_size: int = Field(32, gt=0)
     max_length: int | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, gt=0)
+
+    device: str = "auto"
+
+    tensor_parallel_size: int = Field(1, gt=0)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_gib: float | None = Field(None, gt=0)
+    enforce_eager: bool | None = None
+    seed: int = Field(0, ge=0)
+    timeout_s: float = Field(600, gt=0)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    server: ServerConfig | None = None
+
+    @model_validator(mode="after")
+    def _suits_kind(self) -> EngineConfig:
+        foreign = {"transformers": _OF_VLLM, "vllm": _OF_TRANSFORMERS, "auto": ()}[self.kind]
+        fields = type(self).model_fields
+        for name in foreign:
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"`{name}` is no option of `kind: {self.kind}`; leave it out")
+        return self
+
+
+_OF_TRANSFORMERS = ("device",)
+_OF_VLLM = (
+    *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager"),
+    *("seed", "timeout_s", "arguments", "server"),
+)
+
+
+@dataclass(frozen=True)
+class LoadTime:
+    """How long it took to merge a candidate and to put it in the engine, in seconds."""
+
+    merge_s: float
+    load_s: float
+
+    @classmethod
+    def of(
+        cls, load: Callable[[Iterator[tuple[str, Tensor]]], None], tensors: Iterator[tuple[str, Tensor]]
+    ) -> LoadTime:
+        """Load tensors that are merged while they are iterated over, and tell the two times apart."""
+        merge_s, start = 0.0, time.perf_counter()
+
+        def watched() -> Iterator[tuple[str, Tensor]]:
+            nonlocal merge_s
+            while True:
+                asked = time.perf_counter()
+                item = next(tensors, None)
+                merge_s += time.perf_counter() - asked
+                if item is None:
+                    return
+                yield item
+
+        load(watched())
+        return cls(merge_s, time.perf_counter() - start - merge_s)
 
 
 class Engine(Protocol):
@@ -36,20 +115,13 @@ class Engine(Protocol):
         """The model as lm-eval sees it, always with the weights loaded last."""
         ...
 
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The tensors that a candidate may be merged into directly, before `load` is told of them."""
-        ...
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Put these weights in place of the present ones.
-
-        Args:
-            tensors: every tensor of the model by its name in the base's checkpoint (a tied head left
-                out), full and unsharded.
+    def load(self, recipe: MergeRecipe) -> LoadTime:
+        """Merge a recipe and put it in place of the present weights.
 
         Raises:
-            MergetuneError: a tensor is missing, unknown or of another shape.
+            TrialError: these coefficients make a weight infinite or NaN.
+            EngineFault: the engine broke; start another.
+            MergetuneError: the recipe does not fit the models, or these do not fit the engine.
         """
         ...
 

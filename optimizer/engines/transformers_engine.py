@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optimizer.engines.engine import EngineConfig
+from optimizer.engines.engine import EngineConfig, LoadTime
 from optimizer.engines.stored_weights import StoredWeights
 from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from optimizer.merging.merger import Merger
+    from optimizer.recipe import MergeRecipe
+
+_BATCH_SIZE = 32
+
 
 class TransformersEngine:
     """A `transformers` causal language model, evaluated by lm-eval's `HFLM`, weights copied in place."""
 
-    def __init__(self, config: EngineConfig, base: Path) -> None:
+    def __init__(self, config: EngineConfig, base: Path, merger: Merger | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from optimizer.engines.quiet_hflm import QuietHFLM
@@ -33,11 +38,12 @@ class TransformersEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
         model.to(device).eval()
         _decode_greedily(model.generation_config)
+        self._merger = merger
         self._weights = StoredWeights(model)
         self._lm = QuietHFLM(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or _BATCH_SIZE,
             max_length=config.max_length,
         )
 
@@ -46,14 +52,22 @@ class TransformersEngine:
         """The model as lm-eval sees it."""
         return self._lm
 
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The model's own tensors, by their names in the base's checkpoint."""
-        return self._weights
+    def load(self, recipe: MergeRecipe) -> LoadTime:
+        """Merge straight into the model's own tensors; see `Engine.load`."""
+        assert self._merger is not None  # an engine that was started to merge
+        return LoadTime.of(self.replace, self._merger.merge(recipe, into=self._weights))
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the tensors over the present weights; see `Engine.load`."""
+    def replace(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Put these weights in place of the present ones.
+
+        Args:
+            tensors: every tensor of the model by its name in the base's checkpoint (a tied head left
+                out), full and unsharded.
+
+        Raises:
+            MergetuneError: a tensor is missing, unknown or of another shape.
+        """
         loaded: set[int] = set()
         for name, tensor in tensors:
             target = self._weights.get(name)
@@ -80,6 +94,6 @@ class TransformersEngine:
 
 def _decode_greedily(generation: Any) -> None:
     """Clear the model's own sampling settings: replies are greedy, and the same in every engine."""
-    for setting in ("temperature", "top_p", "top_k"):
+    for setting in ("temperature", "top_p", "top_k", "repetition_penalty"):
         setattr(generation, setting, None)
     generation.do_sample = False

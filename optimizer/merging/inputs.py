@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from optimizer.config import VocabularyRule
@@ -16,8 +17,30 @@ from optimizer.merging.compatibility import (
     task_vector_norms,
 )
 from optimizer.merging.extended_base import extend_base, find_speaker, settled_tokens
+from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import match_tokens
 from optimizer.recipe import Source
+from optimizer.yaml_io import Strict
+
+
+class ModelPaths(Strict):
+    """Where the models of a merge are, as plain data: another process can open them, too.
+
+    `extended_base` is the base with the tokens that experts added, where they added any.
+    """
+
+    base: Path
+    experts: dict[str, Path]
+    vocabulary: VocabularyRule = "refuse"
+    extended_base: Path | None = None
+
+    def open(self) -> Merger:
+        """Open models that `open_inputs` checked before, to merge them."""
+        base = Checkpoint(self.base)
+        experts = _open_experts(self.experts, base, self.vocabulary)
+        if self.extended_base is not None:
+            base = Checkpoint(self.extended_base)
+        return Merger(base, _in_rows(experts, base, self.vocabulary))
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,23 @@ class Inputs:
     experts: tuple[Expert, ...]
     norms: Mapping[str, float]
     warnings: tuple[str, ...]
+    vocabulary: VocabularyRule = "refuse"
     given: Path | None = None
+
+    @cached_property
+    def merger(self) -> Merger:
+        """What merges these models; it keeps what does not depend on the coefficients."""
+        return Merger(self.base, self.experts)
+
+    @property
+    def paths(self) -> ModelPaths:
+        """Where the models are."""
+        return ModelPaths(
+            base=self.given or self.base.folder,
+            experts={expert.name: expert.folder for expert in self.experts},
+            vocabulary=self.vocabulary,
+            extended_base=self.base.folder if self.given else None,
+        )
 
     @property
     def base_source(self) -> Source:
@@ -68,20 +107,31 @@ def open_inputs(
         MergetuneError: a file is missing or broken, the models do not fit together, or weights are
             NaN or infinite; the message names every mismatch.
     """
-    checkpoint = Checkpoint(base)
-    may_add_tokens = vocabulary != "refuse"
-    opened = tuple(open_expert(name, folder, checkpoint, may_add_tokens) for name, folder in experts.items())
-    warnings = check_compatibility(checkpoint, opened, vocabulary)
+    given = checkpoint = Checkpoint(base)
+    opened = _open_experts(experts, given, vocabulary)
+    warnings = check_compatibility(given, opened, vocabulary)
     if vocabulary == "mean":
-        warnings += _warn_of_template(find_speaker(checkpoint, opened))
-        checkpoint = extend_base(checkpoint, opened, extended_base)
-    if may_add_tokens:
-        settled = settled_tokens(checkpoint.folder)
-        opened = tuple(match_tokens(expert, checkpoint, settled) for expert in opened)
+        warnings += _warn_of_template(find_speaker(given, opened))
+        checkpoint = extend_base(given, opened, extended_base)
+    opened = _in_rows(opened, checkpoint, vocabulary)
     norms = task_vector_norms(checkpoint, opened)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
-    given = None if checkpoint.folder == base else base
-    return Inputs(checkpoint, opened, norms, tuple(warnings), given)
+    is_extended = checkpoint is not given
+    return Inputs(checkpoint, opened, norms, tuple(warnings), vocabulary, base if is_extended else None)
+
+
+def _open_experts(
+    experts: Mapping[str, Path], base: Checkpoint, vocabulary: VocabularyRule
+) -> tuple[Expert, ...]:
+    return tuple(open_expert(name, path, base, vocabulary != "refuse") for name, path in experts.items())
+
+
+def _in_rows(experts: tuple[Expert, ...], base: Checkpoint, vocabulary: VocabularyRule) -> tuple[Expert, ...]:
+    """Return the experts with embeddings and head in the base's rows, where they may have others."""
+    if vocabulary == "refuse":
+        return experts
+    settled = settled_tokens(base.folder)
+    return tuple(match_tokens(expert, base, settled) for expert in experts)
 
 
 def _warn_of_template(speaker: Expert | None) -> list[str]:

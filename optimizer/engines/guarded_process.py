@@ -1,0 +1,89 @@
+"""Processes that cannot be left behind: whatever happens to this one, they end with it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_SECONDS_TO_DIE = 30  # of a killed process; more only where the kernel holds it
+
+
+class GuardedProcess:
+    """A function in a Python process of its own, connected by a pipe.
+
+    The process leads a session, so that Ctrl-C does not reach it, and `kill` takes all that it
+    started with it. It kills itself and them when the other end of the pipe is closed, as it is when
+    this process dies.
+
+    Args:
+        target: `module:function`; called with the connection and the settings.
+        settings: JSON.
+        log: the file that its output is added to.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(
+        self, target: str, settings: Mapping[str, Any], log: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-m", __name__, target, str(theirs.fileno()), json.dumps(settings)]
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **environment},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process's number, and its group's."""
+        return self._process.pid
+
+    def ending(self) -> str | None:
+        """Return how the process ended, None while it lives."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait(_SECONDS_TO_DIE)
+
+
+def _die_with(connection: Connection) -> None:
+    """Kill this process and all that it started when the other end is closed."""
+    poll = select.poll()
+    poll.register(connection.fileno(), 0)  # reports a hang-up only
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _main(target: str, descriptor: str, settings: str) -> None:
+    connection = Connection(int(descriptor))
+    threading.Thread(target=_die_with, args=[connection], daemon=True).start()
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(connection, json.loads(settings))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

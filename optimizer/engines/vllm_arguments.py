@@ -1,0 +1,69 @@
+"""vLLM's own arguments: from the study's options, and as the command line takes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimizer.engines.engine import EngineConfig
+
+# For vLLM's processes: no reports of usage, and no warnings of tokenizers about forks.
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_CPU_CACHE_GIB = 4
+
+
+def engine_arguments(config: EngineConfig, model: Path) -> dict[str, Any]:
+    """Return vLLM's `EngineArgs` for a configuration; `config.arguments` come last.
+
+    `enforce_eager` is null where `for_device` is to decide.
+    """
+    optional = {
+        "max_model_len": config.max_length,
+        "max_num_seqs": config.batch_size,
+        "kv_cache_memory_bytes": config.kv_cache_gib and int(config.kv_cache_gib * 2**30),
+    }
+    return {
+        "model": str(model),
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "seed": config.seed,
+        "worker_extension_cls": "optimizer.engines.vllm_worker.MergeWorker",
+        **{name: value for name, value in optional.items() if value is not None},
+        **config.arguments,
+    }
+
+
+def for_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Settle what depends on the device, in the process that vLLM runs in.
+
+    On a CPU the model is not compiled unless that was asked for, the cache gets 4 GiB instead of most
+    of the memory, and no process or core is set apart for the scheduler.
+    """
+    from vllm.platforms import current_platform
+
+    is_cpu = current_platform.is_cpu()
+    settled = {**arguments}
+    if settled["enforce_eager"] is None:
+        settled["enforce_eager"] = is_cpu
+    if is_cpu:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        settled.setdefault("kv_cache_memory_bytes", _CPU_CACHE_GIB * 2**30)
+    return settled
+
+
+def as_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Return arguments as `vllm serve` takes them."""
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return flags

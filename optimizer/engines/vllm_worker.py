@@ -1,0 +1,79 @@
+"""What runs inside each of vLLM's workers: the merger, so that only recipes travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from optimizer.engines.engine import LoadTime
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.merging.inputs import ModelPaths
+from optimizer.merging.merger import Merger
+from optimizer.recipe import MergeRecipe
+
+
+class MergeWorker:
+    """Mixed into vLLM's worker class (`worker_extension_cls`); its methods are called by name.
+
+    Arguments and results are plain JSON, so that they pass a server, too. An error in a method would
+    end the engine: it is returned instead.
+    """
+
+    reload_weights: Any  # of vLLM's worker
+    model_runner: Any
+    mergetune_merger: Merger
+
+    def mergetune_open(self, paths: str) -> None:
+        """Open the models that recipes name."""
+        self.mergetune_merger = ModelPaths.model_validate_json(paths).open()
+
+    def mergetune_load(self, recipe: str) -> dict[str, Any]:
+        """Merge a recipe into the living model.
+
+        Returns the recipe's `digest`, `merge_s` and `load_s`; or `error`, a message, with `of_trial`
+        for coefficients that cannot be merged. The model is whole even then, but no candidate.
+        """
+        wanted = MergeRecipe.model_validate_json(recipe)
+        merged = _Whole(self.mergetune_merger, wanted)
+        time = LoadTime.of(lambda tensors: self.reload_weights(weights_iterator=tensors), iter(merged))
+        self._renew_tied_head()
+        if merged.error is not None:
+            return {"error": str(merged.error), "of_trial": isinstance(merged.error, TrialError)}
+        return {"digest": wanted.digest, **asdict(time)}
+
+    def _renew_tied_head(self) -> None:
+        """Let the head follow the embeddings: on a CPU it computes with a packed copy of its own.
+
+        vLLM's reload does not renew it (0.32), and the log-probabilities would be off by nats.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        model = self.model_runner.get_model()
+        if not getattr(model.config, "tie_word_embeddings", False):
+            return
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+class _Whole:
+    """The tensors of a merge; where it fails the base's follow, for half a reload ruins a model."""
+
+    def __init__(self, merger: Merger, recipe: MergeRecipe) -> None:
+        self._merger, self._recipe = merger, recipe
+        self.error: MergetuneError | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        base, yielded = self._merger.base, set()
+        try:
+            for name, tensor in self._merger.merge(self._recipe):
+                yielded.add(name)
+                yield name, tensor
+        except MergetuneError as error:
+            self.error = error
+            for name in base.names:
+                if name not in yielded:
+                    yield name, base.view(name)
