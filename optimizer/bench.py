@@ -15,7 +15,7 @@ from optimizer import selection
 from optimizer.engines.choice import choose_engine
 from optimizer.engines.engine import Engine, EngineConfig
 from optimizer.engines.start import start_engine
-from optimizer.errors import EngineFault, MergetuneError, TrialError
+from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement
 from optimizer.library import find
 from optimizer.merging.adapter import is_adapter
@@ -134,7 +134,7 @@ class Bench:
             try:
                 time = self.engine.load(recipe)
                 measurement = self.evaluator.measure(self.engine.lm, split)
-            except EngineFault as fault:
+            except EngineError as fault:
                 log.exception("the engine broke")
                 faults = (*faults, str(fault))
                 self._restart(str(fault))
@@ -166,7 +166,7 @@ class Bench:
             )
         try:
             self.engine = self._start()
-        except EngineFault as error:
+        except EngineError as error:
             raise MergetuneError(
                 f"The engine broke ({reason}) and cannot be started again: {error}"
             ) from error
@@ -207,6 +207,35 @@ def measure_model(
         return measure_splits(evaluator, living.lm, split)
     finally:
         living.close()
+
+
+def measure_served(
+    url: str,
+    model: str | None,
+    suite: str,
+    tokenizer: str | None,
+    split: Literal["search", "holdout", "all"],
+    concurrency: int,
+    api_key: str | None,
+) -> Measurement:
+    """Score the model of an OpenAI-compatible server on a suite; its weights are not touched.
+
+    Args:
+        url: the server's address.
+        model: the name that it knows the model by; None takes the only one.
+        suite: a preset's name, or a path relative to this folder.
+        tokenizer: see `served_lm`.
+        split: which items.
+        concurrency: the number of requests under way at a time.
+        api_key: the server's, if it asks for one.
+
+    Raises:
+        MergetuneError: the server, its model or the suite is not there, or does not suit the others.
+    """
+    from optimizer.engines.chat_lm import served_lm
+
+    evaluator = Evaluator(read_suite(find("evals", suite, Path())))
+    return measure_splits(evaluator, served_lm(url, model, tokenizer, concurrency, api_key), split)
 
 
 def measure_splits(evaluator: Evaluator, lm: LM, split: Literal["search", "holdout", "all"]) -> Measurement:

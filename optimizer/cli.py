@@ -177,26 +177,47 @@ def soup(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
     suite: Annotated[str, typer.Option(help="A suite: a preset's name or a path.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A directory, a hub id or `smollm2-demo`; with --url a name that the server knows."
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base of MODEL, if it is an adapter.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Score the model of an OpenAI-compatible server, as it is deployed.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With --url, for log-likelihoods: the tokenizer's directory or hub id.")
+    ] = None,
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
     ] = "all",
     engine: Engine = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Items at a time; with --url, requests (32).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score any model on a suite, item by item."""
+    """Score any model on a suite, item by item; a server's API key is taken from OPENAI_API_KEY."""
     from dataclasses import asdict
 
-    from optimizer.bench import measure_model
+    from optimizer.bench import measure_model, measure_served
     from optimizer.engines.engine import EngineConfig
     from optimizer.run_dir import write_parquet
 
-    config = EngineConfig(kind=engine, batch_size=batch_size)
-    measurement = measure_model(model, suite, base, split, config)
+    if url is not None:
+        if base is not None:
+            raise MergetuneError("--base belongs to an adapter's directory; --url scores what is served.")
+        key = os.environ.get("OPENAI_API_KEY")
+        measurement = measure_served(url, model, suite, tokenizer, split, batch_size or 32, key)
+    elif model is None:
+        raise MergetuneError("Name the MODEL to score, or give the --url of a server.")
+    else:
+        config = EngineConfig(kind=engine, batch_size=batch_size)
+        measurement = measure_model(model, suite, base, split, config)
     if out is not None:
         write_parquet(out, measurement.items)
     scores = measurement.scores()

@@ -9,5 +9,5 @@ class TrialError(MergetuneError):
     """One candidate could not be measured; the study records the reason and goes on."""
 
 
-class EngineFault(TrialError):
+class EngineError(TrialError):
     """The engine broke down while it measured: it must be started anew before it is used again."""

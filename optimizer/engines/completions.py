@@ -151,7 +151,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts, in windows of the model's length where they are longer."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         windows = [
@@ -167,13 +167,13 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
                 ),
             )
         ]
-        scores = self._loglikelihood_tokens([window for _, window in windows])
+        scores = self._loglikelihood_tokens([window for _number, window in windows])
         totals = [0.0] * len(texts)
         for (number, _), (logprob, _is_greedy) in zip(windows, scores, strict=True):
             totals[number] += logprob
         return totals
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate replies."""
         stops, generations = [], []
         for request in requests:
@@ -190,12 +190,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
 
     def _generation(self, prompt: str, settings: Mapping[str, Any]) -> tuple[Generation, list[str]]:
         """Return a request and the stops of an lm-eval request."""
-        sampling = dict(normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS))
-        until = handle_stop_sequences(sampling.pop("until", None), eos=None)
-        max_new_tokens = int(sampling.pop("max_gen_toks"))
-        if not sampling.pop("do_sample"):
-            sampling = {"temperature": 0.0}
-        single = {text: self.tokenizer.encode(text, add_special_tokens=False) for text in until if text}
+        max_new_tokens, until, sampling = generation_settings(settings)
+        single = {text: self.tokenizer.encode(text, add_special_tokens=False) for text in until}
         special = set(self.tokenizer.all_special_ids)
         stop_tokens = [ids[0] for ids in single.values() if len(ids) == 1 and ids[0] in special]
         stop = [text for text, ids in single.items() if ids[0] not in stop_tokens]
@@ -232,3 +228,13 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         for number, scored in zip(scorings, self._completer.score(list(scorings.values())), strict=True):
             found[number] = sum(scored.logprobs), all(scored.are_likeliest)
         return [found[number] for number in range(len(requests))]
+
+
+def generation_settings(settings: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+    """Return the longest reply in tokens, the stops and the sampling of an lm-eval request."""
+    sampling = dict(normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS))
+    stop = [text for text in handle_stop_sequences(sampling.pop("until", None), eos=None) if text]
+    max_new_tokens = int(sampling.pop("max_gen_toks"))
+    if not sampling.pop("do_sample"):
+        sampling = {"temperature": 0.0}
+    return max_new_tokens, stop, sampling

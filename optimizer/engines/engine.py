@@ -120,7 +120,7 @@ class Engine(Protocol):
 
         Raises:
             TrialError: these coefficients make a weight infinite or NaN.
-            EngineFault: the engine broke; start another.
+            EngineError: the engine broke; start another.
             MergetuneError: the recipe does not fit the models, or these do not fit the engine.
         """
         ...

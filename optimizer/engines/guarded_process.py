@@ -63,11 +63,21 @@ class GuardedProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all that it started, unless that was done."""
+        if self.connection.closed:
+            return
         self.connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(_SECONDS_TO_DIE)
+
+
+def last_words(log: Path, count: int = 3) -> str:
+    """Return the last lines of a log that tell of an error, and where it is."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    telling = [line for line in lines if "Error" in line or "error:" in line][-count:]
+    said = " ".join(["It said:", *telling]) + " " if telling else ""
+    return f"{said}Its log: {log}"
 
 
 def _die_with(connection: Connection) -> None:

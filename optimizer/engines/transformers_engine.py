@@ -45,6 +45,7 @@ class TransformersEngine:
             tokenizer=tokenizer,
             batch_size=config.batch_size or _BATCH_SIZE,
             max_length=config.max_length,
+            softmax_dtype=torch.float32,  # in bfloat16, log-probabilities would be rounded to steps of 0.03
         )
 
     @property

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optimizer.engines.completions import Choosing, Completer, CompletionsLM, Generation, Scored, Scoring
 from optimizer.engines.engine import EngineConfig, LoadTime
-from optimizer.engines.guarded_process import GuardedProcess
+from optimizer.engines.guarded_process import GuardedProcess, last_words
 from optimizer.engines.vllm_arguments import ENVIRONMENT, engine_arguments
-from optimizer.errors import EngineFault, MergetuneError, TrialError
+from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.merging.inputs import ModelPaths
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class VllmEngine:
         log: the file that its output is added to.
 
     Raises:
-        EngineFault: vLLM does not start; the message says why.
+        EngineError: vLLM does not start; the message says why.
     """
 
     def __init__(self, config: EngineConfig, model: Path, paths: ModelPaths | None, log: Path) -> None:
@@ -80,7 +80,7 @@ class VllmEngine:
             if "error" in answer:
                 raise (TrialError if answer["of_trial"] else MergetuneError)(answer["error"])
             if answer["digest"] != recipe.digest:
-                raise EngineFault(f"A worker merged the recipe {answer['digest']}, not {recipe.digest}.")
+                raise EngineError(f"A worker merged the recipe {answer['digest']}, not {recipe.digest}.")
         self.vllm.renew(f"{next(self._counts)}-{recipe.digest}")
         slowest = max(answers, key=lambda answer: float(answer["merge_s"] + answer["load_s"]))
         return LoadTime(slowest["merge_s"], slowest["load_s"])
@@ -91,7 +91,7 @@ class VllmEngine:
 
 
 class VllmProcess:
-    """vLLM in a process of its own that this one calls; a silent or dead one is an `EngineFault`."""
+    """vLLM in a process of its own that this one calls; a silent or dead one is an `EngineError`."""
 
     def __init__(self, config: EngineConfig, model: Path, log: Path) -> None:
         self._log, self._timeout_s = log, config.timeout_s
@@ -149,20 +149,12 @@ class VllmProcess:
                     return value
         except (EOFError, OSError) as error:
             self._process.kill()
-            raise EngineFault(
+            raise EngineError(
                 f"vLLM's process ended while at `{method}` ({self._process.ending()}). "
                 f"{last_words(self._log)}"
             ) from error
         self._process.kill()
-        raise EngineFault(
+        raise EngineError(
             f"vLLM was silent for {timeout_s:g} s while at `{method}`, and was stopped. Where that is how "
             f"long it takes, raise `engine.timeout_s`. Its log: {self._log}"
         )
-
-
-def last_words(log: Path, count: int = 3) -> str:
-    """Return the last lines of a log that tell of an error, and where it is."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    telling = [line for line in lines if "Error" in line or "error:" in line][-count:]
-    said = " ".join(["It said:", *telling]) + " " if telling else ""
-    return f"{said}Its log: {log}"

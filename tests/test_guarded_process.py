@@ -1,0 +1,82 @@
+"""Processes that cannot be left behind, whatever ends them or their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from optimizer.engines.guarded_process import GuardedProcess, last_words
+
+TARGET = f"{__name__}:answer"
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+def answer(connection: Connection, settings: dict[str, Any]) -> None:
+    """Start a child that lives for minutes, tell its number, and echo what comes."""
+    child = subprocess.Popen(["sleep", "300"])
+    print("Error: hello from the child")
+    sys.stdout.flush()
+    connection.send((child.pid, settings))
+    while True:
+        connection.send(connection.recv())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(*pids: int) -> None:
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"still there: {[pid for pid in pids if is_alive(pid)]}"
+        time.sleep(0.05)
+
+
+def test_it_answers_and_takes_its_children_with_it_when_killed(tmp_path: Path) -> None:
+    process = GuardedProcess(TARGET, {"a": 1}, tmp_path / "log", ENVIRONMENT)
+    child, settings = process.connection.recv()
+    assert settings == {"a": 1}
+    process.connection.send("hello")
+    assert process.connection.recv() == "hello"
+    assert process.ending() is None
+    assert os.getpgid(child) == process.pid != os.getpgid(0)
+    process.kill()
+    wait_until_gone(process.pid, child)
+    assert process.ending() == "killed by SIGKILL"
+    process.kill()  # twice does no harm
+    assert "hello from the child" in last_words(tmp_path / "log")
+
+
+def test_children_are_ended_even_if_the_process_died_before(tmp_path: Path) -> None:
+    process = GuardedProcess(TARGET, {}, tmp_path / "log", ENVIRONMENT)
+    child, _ = process.connection.recv()
+    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
+    wait_until_gone(process.pid, child)
+
+
+def test_it_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from optimizer.engines.guarded_process import GuardedProcess\n"
+        f"process = GuardedProcess({TARGET!r}, {{}}, Path({str(tmp_path / 'log')!r}), {ENVIRONMENT!r})\n"
+        "print(process.pid, process.connection.recv()[0], flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    wait_until_gone(*pids)

@@ -1,0 +1,367 @@
+"""vLLM, really run: it scores as transformers does, follows every swap, and survives its own death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import build_llama, fine_tune
+from lm_eval.api.instance import Instance
+from rich.console import Console
+from test_guarded_process import wait_until_gone
+from test_study import write_study
+
+from optimizer.baselines import base_recipe
+from optimizer.bench import Bench
+from optimizer.engines.engine import Engine, EngineConfig
+from optimizer.engines.self_test import RECORD
+from optimizer.engines.start import start_engine
+from optimizer.engines.vllm_engine import VllmEngine
+from optimizer.errors import EngineError, MergetuneError, TrialError
+from optimizer.evaluate import Evaluator
+from optimizer.library import find, shared_folder
+from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.models import demo_model
+from optimizer.progress import Progress
+from optimizer.recipe import MergeRecipe
+from optimizer.run_dir import RunDir
+from optimizer.suite import read_suite
+
+pytest.importorskip("vllm")
+
+SMALL: dict[str, Any] = {"max_length": 256, "kv_cache_gib": 0.05}
+CONTEXTS = (
+    "What is the capital of France?",
+    "One two three four",
+    "<|im_start|>user\nSay yes or no.<|im_end|>\n<|im_start|>assistant\n",
+    "Call the tool",
+)
+CONTINUATIONS = (" The capital of France is Paris.", " five six seven", "Yes", "{")
+
+
+def recipe_of(inputs: Inputs, *lambdas: float) -> MergeRecipe:
+    given = dict(zip(inputs.expert_sources, lambdas, strict=True))
+    return MergeRecipe.model_validate(
+        {
+            "method": "task_arithmetic",
+            "base": inputs.base_source,
+            "experts": inputs.expert_sources,
+            "groups": [{"name": "all", "lambda": given}],
+        }
+    )
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+
+def loglikelihoods(engine: Engine, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    found: list[tuple[float, bool]] = engine.lm.loglikelihood(instances("loglikelihood", pairs))
+    return found
+
+
+def rolling(engine: Engine, texts: list[str]) -> list[float]:
+    requests = instances("loglikelihood_rolling", [(text,) for text in texts])
+    found: list[float] = engine.lm.loglikelihood_rolling(requests)
+    return found
+
+
+def replies(engine: Engine, **settings: Any) -> list[str]:
+    arguments = [(context, {"until": [], "do_sample": False, **settings}) for context in CONTEXTS]
+    found: list[str] = engine.lm.generate_until(instances("generate_until", arguments))
+    return [reply.rstrip("\ufffd") for reply in found]  # vLLM leaves out half a character at the end
+
+
+@dataclass
+class Pair:
+    """The same models in both engines."""
+
+    inputs: Inputs
+    vllm: VllmEngine
+    plain: Engine
+    record: dict[str, Any]
+
+    def load(self, *lambdas: float) -> None:
+        for engine in (self.vllm, self.plain):
+            engine.load(recipe_of(self.inputs, *lambdas))
+
+
+def start_pair(inputs: Inputs, folder: Path, **options: Any) -> Pair:
+    base = inputs.base.folder
+    dtype = options.get("dtype", "auto")
+    vllm = start_engine(EngineConfig(kind="vllm", **options), base, inputs, folder)
+    assert isinstance(vllm, VllmEngine)
+    plain = start_engine(EngineConfig(kind="transformers", device="cpu", dtype=dtype), base, inputs)
+    return Pair(inputs, vllm, plain, json.loads((folder / RECORD).read_text()))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and two experts that say other things; vLLM's attention takes heads of 32 on a CPU."""
+    folder = tmp_path_factory.mktemp("models")
+    base = build_llama(folder / "base", head_dim=32)
+    return {"base": base} | {
+        name: fine_tune(base, folder / name, seed, std=0.2) for seed, name in enumerate("ab", start=1)
+    }
+
+
+def open_models(models: dict[str, Path]) -> Inputs:
+    return open_inputs(models["base"], {name: models[name] for name in "ab"})
+
+
+@pytest.fixture(scope="module", params=["process", "server"])
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
+) -> Iterator[Pair]:
+    """The tiny Llama in float32, both ways of running vLLM."""
+    server = {"server": {"concurrency": 8}} if request.param == "server" else {}
+    folder = tmp_path_factory.mktemp(request.param)
+    pair = start_pair(open_models(models), folder, dtype="float32", **SMALL, **server)
+    yield pair
+    pair.vllm.close()
+
+
+class TestTiny:
+    def test_the_self_test_is_on_record(self, tiny: Pair) -> None:
+        assert tiny.record["a_to_a_again"] < 1e-4
+        assert tiny.record["b_to_b_from_disk"] < 1e-4
+        assert tiny.record["a_to_b"] > 0.01
+
+    @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (1.0, 0.0), (0.4, 0.8)])
+    def test_a_swapped_candidate_scores_as_in_transformers(
+        self, tiny: Pair, lambdas: tuple[float, float]
+    ) -> None:
+        tiny.load(*lambdas)
+        pairs = [
+            *((context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS),
+            *((CONTEXTS[0], letter) for letter in "abcdefgh"),  # single tokens after one context
+            ("", "One two three"),
+            ("One two three " * 150, "four five six"),  # longer than the model
+        ]
+        ours, theirs = (loglikelihoods(engine, pairs) for engine in (tiny.vllm, tiny.plain))
+        assert [a[0] for a in ours[:-1]] == pytest.approx([b[0] for b in theirs[:-1]], abs=2e-3)
+        assert [a[1] for a in ours[:-1]] == [b[1] for b in theirs[:-1]]
+
+    def test_what_is_greedy_is_known_exactly(self, tiny: Pair) -> None:
+        tiny.load(1.0, 0.0)
+        said = replies(tiny.plain, max_gen_toks=8)
+        pairs = [(context, reply) for context, reply in zip(CONTEXTS, said, strict=True) if reply.strip()]
+        assert pairs
+        ours, theirs = (loglikelihoods(engine, pairs) for engine in (tiny.vllm, tiny.plain))
+        assert [a[1] for a in ours] == [b[1] for b in theirs]
+
+    def test_rolling_scores_are_those_of_transformers(self, tiny: Pair) -> None:
+        tiny.load(0.4, 0.8)
+        texts = list(CONTEXTS)
+        assert rolling(tiny.vllm, texts) == pytest.approx(rolling(tiny.plain, texts), abs=5e-3)
+        long = "One two three four five. " * 60  # several windows
+        n_tokens = len(tiny.vllm.lm.tokenizer.encode(long))
+        assert n_tokens > 256
+        assert rolling(tiny.vllm, [long])[0] / n_tokens == pytest.approx(
+            rolling(tiny.plain, [long])[0] / n_tokens, abs=0.05
+        )
+
+    def test_greedy_replies_are_equal_and_end_at_stops(self, tiny: Pair) -> None:
+        tiny.load(0.4, 0.8)
+        ours, theirs = (replies(engine, max_gen_toks=20) for engine in (tiny.vllm, tiny.plain))
+        assert ours == theirs
+        middle = ours[0][len(ours[0]) // 2]
+        stopped, wanted = (
+            replies(engine, max_gen_toks=20, until=[middle, "<|im_end|>"])
+            for engine in (tiny.vllm, tiny.plain)
+        )
+        assert stopped == wanted
+        assert stopped[0] == ours[0].split(middle)[0]
+
+    def test_sampling_obeys_its_settings_and_repeats(self, tiny: Pair) -> None:
+        def draw(**settings: float) -> list[str]:
+            return replies(tiny.vllm, max_gen_toks=12, do_sample=True, **settings)
+
+        hot = draw(temperature=1.9)
+        assert hot != replies(tiny.vllm, max_gen_toks=12)
+        assert hot == draw(temperature=1.9)
+        assert draw(temperature=1.0, top_k=1) == replies(tiny.vllm, max_gen_toks=12)
+
+    def test_a_point_that_cannot_be_merged_leaves_the_engine_whole(self, tiny: Pair) -> None:
+        tiny.load(1.0, 1.0)
+        pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))
+        before = [score for score, _ in loglikelihoods(tiny.vllm, pairs)]
+        with pytest.raises(TrialError, match="infinite or NaN"):
+            tiny.vllm.load(recipe_of(tiny.inputs, 3e38, 3e38))
+        tiny.load(1.0, 1.0)
+        assert [score for score, _ in loglikelihoods(tiny.vllm, pairs)] == pytest.approx(before)
+
+    def test_the_time_of_a_swap_is_told_apart(self, tiny: Pair) -> None:
+        time = tiny.vllm.load(recipe_of(tiny.inputs, 0.5, 0.5))
+        assert time.merge_s > 0
+        assert time.load_s > 0
+
+
+def test_tied_embeddings_follow_a_swap(tmp_path: Path) -> None:
+    base = build_llama(tmp_path / "base", head_dim=32, tie_word_embeddings=True)
+    expert = fine_tune(base, tmp_path / "expert", seed=3, std=0.2)
+    pair = start_pair(open_inputs(base, {"a": expert}), tmp_path, dtype="float32", **SMALL)
+    try:
+        assert pair.record["b_to_b_from_disk"] < 1e-4
+        pair.load(1.0)
+        pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))
+        ours, theirs = (loglikelihoods(engine, pairs) for engine in (pair.vllm, pair.plain))
+        assert [a[0] for a in ours] == pytest.approx([b[0] for b in theirs], abs=2e-3)
+    finally:
+        pair.vllm.close()
+
+
+def test_a_real_model_with_adapters_scores_alike_in_bfloat16(tmp_path: Path) -> None:
+    experts = shared_folder("examples") / "taskmaster" / "experts"
+    inputs = open_inputs(demo_model(), {name: experts / name for name in ("tools", "persona")})
+    pair = start_pair(inputs, tmp_path, max_length=1024, kv_cache_gib=1.0)
+    try:
+        pair.load(0.6, 0.9)
+        items = shared_folder("evals") / "taskmaster" / "general.jsonl"
+        rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()][:24]
+        pairs = [(row["prompt"], f" {choice}") for row in rows for choice in row["choices"]]
+        ours, theirs = (loglikelihoods(engine, pairs) for engine in (pair.vllm, pair.plain))
+        n_tokens = [len(pair.vllm.lm.tokenizer.encode(text)) for _, text in pairs]
+        gaps = [abs(a[0] - b[0]) / n for a, b, n in zip(ours, theirs, n_tokens, strict=True)]
+        assert sum(gaps) / len(gaps) < 0.05  # nats a token
+        place, same = 0, 0
+        for row in rows:
+            own = slice(place, place := place + len(row["choices"]))
+            likeliest = [
+                max(range(len(row["choices"])), key=lambda i: found[own][i][0]) for found in (ours, theirs)
+            ]
+            same += likeliest[0] == likeliest[1]
+        assert same / len(rows) >= 0.99
+    finally:
+        pair.vllm.close()
+
+
+# What goes wrong
+
+
+@pytest.fixture
+def open_bench(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[..., Bench]]:
+    """A bench whose candidates take vLLM some seconds each."""
+    opened: list[Bench] = []
+    write_study(tmp_path, models["base"], {})
+    words = [{"prompt": f"Say {i}.", "patterns": ["e"]} for i in range(400)]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(item) for item in words))
+    text = (tmp_path / "suite.yaml").read_text().replace("max_new_tokens: 6", "max_new_tokens: 200")
+    (tmp_path / "suite.yaml").write_text(text)
+    inputs = open_models(models)
+
+    def start(**options: Any) -> Bench:
+        run = RunDir(tmp_path / "run")
+        (run.path / "candidates").mkdir(parents=True, exist_ok=True)
+        config = EngineConfig(kind="vllm", dtype="float32", **(SMALL | options))
+        evaluator = Evaluator(read_suite(find("evals", str(tmp_path / "suite.yaml"), tmp_path)))
+        console = Console(file=(tmp_path / "said").open("a"), width=500)
+        opened.append(Bench(config, inputs, evaluator, run, Progress(console)))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def pid_of(bench: Bench) -> int:
+    engine: Any = bench.engine
+    pid: int = engine.vllm._process.pid
+    return pid
+
+
+def while_it_measures(bench: Bench, what: signal.Signals, times: int) -> threading.Thread:
+    """Send a signal to each of the next engines, two seconds after it began to measure."""
+
+    def send() -> None:
+        for _ in range(times):
+            engine = bench.engine
+            time.sleep(2)
+            os.kill(pid_of(bench), what)
+            while bench.engine is engine:
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
+    open_bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    living = open_bench(timeout_s=5)
+    pids = [pid_of(living)]
+
+    # dies once: the candidate is measured all the same
+    while_it_measures(living, signal.SIGKILL, times=1)
+    candidate = living.measure("trial", "trial-0001", recipe_of(living.inputs, 0.1, 0.2), None)
+    assert candidate.state == "complete"
+    assert len(candidate.faults) == 1
+    assert "killed by SIGKILL" in candidate.faults[0]
+    assert "trial-0001       failed: vLLM's process ended" in (tmp_path / "said").read_text()
+    wait_until_gone(pids[-1])
+    pids.append(pid_of(living))
+
+    # hangs twice: the candidate has failed, and the study goes on
+    while_it_measures(living, signal.SIGSTOP, times=2)
+    candidate = living.measure("trial", "trial-0002", recipe_of(living.inputs, 0.3, 0.2), None)
+    assert candidate.state == "failed"
+    assert candidate.reason is not None
+    assert "silent for 5 s" in candidate.reason
+    on_disk = living.run.candidate("trial-0002")
+    assert on_disk is not None
+    assert on_disk.reason == candidate.reason
+    wait_until_gone(pids[-1])
+    pids.append(pid_of(living))
+
+    candidate = living.measure(
+        "trial", "trial-0003", base_recipe(living.inputs.base_source, living.inputs.expert_sources), None
+    )
+    assert (candidate.state, candidate.faults) == ("complete", ())
+    living.close()
+    wait_until_gone(*pids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arguments": {"max_nun_seqs": 3}}, "max_nun_seqs"),
+        ({"kv_cache_gib": 1e6}, "memory"),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why(
+    tmp_path: Path, models: dict[str, Path], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MergetuneError, match=message):
+        start_engine(EngineConfig(kind="vllm", **(SMALL | options)), models["base"], None, tmp_path)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(models: dict[str, Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = EngineConfig(kind="vllm", server={"port": port})
+        with pytest.raises(MergetuneError, match=f"but {port} is in use"):
+            start_engine(config, models["base"])
+
+
+def test_a_server_whose_weights_were_changed_behind_its_back_gives_no_scores(tiny: Pair) -> None:
+    vllm: Any = tiny.vllm.vllm
+    if not hasattr(vllm, "_endpoint"):
+        pytest.skip("only a server can be reached by others")
+    tiny.load(1.0, 1.0)
+    vllm._endpoint.post("/update_weight_version", {"new_version": "other"})
+    with pytest.raises(EngineError, match="has the weights `other`"):
+        loglikelihoods(tiny.vllm, [("One", " two three")])
+    tiny.load(1.0, 1.0)
+    assert loglikelihoods(tiny.vllm, [("One", " two three")])
