@@ -230,7 +230,9 @@ class Comparison:
             self._swap.vllm.generate(self._generations)
         swapped = time.perf_counter()
         lora.run(self._generations, [self._write(recipe) for recipe in recipes])
-        return swapped - start, time.perf_counter() - swapped
+        found = swapped - start, time.perf_counter() - swapped
+        print(f"{len(recipes)} candidates: swap {found[0]:.2f} s, LoRA {found[1]:.2f} s", flush=True)
+        return found
 
     def _differences(self, lora: LoraVllm, recipe: MergeRecipe) -> tuple[float, float]:
         """Return how far scores and log-probabilities of a candidate differ, in the mean."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import build_llama, fine_tune
 from lm_eval.api.instance import Instance
 from rich.console import Console
@@ -22,6 +23,7 @@ from test_study import write_study
 
 from optimizer.baselines import base_recipe
 from optimizer.bench import Bench
+from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import Engine, EngineConfig
 from optimizer.engines.self_test import RECORD
 from optimizer.engines.start import start_engine
@@ -220,27 +222,54 @@ def test_tied_embeddings_follow_a_swap(tmp_path: Path) -> None:
         pair.vllm.close()
 
 
-def test_a_real_model_with_adapters_scores_alike_in_bfloat16(tmp_path: Path) -> None:
+def rows_of(task: str, count: int) -> list[dict[str, Any]]:
+    items = shared_folder("evals") / "taskmaster" / f"{task}.jsonl"
+    return [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()[:count]]
+
+
+def token_logprobs(engine: Engine, texts: list[list[int]]) -> torch.Tensor:
+    """Score the tokens of texts by the transformers model itself."""
+    model: Any = engine.lm.model
+    found = []
+    for tokens in map(torch.tensor, texts):
+        with torch.no_grad():
+            logprobs = model(tokens[None, :-1]).logits[0].float().log_softmax(dim=-1)
+        found.append(logprobs.gather(1, tokens[1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def test_a_real_model_with_adapters_is_as_exact_as_in_transformers(tmp_path: Path) -> None:
+    """In bfloat16 rounding alone moves a log-probability by 0.07 nats in the mean, in either engine."""
     experts = shared_folder("examples") / "taskmaster" / "experts"
     inputs = open_inputs(demo_model(), {name: experts / name for name in ("tools", "persona")})
     pair = start_pair(inputs, tmp_path, max_length=1024, kv_cache_gib=1.0)
     try:
         pair.load(0.6, 0.9)
-        items = shared_folder("evals") / "taskmaster" / "general.jsonl"
-        rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()][:24]
+        tokenizer = pair.vllm.lm.tokenizer
+        texts = [
+            tokenizer.encode(f"{row['prompt']} {json.dumps(row['answer'])}")
+            for row in [*rows_of("tool_calls", 12), *rows_of("general", 12)]
+        ]
+        config = EngineConfig(kind="transformers", device="cpu", dtype="float32")
+        exact = start_engine(config, inputs.base.folder, inputs)
+        exact.load(recipe_of(inputs, 0.6, 0.9))
+        wanted = token_logprobs(exact, texts)
+        scored = pair.vllm.vllm.score([Scoring(tokens, 1) for tokens in texts])
+        ours = torch.tensor([logprob for each in scored for logprob in each.logprobs])
+        our_error, their_error = (
+            (found - wanted).abs().mean() for found in (ours, token_logprobs(pair.plain, texts))
+        )
+        assert our_error < 1.25 * their_error
+        assert (ours - wanted).abs().median() < 0.05
+
+        rows = rows_of("general", 24)
         pairs = [(row["prompt"], f" {choice}") for row in rows for choice in row["choices"]]
-        ours, theirs = (loglikelihoods(engine, pairs) for engine in (pair.vllm, pair.plain))
-        n_tokens = [len(pair.vllm.lm.tokenizer.encode(text)) for _, text in pairs]
-        gaps = [abs(a[0] - b[0]) / n for a, b, n in zip(ours, theirs, n_tokens, strict=True)]
-        assert sum(gaps) / len(gaps) < 0.05  # nats a token
-        place, same = 0, 0
-        for row in rows:
-            own = slice(place, place := place + len(row["choices"]))
-            likeliest = [
-                max(range(len(row["choices"])), key=lambda i: found[own][i][0]) for found in (ours, theirs)
-            ]
-            same += likeliest[0] == likeliest[1]
-        assert same / len(rows) >= 0.99
+        choices: list[list[int]] = []
+        for engine in (pair.vllm, pair.plain):
+            left = iter(score for score, _ in loglikelihoods(engine, pairs))
+            scores = [[next(left) for _ in row["choices"]] for row in rows]
+            choices.append([own.index(max(own)) for own in scores])
+        assert choices[0] == choices[1]
     finally:
         pair.vllm.close()
 

@@ -90,13 +90,14 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         completer: what answers the requests.
         tokenizer: the model's, from transformers.
         max_length: the most tokens that prompt and reply may have together.
+        seed: of every reply that is drawn at random, so that it does not depend on the other items.
     """
 
-    def __init__(self, completer: Completer, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, completer: Completer, tokenizer: Any, max_length: int, seed: int = 0) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._completer = completer
+        self._completer, self._seed = completer, seed
 
     @property
     def eot_token_id(self) -> int:
@@ -169,7 +170,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         ]
         scores = self._loglikelihood_tokens([window for _number, window in windows])
         totals = [0.0] * len(texts)
-        for (number, _), (logprob, _is_greedy) in zip(windows, scores, strict=True):
+        for (number, _window), (logprob, _is_greedy) in zip(windows, scores, strict=True):
             totals[number] += logprob
         return totals
 
@@ -191,10 +192,12 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     def _generation(self, prompt: str, settings: Mapping[str, Any]) -> tuple[Generation, list[str]]:
         """Return a request and the stops of an lm-eval request."""
         max_new_tokens, until, sampling = generation_settings(settings)
-        single = {text: self.tokenizer.encode(text, add_special_tokens=False) for text in until}
-        special = set(self.tokenizer.all_special_ids)
-        stop_tokens = [ids[0] for ids in single.values() if len(ids) == 1 and ids[0] in special]
-        stop = [text for text, ids in single.items() if ids[0] not in stop_tokens]
+        if sampling.get("temperature", 1.0):
+            sampling.setdefault("seed", self._seed)
+        # special tokens are no part of the text that stops are looked for in
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        stop_tokens = [special[text] for text in until if text in special]
+        stop = [text for text in until if text not in special]
         room = max(self.max_length - max_new_tokens, 1)
         tokens = self.tok_encode(prompt)[-room:]
         return Generation(tokens, max_new_tokens, stop, stop_tokens, sampling), stop

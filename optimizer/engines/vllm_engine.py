@@ -63,7 +63,8 @@ class VllmEngine:
             from optimizer.engines.vllm_server import VllmServer
 
             self.vllm = VllmServer(config, model, log)
-        self._lm = CompletionsLM(self.vllm, AutoTokenizer.from_pretrained(model), self.vllm.max_length)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self._lm = CompletionsLM(self.vllm, tokenizer, self.vllm.max_length, config.seed)
         self._counts = itertools.count(1)
         if paths is not None:
             self.vllm.call_workers("mergetune_open", {"paths": paths.model_dump_json()})

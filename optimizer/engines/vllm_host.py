@@ -63,7 +63,6 @@ class _Host:
 
         self._connection = connection
         self._llm: Any = LLM(**settled)
-        self._seed = arguments["seed"]
         self._numbers = itertools.count()
         self._version = ""
         self._next_beat = 0.0
@@ -93,7 +92,6 @@ class _Host:
                     "max_tokens": request.max_new_tokens,
                     "stop": list(request.stop),
                     "stop_token_ids": list(request.stop_tokens),
-                    "seed": self._seed if request.sampling.get("temperature") else None,
                     **request.sampling,
                 }
                 for request in requests
