@@ -11,7 +11,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from optimizer.baselines import base_recipe
 from optimizer.engines.choice import installed_version
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import EngineConfig
@@ -25,14 +24,14 @@ from optimizer.yaml_io import write_text
 
 RECORD = "self_test.json"
 _TOLERANCE = 0.02  # nats, in the mean: what the order of sums does in bfloat16 on a GPU
-_SCALE = 0.9  # of the second model's weights: every tensor differs from the base's
+_SCALE = 0.9  # of the second model's weights: every tensor differs
 _N_TEXTS, _N_TOKENS = 8, 32
 
 
 def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngine:
     """Start vLLM; the first time in `folder`, show that it follows a swap of weights.
 
-    With A the base and B the first expert scaled by 0.9, the engine starts on B from disk, then takes
+    With A the first expert and B the same scaled by 0.9, the engine starts on B from disk, then takes
     A, B and A again: B put in must score texts as B from disk, and A as A. One start serves for both.
 
     Raises:
@@ -41,7 +40,7 @@ def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngi
     log, record, key = folder / "engine.log", folder / RECORD, _key(config, inputs)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
         return VllmEngine(config, inputs.base.folder, inputs.paths, log)
-    a, b = base_recipe(inputs.base_source, inputs.expert_sources), _scaled(inputs)
+    a, b = _scaled(inputs, 1.0), _scaled(inputs, _SCALE)
     # the same place for the same model: vLLM keeps what it compiles by the path
     place = cache_folder() / "self-test" / b.digest[:16]
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,9 +75,10 @@ def _key(config: EngineConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _scaled(inputs: Inputs) -> MergeRecipe:
+def _scaled(inputs: Inputs, scale: float) -> MergeRecipe:
+    """Return the recipe of the first expert, all its weights scaled."""
     name, source = next(iter(inputs.expert_sources.items()))
-    group = RecipeGroup.model_validate({"name": "all", "scale": _SCALE})
+    group = RecipeGroup.model_validate({"name": "all", "scale": scale})
     return MergeRecipe(method="passthrough", base=inputs.base_source, experts={name: source}, groups=(group,))
 
 
