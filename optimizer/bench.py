@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from optimizer import selection
-from optimizer.engines.choice import choose_engine
-from optimizer.engines.engine import Engine, EngineConfig
-from optimizer.engines.start import start_engine
+from optimizer.engines.choice import installed_version
+from optimizer.engines.engine import EngineConfig, EngineKind
+from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement
 from optimizer.library import find
@@ -39,7 +39,6 @@ log = logging.getLogger("mergetune")
 def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
     """Keep what the report needs beside the measurements."""
     run.write_items(evaluator.items())
-    run.write_json("versions.json", {name: importlib.metadata.version(name) for name in _VERSIONS_OF})
     run.write_json("warnings.json", list(inputs.warnings))
     run.write_json(
         "model.json",
@@ -65,11 +64,12 @@ class Bench:
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
-        self._config, reason = choose_engine(engine, inputs.base.folder, run.engine_kind())
-        run.write_engine_kind(self._config.kind)
         self._broken_in_a_row = 0
-        progress.say(f"engine: {reason}")
-        self.engine = self._start()
+        progress.at_work("starting the engine …")
+        self.engine, self._config = start_chosen(
+            engine, inputs.base.folder, inputs, run.path, run.engine_kind(), progress.say
+        )
+        run.write_versions(self._config.kind, _versions(self._config.kind))
 
     def measure(
         self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
@@ -151,10 +151,6 @@ class Bench:
             )
             return cost, measurement, faults
 
-    def _start(self) -> Engine:
-        self.progress.at_work("starting the engine …")
-        return start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
-
     def _restart(self, reason: str) -> None:
         """Put a new engine in place of one that broke."""
         self._broken_in_a_row += 1
@@ -165,7 +161,8 @@ class Bench:
                 "What was measured is kept: mend what is wrong and run the same command again."
             )
         try:
-            self.engine = self._start()
+            self.progress.at_work("starting the engine again …")
+            self.engine = start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
         except EngineError as error:
             raise MergetuneError(
                 f"The engine broke ({reason}) and cannot be started again: {error}"
@@ -185,8 +182,11 @@ def measure_model(
     base: str | None,
     split: Literal["search", "holdout", "all"],
     engine: EngineConfig,
+    say: Callable[[str], None],
 ) -> Measurement:
     """Score one model, or an adapter on its `base`, on a suite; paths are relative to this folder.
+
+    `say` is told which engine was chosen.
 
     Raises:
         MergetuneError: there is no such model or suite, or an adapter came without its base.
@@ -198,9 +198,7 @@ def measure_model(
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
     inputs = None if base is None else open_inputs(find_model(base, here), {"expert": folder})
     start = folder if inputs is None else inputs.base.folder
-    config, reason = choose_engine(engine, start)
-    log.info("engine: %s", reason)
-    living = start_engine(config, start, inputs)
+    living, _ = start_chosen(engine, start, inputs, None, None, say)
     try:
         if inputs is not None:
             living.load(_expert_alone(inputs))
@@ -244,6 +242,12 @@ def measure_splits(evaluator: Evaluator, lm: LM, split: Literal["search", "holdo
     parts = [evaluator.measure(lm, each) for each in wanted if evaluator.count(each)]
     items = pd.concat([part.items for part in parts], ignore_index=True)
     return Measurement(items, sum(part.seconds for part in parts))
+
+
+def _versions(kind: EngineKind) -> dict[str, str]:
+    """Return the versions of what numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+    return found | ({"vllm": installed_version() or ""} if kind == "vllm" else {})
 
 
 def _expert_alone(inputs: Inputs) -> MergeRecipe:

@@ -217,7 +217,7 @@ def evaluate(
         raise MergetuneError("Name the MODEL to score, or give the --url of a server.")
     else:
         config = EngineConfig(kind=engine, batch_size=batch_size)
-        measurement = measure_model(model, suite, base, split, config)
+        measurement = measure_model(model, suite, base, split, config, _remark)
     if out is not None:
         write_parquet(out, measurement.items)
     scores = measurement.scores()
@@ -264,6 +264,11 @@ def presets() -> None:
     _out.print("Suites", style="bold")
     for name, path in list_presets("evals").items():
         _out.print(f"  {name:<32} {escape(read_yaml(path, SuiteConfig).description)}")
+
+
+def _remark(text: str) -> None:
+    """Say something on stderr, beside a result that may be JSON."""
+    _err.print(text, highlight=False, markup=False)
 
 
 def _run(study: Path, out: Path, engine: EngineKind | None) -> None:

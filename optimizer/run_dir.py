@@ -2,13 +2,13 @@
 
 study.yaml        the study file, paths made absolute; it can be run again as it is
 record.json       the same with the suite's rules and the digests of all inputs
-versions.json     of mergetune and the libraries that numbers depend on
+versions.json     the engine, and versions of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 run.log           what happened, with times
-engine.json       the engine that was chosen; engine.log: what vLLM said
+engine.log        what vLLM said
 self_test.json    how exactly vLLM follows a swap of weights
 base/             the base with the tokens that experts added, where there are any
 report/           the report
@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -198,12 +198,12 @@ class RunDir:
 
     def engine_kind(self) -> EngineKind | None:
         """Return the engine that the study was begun with, None before that."""
-        found: EngineKind | None = self.read_json("engine.json")
-        return found
+        versions: dict[str, Any] = self.read_json("versions.json") or {}
+        return versions.get("engine")
 
-    def write_engine_kind(self, kind: EngineKind) -> None:
-        """Keep the engine that the study was begun with."""
-        self.write_json("engine.json", kind)
+    def write_versions(self, kind: EngineKind, versions: Mapping[str, str]) -> None:
+        """Keep the engine that measures, and the versions of the libraries that numbers depend on."""
+        self.write_json("versions.json", {"engine": kind, **versions})
 
     @property
     def extended_base(self) -> Path:

@@ -125,7 +125,7 @@ def test_the_merged_model_is_the_one_that_was_scored(finished: RunDir, models: d
     best = finished.path / "best"
     recipe = MergeRecipe.read(best / "recipe.yaml")
     scored = next(found for found in finished.candidates() if found.recipe.digest == recipe.digest)
-    again = measure_model(str(best), str(finished.study.suite), None, "search", ENGINE)
+    again = measure_model(str(best), str(finished.study.suite), None, "search", ENGINE, print)
     measured = finished.measurement(scored.name, "search")
     assert measured is not None
     assert again.items.equals(measured)
@@ -277,7 +277,7 @@ def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tie
     found = RunDir(tmp_path / "run")
     recipe = MergeRecipe.read(found.path / "best" / "recipe.yaml")
     scored = next(c for c in found.candidates() if c.recipe.digest == recipe.digest)
-    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", ENGINE)
+    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", ENGINE, print)
     measured = found.measurement(scored.name, "search")
     assert measured is not None
     assert again.items.equals(measured)

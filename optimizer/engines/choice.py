@@ -39,8 +39,8 @@ def choose_engine(
         kind, why = config.kind, "as the study says"
     elif begun_with is not None:
         kind, why = begun_with, "as the study was begun"
-    elif (obstacle := _obstacle(model)) is not None:
-        kind, why = "transformers", f"for {obstacle}"
+    elif (obstacle := _obstacle(config, model)) is not None:
+        kind, why = "transformers", f"since {obstacle}"
     else:
         kind, why = "vllm", "which is installed and can run this model"
     version = installed_version()
@@ -57,8 +57,8 @@ def installed_version() -> str | None:
     return None
 
 
-def _obstacle(model: Path) -> str | None:
-    """Return why vLLM cannot run a model here, None where it can."""
+def _obstacle(config: EngineConfig, model: Path) -> str | None:
+    """Return why vLLM cannot run a model here, None where nothing speaks against it."""
     version = installed_version()
     if version is None:
         return f"vLLM is not installed ({_INSTALL})"
@@ -69,6 +69,8 @@ def _obstacle(model: Path) -> str | None:
     device, known = json.loads(done.stdout.splitlines()[-1])
     if not device:
         return f"vLLM {version} finds no device that it was built for"
+    if config.device.partition(":")[0] not in ("auto", device):
+        return f"`engine.device` is {config.device}, and vLLM {version} runs on {device}"
     architectures = read_json(model / "config.json").get("architectures") or []
     if not set(known).intersection(architectures):
         return f"vLLM {version} does not know the architecture {', '.join(architectures) or 'none'}"

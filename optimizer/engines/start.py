@@ -1,18 +1,46 @@
-"""Starting the engine that was chosen."""
+"""Choosing an engine and starting it."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from optimizer.engines.engine import Engine, EngineConfig
+from optimizer.engines.choice import choose_engine
+from optimizer.engines.engine import Engine, EngineConfig, EngineKind
+from optimizer.errors import MergetuneError
 from optimizer.merging.inputs import Inputs
+
+
+def start_chosen(
+    config: EngineConfig,
+    model: Path,
+    inputs: Inputs | None,
+    folder: Path | None,
+    begun_with: EngineKind | None,
+    say: Callable[[str], None],
+) -> tuple[Engine, EngineConfig]:
+    """Choose an engine and start it; where `auto` chose one that does not run, start the other.
+
+    See `choose_engine` and `start_engine`. `say` is told what was chosen and why; the configuration
+    that comes back starts the same engine again.
+    """
+    settled, reason = choose_engine(config, model, begun_with)
+    say(f"engine: {reason}")
+    try:
+        return start_engine(settled, model, inputs, folder), settled
+    except MergetuneError as error:
+        if settled.kind == "transformers" or config.kind != "auto" or begun_with is not None:
+            raise
+        say(f"engine: transformers, since vLLM did not start: {error}")
+        settled = settled.model_copy(update={"kind": "transformers"})
+        return start_engine(settled, model, inputs, folder), settled
 
 
 def start_engine(
     config: EngineConfig, model: Path, inputs: Inputs | None = None, folder: Path | None = None
 ) -> Engine:
-    """Start the engine that `choose_engine` settled on.
+    """Start an engine of the kind that `config` names.
 
     Args:
         config: its options.

@@ -63,11 +63,16 @@ class VllmEngine:
             from optimizer.engines.vllm_server import VllmServer
 
             self.vllm = VllmServer(config, model, log)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self._lm = CompletionsLM(self.vllm, tokenizer, self.vllm.max_length, config.seed)
         self._counts = itertools.count(1)
-        if paths is not None:
-            self.vllm.call_workers("mergetune_open", {"paths": paths.model_dump_json()})
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            self._lm = CompletionsLM(self.vllm, tokenizer, self.vllm.max_length, config.seed)
+            self.vllm.score([Scoring([self._lm.eot_token_id] * 2, 1)])  # some models start, but do not run
+            if paths is not None:
+                self.vllm.call_workers("mergetune_open", {"paths": paths.model_dump_json()})
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def lm(self) -> LM:

@@ -1,0 +1,63 @@
+"""Which engine runs, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from optimizer.engines.choice import choose_engine
+from optimizer.engines.engine import EngineConfig
+from optimizer.engines.start import start_chosen
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.errors import MergetuneError
+from optimizer.yaml_io import validate
+
+pytest.importorskip("vllm")
+
+
+def test_auto_takes_vllm_where_it_is_installed(tiny_base: Path) -> None:
+    config, reason = choose_engine(EngineConfig(batch_size=8), tiny_base)
+    assert (config.kind, config.batch_size) == ("vllm", 8)
+    assert reason.startswith("vLLM 0.")
+    assert "which is installed" in reason
+
+
+def test_auto_says_why_it_does_not_take_vllm(tmp_path: Path, tiny_base: Path) -> None:
+    config, reason = choose_engine(EngineConfig(device="cuda:1"), tiny_base)
+    assert (config.kind, "`engine.device` is cuda:1" in reason) == ("transformers", True)
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    data = json.loads((model / "config.json").read_text()) | {"architectures": ["MyForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(data))
+    config, reason = choose_engine(EngineConfig(), model)
+    assert (config.kind, "does not know the architecture MyForCausalLM" in reason) == ("transformers", True)
+
+
+def test_a_study_goes_on_with_the_engine_that_it_was_begun_with(tiny_base: Path) -> None:
+    config, reason = choose_engine(EngineConfig(), tiny_base, begun_with="transformers")
+    assert (config.kind, reason) == ("transformers", "transformers, as the study was begun")
+
+
+def test_auto_takes_transformers_where_vllm_starts_but_cannot_compute(tiny_base: Path) -> None:
+    said: list[str] = []  # vLLM's attention takes no heads of 8 on a CPU
+    engine, config = start_chosen(EngineConfig(), tiny_base, None, None, None, said.append)
+    assert isinstance(engine, TransformersEngine)
+    assert config.kind == "transformers"
+    assert "engine: transformers, since vLLM did not start" in said[1]
+    assert "head_dim=8" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"kind": "transformers", "gpu_memory_utilization": 0.5}, "no option of `kind: transformers`"),
+        ({"kind": "vllm", "device": "cuda"}, "no option of `kind: vllm`"),
+        ({"server": {"prot": 8000}}, "Did you mean `port`"),
+        ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_options_that_do_not_belong_are_refused(engine: dict[str, object], message: str) -> None:
+    with pytest.raises(MergetuneError, match=message):
+        validate(engine, EngineConfig, "study.yaml")
