@@ -12,6 +12,7 @@ from optimizer.engines.engine import EngineConfig
 
 # For vLLM's processes: no reports of usage, and no warnings of tokenizers about forks.
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+SECONDS_TO_START = 3600.0  # of silence: a large model is read, and compiled
 _CPU_CACHE_GIB = 4
 
 

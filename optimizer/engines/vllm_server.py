@@ -15,11 +15,10 @@ from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
 from optimizer.engines.endpoint import Endpoint
 from optimizer.engines.engine import EngineConfig, ServerConfig
 from optimizer.engines.guarded_process import GuardedProcess, last_words
-from optimizer.engines.vllm_arguments import ENVIRONMENT, engine_arguments
+from optimizer.engines.vllm_arguments import ENVIRONMENT, SECONDS_TO_START, engine_arguments
 from optimizer.errors import EngineError, MergetuneError
 
 _HOST = "127.0.0.1"
-_SECONDS_TO_START = 3600.0  # a large model is read, and compiled
 _SECONDS_BETWEEN_LOOKS = 0.2
 # Calls of workers by name: vLLM offers them to whoever reaches the server, hence loopback only.
 _ENVIRONMENT = {**ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}
@@ -103,7 +102,7 @@ class VllmServer:
     def _wait_for(self, address: str) -> None:
         session = http.Session()
         session.trust_env = False  # proxies are for other machines
-        deadline = time.monotonic() + _SECONDS_TO_START
+        deadline = time.monotonic() + SECONDS_TO_START
         while time.monotonic() < deadline:
             if (ending := self._process.ending()) is not None:
                 raise EngineError(f"vLLM's server did not start ({ending}). {last_words(self._log)}")
@@ -111,7 +110,7 @@ class VllmServer:
                 if session.get(address, timeout=_SECONDS_BETWEEN_LOOKS * 10).ok:
                     return
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        raise EngineError(f"vLLM's server did not start in {_SECONDS_TO_START:g} s. {last_words(self._log)}")
+        raise EngineError(f"vLLM's server did not start in {SECONDS_TO_START:g} s. {last_words(self._log)}")
 
 
 def _free_port(config: ServerConfig) -> int:
