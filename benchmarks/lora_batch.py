@@ -195,25 +195,25 @@ class Comparison:
         self._generations, self._scorings = asked.generations, asked.scorings
 
     def compare(self, recipes: Sequence[MergeRecipe], rounds: int) -> dict[str, float]:
-        """Compare one batch of these candidates with as many swaps; one round more does not count.
+        """Compare one batch of these candidates with as many swaps.
 
         `swap_s` and `lora_s` are the seconds of one candidate, medians over rounds: all replies of the
-        suite, and the swap, or the writing and loading of the adapter. The differences are means, of
-        the items' scores and of the log-probabilities (nats) of the choices' tokens.
+        suite, and the swap, or the writing and loading of the adapter. The differences are those of the
+        last candidate, means of the items' scores and of the log-probabilities (nats) of the choices'
+        tokens.
         """
         base, log = self._inputs.base.folder, self._folder / "lora.log"
         lora = LoraVllm(self._config, base, _rank(self._inputs), len(recipes), log)
         try:
-            times = [self._round(lora, recipes) for _ in range(rounds + 1)]
-            differences = [self._differences(lora, recipe) for recipe in recipes]
+            of_scores, of_logprobs = self._differences(lora, recipes[-1])  # which warms both up, too
+            times = [self._round(lora, recipes) for _ in range(rounds)]
         finally:
             lora.close()
-        swap_s, lora_s = (statistics.median(each) for each in zip(*times[1:], strict=True))
-        of_scores, of_logprobs = (statistics.fmean(each) for each in zip(*differences, strict=True))
+        swap_s, lora_s = (statistics.median(each) / len(recipes) for each in zip(*times, strict=True))
         return {
             "n_candidates": len(recipes),
-            "swap_s": swap_s / len(recipes),
-            "lora_s": lora_s / len(recipes),
+            "swap_s": swap_s,
+            "lora_s": lora_s,
             "score_difference": of_scores,
             "logprob_difference": of_logprobs,
         }
@@ -223,7 +223,7 @@ class Comparison:
         self._swap.close()
 
     def _round(self, lora: LoraVllm, recipes: Sequence[MergeRecipe]) -> tuple[float, float]:
-        """Time the candidates by swaps and in one batch."""
+        """Time the candidates by swaps, and in one batch."""
         start = time.perf_counter()
         for recipe in recipes:
             self._swap.load(recipe)
@@ -231,11 +231,11 @@ class Comparison:
         swapped = time.perf_counter()
         lora.run(self._generations, [self._write(recipe) for recipe in recipes])
         found = swapped - start, time.perf_counter() - swapped
-        print(f"{len(recipes)} candidates: swap {found[0]:.2f} s, LoRA {found[1]:.2f} s", flush=True)
+        print(f"{len(recipes)} candidates: swaps {found[0]:.2f} s, LoRA {found[1]:.2f} s", flush=True)
         return found
 
     def _differences(self, lora: LoraVllm, recipe: MergeRecipe) -> tuple[float, float]:
-        """Return how far scores and log-probabilities of a candidate differ, in the mean."""
+        """Return how far the scores and log-probabilities of a candidate differ, in the mean."""
         self._swap.load(recipe)
         adapter = [self._write(recipe)]
         (replies,), (scored,) = lora.run(self._generations, adapter), lora.run(self._scorings, adapter)

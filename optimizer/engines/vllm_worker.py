@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optimizer.engines.engine import LoadTime
@@ -22,8 +25,12 @@ class MergeWorker:
     end the engine: it is returned instead.
     """
 
-    reload_weights: Any  # of vLLM's worker
+    # of vLLM's worker
+    reload_weights: Any
     model_runner: Any
+    device: Any
+    parallel_config: Any
+
     mergetune_merger: Merger
 
     def mergetune_open(self, paths: str) -> None:
@@ -38,13 +45,27 @@ class MergeWorker:
         """
         wanted = MergeRecipe.model_validate_json(recipe)
         merged = _Whole(self.mergetune_merger, wanted)
-        time = LoadTime.of(lambda tensors: self.reload_weights(weights_iterator=tensors), iter(merged))
-        self._renew_tied_head()
+        with self._mergetune_threads():
+            time = LoadTime.of(lambda tensors: self.reload_weights(weights_iterator=tensors), iter(merged))
+        self._mergetune_renew_tied_head()
         if merged.error is not None:
             return {"error": str(merged.error), "of_trial": isinstance(merged.error, TrialError)}
         return {"digest": wanted.digest, **asdict(time)}
 
-    def _renew_tied_head(self) -> None:
+    @contextmanager
+    def _mergetune_threads(self) -> Iterator[None]:
+        """Merge with this worker's share of the cores: a GPU's worker leaves itself one."""
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu":
+            n_cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, n_cores // self.parallel_config.world_size))
+        try:
+            yield
+        finally:
+            if self.device.type != "cpu":
+                torch.set_num_threads(threads)
+
+    def _mergetune_renew_tied_head(self) -> None:
         """Let the head follow the embeddings: on a CPU it computes with a packed copy of its own.
 
         vLLM's reload does not renew it (0.32), and the log-probabilities would be off by nats.
