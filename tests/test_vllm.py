@@ -309,12 +309,12 @@ def pid_of(bench: Bench) -> int:
 
 
 def while_it_measures(bench: Bench, what: signal.Signals, times: int) -> threading.Thread:
-    """Send a signal to each of the next engines, two seconds after it began to measure."""
+    """Send a signal to each of the next engines while it measures for two seconds or more."""
 
     def send() -> None:
         for _ in range(times):
             engine = bench.engine
-            time.sleep(2)
+            time.sleep(0.5)
             os.kill(pid_of(bench), what)
             while bench.engine is engine:
                 time.sleep(0.05)
