@@ -137,10 +137,11 @@ class Bench:
             except EngineError as fault:
                 log.exception("the engine broke")
                 faults = (*faults, str(fault))
+                if len(faults) < _ATTEMPTS:
+                    on_fault(str(fault))
                 self._restart(str(fault))
                 if len(faults) == _ATTEMPTS:
                     raise
-                on_fault(str(fault))
                 continue
             self._broken_in_a_row = 0
             cost = Cost(
