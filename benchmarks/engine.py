@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from optimizer.library import find, shared_folder
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import demo_model
 from optimizer.recipe import MergeRecipe
-from optimizer.suite import read_suite
+from optimizer.suite import Suite, SuiteConfig, read_suite
 
 # Two vLLMs live at a time, `swap` and `restart`, so each takes less than a study's would.
 _VLLM = EngineConfig(kind="vllm", gpu_memory_utilization=0.3, kv_cache_gib=2)
@@ -118,6 +118,17 @@ def candidates(inputs: Inputs, count: int) -> list[MergeRecipe]:
         )
         for _ in range(count)
     ]
+
+
+def limited(suite: Suite, limit: int | None) -> Suite:
+    """Return a suite of the first items of every task."""
+    if limit is None:
+        return suite
+    config = suite.config.model_dump()
+    for score in (*config["objectives"].values(), *config["guards"].values()):
+        for task in score["tasks"]:
+            task["limit"] = limit
+    return replace(suite, config=SuiteConfig.model_validate(config))
 
 
 def swapped(engine: Engine, watch: Stopwatch, evaluator: Evaluator) -> Way:
@@ -273,12 +284,13 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=3, help="measured in every way")
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile; the default on a GPU")
     parser.add_argument("--lora-batch", type=int, nargs="+", metavar="K", help="measure this instead")
+    parser.add_argument("--limit", type=int, help="take the first items of every task only")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     config = _VLLM.model_copy(update={"enforce_eager": False if arguments.compiled else None})
     experts = shared_folder("examples") / "taskmaster" / "experts"
     inputs = open_inputs(demo_model(), {name: experts / name for name in ("tools", "persona")})
-    evaluator = Evaluator(read_suite(find("evals", "taskmaster", Path())))
+    evaluator = Evaluator(limited(read_suite(find("evals", "taskmaster", Path())), arguments.limit))
     console = Console()
     written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

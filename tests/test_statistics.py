@@ -1,0 +1,573 @@
+"""Paired statistics, against scipy, statsmodels, published examples, enumeration and simulation."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from optuna._hypervolume import compute_hypervolume
+from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from optimizer import pareto, statistics
+from optimizer.evaluate import Measurement
+from optimizer.statistics import Floats, Interval
+
+scores_of_20 = arrays(np.float64, 20, elements=st.floats(0, 1, width=16))
+binaries_of_20 = arrays(np.float64, 20, elements=st.sampled_from([0.0, 1.0]))
+TASKS = np.repeat(["easy", "hard"], [8, 12])
+PASSAGES = np.arange(20) // 2
+
+
+def binary(wins: int, losses: int, n_items: int) -> tuple[Floats, Floats]:
+    """Scores of a candidate and a baseline that differ on so many items."""
+    candidate, baseline = np.ones(n_items), np.ones(n_items)
+    baseline[:wins] = 0
+    candidate[wins : wins + losses] = 0
+    return candidate, baseline
+
+
+def graded(rng: np.random.Generator, n_items: int) -> tuple[Floats, Floats]:
+    """Graded scores of two equal models that agree on about half of the items."""
+    baseline = rng.beta(0.6, 0.6, n_items)
+    return np.clip(baseline + rng.normal(0, 0.2, n_items) * (rng.random(n_items) < 0.5), 0, 1), baseline
+
+
+def clustered(rng: np.random.Generator, n_clusters: int) -> tuple[Floats, Floats]:
+    """Differences of mean 0 with a shared part per cluster of 1 to 8 items, and the clusters."""
+    clusters = np.repeat(np.arange(n_clusters), rng.integers(1, 9, n_clusters))
+    return 0.3 * rng.normal(size=n_clusters)[clusters] + 0.4 * rng.normal(size=len(clusters)), clusters
+
+
+def coverage(draw: Callable[[], Interval], truth: float, n_runs: int) -> float:
+    intervals = [draw() for _ in range(n_runs)]
+    return sum(i.lower <= truth <= i.upper for i in intervals) / n_runs
+
+
+# --- the paired standard error
+
+
+def test_without_strata_and_clusters_it_is_the_paired_t_test() -> None:
+    candidate, baseline = graded(np.random.default_rng(0), 40)
+    ours, theirs = statistics.paired_difference(candidate, baseline), stats.ttest_rel(candidate, baseline)
+    expected = theirs.confidence_interval(0.9)
+    assert (ours.interval(0.9).lower, ours.interval(0.9).upper) == pytest.approx(
+        (expected.low, expected.high)
+    )
+    assert ours.p_value == pytest.approx(theirs.pvalue)
+
+
+def test_with_two_strata_it_is_welchs_t_test() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(0.1, 1, 12), rng.normal(0.3, 3, 30)
+    ours = statistics.paired_difference(
+        np.r_[first, second], np.zeros(42), ["a"] * 12 + ["b"] * 30
+    )  # mean of the strata's differences: half of first − (−second)
+    theirs = stats.ttest_ind(first, -second, equal_var=False)
+    assert ours.dof == pytest.approx(theirs.df)
+    assert 2 * ours.interval().upper == pytest.approx(theirs.confidence_interval().high)
+
+
+def test_clusters_agree_with_statsmodels_and_with_miller() -> None:
+    difference, clusters = clustered(np.random.default_rng(2), 15)
+    ours = statistics.paired_difference(difference, np.zeros(len(difference)), clusters=clusters)
+    fit = sm.OLS(difference, np.ones(len(difference))).fit(cov_type="cluster", cov_kwds={"groups": clusters})
+    assert ours.stderr == pytest.approx(fit.bse[0])
+    assert ours.dof == pytest.approx(14)
+    totals = pd.Series(difference - difference.mean()).groupby(clusters).sum()
+    assert ours.stderr == pytest.approx(np.sqrt((totals**2).sum() * 15 / 14) / len(difference))
+
+
+def test_strata_agree_with_the_score_of_a_measurement() -> None:
+    scores = np.random.default_rng(3).random(20)
+    items = pd.DataFrame({"score_name": "all", "task": TASKS, "item": range(20), "score": scores})
+    theirs = Measurement(items, 0.0).scores()["all"]
+    ours = statistics.paired_difference(scores, np.zeros(20), items["task"].to_numpy())
+    assert (ours.estimate, ours.stderr) == pytest.approx((theirs.value, theirs.stderr))
+
+
+@given(scores_of_20, scores_of_20, st.permutations(range(20)))
+@settings(max_examples=50, deadline=None)
+def test_swapping_flips_the_sign_and_order_changes_nothing(
+    candidate: Floats, baseline: Floats, order: list[int]
+) -> None:
+    ours = statistics.paired_difference(candidate, baseline, TASKS)
+    swapped = statistics.paired_difference(baseline, candidate, TASKS)
+    moved = statistics.paired_difference(candidate[order], baseline[order], TASKS[order], PASSAGES[order])
+    in_place = statistics.paired_difference(candidate, baseline, TASKS, PASSAGES)
+    assert swapped.estimate == pytest.approx(-ours.estimate)
+    assert swapped.stderr == pytest.approx(ours.stderr)
+    assert (moved.estimate, moved.stderr) == pytest.approx((in_place.estimate, in_place.stderr))
+
+
+def test_a_task_of_one_item_leaves_the_error_unknown() -> None:
+    ours = statistics.paired_difference(np.ones(3), np.array([0.0, 1.0, 0.5]), ["a", "a", "b"])
+    assert ours.stderr == math.inf
+    assert ours.interval().lower == -math.inf
+    assert ours.p_value == 1
+
+
+def test_equal_differences_are_no_evidence() -> None:
+    assert statistics.paired_difference(np.full(9, 0.4), np.full(9, 0.3)).p_value == 1
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="the same items"):
+        statistics.paired_difference(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="finite"):
+        statistics.paired_difference(np.array([np.nan]), np.ones(1))
+    with pytest.raises(ValueError, match=r"\(n_items, n_candidates\)"):
+        statistics.bootstrap_scores(np.ones(3))
+    with pytest.raises(ValueError, match=r"must hold, but got 0.02 and 0.95"):
+        statistics.non_inferiority(np.ones(3), np.ones(3), 0.02, alpha=0.95)
+    with pytest.raises(ValueError, match="within one stratum, but that of item"):
+        statistics.paired_difference(np.ones(2), np.ones(2), ["a", "b"], ["same", "same"])
+    with pytest.raises(ValueError, match="must label 3 items"):
+        statistics.paired_difference(np.ones(3), np.ones(3), ["a", "b"])
+
+
+# --- the bootstrap
+
+
+def test_every_candidate_gets_the_same_items() -> None:
+    scores = np.random.default_rng(4).random((30, 3))
+    alone = statistics.bootstrap_scores(scores[:, :1], seed=5)
+    together = statistics.bootstrap_scores(np.c_[scores, scores[:, 0] + 0.25], seed=5)
+    assert together[:, 0] == pytest.approx(alone[:, 0])
+    assert together[:, 3] - together[:, 0] == pytest.approx(0.25)
+    assert not np.allclose(statistics.bootstrap_scores(scores[:, :1], seed=6), alone)
+
+
+def test_a_shared_generator_makes_objectives_independent() -> None:
+    scores, rng = np.random.default_rng(7).random((30, 1)), np.random.default_rng(8)
+    first, second = (statistics.bootstrap_scores(scores, seed=rng)[:, 0] for _ in range(2))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("clusters", [None, PASSAGES])
+def test_the_resamples_have_the_standard_error_of_the_formula(clusters: Floats | None) -> None:
+    scores = np.random.default_rng(9).random(20)
+    ours = statistics.bootstrap_scores(scores[:, None], TASKS, clusters, n_resamples=40_000)[:, 0]
+    formula = statistics.paired_difference(scores, np.zeros(20), TASKS, clusters)
+    assert ours.mean() == pytest.approx(formula.estimate, abs=4 * formula.stderr / 200)
+    assert ours.std() == pytest.approx(formula.stderr, rel=0.015)
+
+
+def test_intervals_agree_with_scipys_bootstrap() -> None:
+    rng = np.random.default_rng(10)
+    first, second = rng.exponential(1, 150), rng.normal(0, 1, 250)
+    strata, both = np.repeat([0, 1], [150, 250]), np.r_[first, second]
+
+    def mean_of_means(a: Floats, b: Floats, axis: int = -1) -> Floats:
+        return np.asarray((a.mean(axis=axis) + b.mean(axis=axis)) / 2)
+
+    def theirs(method: Literal["BCa", "percentile"]) -> list[float]:
+        found = stats.bootstrap((first, second), mean_of_means, n_resamples=20_000, method=method, rng=rng)
+        return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+    bca = statistics.bca_interval(both, np.zeros(400), strata, n_resamples=20_000)
+    resampled = statistics.bootstrap_scores(both[:, None], strata, n_resamples=20_000)
+    percentile = statistics.percentile_interval(resampled[:, 0])
+    tolerance = 0.06 * statistics.paired_difference(both, np.zeros(400), strata).stderr
+    assert [bca.lower, bca.upper] == pytest.approx(theirs("BCa"), abs=tolerance)
+    assert [percentile.lower, percentile.upper] == pytest.approx(theirs("percentile"), abs=tolerance)
+
+
+def test_memory_stays_bounded_with_many_items() -> None:
+    scores = np.ones((2000, 20))
+    tracemalloc.start()
+    statistics.bootstrap_scores(scores)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # all counts at once would take 80 MB, all chosen scores 1.6 GB
+
+
+# --- paired binary scores
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p_value"),
+    [
+        (1, 7, 0.0391),  # Fagerland et al. 2013, airway hyper-responsiveness (Bentur et al. 2009)
+        (6, 16, 0.034690),  # Fagerland et al. 2017, complete response (Cavo et al. 2012); R contingencytables
+    ],
+)
+def test_mcnemar_midp_gives_the_published_values(wins: int, losses: int, p_value: float) -> None:
+    assert statistics.mcnemar_midp(*binary(wins, losses, 161)) == pytest.approx(p_value, abs=5e-5)
+
+
+def test_mcnemar_midp_is_the_exact_p_less_the_observed_probability() -> None:
+    for wins, losses in [(0, 3), (2, 9), (5, 6)]:
+        exact = mcnemar([[0, wins], [losses, 0]], exact=True).pvalue
+        expected = exact - stats.binom.pmf(wins, wins + losses, 0.5)
+        assert statistics.mcnemar_midp(*binary(wins, losses, 20)) == pytest.approx(expected)
+    assert statistics.mcnemar_midp(*binary(3, 3, 20)) == pytest.approx(1 - stats.binom.pmf(3, 6, 0.5) / 2)
+    assert statistics.mcnemar_midp(*binary(0, 0, 20)) == 1
+    with pytest.raises(ValueError, match="scores of 0 and 1"):
+        statistics.mcnemar_midp(np.array([0.5]), np.array([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "n_items", "level", "limits"),
+    [
+        (9, 3, 32, 0.95, (-0.027, 0.390)),  # Tango 1998, sleeping difficulties
+        (0, 1, 44, 0.90, (-0.096, 0.037)),  # Tango 1998, contact lenses: a zero cell
+        (16, 8, 86, 0.95, (-0.020, 0.207)),  # Agresti & Min 2005
+        (1, 7, 21, 0.95, (-0.517, -0.026)),  # Fagerland et al. 2014, airway hyper-responsiveness
+        (6, 16, 161, 0.95, (-0.1240, -0.0054)),  # Fagerland et al. 2017, complete response
+        (28, 25, 618, 0.90, (-0.0148, 0.0247)),  # R PropCIs::scoreci.mp(25, 28, 618)
+    ],
+)
+def test_tangos_interval_gives_the_published_limits(
+    wins: int, losses: int, n_items: int, level: float, limits: tuple[float, float]
+) -> None:
+    ours = statistics.tango_interval(wins, losses, n_items, level)
+    digits = max(len(str(limit).partition(".")[2]) for limit in limits)
+    assert (round(ours.lower, digits), round(ours.upper, digits)) == limits
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 20), st.sampled_from([0.8, 0.95]))
+@settings(max_examples=40, deadline=None)
+def test_tangos_limits_are_where_the_score_test_rejects(b: int, c: int, same: int, level: float) -> None:
+    n = b + c + same + 1
+    ours, z = statistics.tango_interval(b, c, n, level), stats.norm.isf((1 - level) / 2)
+
+    def score(delta: float) -> float:  # with the constrained maximum of the likelihood found numerically
+        def loglik(loss: float) -> float:
+            return -float(
+                stats.multinomial.logpmf([b, c, n - b - c], n, [loss + delta, loss, 1 - 2 * loss - delta])
+            )
+
+        least, most = max(0.0, -delta), (1 - delta) / 2
+        found = optimize.minimize_scalar(
+            loglik, bounds=(least, most), options={"xatol": 1e-12}, method="bounded"
+        )
+        variance = (2 * float(found.x) + delta * (1 - delta)) / n
+        return float(((b - c) / n - delta) / math.sqrt(variance))
+
+    assert score(ours.lower) == pytest.approx(z, rel=1e-3)
+    assert score(ours.upper) == pytest.approx(-z, rel=1e-3)
+
+
+def test_tangos_interval_is_finite_and_not_empty_without_discordant_items() -> None:
+    for n in (1, 10, 1000):
+        ours, z = statistics.tango_interval(0, 0, n), stats.norm.isf(0.025)
+        assert ours.upper == pytest.approx(z**2 / (n + z**2))  # solved by hand
+        assert ours.lower == -ours.upper
+    assert statistics.tango_interval(0, 5, 5).lower == -1
+    assert statistics.tango_interval([0, 0], [0, 0], [50, 50]).upper == pytest.approx(
+        statistics.tango_interval(0, 0, 100).upper
+    )
+    with pytest.raises(ValueError, match="must hold"):
+        statistics.tango_interval(3, 3, 5)
+
+
+def test_strata_of_many_items_have_the_stratified_normal_interval() -> None:
+    wins, losses, sizes = np.array([400, 90]), np.array([300, 60]), np.array([8000, 2000])
+    ours = statistics.tango_interval(wins, losses, sizes)
+    rates = (wins - losses) / sizes
+    stderr = np.sqrt((((wins + losses) / sizes - rates**2) / sizes).sum()) / 2
+    assert ours.lower == pytest.approx(rates.mean() - 1.96 * stderr, abs=2e-4)
+    assert ours.upper == pytest.approx(rates.mean() + 1.96 * stderr, abs=2e-4)
+
+
+# --- non-inferiority
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "n_items", "verdict"),
+    [(60, 50, 2000, "pass"), (50, 200, 2000, "fail"), (5, 6, 60, "inconclusive"), (0, 0, 30, "inconclusive")],
+)
+def test_the_three_verdicts(wins: int, losses: int, n_items: int, verdict: str) -> None:
+    ours = statistics.non_inferiority(*binary(wins, losses, n_items), 0.03)
+    assert ours.verdict == verdict
+    assert ours.method == "tango"
+    assert (ours.items_to_decide is None) == (verdict != "inconclusive")
+
+
+def test_few_equal_items_are_never_certainty() -> None:
+    for n_items in (1, 5, 30, 100):
+        for same in (np.ones(n_items), np.zeros(n_items), np.full(n_items, 0.5)):
+            ours = statistics.non_inferiority(same, same, 0.02, score_range=1.0)
+            assert ours.verdict == "inconclusive"
+            assert -ours.interval.lower >= min(0.99, 1 - 0.05 ** (1 / n_items))  # Clopper & Pearson
+    many = np.full(500, 0.5)
+    assert statistics.non_inferiority(many, many, 0.02, score_range=1.0).verdict == "pass"
+    assert statistics.non_inferiority(many, many, 0.02).interval.lower == -math.inf  # range unknown
+
+
+def test_equal_losses_on_few_items_are_no_certainty_either() -> None:
+    ours = statistics.non_inferiority(np.full(6, 0.5), np.full(6, 0.6), 0.05, score_range=1.0)
+    assert ours.verdict == "inconclusive"
+
+
+def test_a_single_item_decides_nothing() -> None:
+    for candidate, baseline in [(0.0, 1.0), (1.0, 0.0), (0.2, 0.9)]:
+        ours = statistics.non_inferiority(np.array([candidate]), np.array([baseline]), 0.02)
+        assert ours.verdict == "inconclusive"
+
+
+def test_as_many_items_as_asked_for_decide() -> None:
+    for wins, losses, n_items in [(5, 6, 60), (0, 0, 30), (2, 8, 80), (0, 1, 20)]:
+        candidate, baseline = binary(wins, losses, n_items)
+        needed = statistics.non_inferiority(candidate, baseline, 0.03).items_to_decide
+        assert needed is not None
+        times = math.ceil(needed / n_items)
+        more = statistics.non_inferiority(np.tile(candidate, times), np.tile(baseline, times), 0.03)
+        assert more.verdict == ("pass" if (wins - losses) / n_items > -0.03 else "fail")
+
+
+def test_no_number_of_items_decides_a_difference_at_the_margin() -> None:
+    assert statistics.non_inferiority(*binary(4, 8, 200), 0.02).items_to_decide is None
+
+
+@given(binaries_of_20, binaries_of_20, st.permutations(range(20)))
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_the_items_and_the_sign_of_binaries_do_not_matter(
+    candidate: Floats, baseline: Floats, order: list[int]
+) -> None:
+    ours = statistics.non_inferiority(candidate, baseline, 0.1, TASKS)
+    moved = statistics.non_inferiority(candidate[order], baseline[order], 0.1, TASKS[order])
+    swapped = statistics.non_inferiority(-baseline, -candidate, 0.1, TASKS)
+    assert (moved.interval, moved.verdict) == (ours.interval, ours.verdict)
+    assert swapped.interval == ours.interval  # wrong answers to be minimized
+
+
+@given(scores_of_20, scores_of_20, st.floats(0, 0.5), st.floats(0, 0.5))
+@settings(max_examples=30, deadline=None)
+def test_a_wider_margin_never_turns_a_pass_into_less(a: Floats, b: Floats, small: float, more: float) -> None:
+    tight = statistics.non_inferiority(a, b, small, clusters=PASSAGES)
+    wide = statistics.non_inferiority(a, b, small + more, clusters=PASSAGES)
+    ranks = ["fail", "inconclusive", "pass"]
+    assert ranks.index(wide.verdict) >= ranks.index(tight.verdict)
+
+
+def test_a_noise_floor_widens_the_interval_and_the_plan() -> None:
+    rng = np.random.default_rng(11)
+    first = (rng.random(400) < 0.7).astype(np.float64)
+    second = np.where(rng.random(400) < 0.03, 1 - first, first)  # a second run flips 3 % of the items
+    noise = statistics.noise_variance(first, second)
+    difference = statistics.paired_difference(first, second)
+    assert noise == max(difference.estimate**2, difference.stderr**2) > 0
+    assert statistics.noise_variance(first, first) == 0
+
+    candidate, baseline = binary(20, 22, 400)
+    plain = statistics.non_inferiority(candidate, baseline, 0.03)
+    noisy = statistics.non_inferiority(candidate, baseline, 0.03, noise=noise)
+    assert noisy.interval.lower < plain.interval.lower < plain.interval.upper < noisy.interval.upper
+    assert noisy.minimum_detectable_effect > plain.minimum_detectable_effect
+    assert plain.items_to_decide is not None
+    assert noisy.items_to_decide is None or noisy.items_to_decide > plain.items_to_decide
+
+
+def test_widening_adds_variances() -> None:
+    normal = Interval(1 - 1.959964 * 3, 1 + 1.959964 * 3, 0.95)
+    wide = statistics.widen(normal, 1.0, 4.0**2)
+    assert (wide.lower, wide.upper) == pytest.approx((1 - 1.959964 * 5, 1 + 1.959964 * 5))
+
+
+# --- families and sample sizes
+
+
+def test_holm_steps_down() -> None:
+    # By hand: 4 · 0.005, 3 · 0.01, 2 · 0.03, and 0.04 may not fall below the one before it.
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.7]).tolist() == [1, 1]
+    assert len(statistics.holm([])) == 0
+
+
+def test_sample_sizes_for_a_tenth_of_discordant_items() -> None:
+    sizes = [statistics.sample_size(margin, variance=0.1) for margin in (0.02, 0.03, 0.05)]
+    assert sizes == [1546, 687, 248]  # 1545.6, 687.0 and 247.3, rounded up
+    for margin, n_items in zip((0.02, 0.03, 0.05), sizes, strict=True):
+        assert statistics.minimum_detectable_effect(n_items, 0.1) == pytest.approx(margin, rel=2e-3)
+
+
+def test_the_sample_size_has_the_power_it_promises() -> None:
+    n_items = statistics.sample_size(0.02, variance=0.1, power=0.8)
+    counts = np.random.default_rng(12).multinomial(n_items, [0.05, 0.05, 0.9], 1500)
+    lower = [statistics.tango_interval(wins, losses, n_items, 0.9).lower for wins, losses, _ in counts]
+    assert np.mean(np.array(lower) > -0.02) == pytest.approx(0.8, abs=0.03)
+
+
+# --- fronts
+
+
+def resampled_points(n_objectives: int) -> st.SearchStrategy[Floats]:
+    grid = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])  # a grid makes equal values common
+    return arrays(np.float64, st.tuples(st.just(6), st.integers(1, 6), st.just(n_objectives)), elements=grid)
+
+
+@given(st.integers(1, 3).flatmap(resampled_points))
+@settings(max_examples=60, deadline=None)
+def test_pareto_probability_counts_the_fronts(resampled: Floats) -> None:
+    counts = np.zeros(resampled.shape[1])
+    for points in resampled:
+        counts[pareto.front(points)] += 1
+    assert statistics.pareto_probability(resampled) == pytest.approx(counts / len(resampled))
+
+
+@given(st.integers(2, 3).flatmap(resampled_points))
+@settings(max_examples=60, deadline=None)
+def test_hypervolumes_agree_with_optuna(resampled: Floats) -> None:
+    reference = np.full(resampled.shape[2], 0.2)  # some points are not above it
+    ours = statistics.hypervolume_interval(resampled[0], resampled, list(reference), level=0.5)
+    theirs = [compute_hypervolume(-np.maximum(points, reference), -reference) for points in resampled]
+    assert ours.observed == pytest.approx(theirs[0])
+    assert ours.corrected == pytest.approx(2 * theirs[0] - np.mean(theirs))
+
+
+def test_the_hypervolume_interval_covers_the_truth_where_percentiles_do_not() -> None:
+    rng = np.random.default_rng(13)
+    angles = np.linspace(0, np.pi / 2, 30)
+    truth = 0.5 + 0.1 * np.c_[np.cos(angles), np.sin(angles)] + rng.normal(0, 0.02, (30, 2))
+    reference = [0.3, 0.3]
+    true_volume = pareto.hypervolume(truth, reference)
+    volumes, covered, covered_by_percentiles = [], [], []
+    for _ in range(300):
+        shared = rng.normal(size=(2, 150, 1))  # how hard each item is
+        latent = np.sqrt(0.7) * shared + np.sqrt(0.3) * rng.normal(size=(2, 150, 30))
+        scores = (latent < stats.norm.ppf(truth.T)[:, None]).astype(np.float64)
+        resampled = np.stack(
+            [statistics.bootstrap_scores(own, n_resamples=300, seed=rng) for own in scores], axis=2
+        )
+        ours = statistics.hypervolume_interval(scores.mean(axis=1).T, resampled, reference)
+        volumes.append([ours.observed, ours.corrected])
+        covered.append(ours.interval.lower <= true_volume <= ours.interval.upper)
+        percentile = [2 * ours.observed - ours.interval.upper, 2 * ours.observed - ours.interval.lower]
+        covered_by_percentiles.append(percentile[0] <= true_volume <= percentile[1])
+    observed, corrected = np.mean(volumes, axis=0) - true_volume
+    assert abs(corrected) < observed / 2
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+    assert np.mean(covered_by_percentiles) < 0.85
+
+
+# --- coverage: 95 % intervals hold the truth in 93 to 97 % of runs
+
+
+def in_range(share: float) -> bool:
+    return 0.93 <= share <= 0.97
+
+
+@pytest.mark.parametrize("n_items", [20, 100])
+def test_the_t_interval_covers(n_items: int) -> None:
+    rng = np.random.default_rng(14)
+    share = coverage(lambda: statistics.paired_difference(*graded(rng, n_items)).interval(), 0.0, 3000)
+    assert in_range(share)
+
+
+def test_the_stratified_t_interval_covers_with_many_small_tasks() -> None:
+    rng, tasks = np.random.default_rng(15), np.arange(57 * 6) // 6
+    share = coverage(
+        lambda: statistics.paired_difference(rng.normal(tasks, 1), np.zeros(342), tasks).interval(),
+        28.0,
+        2000,
+    )
+    assert in_range(share)
+
+
+def test_the_clustered_interval_covers_and_one_without_clusters_does_not() -> None:
+    rng = np.random.default_rng(16)
+
+    def draw(use_clusters: bool) -> Interval:
+        difference, clusters = clustered(rng, 40)
+        groups = clusters if use_clusters else None
+        return statistics.paired_difference(difference, 0 * difference, clusters=groups).interval()
+
+    assert in_range(coverage(lambda: draw(True), 0.0, 3000))
+    assert coverage(lambda: draw(False), 0.0, 1000) < 0.85
+
+
+def test_the_percentile_and_the_bca_interval_cover() -> None:
+    rng = np.random.default_rng(17)
+
+    def percentile() -> Interval:
+        resampled = statistics.bootstrap_scores(
+            np.stack(graded(rng, 200), axis=1), n_resamples=1000, seed=rng
+        )
+        return statistics.percentile_interval(resampled[:, 0] - resampled[:, 1])
+
+    def bca() -> Interval:  # skewed: a twelfth of the items are lost, by a lot or a little
+        losses = np.where(rng.random(200) < 1 / 12, rng.random(200), 0.0)
+        return statistics.bca_interval(0.9 - losses, np.full(200, 0.9), n_resamples=1000, seed=rng)
+
+    assert in_range(coverage(percentile, 0.0, 1000))
+    assert in_range(coverage(bca, -1 / 24, 1000))
+
+
+def tables_of(n_items: int, alpha: float) -> tuple[list[tuple[int, int]], Floats]:
+    """Wins and losses that n items can show, and their intervals by `non_inferiority`, (n_tables, 2)."""
+    tables = [(b, c) for b in range(n_items + 1) for c in range(n_items + 1 - b)]
+    intervals = [
+        statistics.non_inferiority(*binary(b, c, n_items), 0.1, alpha=alpha).interval for b, c in tables
+    ]
+    return tables, np.array([[own.lower, own.upper] for own in intervals])
+
+
+def chances_of(tables: list[tuple[int, int]], n_items: int, win: float, loss: float) -> Floats:
+    counts = [(b, c, n_items - b - c) for b, c in tables]
+    return np.asarray(stats.multinomial.pmf(counts, n_items, [win, loss, 1 - win - loss]))
+
+
+SKEWED = [(win, win + more) for more in (0.02, 0.05, 0.1, 0.15) for win in (0.0, 0.01, 0.05, 0.1, 0.2)]
+
+
+@pytest.mark.parametrize("n_items", [10, 20, 50])
+def test_tangos_interval_covers(n_items: int) -> None:
+    """By enumeration, without simulation error, few items and skewed probabilities included."""
+    tables, limits = tables_of(n_items, alpha=0.025)
+    for win, loss in SKEWED:
+        chances, truth = chances_of(tables, n_items, win, loss), win - loss
+        share = float(chances[(limits[:, 0] <= truth) & (truth <= limits[:, 1])].sum())
+        assert share > 0.93
+        assert share < 0.97 or n_items * (win + loss) <= 5  # with hardly an item that differs it covers more
+
+
+@pytest.mark.parametrize("n_items", [20, 50])
+def test_the_gate_for_binaries_errs_as_promised(n_items: int) -> None:
+    tables, limits = tables_of(n_items, alpha=0.05)
+    passes, fails = [], []
+    for win, loss in SKEWED:
+        chances, margin = chances_of(tables, n_items, win, loss), loss - win
+        passes.append(chances[limits[:, 0] > -margin].sum())
+        fails.append(chances[limits[:, 1] < -margin].sum())
+    assert np.mean(passes) < 0.05
+    assert max(passes) < 0.06  # counts jump: at its worst a point above α
+    assert np.mean(fails) < 0.055  # the score test errs more on the side of the losses: skewness
+    assert max(fails) < 0.075
+
+
+@pytest.mark.parametrize("case", ["graded", "lossy", "clustered"])
+def test_other_scores_at_the_margin_pass_no_oftener_than_promised(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_N_RESAMPLES", 800)  # for speed
+    rng = np.random.default_rng(18)
+    passes = 0
+    for _ in range(600):
+        if case == "graded":
+            candidate, baseline = graded(rng, 60)
+            ours = statistics.non_inferiority(candidate - 0.02, baseline, 0.02, seed=rng)
+        elif case == "lossy":  # a tenth of the items are lost, by a lot or a little
+            losses = np.where(rng.random(100) < 0.1, rng.random(100), 0.0)
+            ours = statistics.non_inferiority(
+                0.9 - losses, np.full(100, 0.9), 0.05, score_range=1.0, seed=rng
+            )
+        else:
+            clusters = np.repeat(np.arange(60), 4)
+            baseline = (rng.random(240) < 0.8).astype(np.float64)
+            flips = (rng.random(60) < 0.2)[clusters] & (rng.random(240) < 0.6)
+            candidate = np.where(flips, 1 - baseline, baseline)
+            ours = statistics.non_inferiority(candidate, baseline, 0.2 * 0.6 * 0.6, None, clusters, seed=rng)
+        assert ours.method == "bootstrap"
+        passes += ours.verdict == "pass"
+    assert passes / 600 < 0.05 + 0.023  # α and 2.6 simulation errors
