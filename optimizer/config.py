@@ -36,6 +36,9 @@ class SamplerConfig(Strict):
 class StudyConfig(Strict):
     """The file `study.yaml`; see README for its keys.
 
+    `finalists` is how many merges, fixed before anything is looked at, are measured on the holdout
+    split at the end.
+
     `vocabulary` says what becomes of tokens that experts added to the base's, everything else in the
     tokenizers being equal. Rows of embeddings and head are matched by token; a row of the base whose
     token an expert lacks is left as it is by that expert.
@@ -54,6 +57,7 @@ class StudyConfig(Strict):
     engine: EngineConfig = EngineConfig()
     budget: Budget = Budget()
     sampler: SamplerConfig = SamplerConfig()
+    finalists: int = Field(3, ge=1)
     seed: int = Field(0, ge=0)
 
     @field_validator("sampler", mode="before")

@@ -7,6 +7,8 @@ warnings.json     what looked suspicious before the search began
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+noise.parquet     the base measured once more on the search split
+holdout.json      when the holdout split was used, and for which finalists
 run.log           what happened, with times
 engine.log        what vLLM said
 self_test.json    how exactly vLLM follows a swap of weights
@@ -24,6 +26,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +97,17 @@ class Candidate(Strict):
     faults: tuple[str, ...] = ()
     cost: Cost = Field(default_factory=Cost)
     holdout_cost: Cost = Field(default_factory=Cost)
+
+
+class HoldoutUse(Strict):
+    """One use of the holdout split: the finalists, best first, fixed before any was measured on it.
+
+    `n_candidates` is how many they were chosen among.
+    """
+
+    at: datetime
+    finalists: tuple[str, ...]
+    n_candidates: int
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,24 @@ class RunDir:
         """Return the scores of every candidate measured on a split, in the candidates' order."""
         found = {candidate.name: self.scores(candidate.name, split) for candidate in self.candidates()}
         return {name: scores for name, scores in found.items() if scores is not None}
+
+    def write_noise(self, measurement: Measurement) -> None:
+        """Keep the second measurement of the base on the search split."""
+        write_parquet(self.path / "noise.parquet", measurement.items)
+
+    def noise(self) -> pd.DataFrame | None:
+        """Return the per-item scores of the base's second measurement, None before there is one."""
+        file = self.path / "noise.parquet"
+        return pd.read_parquet(file) if file.is_file() else None
+
+    def add_holdout_use(self, use: HoldoutUse) -> None:
+        """Write down that the holdout split is about to be used."""
+        uses = [*self.holdout_uses(), use]
+        self.write_json("holdout.json", [each.model_dump(mode="json") for each in uses])
+
+    def holdout_uses(self) -> tuple[HoldoutUse, ...]:
+        """Return the uses of the holdout split in their order; more than one is one too many."""
+        return tuple(HoldoutUse.model_validate(use) for use in self.read_json("holdout.json") or ())
 
     def write_items(self, items: pd.DataFrame) -> None:
         """Keep the suite's items."""

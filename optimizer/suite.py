@@ -74,13 +74,21 @@ class ScoreConfig(Strict):
 
 
 class ObjectiveConfig(ScoreConfig):
-    """A score to optimize; `weight` counts when one candidate of the front is recommended."""
+    """A score to optimize.
+
+    `weight` counts when one candidate of the front is recommended; `margin` is how much worse than
+    the baseline a model may be that `mergetune check` passes.
+    """
 
     weight: float = Field(1.0, gt=0)
+    margin: float = Field(0.05, ge=0)
 
 
 class GuardConfig(ScoreConfig):
-    """A score that may not get worse than `reference` (`base` or an expert's name) by over `margin`."""
+    """A score that may not get worse than `reference` (`base` or an expert's name) by over `margin`.
+
+    `mergetune check` takes its baseline for the reference.
+    """
 
     margin: float = Field(ge=0)
     reference: str = "base"
