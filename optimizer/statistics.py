@@ -1,43 +1,32 @@
-"""Paired statistics by item: intervals, tests, non-inferiority, sample sizes, and fronts with their noise.
+"""Paired statistics by item: intervals, tests, non-inferiority and sample sizes.
 
-The words of every function here:
-
-- Scores of several models stand in the same order of items, and greater is better: negate what is to be
-  minimized. A score is the mean over its tasks of the mean over their items.
-- `strata`, (n_items,): the task of each item. `clusters`, (n_items,): what items share, such as a passage;
-  a cluster lies within one stratum. Without them there is one stratum, and every item stands alone.
-- `level` is two-sided, `alpha` one-sided. Differences are candidate − baseline, in the unit of the score.
+The words of `optimizer.resampling` hold here; `alpha` is one-sided, and differences are candidate − baseline,
+in the unit of the score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from optimizer import pareto
+from optimizer.resampling import (
+    N_RESAMPLES,
+    Design,
+    Floats,
+    Interval,
+    Labels,
+    Seed,
+    checked,
+    design_of,
+    resample,
+)
 
-Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
-Labels = Sequence[Any] | NDArray[Any]
-Seed = int | np.random.SeedSequence | np.random.Generator
 Verdict = Literal["pass", "fail", "inconclusive"]
-_N_RESAMPLES = 5000
-_COUNTS_AT_ONCE = 2**21  # bounds the memory of a resampling to some 50 MB
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval of two-sided `level`: each bound alone errs with (1 − level) / 2."""
-
-    lower: float
-    upper: float
-    level: float
 
 
 @dataclass(frozen=True)
@@ -85,25 +74,6 @@ class NonInferiority:
     minimum_detectable_effect: float
 
 
-@dataclass(frozen=True)
-class Hypervolume:
-    """The hypervolume of the measured scores, the same less its optimism, and an interval of the true one."""
-
-    observed: float
-    corrected: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class _Design:
-    """How the items were drawn: independent units (items, or clusters of items) within strata (tasks)."""
-
-    item_stratum: Indices  # (n_items,)
-    unit: Indices  # (n_items,) the unit of each item
-    unit_stratum: Indices  # (n_units,)
-    n_units: Indices  # (n_strata,) units of each stratum
-
-
 def paired_difference(
     candidate: Floats, baseline: Floats, strata: Labels | None = None, clusters: Labels | None = None
 ) -> PairedDifference:
@@ -118,37 +88,7 @@ def paired_difference(
         ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
     """
     difference = _differences(candidate, baseline)
-    return _paired(difference, _design(len(difference), strata, clusters))
-
-
-def bootstrap_scores(
-    scores: Floats,
-    strata: Labels | None = None,
-    clusters: Labels | None = None,
-    *,
-    n_resamples: int = _N_RESAMPLES,
-    seed: Seed = 0,
-) -> Floats:
-    """Resample the items of `scores`, (n_items, n_candidates), the same ones for every candidate.
-
-    A stratum of G units draws G − 1 of them with replacement: the variance is then unbiased however small
-    the strata (McCarthy & Snowden 1985; Rao & Wu 1988). A stratum of one unit shows no spread. Objectives
-    have items of their own: pass one `Generator` to the calls of all, else their resamples are the same.
-
-    Returns:
-        The scores of each resample, (n_resamples, n_candidates).
-
-    Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
-    """
-    scores = _checked(scores, 2)
-    return _resample(scores, _design(len(scores), strata, clusters), n_resamples, seed)
-
-
-def percentile_interval(resampled: Floats, level: float = 0.95) -> Interval:
-    """Return the percentile bootstrap interval of a resampled score or difference, (n_resamples,)."""
-    lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(lower), float(upper), level)
+    return _paired(difference, design_of(len(difference), strata, clusters))
 
 
 def bca_interval(
@@ -158,7 +98,7 @@ def bca_interval(
     clusters: Labels | None = None,
     level: float = 0.95,
     *,
-    n_resamples: int = _N_RESAMPLES,
+    n_resamples: int = N_RESAMPLES,
     seed: Seed = 0,
 ) -> Interval:
     """Return the BCa bootstrap interval of the mean difference of scores, each (n_items,).
@@ -170,7 +110,7 @@ def bca_interval(
         ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
     """
     difference = _differences(candidate, baseline)
-    return _bca(difference, _design(len(difference), strata, clusters), level, n_resamples, seed)
+    return _bca(difference, design_of(len(difference), strata, clusters), level, n_resamples, seed)
 
 
 def mcnemar_midp(candidate: Floats, baseline: Floats) -> float:
@@ -257,7 +197,7 @@ def non_inferiority(
     if margin < 0 or not 0 < alpha < 0.5:
         raise ValueError(f"margin ≥ 0 and 0 < alpha < 0.5 must hold, but got {margin} and {alpha}.")
     difference = _differences(candidate, baseline)
-    design = _design(len(difference), strata, clusters)
+    design = design_of(len(difference), strata, clusters)
     mean, binary, n_items = _paired(difference, design), _is_binary(candidate, baseline), len(difference)
     if binary:
         score_range = 1.0
@@ -267,7 +207,7 @@ def non_inferiority(
     if method == "tango":
         interval = _by_tango(difference, design, 1 - 2 * alpha)
     else:
-        bca = _bca(difference, design, 1 - 2 * alpha, _N_RESAMPLES, seed)
+        bca = _bca(difference, design, 1 - 2 * alpha, N_RESAMPLES, seed)
         interval = _hull(bca, mean.interval(1 - 2 * alpha))
     unseen = _unseen_weight(difference, design) * score_range
     least = -math.log(alpha) * unseen
@@ -340,43 +280,7 @@ def minimum_detectable_effect(
     return z * math.sqrt(variance / n_items)
 
 
-def pareto_probability(resampled: Floats) -> Floats:
-    """Return how often each candidate is non-dominated, (n_candidates,), ties counting as non-dominated.
-
-    Args:
-        resampled: from `bootstrap_scores`, (n_resamples, n_candidates, n_objectives).
-    """
-    objectives = [np.ascontiguousarray(resampled[:, :, k]) for k in range(resampled.shape[2])]
-    probabilities = np.empty(resampled.shape[1])
-    for i in range(len(probabilities)):
-        no_worse = np.logical_and.reduce([values >= values[:, [i]] for values in objectives])
-        better = np.logical_or.reduce([values > values[:, [i]] for values in objectives])
-        probabilities[i] = 1 - (no_worse & better).any(axis=1).mean()
-    return probabilities
-
-
-def hypervolume_interval(
-    points: pareto.Points, resampled: Floats, reference: Sequence[float], level: float = 0.95
-) -> Hypervolume:
-    """Return the hypervolume of noisy scores with the basic bootstrap interval of that of the true ones.
-
-    The best of noisy scores are too good: the measured hypervolume exceeds the true one about as much as
-    the resampled exceed the measured. So the resampled are mirrored at the measured one (Davison & Hinkley
-    1997, section 5.2); a percentile interval would count the optimism twice. Two objectives are fast, and
-    more call `pareto.hypervolume` for every resample: pass fewer.
-
-    Args:
-        points: measured scores, (n_candidates, n_objectives).
-        resampled: from `bootstrap_scores`, (n_resamples, n_candidates, n_objectives).
-        reference: the point above which volume counts, (n_objectives,).
-        level: two-sided.
-    """
-    observed = float(_hypervolumes(points[None], reference)[0])
-    mirrored = 2 * observed - _hypervolumes(resampled, reference)
-    return Hypervolume(observed, float(mirrored.mean()), percentile_interval(mirrored, level))
-
-
-def _influences(difference: Floats, design: _Design) -> tuple[Floats, Floats]:
+def _influences(difference: Floats, design: Design) -> tuple[Floats, Floats]:
     """Means of the strata, (n_strata,), and what each unit adds to the mean over them, (n_units,)."""
     sizes = np.bincount(design.item_stratum)
     means = np.bincount(design.item_stratum, difference) / sizes
@@ -386,7 +290,7 @@ def _influences(difference: Floats, design: _Design) -> tuple[Floats, Floats]:
     return means, np.bincount(design.unit, shares).astype(np.float64)
 
 
-def _paired(difference: Floats, design: _Design) -> PairedDifference:
+def _paired(difference: Floats, design: Design) -> PairedDifference:
     means, influences = _influences(difference, design)
     estimate, n_units = float(means.mean()), design.n_units
     if n_units.min() < 2:
@@ -397,36 +301,14 @@ def _paired(difference: Floats, design: _Design) -> PairedDifference:
     return PairedDifference(estimate, math.sqrt(total), float(1 / (shares**2 / (n_units - 1)).sum()))
 
 
-def _resample(scores: Floats, design: _Design, n_resamples: int, seed: Seed) -> Floats:
-    rng = np.random.default_rng(seed)
-    sums = np.zeros((len(design.unit_stratum), scores.shape[1]))  # (n_units, n_candidates)
-    np.add.at(sums, design.unit, scores)
-    sizes = np.bincount(design.unit).astype(np.float64)
-    resampled = np.zeros((n_resamples, scores.shape[1]))
-    for stratum, n_units in enumerate(design.n_units.tolist()):
-        own = design.unit_stratum == stratum
-        rows = max(1, _COUNTS_AT_ONCE // n_units)
-        for start in range(0, n_resamples, rows):
-            counts = _counts(rng, min(rows, n_resamples - start), n_units)
-            means = (counts @ sums[own]) / (counts @ sizes[own])[:, None]
-            resampled[start : start + rows] += means / len(design.n_units)
-    return resampled
-
-
-def _counts(rng: np.random.Generator, rows: int, n_units: int) -> Floats:
-    """How often each unit is drawn, a row per resample: (rows, n_units)."""
-    drawn = rng.integers(n_units, size=(rows, max(n_units - 1, 1))) + n_units * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * n_units).reshape(rows, n_units).astype(np.float64)
-
-
-def _by_tango(difference: Floats, design: _Design, level: float) -> Interval:
+def _by_tango(difference: Floats, design: Design, level: float) -> Interval:
     wins = np.bincount(design.item_stratum, difference > 0)
     losses = np.bincount(design.item_stratum, difference < 0)
     return tango_interval(wins, losses, design.n_units, level)
 
 
-def _bca(difference: Floats, design: _Design, level: float, n_resamples: int, seed: Seed) -> Interval:
-    resampled = _resample(difference[:, None], design, n_resamples, seed)[:, 0]
+def _bca(difference: Floats, design: Design, level: float, n_resamples: int, seed: Seed) -> Interval:
+    resampled = resample(difference[:, None], design, n_resamples, seed)[:, 0]
     means, influences = _influences(difference, design)
     below = ((resampled < means.mean()).mean() + (resampled <= means.mean()).mean()) / 2  # ties: half
     bias = stats.norm.ppf(np.clip(below, 1 / n_resamples, 1 - 1 / n_resamples))
@@ -447,7 +329,7 @@ def _verdict(interval: Interval, margin: float) -> Verdict:
     return "fail" if interval.upper < -margin else "inconclusive"
 
 
-def _unseen_weight(difference: Floats, design: _Design) -> float:
+def _unseen_weight(difference: Floats, design: Design) -> float:
     """Weight of a unit where few differ, largest over such strata: what an unseen kind of item can weigh."""
     means = np.bincount(design.unit, difference) / np.bincount(design.unit)  # (n_units,)
     weights = [0.0]
@@ -488,27 +370,8 @@ def _items_to_decide(
     return max(by_spread, math.ceil(n_items * least / math.sqrt(room)), n_items + 1)
 
 
-def _hypervolumes(resampled: Floats, reference: Sequence[float]) -> Floats:
-    """Hypervolume of each resample, (n_resamples,)."""
-    if resampled.shape[2] != 2:
-        return np.array([pareto.hypervolume(points, reference) for points in resampled])
-    above = np.maximum(resampled - np.asarray(reference), 0.0)
-    order = np.argsort(-above[:, :, 0], axis=1)
-    first, second = (np.take_along_axis(above[:, :, k], order, axis=1) for k in (0, 1))
-    widths = first - np.pad(first[:, 1:], ((0, 0), (0, 1)))
-    return np.asarray((widths * np.maximum.accumulate(second, axis=1)).sum(axis=1), dtype=np.float64)
-
-
-def _checked(scores: Floats, n_dims: int) -> Floats:
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != n_dims or scores.size == 0 or not np.isfinite(scores).all():
-        shape = "(n_items,)" if n_dims == 1 else "(n_items, n_candidates)"
-        raise ValueError(f"scores must be finite numbers, {shape}, of one item or more, but got {scores!r}.")
-    return scores
-
-
 def _differences(candidate: Floats, baseline: Floats) -> Floats:
-    candidate, baseline = _checked(candidate, 1), _checked(baseline, 1)
+    candidate, baseline = checked(candidate, 1), checked(baseline, 1)
     if candidate.shape != baseline.shape:
         raise ValueError(
             "candidate and baseline must be scores of the same items, "
@@ -521,24 +384,3 @@ def _is_binary(candidate: Floats, baseline: Floats) -> bool:
     """Say whether all scores are 0 or 1, or, negated, 0 or −1."""
     values = np.unique([candidate, baseline])
     return bool(np.isin(values, (0, 1)).all() or np.isin(values, (-1, 0)).all())
-
-
-def _design(n_items: int, strata: Labels | None, clusters: Labels | None) -> _Design:
-    item_stratum = np.zeros(n_items, dtype=np.intp) if strata is None else _codes(strata, n_items)
-    unit = np.arange(n_items) if clusters is None else _codes(clusters, n_items)
-    unit_stratum = np.zeros(unit.max() + 1, dtype=np.intp)
-    unit_stratum[unit] = item_stratum
-    if (torn := unit_stratum[unit] != item_stratum).any():
-        raise ValueError(
-            f"a cluster must lie within one stratum, but that of item {int(np.argmax(torn))} lies in two: "
-            "join these strata, or name the cluster differently in each."
-        )
-    return _Design(item_stratum, unit, unit_stratum, np.bincount(unit_stratum))
-
-
-def _codes(labels: Labels, n_items: int) -> Indices:
-    if np.shape(labels) != (n_items,):
-        raise ValueError(
-            f"strata and clusters must label {n_items} items, but have shape {np.shape(labels)}."
-        )
-    return np.unique(np.asarray(labels), return_inverse=True)[1]
