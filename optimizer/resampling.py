@@ -11,11 +11,12 @@ The words of every function here:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer import pareto
@@ -35,6 +36,27 @@ class Interval:
     lower: float
     upper: float
     level: float
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """One score of several candidates on the items that all of them have."""
+
+    names: tuple[str, ...]
+    scores: Floats  # (n_items, n_candidates)
+    tasks: Labels  # (n_items,) the strata
+
+    @staticmethod
+    def join(frames: Mapping[str, pd.DataFrame], score_name: str) -> ItemScores:
+        """Join measurements, by candidate, item by item."""
+        columns = {
+            name: frame[frame["score_name"] == score_name].set_index(["task", "item"])["score"]
+            for name, frame in frames.items()
+        }
+        joined = pd.concat(columns, axis=1, join="inner")
+        return ItemScores(
+            tuple(frames), joined.to_numpy(np.float64), joined.index.get_level_values("task").to_numpy()
+        )
 
 
 @dataclass(frozen=True)
@@ -86,18 +108,21 @@ def percentile_interval(resampled: Floats, level: float = 0.95) -> Interval:
     return Interval(float(lower), float(upper), level)
 
 
-def pareto_probability(resampled: Floats) -> Floats:
-    """Return how often each candidate is non-dominated, (n_candidates,), ties counting as non-dominated.
+def pareto_probability(resampled: Floats, feasible: NDArray[np.bool_] | None = None) -> Floats:
+    """Return how often each candidate is on the front, (n_candidates,), equal points all being on it.
 
     Args:
         resampled: from `bootstrap_scores`, (n_resamples, n_candidates, n_objectives).
+        feasible: which candidates keep every guard in each resample, (n_resamples, n_candidates): the
+            others are not on the front, and keep no one off it. If not given, all are feasible.
     """
+    kept = np.ones(resampled.shape[:2], dtype=bool) if feasible is None else feasible
     objectives = [np.ascontiguousarray(resampled[:, :, k]) for k in range(resampled.shape[2])]
     probabilities = np.empty(resampled.shape[1])
     for i in range(len(probabilities)):
-        no_worse = np.logical_and.reduce([values >= values[:, [i]] for values in objectives])
+        no_worse = np.logical_and.reduce([kept, *(values >= values[:, [i]] for values in objectives)])
         better = np.logical_or.reduce([values > values[:, [i]] for values in objectives])
-        probabilities[i] = 1 - (no_worse & better).any(axis=1).mean()
+        probabilities[i] = (kept[:, i] & ~(no_worse & better).any(axis=1)).mean()
     return probabilities
 
 

@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
-from optimizer import pareto
+from optimizer import pareto, resampling
 from optimizer.evaluate import Score
-from optimizer.suite import SuiteConfig
+from optimizer.resampling import Floats, ItemScores
+from optimizer.run_dir import RunDir
+from optimizer.suite import GuardConfig, SuiteConfig
 
 Scores = Mapping[str, Score]
 BASE = "base"
+SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
 _EXPERT = "expert-"
+_N_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,24 @@ class Recommendation:
     keeps_guards: bool
 
 
+@dataclass(frozen=True)
+class NoisyFront:
+    """The objectives in resamples of the items, and how often each candidate is on the front.
+
+    `resampled` is (n_resamples, n_candidates, n_objectives), signed so that greater is better.
+    """
+
+    names: tuple[str, ...]
+    resampled: Floats
+    probability: Mapping[str, float]
+
+    def alike(self, first: str, second: str) -> bool:
+        """Say whether two candidates differ by less than a paired standard error in every objective."""
+        i, j = self.names.index(first), self.names.index(second)
+        difference = self.resampled[:, i] - self.resampled[:, j]
+        return bool((np.abs(difference.mean(axis=0)) <= difference.std(axis=0)).all())
+
+
 def expert_name(expert: str) -> str:
     """Return the candidate's name of an expert measured alone."""
     return f"{_EXPERT}{expert}"
@@ -33,6 +56,11 @@ def expert_name(expert: str) -> str:
 def is_expert(name: str) -> bool:
     """Say whether a candidate's name is that of an expert measured alone."""
     return name.startswith(_EXPERT)
+
+
+def reference_name(guard: GuardConfig) -> str:
+    """Return the candidate's name of what a guard is compared to."""
+    return BASE if guard.reference == BASE else expert_name(guard.reference)
 
 
 def guard_violations(
@@ -47,8 +75,7 @@ def guard_violations(
     """
     violations = {}
     for name, guard in suite.guards.items():
-        reference = BASE if guard.reference == BASE else expert_name(guard.reference)
-        worse = guard.sign * (references[reference][name].value - scores[name].value)
+        worse = guard.sign * (references[reference_name(guard)][name].value - scores[name].value)
         violations[name] = worse - guard.margin
     return violations
 
@@ -124,3 +151,47 @@ def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommend
             f"loss is the smallest: it keeps {shares} of the best expert's gain over the base."
         )
     return Recommendation(best, reason, excess(best) == 0)
+
+
+def noisy_front(frames: Mapping[str, pd.DataFrame], suite: SuiteConfig, seed: int = 0) -> NoisyFront:
+    """Resample the items, the same ones for all candidates, and count who is on the front.
+
+    On the front of a resample are the non-dominated among those that keep every guard in it, against the
+    reference on the same items.
+    """
+    rng = np.random.default_rng(seed)
+    names = tuple(frames)
+
+    def resampled(score_name: str) -> Floats:
+        joined = ItemScores.join(frames, score_name)
+        return resampling.bootstrap_scores(joined.scores, joined.tasks, n_resamples=_N_RESAMPLES, seed=rng)
+
+    objectives = [config.sign * resampled(name) for name, config in suite.objectives.items()]
+    feasible = np.ones((_N_RESAMPLES, len(names)), dtype=bool)
+    for name, guard in suite.guards.items():
+        scores = guard.sign * resampled(name)
+        feasible &= scores[:, [names.index(reference_name(guard))]] - scores <= guard.margin
+    points = np.stack(objectives, axis=2)
+    found = resampling.pareto_probability(points, feasible)
+    return NoisyFront(names, points, dict(zip(names, found.tolist(), strict=True)))
+
+
+def finalists(run: RunDir, k: int) -> tuple[str, ...]:
+    """Return up to k merges to confirm on the holdout split, from the search split alone.
+
+    The recommended one comes first, then those that are most probably on the front; one that differs from
+    an earlier finalist by less than a standard error in every objective is left out, as is one that is
+    hardly ever on the front. The base and the experts alone are no finalists.
+    """
+    suite, scores = run.study.suite_config, run.all_scores("search")
+    chosen = recommend(scores, suite)
+    if chosen is None:
+        return ()
+    frames = {name: frame for name in scores if (frame := run.measurement(name, "search")) is not None}
+    front = noisy_front(frames, suite)
+    found = [chosen.name]
+    for name in sorted(front.names, key=lambda name: -front.probability[name]):
+        plausible = front.probability[name] >= PLAUSIBLE and name != BASE and not is_expert(name)
+        if plausible and not any(front.alike(name, other) for other in found):
+            found.append(name)
+    return tuple(found[:k])

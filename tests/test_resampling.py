@@ -93,6 +93,19 @@ def test_pareto_probability_counts_the_fronts(resampled: Floats) -> None:
     assert resampling.pareto_probability(resampled) == pytest.approx(counts / len(resampled))
 
 
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_who_breaks_a_guard_is_not_on_the_front_and_keeps_no_one_off_it(data: st.DataObject) -> None:
+    resampled = data.draw(st.integers(1, 3).flatmap(resampled_points))
+    feasible = data.draw(arrays(np.bool_, resampled.shape[:2]))
+    counts = np.zeros(resampled.shape[1])
+    for points, kept in zip(resampled, feasible, strict=True):
+        for i in range(len(points)):
+            dominated = any(pareto.dominates(points[j], points[i]) for j in np.flatnonzero(kept))
+            counts[i] += kept[i] and not dominated
+    assert resampling.pareto_probability(resampled, feasible) == pytest.approx(counts / len(resampled))
+
+
 @given(st.integers(2, 3).flatmap(resampled_points))
 @settings(max_examples=60, deadline=None)
 def test_hypervolumes_agree_with_optuna(resampled: Floats) -> None:

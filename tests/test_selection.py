@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from optimizer import selection
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import Plan, write_run
+
+from optimizer import resampling, selection
 from optimizer.evaluate import Score
+from optimizer.run_dir import RunDir
 from optimizer.suite import SuiteConfig
 
 
@@ -82,3 +89,71 @@ def test_where_no_expert_is_better_than_the_base_the_plain_difference_counts() -
 
 def test_without_a_merge_nothing_is_recommended() -> None:
     assert selection.recommend(MODELS, suite()) is None
+
+
+# The front under noise, and the finalists
+
+
+def measured(**rates: tuple[float, float, float]) -> dict[str, pd.DataFrame]:
+    """Per-item scores of candidates with these shares right on x, y and g, an item's luck being shared."""
+    rng, frames = np.random.default_rng(3), {}
+    difficulty = {name: rng.random(80) for name in "xyg"}
+    for candidate, own in rates.items():
+        parts = [
+            pd.DataFrame(
+                {
+                    "score_name": name,
+                    "task": np.repeat(["one", "two"], [20, 60]),
+                    "item": np.arange(80),
+                    "score": (0.8 * difficulty[name] + 0.2 * rng.random(80) < rate).astype(float),
+                }
+            )
+            for name, rate in zip("xyg", own, strict=True)
+        ]
+        frames[candidate.replace("_", "-")] = pd.concat(parts)
+    return frames
+
+
+def test_the_noisy_front_counts_the_resamples_in_which_a_feasible_candidate_is_not_dominated() -> None:
+    frames = measured(base=(0.1, 0.2, 0.8), expert_a=(0.9, 0.2, 0.8), m=(0.6, 0.5, 0.78), n=(0.6, 0.52, 0.75))
+    config = suite(reference="a")
+    found = selection.noisy_front(frames, config, seed=5)
+    rng, scores = np.random.default_rng(5), {}
+    for name in "xyg":
+        columns = [frame[frame["score_name"] == name]["score"].to_numpy() for frame in frames.values()]
+        tasks = next(iter(frames.values()))["task"].to_numpy()[:80]
+        scores[name] = resampling.bootstrap_scores(np.stack(columns, 1), tasks, n_resamples=2000, seed=rng)
+    counts = np.zeros(4)
+    for x, y, g in zip(*scores.values(), strict=True):
+        kept = [i for i in range(4) if g[1] - g[i] <= 0.05]
+        for i in kept:
+            counts[i] += not any(x[j] >= x[i] and y[j] >= y[i] and (x[j] > x[i] or y[j] > y[i]) for j in kept)
+    assert list(found.probability.values()) == pytest.approx(counts / 2000)
+    assert 0 < found.probability["m"] < 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return write_run(tmp_path_factory.mktemp("finalists") / "run", Plan(n_trials=15))
+
+
+def test_the_finalists_are_the_recommended_merge_and_other_trade_offs_of_the_front(run: RunDir) -> None:
+    scores, config = run.all_scores("search"), run.study.suite_config
+    found = selection.finalists(run, 4)
+    chosen = selection.recommend(scores, config)
+    assert chosen is not None
+    assert found[0] == chosen.name
+    assert 2 <= len(found) <= 4
+    assert not any(name == "base" or selection.is_expert(name) for name in found)
+    frames = {name: frame for name in scores if (frame := run.measurement(name, "search")) is not None}
+    front = selection.noisy_front(frames, config)
+    rest = [front.probability[name] for name in found[1:]]
+    assert rest == sorted(rest, reverse=True)
+    assert min(rest) >= selection.PLAUSIBLE
+    assert not any(front.alike(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert selection.finalists(run, 2) == found[:2]
+
+
+def test_before_a_merge_is_measured_there_is_no_finalist(tmp_path: Path) -> None:
+    plan = Plan(n_trials=0, n_baselines=3, holdout=False, n_items=20)
+    assert selection.finalists(write_run(tmp_path / "run", plan), 3) == ()

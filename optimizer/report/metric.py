@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimizer.evaluate import Score
-from optimizer.selection import BASE, expert_name
-from optimizer.suite import GuardConfig, SuiteConfig
+from optimizer.selection import BASE, reference_name
+from optimizer.suite import SuiteConfig
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,3 @@ def metrics_of(suite: SuiteConfig, measured: Iterable[dict[str, Score]]) -> tupl
         for name, guard in suite.guards.items()
     ]
     return (*objectives, *guards)
-
-
-def reference_name(guard: GuardConfig) -> str:
-    """Return the candidate's name of what a guard is compared to."""
-    return BASE if guard.reference == BASE else expert_name(guard.reference)
