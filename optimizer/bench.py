@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from optimizer import selection
@@ -17,17 +15,14 @@ from optimizer.engines.engine import EngineConfig, EngineKind
 from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement
-from optimizer.library import find
-from optimizer.merging.adapter import is_adapter
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.models import find_model
+from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress, candidate_line
-from optimizer.recipe import MergeRecipe, RecipeGroup, count_layers
+from optimizer.recipe import MergeRecipe, count_layers
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
-from optimizer.suite import Split, read_suite
+from optimizer.suite import Split
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
+    pass
 
 _ATTEMPTS = 2  # at a candidate, where the engine breaks
 _FAULTS_IN_A_ROW = 6
@@ -177,85 +172,7 @@ class Bench:
         return values, selection.guard_violations(scores, self.scores, suite)
 
 
-def measure_model(
-    model: str,
-    suite: str,
-    base: str | None,
-    split: Literal["search", "holdout", "all"],
-    engine: EngineConfig,
-    say: Callable[[str], None],
-) -> Measurement:
-    """Score one model, or an adapter on its `base`, on a suite; paths are relative to this folder.
-
-    `say` is told which engine was chosen.
-
-    Raises:
-        MergetuneError: there is no such model or suite, or an adapter came without its base.
-    """
-    here = Path()
-    evaluator = Evaluator(read_suite(find("evals", suite, here)))
-    folder = find_model(model, here)
-    if is_adapter(folder) and base is None:
-        raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
-    inputs = None if base is None else open_inputs(find_model(base, here), {"expert": folder})
-    start = folder if inputs is None else inputs.base.folder
-    living, _ = start_chosen(engine, start, inputs, None, None, say)
-    try:
-        if inputs is not None:
-            living.load(_expert_alone(inputs))
-        return measure_splits(evaluator, living.lm, split)
-    finally:
-        living.close()
-
-
-def measure_served(
-    url: str,
-    model: str | None,
-    suite: str,
-    tokenizer: str | None,
-    split: Literal["search", "holdout", "all"],
-    concurrency: int,
-    api_key: str | None,
-) -> Measurement:
-    """Score the model of an OpenAI-compatible server on a suite; its weights are not touched.
-
-    Args:
-        url: the server's address.
-        model: the name that it knows the model by; None takes the only one.
-        suite: a preset's name, or a path relative to this folder.
-        tokenizer: see `served_lm`.
-        split: which items.
-        concurrency: the number of requests under way at a time.
-        api_key: the server's, if it asks for one.
-
-    Raises:
-        MergetuneError: the server, its model or the suite is not there, or does not suit the others.
-    """
-    from optimizer.engines.chat_lm import served_lm
-
-    evaluator = Evaluator(read_suite(find("evals", suite, Path())))
-    return measure_splits(evaluator, served_lm(url, model, tokenizer, concurrency, api_key), split)
-
-
-def measure_splits(evaluator: Evaluator, lm: LM, split: Literal["search", "holdout", "all"]) -> Measurement:
-    """Score a model on the items of one split or of both."""
-    wanted: list[Split] = ["search", "holdout"] if split == "all" else [split]
-    parts = [evaluator.measure(lm, each) for each in wanted if evaluator.count(each)]
-    items = pd.concat([part.items for part in parts], ignore_index=True)
-    return Measurement(items, sum(part.seconds for part in parts))
-
-
 def _versions(kind: EngineKind) -> dict[str, str]:
     """Return the versions of what numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
     return found | ({"vllm": installed_version() or ""} if kind == "vllm" else {})
-
-
-def _expert_alone(inputs: Inputs) -> MergeRecipe:
-    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(inputs.expert_sources, 1.0)})
-    return MergeRecipe(
-        method="task_arithmetic",
-        base=inputs.base_source,
-        experts=inputs.expert_sources,
-        groups=(group,),
-    )

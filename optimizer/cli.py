@@ -39,6 +39,17 @@ _err = Console(stderr=True, soft_wrap=True)
 Study = Annotated[Path, typer.Argument(help="The study file.", metavar="STUDY.yaml")]
 Engine = Annotated[Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")]
 Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.")]
+_TESTED = "A directory, a hub id, an adapter, a recipe (.yaml), or a server: http://host:port[#name]."
+Tested = Annotated[str, typer.Argument(help=_TESTED, metavar="MODEL")]
+Suite = Annotated[str, typer.Option(help="A suite: a preset's name or a path.")]
+Base = Annotated[str | None, typer.Option(help="The base of an adapter.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="For the log-likelihoods of a server: the tokenizer's directory or hub id."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Items at a time; for a server requests under way (32).")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -177,50 +188,37 @@ def soup(
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Option(help="A suite: a preset's name or a path.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A directory, a hub id or `smollm2-demo`; with --url a name that the server knows."
-        ),
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The base of MODEL, if it is an adapter.")] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Score the model of an OpenAI-compatible server, as it is deployed.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With --url, for log-likelihoods: the tokenizer's directory or hub id.")
-    ] = None,
+    model: Tested,
+    suite: Suite,
+    base: Base = None,
+    tokenizer: Tokenizer = None,
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
     ] = "all",
     engine: Engine = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items at a time; with --url, requests (32).")
-    ] = None,
+    batch_size: BatchSize = None,
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score any model on a suite, item by item; a server's API key is taken from OPENAI_API_KEY."""
+    from contextlib import closing
     from dataclasses import asdict
 
-    from optimizer.bench import measure_model, measure_served
     from optimizer.engines.engine import EngineConfig
+    from optimizer.evaluate import Evaluator, Measurement
+    from optimizer.library import find
+    from optimizer.meter import Meter
+    from optimizer.model_under_test import open_model
     from optimizer.run_dir import write_parquet
+    from optimizer.suite import read_suite
 
-    if url is not None:
-        if base is not None:
-            raise MergetuneError("--base belongs to an adapter's directory; --url scores what is served.")
-        key = os.environ.get("OPENAI_API_KEY")
-        measurement = measure_served(url, model, suite, tokenizer, split, batch_size or 32, key)
-    elif model is None:
-        raise MergetuneError("Name the MODEL to score, or give the --url of a server.")
-    else:
-        config = EngineConfig(kind=engine, batch_size=batch_size)
-        measurement = measure_model(model, suite, base, split, config, _remark)
+    evaluator = Evaluator(read_suite(find("evals", suite, Path())))
+    config = EngineConfig(kind=engine, batch_size=batch_size)
+    with closing(Meter(open_model(model, base, tokenizer), config, evaluator, None, _remark)) as meter:
+        items = meter.measure(evaluator.documents(split))
     if out is not None:
-        write_parquet(out, measurement.items)
-    scores = measurement.scores()
+        write_parquet(out, items)
+    scores = Measurement(items, 0.0).scores()
     if as_json:
         typer.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
         return

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -20,6 +22,8 @@ from optimizer.yaml_io import nearest
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
+
+Documents = Mapping[str, Sequence[int]]  # by task, indices of its documents
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,20 @@ class Evaluator:
         """Count the items of a split."""
         return sum(len(bound.indices(split)) for bound in self._tasks.values())
 
+    def documents(self, split: Split | Literal["all"]) -> Documents:
+        """Return the documents of a split, or of both."""
+        splits: list[Split] = ["search", "holdout"] if split == "all" else [split]
+        return {
+            name: [index for each in splits for index in bound.indices(each)]
+            for name, bound in self._tasks.items()
+        }
+
     def measure(self, lm: LM, split: Split) -> Measurement:
-        """Score a model on every item of a split.
+        """Score a model on every item of a split; see `measure_documents`."""
+        return self.measure_documents(lm, self.documents(split))
+
+    def measure_documents(self, lm: LM, documents: Documents) -> Measurement:
+        """Score a model on some of the items.
 
         Raises:
             TrialError: a score is not a finite number.
@@ -92,20 +108,18 @@ class Evaluator:
         from lm_eval.evaluator import evaluate
 
         start = time.perf_counter()
+        wanted = {name: (self._tasks[name], indices) for name, indices in documents.items() if indices}
         results = evaluate(
             lm=lm,
-            task_dict={
-                "tasks": {name: bound.task for name, bound in self._tasks.items()},
-                "groups": {},
-            },
-            samples={name: bound.indices(split) for name, bound in self._tasks.items()},
+            task_dict={"tasks": {name: bound.task for name, (bound, _) in wanted.items()}, "groups": {}},
+            samples={name: list(indices) for name, (_, indices) in wanted.items()},
             bootstrap_iters=0,
             apply_chat_template=self.suite.config.chat_template,
             fewshot_as_multiturn=self.suite.config.chat_template,
         )
         rows = [
             _row(bound, sample)
-            for name, bound in self._tasks.items()
+            for name, (bound, _) in wanted.items()
             for sample in _one_filter(results["samples"][name], bound.config.filter)
         ]
         return Measurement(pd.DataFrame(rows), time.perf_counter() - start)
@@ -126,6 +140,22 @@ class Evaluator:
             if split is not None
         ]
         return pd.DataFrame(rows)
+
+    def keys(self, documents: Documents) -> pd.DataFrame:
+        """Return a row per document: score_name, task, document (its index), item and key.
+
+        The key is a digest of all that the answer depends on beside the model: the rendered document,
+        the examples before it, the task's settings, and what version of the code scores it.
+        """
+        rows = []
+        for name, indices in documents.items():
+            bound = self._tasks[name]
+            settings = _settings(bound, self.suite.config.chat_template)
+            for index in indices:
+                text = [settings, bound.item_ids[index], _prompt(bound.task, bound.task.eval_docs[index])]
+                key = hashlib.sha256("\0".join(text).encode()).hexdigest()
+                rows.append((bound.score_name, name, index, bound.item_ids[index], key))
+        return pd.DataFrame(rows, columns=["score_name", "task", "document", "item", "key"])
 
     def _add(self, score_name: str, config: TaskConfig) -> None:
         if config.items is not None:
@@ -157,6 +187,20 @@ def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _B
     docs = list(task.eval_docs)[: config.limit]
     splits = [None if i < n_shared else split_of(_question(task, doc), holdout) for i, doc in enumerate(docs)]
     return _BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
+
+
+def _settings(bound: _BoundTask, chat_template: bool) -> str:
+    """Write down how a task asks and scores, whichever its documents."""
+    task = bound.task
+    examples = list(task.fewshot_docs())[: task.config.num_fewshot] if task.config.num_fewshot else []
+    data = {
+        "suite": bound.config.model_dump(mode="json", exclude={"items", "limit", "fewshot_items"}),
+        "task": task.dump_config() if bound.config.items is None else None,
+        "version": [str(task.VERSION), *map(importlib.metadata.version, ("lm-eval", "mergetune"))],
+        "examples": examples,
+        "chat_template": chat_template,
+    }
+    return json.dumps(data, sort_keys=True, default=str)
 
 
 def _prompt(task: Task, doc: Any) -> str:

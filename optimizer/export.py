@@ -9,15 +9,12 @@ from typing import Any
 import yaml
 from jinja2 import Template
 
-from optimizer.config import VocabularyRule
-from optimizer.errors import MergetuneError
 from optimizer.evaluate import Score
 from optimizer.library import shared_folder
 from optimizer.merging.adapter import is_adapter
-from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.merging.inputs import Inputs, open_recipe
 from optimizer.merging.vocabulary import MatchedExpert
 from optimizer.merging.writer import write_model
-from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
 from optimizer.yaml_io import to_yaml
 
@@ -146,24 +143,6 @@ def _dtype(inputs: Inputs) -> str:
 
 
 def merge_recipe(recipe_file: Path, folder: Path) -> None:
-    """Write the model of a recipe file, whose relative paths are taken from the file's folder.
-
-    Raises:
-        MergetuneError: an input is missing, or its weights are not those that the recipe names.
-    """
-    recipe = MergeRecipe.read(recipe_file)
-    origin = recipe_file.resolve().parent
-    experts = {name: find_model(source.path, origin) for name, source in recipe.experts.items()}
-    # The digests tell which rows were matched by token, too; without them added tokens are refused.
-    are_pinned = all(source.digest for source in (recipe.base, *recipe.experts.values()))
-    rule: VocabularyRule = "base" if are_pinned else "refuse"
-    inputs = open_inputs(find_model(recipe.base.path, origin), experts, rule)
-    found = {"base": inputs.base_source, **inputs.expert_sources}
-    for name, source in {"base": recipe.base, **recipe.experts}.items():
-        if source.digest is not None and source.digest != found[name].digest:
-            raise MergetuneError(
-                f"{recipe_file}: the weights of `{name}` in {found[name].path} are not those that the "
-                f"recipe was made with (SHA-256 {found[name].digest}, not {source.digest}). Give the "
-                "same weights, or take the digest out of the recipe to merge these."
-            )
+    """Write the model of a recipe file; raises `MergetuneError` as `open_recipe` does."""
+    recipe, inputs = open_recipe(recipe_file)
     write_merged(folder, recipe, inputs)

@@ -19,10 +19,11 @@ from rich.console import Console
 from synthetic_run import Plan, write_run
 from test_cli import mergetune
 from test_selection import scores, suite
-from test_study import ENGINE, run, write_study
+from test_study import run, write_study
 
 from optimizer import selection
 from optimizer.baselines import average_name, is_soup
+from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.recipe import MergeRecipe
@@ -209,7 +210,9 @@ def test_the_verdict_calls_a_soup_a_soup(tmp_path: Path) -> None:
 def soup_of(out: Path, models: list[Path], **options: Any) -> tuple[Tasting | None, str]:
     """Make a soup; returns what was measured for it, and what was printed."""
     printed = io.StringIO()
-    plan = SoupPlan.read(out, [str(model) for model in models], engine=ENGINE, **options)
+    plan = SoupPlan.read(
+        out, [str(model) for model in models], engine=EngineConfig(kind="transformers"), **options
+    )
     run_folder = RunDir(out.with_name(f"{out.name}.soup"))
     return make_soup(plan, run_folder, Console(file=printed, width=200)), printed.getvalue()
 

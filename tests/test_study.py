@@ -11,25 +11,36 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from helpers import fine_tune
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.bench import measure_model
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
+from optimizer.evaluate import Evaluator
 from optimizer.export import merge_recipe
 from optimizer.merging.checkpoint import Checkpoint
+from optimizer.meter import Meter
+from optimizer.model_under_test import open_model
 from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import RunDir
 from optimizer.study import run_study
+from optimizer.suite import read_suite
 
-ENGINE = EngineConfig(kind="transformers")
+
+def measure_again(model: Path, run: RunDir) -> pd.DataFrame:
+    """Score a model directory on the search split of a run's suite."""
+    evaluator = Evaluator(read_suite(Path(run.study.suite)))
+    config = EngineConfig(kind="transformers")
+    with closing(Meter(open_model(str(model)), config, evaluator, None, print)) as meter:
+        return meter.measure(evaluator.documents("search"))
 
 
 def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: Any) -> Path:
@@ -125,10 +136,10 @@ def test_the_merged_model_is_the_one_that_was_scored(finished: RunDir, models: d
     best = finished.path / "best"
     recipe = MergeRecipe.read(best / "recipe.yaml")
     scored = next(found for found in finished.candidates() if found.recipe.digest == recipe.digest)
-    again = measure_model(str(best), str(finished.study.suite), None, "search", ENGINE, print)
+    again = measure_again(best, finished)
     measured = finished.measurement(scored.name, "search")
     assert measured is not None
-    assert again.items.equals(measured)
+    assert again.equals(measured)
 
 
 def test_the_merged_model_is_an_ordinary_model_directory(finished: RunDir) -> None:
@@ -277,7 +288,7 @@ def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tie
     found = RunDir(tmp_path / "run")
     recipe = MergeRecipe.read(found.path / "best" / "recipe.yaml")
     scored = next(c for c in found.candidates() if c.recipe.digest == recipe.digest)
-    again = measure_model(str(found.path / "best"), found.study.suite, None, "search", ENGINE, print)
+    again = measure_again(found.path / "best", found)
     measured = found.measurement(scored.name, "search")
     assert measured is not None
-    assert again.items.equals(measured)
+    assert again.equals(measured)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from optimizer.config import VocabularyRule
+from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import open_expert
 from optimizer.merging.checkpoint import Checkpoint, Expert
 from optimizer.merging.compatibility import (
@@ -19,7 +20,8 @@ from optimizer.merging.compatibility import (
 from optimizer.merging.extended_base import extend_base, find_speaker, settled_tokens
 from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import match_tokens
-from optimizer.recipe import Source
+from optimizer.models import find_model
+from optimizer.recipe import MergeRecipe, Source
 from optimizer.yaml_io import Strict
 
 
@@ -118,6 +120,29 @@ def open_inputs(
     warnings += check_task_vectors(norms, base_norm(checkpoint))
     is_extended = checkpoint is not given
     return Inputs(checkpoint, opened, norms, tuple(warnings), vocabulary, base if is_extended else None)
+
+
+def open_recipe(file: Path) -> tuple[MergeRecipe, Inputs]:
+    """Read a recipe file, whose relative paths are taken from its folder, and open its models.
+
+    Raises:
+        MergetuneError: an input is missing, or its weights are not those that the recipe names.
+    """
+    recipe, folder = MergeRecipe.read(file), file.resolve().parent
+    experts = {name: find_model(source.path, folder) for name, source in recipe.experts.items()}
+    # The digests tell which rows were matched by token, too; without them added tokens are refused.
+    are_pinned = all(source.digest for source in (recipe.base, *recipe.experts.values()))
+    rule: VocabularyRule = "base" if are_pinned else "refuse"
+    inputs = open_inputs(find_model(recipe.base.path, folder), experts, rule)
+    found = {"base": inputs.base_source, **inputs.expert_sources}
+    for name, source in {"base": recipe.base, **recipe.experts}.items():
+        if source.digest is not None and source.digest != found[name].digest:
+            raise MergetuneError(
+                f"{file}: the weights of `{name}` in {found[name].path} are not those that the "
+                f"recipe was made with (SHA-256 {found[name].digest}, not {source.digest}). Give the "
+                "same weights, or take the digest out of the recipe to merge these."
+            )
+    return recipe, inputs
 
 
 def _open_experts(

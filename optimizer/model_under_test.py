@@ -1,0 +1,138 @@
+"""Models that are scored as they are: a directory, an adapter on its base, a recipe, a served model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimizer.engines.engine import EngineConfig
+from optimizer.engines.start import start_chosen
+from optimizer.errors import MergetuneError
+from optimizer.merging.adapter import is_adapter
+from optimizer.merging.checkpoint import Checkpoint
+from optimizer.merging.inputs import Inputs, open_inputs, open_recipe
+from optimizer.models import find_model
+from optimizer.recipe import MergeRecipe, RecipeGroup
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+_REQUESTS = 32  # under way at a time, unless told otherwise
+_IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
+_RELEVANT = (".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in files: `folder` as it is or, where there is a recipe, what is merged on top of it."""
+
+    reference: str
+    folder: Path
+    inputs: Inputs | None = None
+    recipe: MergeRecipe | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that its answers depend on: weights, configuration, tokenizer, chat template."""
+        weights = Checkpoint(self.folder).digest if self.inputs is None else self.inputs.base.digest
+        total = hashlib.sha256(weights.encode())
+        if self.recipe is not None:
+            total.update(self.recipe.digest.encode())
+        for file in sorted(self.folder.iterdir()):
+            if file.suffix in _RELEVANT and file.name not in _IRRELEVANT:
+                total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        return total.hexdigest()
+
+    @contextmanager
+    def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
+        """Start an engine with this model; `say` is told which one was chosen.
+
+        Raises:
+            MergetuneError: it cannot be started.
+        """
+        engine, _ = start_chosen(config, self.folder, self.inputs, None, None, say)
+        try:
+            if self.recipe is not None:
+                engine.load(self.recipe)
+            yield engine.lm
+        finally:
+            engine.close()
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an OpenAI-compatible server answers with; its weights are not touched, and may change unseen.
+
+    `name` is what the server knows it by, None where it serves only one; for `tokenizer` see `served_lm`.
+    """
+
+    reference: str
+    url: str
+    name: str | None
+    tokenizer: str | None
+
+    digest = None
+
+    @contextmanager
+    def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
+        """Connect to the server, with its API key from OPENAI_API_KEY; only `batch_size` is heeded.
+
+        Raises:
+            MergetuneError: the server or its model is not there.
+        """
+        from optimizer.engines.chat_lm import served_lm
+
+        requests = config.batch_size or _REQUESTS
+        say(f"engine: {self.url}, as it is served")
+        yield served_lm(self.url, self.name, self.tokenizer, requests, os.environ.get("OPENAI_API_KEY"))
+
+
+ModelUnderTest = LocalModel | ServedModel
+
+
+def open_model(reference: str, base: str | None = None, tokenizer: str | None = None) -> ModelUnderTest:
+    """Open a model to be scored; paths are relative to this folder.
+
+    Args:
+        reference: a directory, a hub id, `smollm2-demo`, an adapter, a recipe (`.yaml`), or a server's
+            address, `http://host:port`, with `#name` where it serves several models.
+        base: the model that an adapter belongs to.
+        tokenizer: see `ServedModel`.
+
+    Raises:
+        MergetuneError: there is no such model, an adapter came without its base, or an option does not
+            go with the model.
+    """
+    if reference.startswith(("http://", "https://")):
+        url, _, name = reference.partition("#")
+        return ServedModel(reference, url, name or None, tokenizer)
+    here = Path()
+    if reference.endswith((".yaml", ".yml")):
+        if not Path(reference).is_file():
+            raise MergetuneError(f"{reference}: there is no such recipe.")
+        recipe, inputs = open_recipe(Path(reference))
+        return LocalModel(reference, inputs.base.folder, inputs, recipe)
+    folder = find_model(reference, here)
+    if not is_adapter(folder):
+        return LocalModel(reference, folder)
+    if base is None:
+        raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
+    inputs = open_inputs(find_model(base, here), {"adapter": folder})
+    return LocalModel(reference, inputs.base.folder, inputs, _whole(inputs))
+
+
+def _whole(inputs: Inputs) -> MergeRecipe:
+    """Return the recipe that gives the experts' task vectors to the base as they are."""
+    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(inputs.expert_sources, 1.0)})
+    return MergeRecipe(
+        method="task_arithmetic",
+        base=inputs.base_source,
+        experts=inputs.expert_sources,
+        groups=(group,),
+    )
