@@ -228,6 +228,9 @@ METHODS: dict[MethodName, Method] = {
 }
 assert set(METHODS) == set(get_args(MethodName))
 
+# The coefficients that weights are piecewise smooth in; the others decide which entries are kept.
+SMOOTH = ("lambda", "t", "scale")
+
 PARAMETER_NAMES = tuple(
     dict.fromkeys(parameter.name for method in METHODS.values() for parameter in method.parameters)
 )

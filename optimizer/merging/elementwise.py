@@ -1,7 +1,8 @@
 """The elementwise part of every merge: one pass over memory, in chunks that stay in cache.
 
 For each parameter the base and the experts are read once in their own dtype and the result is written
-once; everything between happens in float32. `merge_chunk` is the definition, in plain torch. On a CPU
+once; everything between happens in float32, or float64 where the base is in float64. `merge_chunk` is the
+definition, in plain torch; `merged_entries`, all of it but the rounding, can be differentiated. On a CPU
 with a C++ compiler `native` does the same with the same bits; on a GPU `torch.compile` makes one kernel
 of it, whose fused multiply-adds may differ in a last bit.
 """
@@ -77,18 +78,37 @@ def merge_chunk(
     the expert's weights. Sums are accumulated in float32 in the order of the experts, and cast once;
     adding 0.0 rids them of negative zeros, which would depend on how an entry was dropped.
     """
-    start = base.float()
+    merged = merged_entries(base, sources, are_vectors, keep, combine, numbers)
+    out.copy_(merged)
+    return merged.abs().amax()
+
+
+def merged_entries(
+    base: Tensor,
+    sources: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    keep: Keep,
+    combine: Combine,
+    numbers: Numbers,
+) -> Tensor:
+    """Return the merged entries before they are rounded; see `merge_chunk`.
+
+    Autograd follows numbers that are tensors, with what is kept and which sign is elected held fixed.
+    """
+    start = wide(base)
     parts = []
     for i, source in enumerate(sources):
-        vector = source if are_vectors[i] else source.float() - start
+        vector = source if are_vectors[i] else source.to(start.dtype) - start
         parts.append(_kept(vector, i, keep, numbers) * numbers.lambdas[i])
     if combine == "sum":
         merged = numbers.base_weight * start
-        merged = merged + (_sum(parts) + 0.0) if parts else merged + 0.0
-    else:
-        merged = start + (_consensus(parts, combine, numbers.lambdas) + 0.0)
-    out.copy_(merged)
-    return merged.abs().amax()
+        return merged + (_sum(parts) + 0.0) if parts else merged + 0.0
+    return start + (_consensus(parts, combine, numbers.lambdas) + 0.0)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision that merging computes in: float32, or float64 if it is that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
@@ -139,10 +159,10 @@ def hash32(index: Tensor, stream: int, key: int) -> Tensor:
     `stream` in the first and the expert's `key` in the second, so that all experts share the first.
     The last xorshift is left out: it only stirs the low bits, which seldom decide a comparison.
     """
-    value = index * _signed(0x9E3779B9) + stream
-    value = (value ^ ((value >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    value = index * signed(0x9E3779B9) + stream
+    value = (value ^ ((value >> 16) & 0xFFFF)) * signed(0x7FEB352D)
     value = value + key
-    return (value ^ ((value >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return (value ^ ((value >> 15) & 0x1FFFF)) * signed(0x846CA68B)
 
 
 def keep_limit(probability: float) -> int:
@@ -150,7 +170,7 @@ def keep_limit(probability: float) -> int:
     return max(round(probability * 2**32), 1) - 2**31 - 1
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Map an unsigned 32-bit integer to the int32 of the same bits."""
     return value - (1 << 32) if value >= 1 << 31 else value
 
@@ -182,9 +202,7 @@ def merge_tensor(
     peaks = []
     for begin in range(0, size, chunk):
         part = [tensor[begin : begin + chunk] for tensor in flat]
-        peaks.append(
-            kernel(part[0], part[1], part[2:], *rule, numbers._replace(start=_signed(begin % 2**32)))
-        )
+        peaks.append(kernel(part[0], part[1], part[2:], *rule, numbers._replace(start=signed(begin % 2**32))))
     return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
 
 

@@ -72,13 +72,13 @@ class Merger:
         options, rule = recipe.choices, RULES[recipe.method]
         peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
-            piece = self._piece(recipe, name)
+            piece = self.piece(recipe, name)
             is_changed = piece.changed or recipe.method == "passthrough"
             if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
                 yield name, piece.base
                 continue
             try:
-                step = rule(piece, Coefficients(groups[name], options))
+                step = rule(piece, Coefficients(groups[name].coefficients, options))
             except ValueError as error:
                 raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
             out = _destination(into.get(name), piece.base)
@@ -89,9 +89,9 @@ class Merger:
             yield name, out
         _check_peaks(peaks)
 
-    def _piece(self, recipe: MergeRecipe, name: str) -> Piece:
-        """Gather what the base and the experts hold of one tensor."""
-        base = self.base.view(name)
+    def piece(self, recipe: MergeRecipe, name: str, device: torch.device | None = None) -> Piece:
+        """Gather what the base and the experts hold of one tensor, on a device or else on the base's."""
+        base = self.base.view(name).to(device)
         sources: dict[str, Tensor] = {}
         vectors_of: set[str] = set()
         for expert in recipe.experts if base.is_floating_point() else ():

@@ -11,34 +11,37 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optimizer.merging import selection_masks, spherical
-from optimizer.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit
+from optimizer.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit, wide
 from optimizer.merging.piece import Piece
 from optimizer.method_table import MethodName
-from optimizer.recipe import RecipeGroup
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The coefficients of one layer group, and the recipe's options."""
+    """The coefficients of one layer group by name, and the recipe's options.
 
-    group: RecipeGroup
+    Those of `method_table.SMOOTH` may be scalar tensors, which autograd follows through every rule.
+    """
+
+    values: Mapping[str, Any]
     options: Mapping[str, str]
 
     def of(self, parameter: str, experts: Sequence[str]) -> list[float]:
         """Return a coefficient for each of these experts."""
-        values = self.group.per_expert(parameter)
+        values: Mapping[str, float] = self.values[parameter]
         return [values[expert] for expert in experts]
 
     def single(self, parameter: str) -> float:
         """Return a coefficient that is one for all experts."""
-        return self.group.single(parameter)
+        value: float = self.values[parameter]
+        return value
 
 
 def linear(piece: Piece, given: Coefficients) -> Step:
@@ -238,10 +241,12 @@ def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> St
     """
     total = weights.sum(-1) if base is None else torch.full_like(weights[..., 0], base)
     changed = weights[..., [piece.experts.index(expert) for expert in piece.changed]].movedim(-1, 0)
+    if weights.requires_grad and weights.ndim == 1:
+        return Step(Numbers(list(changed), total))
     if weights.ndim == 1:
         return Step(Numbers(changed.tolist(), float(total)))
     rows, device = (*piece.base.shape[:-1], 1), piece.base.device
-    by_row = [each.reshape(rows).float().to(device) for each in (total, *changed)]
+    by_row = [each.reshape(rows).to(wide(piece.base).dtype).to(device) for each in (total, *changed)]
     return Step(Numbers(by_row[1:], by_row[0]))
 
 

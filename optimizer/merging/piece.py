@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optimizer.merging.elementwise import wide
+
 # Densities live on this grid, so that one sort of a task vector serves a whole study.
 DENSITY_STEP = 0.01
 _GRID = tuple(step / 100 for step in range(1, 101))
@@ -53,11 +55,12 @@ class Piece:
         return tuple(self.sources)
 
     def vector(self, expert: str) -> Tensor:
-        """Return an expert's task vector in float32; zeros where it leaves the tensor as it is."""
+        """Return an expert's task vector; zeros where it leaves the tensor as it is."""
         if expert not in self.sources:
             return torch.zeros(self.base.shape, device=self.base.device)
         source = self.sources[expert]
-        return source if expert in self.vectors_of else source.float() - self.base.float()
+        start = wide(self.base)
+        return source if expert in self.vectors_of else source.to(start.dtype) - start
 
     def band(self, expert: str, density: float, gamma: float = 0.0) -> tuple[float, float]:
         """Return the magnitudes low and high between which (low ≤ |τ| < high) an expert's entries stay.
@@ -81,7 +84,7 @@ class Piece:
         """
         key = (self.experts, self.name, by_rows)
         if key not in self.tables.grams:
-            vectors = [self.base.float(), *(self.vector(expert) for expert in self.experts)]
+            vectors = [wide(self.base), *(self.vector(expert) for expert in self.experts)]
             self.tables.grams[key] = _gram(
                 vectors, self.base.shape[-1] if by_rows and self.base.ndim else self.base.numel()
             )

@@ -132,7 +132,7 @@ def _arc_or_line(cosine: Tensor, is_line: Tensor, t: float) -> Tensor:
     """Return the weights of slerp, (..., 2), or 1-t, t where `is_line`."""
     angle = torch.arccos(cosine.where(~is_line, 0.0))
     arc = torch.sin(torch.stack([(1 - t) * angle, t * angle], dim=-1)) / torch.sin(angle).unsqueeze(-1)
-    return torch.where(is_line.unsqueeze(-1), arc.new_tensor([1 - t, t]), arc)
+    return torch.where(is_line.unsqueeze(-1), _vector([1 - t, t], arc), arc)
 
 
 def _start(gram: Tensor, shares: Tensor, norms: Tensor, tol: float) -> Tensor:
@@ -159,7 +159,12 @@ def _normalized(weights: Sequence[float], gram: Tensor) -> Tensor:
         raise ValueError(
             f"`sum(weights) != 0` must hold, but got weights={list(weights)}. Change one of them."
         )
-    return gram.new_tensor([weight / total for weight in weights])
+    return _vector([weight / total for weight in weights], gram)
+
+
+def _vector(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Return numbers as one vector of the dtype and on the device of `like`; autograd follows tensors."""
+    return torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values])
 
 
 def _cosines(gram: Tensor) -> Tensor:

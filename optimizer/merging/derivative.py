@@ -1,0 +1,95 @@
+"""The derivative of a merge: how a loss moves with each coefficient, from the gradient of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from optimizer.merging.elementwise import Step, merged_entries, signed
+from optimizer.merging.methods import RULES, Coefficients
+from optimizer.merging.piece import Piece
+from optimizer.method_table import METHODS, SMOOTH
+from optimizer.recipe import MergeRecipe, RecipeGroup
+
+ALL = ""  # stands for the expert where one coefficient is for all of them
+
+_CHUNK = 1 << 18  # entries; the graph of a chunk holds several times as many numbers
+
+
+def coefficient_slopes(
+    piece: Piece, recipe: MergeRecipe, group: RecipeGroup, gradient: Tensor
+) -> dict[tuple[str, str], float]:
+    """Return ⟨∂L/∂W, ∂W/∂c⟩ of one tensor for each of its coefficients c, by parameter and expert.
+
+    ∂W/∂c is taken by autograd through the merge itself, so that every method has it: with masks,
+    thresholds and elected signs held as they are, the weights are smooth in `lambda`, `t` and `scale`.
+    Products are taken in float32 (float64 where the base is) and added up in float64.
+
+    Args:
+        piece: the tensor in the base and in the experts, on the gradient's device.
+        recipe: the merge.
+        group: the tensor's layer group.
+        gradient: ∂L/∂W, of the tensor's shape.
+    """
+    leaves = _leaves(recipe, group)
+    if not leaves:
+        return {}
+    with torch.enable_grad():  # a hook runs without
+        given = Coefficients(_traced(group, leaves), recipe.choices)
+        step = RULES[recipe.method](piece, given)
+        totals = dict.fromkeys(leaves, 0.0)
+        for merged, part in _chunks(step, piece, gradient):
+            found = torch.autograd.grad(
+                merged, list(leaves.values()), part.to(merged.dtype), retain_graph=True, allow_unused=True
+            )
+            for key, slope in zip(leaves, found, strict=True):
+                totals[key] += 0.0 if slope is None else float(slope)
+    return totals
+
+
+def _leaves(recipe: MergeRecipe, group: RecipeGroup) -> dict[tuple[str, str], Tensor]:
+    """Return the smooth coefficients as scalars that autograd begins at, in float64 on the CPU."""
+    names = [each.name for each in METHODS[recipe.method].parameters if each.name in SMOOTH]
+    values: dict[tuple[str, str], float] = {}
+    for name in names:
+        given = group.coefficients[name]
+        own = given if isinstance(given, dict) else {ALL: given}
+        values |= {(name, expert): value for expert, value in own.items()}
+    return {
+        key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in values.items()
+    }
+
+
+def _traced(
+    group: RecipeGroup, leaves: Mapping[tuple[str, str], Tensor]
+) -> dict[str, dict[str, Tensor] | Tensor | dict[str, float] | float]:
+    """Return the group's coefficients with the leaves in the place of their numbers."""
+    traced: dict[str, dict[str, Tensor] | Tensor] = {}
+    for (name, expert), leaf in leaves.items():
+        if expert == ALL:
+            traced[name] = leaf
+        else:
+            own = traced.setdefault(name, {})
+            assert isinstance(own, dict)
+            own[expert] = leaf
+    return {**group.coefficients, **traced}
+
+
+def _chunks(step: Step, piece: Piece, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield merged entries with the gradient's, a part of the tensor at a time unless its rows differ."""
+    numbers = step.numbers
+    sources = list(piece.sources.values())
+    are_vectors = [expert in piece.vectors_of for expert in piece.changed]
+    if step.vectors is not None:
+        sources, are_vectors = list(step.vectors), [True] * len(step.vectors)
+    rule = (are_vectors, step.keep, step.combine)
+    if isinstance(numbers.base_weight, Tensor) and numbers.base_weight.ndim > 0:  # a weight for each row
+        yield merged_entries(piece.base, sources, *rule, numbers), gradient
+        return
+    base, whole, *vectors = (each.reshape(-1) for each in (piece.base, gradient, *sources))
+    for begin in range(0, len(base), _CHUNK):
+        span = slice(begin, begin + _CHUNK)
+        here = numbers._replace(start=signed(begin % 2**32))
+        yield merged_entries(base[span], [each[span] for each in vectors], *rule, here), whole[span]
