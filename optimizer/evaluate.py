@@ -83,6 +83,11 @@ class Evaluator:
                 self._add(score_name, config)
         self._check_splits()
 
+    @property
+    def tasks(self) -> dict[str, _BoundTask]:
+        """The tasks by name, each in its place in the suite."""
+        return self._tasks
+
     def count(self, split: Split) -> int:
         """Count the items of a split."""
         return sum(len(bound.indices(split)) for bound in self._tasks.values())
