@@ -101,6 +101,21 @@ class Bench:
         self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
         return candidate
 
+    def measure_noise(self) -> None:
+        """Score the base once more on the search split: what differs is noise of the measurement alone."""
+        base = self.run.candidate(selection.BASE)
+        if base is None or self.run.noise() is not None:
+            return
+        self.progress.at_work("the base once more")
+        cost, again, _ = self._score(base.recipe, "search", self.progress.say)
+        self.run.write_noise(again)
+        first = self.run.measurement(selection.BASE, "search")
+        assert first is not None  # measured before
+        n_differ = int((first["score"].to_numpy() != again.items["score"].to_numpy()).sum())
+        self.progress.say(
+            f"noise floor: the base once more, {cost.total_s:.1f} s; {n_differ} of {len(first)} items differ"
+        )
+
     def confirm(self, candidate: Candidate) -> None:
         """Score a candidate on the holdout split, unless that was done before."""
         if self.run.measurement(candidate.name, "holdout") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -21,7 +22,7 @@ from optimizer.interrupts import Interrupts
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
-from optimizer.run_dir import RunDir, log_to
+from optimizer.run_dir import HoldoutUse, RunDir, log_to
 from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
 from optimizer.search_space import SearchSpace
 from optimizer.soup import measure_greedy_soup
@@ -58,8 +59,9 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
                 soup = measure_greedy_soup(bench, space, inputs)
+                bench.measure_noise()
                 _search(plan, space, bench, interrupts)
-                _confirm(bench, [uniform_name(len(inputs.experts)), soup])
+                _confirm(bench, plan.config.finalists, [uniform_name(len(inputs.experts)), soup])
             except BaseException as error:
                 if not interrupts.requested:
                     raise
@@ -113,13 +115,26 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
         search.tell(trial, values)
 
 
-def _confirm(bench: Bench, averages: Sequence[str]) -> None:
-    """Measure the recommended merge once on the holdout split, with what it is compared to."""
+def _confirm(bench: Bench, n_finalists: int, averages: Sequence[str]) -> None:
+    """Measure the finalists on the holdout split, with what they are compared to.
+
+    They are fixed and written down before any is measured there.
+    """
     if bench.evaluator.count("holdout") == 0:
         return
-    chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
+    finalists = selection.finalists(bench.run, n_finalists)
+    uses = bench.run.holdout_uses()
+    if finalists and (not uses or uses[-1].finalists != finalists):
+        if uses:
+            bench.progress.say(
+                f"warning: the holdout split is used again (use {len(uses) + 1}): whoever has seen "
+                "the earlier numbers can no longer choose without them."
+            )
+        now = datetime.now(UTC).replace(microsecond=0)
+        use = HoldoutUse(at=now, finalists=finalists, n_candidates=len(bench.scores))
+        bench.run.add_holdout_use(use)
     compared = [name for name in bench.scores if name == selection.BASE or selection.is_expert(name)]
-    names = [*compared, *averages, *([chosen.name] if chosen else [])]
+    names = {*compared, *averages, *finalists}
     for candidate in bench.run.candidates():
         if candidate.name in names and candidate.state == "complete":
             bench.confirm(candidate)

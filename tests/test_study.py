@@ -174,6 +174,32 @@ def test_the_search_split_and_the_holdout_share_no_item(finished: RunDir) -> Non
     assert not set(search["item"]) & set(holdout["item"])
 
 
+def test_the_noise_floor_is_measured(finished: RunDir) -> None:
+    first, again = finished.measurement("base", "search"), finished.noise()
+    assert first is not None
+    assert again is not None
+    assert again.equals(first)  # transformers decodes greedily, in the same batches
+
+
+def test_the_finalists_are_written_down_before_the_holdout_is_used(finished: RunDir) -> None:
+    (use,) = finished.holdout_uses()
+    assert use.n_candidates == len(finished.all_scores("search"))
+    assert {*use.finalists, "base", "expert-a"} <= finished.all_scores("holdout").keys()
+    first_look = min(file.stat().st_mtime for file in finished.path.glob("candidates/*.holdout.parquet"))
+    assert (finished.path / "holdout.json").stat().st_mtime <= first_look
+
+
+def test_a_second_use_of_the_holdout_is_written_down(finished: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished.path, out)
+    (use,) = finished.holdout_uses()
+    other = use.model_copy(update={"finalists": ("another",)})
+    RunDir(out).write_json("holdout.json", [other.model_dump(mode="json")])
+    printed = run(out / "study.yaml", out)
+    assert "the holdout split is used again (use 2)" in printed
+    assert [each.finalists for each in RunDir(out).holdout_uses()] == [("another",), use.finalists]
+
+
 def test_running_again_measures_nothing_again(finished: RunDir, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished.path, copy)
