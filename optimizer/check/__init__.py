@@ -1,0 +1,1 @@
+"""A regression gate: a candidate against a baseline, item by item."""

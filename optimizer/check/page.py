@@ -1,0 +1,92 @@
+"""The page of a check: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from optimizer.check import words
+from optimizer.check.judge import Check, Flip
+from optimizer.check.row import Row
+from optimizer.library import shared_folder
+
+_FLIPS_A_SCORE = 100
+_TEXT = 4000  # characters shown of a prompt or a reply
+_HALF_WIDTH = 84.0  # of a drawing, from zero to its largest value
+_TONES = {"pass": "good", "fail": "none", "inconclusive": "mixed"}  # classes of report.css
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Where a row's figures lie in its drawing, in pixels from zero."""
+
+    lower: float
+    upper: float
+    estimate: float
+    margin: float
+    half_width: float = _HALF_WIDTH
+
+
+def as_html(check: Check) -> str:
+    """Return the page: the verdict, the figures with their intervals drawn, and the items that changed."""
+    folder = shared_folder("reports")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "clean": words.clean,
+        "number": words.number,
+        "signed": words.signed,
+        "span": words.span,
+        "excerpt": lambda text: words.excerpt(text, _TEXT),
+    }
+    return environment.get_template("check.html.j2").render(
+        check=check,
+        tone=_TONES[check.verdict],
+        tones=_TONES,
+        rows=list(zip(check.rows, drawings(check.rows), strict=True)),
+        flips=shown_flips(check.flips),
+        words=words,
+        style=(folder / "report.css").read_text(encoding="utf-8"),
+    )
+
+
+def drawings(rows: tuple[Row, ...]) -> list[Drawing]:
+    """Lay out a drawing per row; rows within ±1 share one scale, so that they can be compared."""
+    extents = [_extent(row) for row in rows]
+    shared = max((extent for extent in extents if extent <= 1), default=1.0)
+    return [
+        _drawing(row, shared if extent <= 1 else extent) for row, extent in zip(rows, extents, strict=True)
+    ]
+
+
+def shown_flips(flips: tuple[Flip, ...]) -> list[Flip]:
+    """Return the first flips of each score, in their order."""
+    shown: Counter[str] = Counter()
+    found = []
+    for flip in flips:
+        shown[flip.score_name] += 1
+        if shown[flip.score_name] <= _FLIPS_A_SCORE:
+            found.append(flip)
+    return found
+
+
+def _extent(row: Row) -> float:
+    bounds = [row.interval.lower, row.interval.upper, row.difference, row.margin]
+    return max([abs(bound) for bound in bounds if math.isfinite(bound)] + [1e-9])
+
+
+def _drawing(row: Row, extent: float) -> Drawing:
+    def place(value: float) -> float:
+        return round(_HALF_WIDTH * min(max(value / extent, -1.05), 1.05), 1)
+
+    return Drawing(
+        place(row.interval.lower), place(row.interval.upper), place(row.difference), place(-row.margin)
+    )

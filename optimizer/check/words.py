@@ -1,0 +1,143 @@
+"""How a check is put into words: numbers, names, the sentence of the verdict, and text of models."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optimizer.check.judge import Check
+    from optimizer.check.row import Row, Verdict
+    from optimizer.resampling import Interval
+
+# C0, DEL, C1, surrogates and what else XML 1.0 forbids, but for tab and line feed.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Put visible signs in the place of control characters, so that no terminal or parser obeys them."""
+    return _UNPRINTABLE.sub(_picture, text.replace("\r\n", "\n"))
+
+
+def excerpt(text: str, limit: int) -> str:
+    """Clean a text and cut it to `limit` characters, saying so."""
+    rest = len(text) - limit
+    return clean(text) if rest <= 0 else f"{clean(text[:limit])}… [{rest:,} more characters]"
+
+
+def number(value: float) -> str:
+    """Write a value: `0.713`, of tiny ones two digits."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "−∞"
+    text = f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+    return text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Write a difference with its sign: `+0.021`."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def span(interval: Interval) -> str:
+    """Write an interval: `[−0.038, +0.021]`."""
+    return f"[{signed(interval.lower)}, {signed(interval.upper)}]"
+
+
+def short_name(row: Row) -> str:
+    """Return a row's name; a task's without that of its score."""
+    return row.name.removeprefix(f"{row.score_name}:") if row.kind == "task" else row.name
+
+
+def full_name(row: Row) -> str:
+    """Name a row in a sentence: `tools.jsonl of tool_calls`."""
+    return f"{short_name(row)} of {row.score_name}" if row.kind == "task" else row.name
+
+
+def about(n_items: int) -> str:
+    """Write a planned number of items, two digits of it, rounded up: `1,300`."""
+    step = 10 ** max(0, len(str(n_items)) - 2)
+    return f"{math.ceil(n_items / step) * step:,}"
+
+
+def verdict_words(row: Row) -> str:
+    """Write a row's verdict with what follows from it: `inconclusive: it takes about 240 items`."""
+    if row.verdict == "pass" and row.improved:
+        return "pass, improved"
+    if row.kind != "task" and row.items_to_decide is not None:
+        return f"inconclusive: it takes about {about(row.items_to_decide)} items"
+    return row.verdict
+
+
+def measured(check: Check) -> str:
+    """Say how many items were measured: `450 items`, or after an early stop how many of them."""
+    if check.saving is None or check.saving.n_measured == check.saving.n_items:
+        return f"{check.n_items:,} items"
+    return f"{check.saving.n_measured:,} of {check.saving.n_items:,} items measured on the candidate"
+
+
+def reading(check: Check) -> str:
+    """Say how the figures are to be read."""
+    levels = sorted({round(100 * row.interval.level, 1) for row in check.rows})
+    text = (
+        "Differences are candidate − baseline, item by item, positive where the candidate is better; the "
+        f"interval is of {' or '.join(f'{level:g}%' for level in levels)}. A score passes where all of its "
+        "interval lies above −margin."
+    )
+    if check.noise is not None:
+        floor = ", ".join(f"{name} {number(value)}" for name, value in check.noise.items())
+        text += f" Intervals count the noise of a repeated run (standard deviation: {floor})."
+    return text
+
+
+def summary_of(verdict: Verdict, rows: Sequence[Row], noise: Mapping[str, float]) -> str:
+    """Say the verdict of a gate in one sentence; `noise` is the noise floor by score."""
+    words = {"pass": _passed, "fail": _failed, "inconclusive": _undecided}
+    return f"{verdict.upper()}: {words[verdict](rows, noise)}"
+
+
+def _passed(rows: Sequence[Row], _: Mapping[str, float]) -> str:
+    scores = [row for row in rows if row.kind != "task"]
+    if len(scores) == 1:
+        text = f"{scores[0].name} is not worse by more than its margin"
+    else:
+        text = f"none of {len(scores)} scores is worse by more than its margin"
+    return "; ".join([text, *(f"{row.name} improved by {_size(row)}" for row in scores if row.improved)])
+
+
+def _failed(rows: Sequence[Row], _: Mapping[str, float]) -> str:
+    failed = [row for row in rows if row.verdict == "fail"]
+    worst = min(failed, key=lambda row: (row.kind == "task", row.difference + row.margin))
+    verb = "fell" if worst.direction == "maximize" else "got worse"
+    text = f"{full_name(worst)} {verb} by {_size(worst)}, more than the {worst.margin:g} allowed"
+    others = [full_name(row) for row in failed if row is not worst]
+    return f"{text}; so did {', '.join(others)}" if others else text
+
+
+def _undecided(rows: Sequence[Row], noise: Mapping[str, float]) -> str:
+    scores = [row for row in rows if row.kind != "task" and row.verdict == "inconclusive"]
+    hardest = max(scores, key=lambda row: row.items_to_decide or math.inf)
+    seen = f"difference {signed(hardest.difference)} {span(hardest.interval)}"
+    text = f"{hardest.n_items:,} items cannot tell whether {hardest.name} is worse by more than "
+    text += f"its margin of {hardest.margin:g} ({seen}); "
+    if hardest.items_to_decide is not None:
+        text += f"about {about(hardest.items_to_decide)} would, if the true difference is the one seen"
+    elif hardest.method == "sequential":
+        text += "its early verdict is within the noise floor"
+    elif noise.get(hardest.name):
+        text += "nor would more items: the noise floor is too high, or the difference too near the margin"
+    else:
+        text += "nor would more items, if the true difference is the one seen"
+    others = [row.name for row in scores if row is not hardest]
+    return f"{text}; undecided as well: {', '.join(others)}" if others else text
+
+
+def _size(row: Row) -> str:
+    return f"{number(abs(row.difference))} {span(row.interval)}"
+
+
+def _picture(found: re.Match[str]) -> str:
+    """Return Unicode's picture of a control character, such as ␛, or the replacement character."""
+    code = ord(found.group())
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
