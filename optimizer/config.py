@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from optimizer.engines.engine import EngineConfig
 from optimizer.yaml_io import Strict, read_yaml
@@ -47,10 +48,13 @@ class StudyConfig(Strict):
     - `base`: the merged model has the base's tokens, and the rows of others are left out.
     - `mean`: the merged model has the base's tokens and all that were added. The row of an added
       token is the mean over the experts that have it, whatever the coefficients.
+
+    `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
 
     base: str
     experts: dict[str, str] = Field(min_length=1)
+    training_data: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     search_space: str
     suite: str
     vocabulary: VocabularyRule = "refuse"
@@ -64,6 +68,26 @@ class StudyConfig(Strict):
     @classmethod
     def _kind_alone(cls, sampler: object) -> object:
         return {"kind": sampler} if isinstance(sampler, str) else sampler
+
+    @field_validator("training_data", mode="before")
+    @classmethod
+    def _one_file(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {name: [files] if isinstance(files, str) else files for name, files in data.items()}
+
+    @field_validator("training_data")
+    @classmethod
+    def _of_experts(
+        cls, data: dict[str, tuple[str, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[str, ...]]:
+        experts = info.data.get("experts", data)  # absent where it is itself in error
+        for name in data:
+            if name not in experts:
+                raise PydanticCustomError(
+                    "unknown_key", "unknown key {key}", {"key": name, "valid": sorted(experts)}
+                )
+        return data
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> StudyConfig:

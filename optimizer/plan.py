@@ -9,6 +9,7 @@ from pathlib import Path
 from optimizer.config import StudyConfig, read_study
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
+from optimizer.leakage import read_training_texts
 from optimizer.library import find
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import check_reference, find_model
@@ -45,6 +46,11 @@ class Plan:
         check_sampler(config.sampler)
         for reference in [config.base, *config.experts.values()]:
             check_reference(reference, folder)
+        for path in (path for files in _training_files(config, folder).values() for path in files):
+            if not path.is_file():
+                raise MergetuneError(
+                    f"{path}: there is no such file. Give `training_data` as paths relative to {folder}."
+                )
         for name, guard in suite.config.guards.items():
             if guard.reference not in {"base", *config.experts}:
                 raise MergetuneError(
@@ -52,6 +58,18 @@ class Plan:
                     f"to `base` or an expert: {', '.join(config.experts)}."
                 )
         return cls(config, folder, space, suite)
+
+    def training_texts(self) -> dict[str, list[str]]:
+        """Read what each expert was trained on, as far as the study file names it.
+
+        Raises:
+            MergetuneError: a file cannot be read, or a line is not JSON; the message names it.
+        """
+        files = _training_files(self.config, self.folder)
+        return {
+            name: [text for path in paths for text in read_training_texts(path)]
+            for name, paths in files.items()
+        }
 
     def open_inputs(self, out: Path | None = None) -> Inputs:
         """Fetch, open and check the models.
@@ -73,9 +91,13 @@ class Plan:
         sources = {"base": inputs.base_source, **inputs.expert_sources}
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
-            **self.config.model_dump(exclude={"base", "experts", "search_space", "suite"}),
+            **self.config.model_dump(exclude={"base", "experts", "training_data", "search_space", "suite"}),
             base=str(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
+            training_data={
+                name: tuple(map(str, paths))
+                for name, paths in _training_files(self.config, self.folder).items()
+            },
             search_space=str(find("search_spaces", self.config.search_space, self.folder)),
             suite=str(self.suite.path),
             suite_name=self.suite.name,
@@ -86,3 +108,11 @@ class Plan:
                 **{name: source.digest or "" for name, source in sources.items()},
             },
         )
+
+
+def _training_files(config: StudyConfig, folder: Path) -> dict[str, list[Path]]:
+    """Return the files that each expert was trained on, as absolute paths."""
+    return {
+        name: [(folder / file).expanduser().resolve() for file in files]
+        for name, files in config.training_data.items()
+    }
