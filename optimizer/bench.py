@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +31,10 @@ _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safe
 log = logging.getLogger("mergetune")
 
 
-def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator) -> None:
+def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequence[str] = ()) -> None:
     """Keep what the report needs beside the measurements."""
     run.write_items(evaluator.items())
-    run.write_json("warnings.json", list(inputs.warnings))
+    run.write_json("warnings.json", [*inputs.warnings, *leaks])
     run.write_json(
         "model.json",
         {

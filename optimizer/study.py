@@ -19,6 +19,7 @@ from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.interrupts import Interrupts
+from optimizer.leakage import leakage_warnings
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
@@ -48,11 +49,12 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
         seed=plan.config.seed,
     )
     evaluator = Evaluator(plan.suite)
+    leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
     with run.claim(plan.record(inputs)), Progress(console) as progress, Interrupts() as interrupts:
         log_to(out / "run.log")
-        write_facts(run, inputs, evaluator)
-        for warning in inputs.warnings:
+        write_facts(run, inputs, evaluator, leaks)
+        for warning in (*inputs.warnings, *leaks):
             progress.say(f"warning: {warning}")
         with closing(Bench(plan.config.engine, inputs, evaluator, run, progress)) as bench:
             try:
