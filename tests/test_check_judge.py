@@ -397,13 +397,12 @@ def test_a_gate_errs_no_more_often_than_alpha() -> None:
     def verdicts(shift: float, n_suites: int) -> list[str]:
         found: list[str] = []
         for _ in range(n_suites):
-            # Few items are open at all, so that 150 items have power.
-            open_, luck = rng.random((3, n_items)) < 0.12, rng.random((2, 3, n_items))
-            shares = np.array([[0.5 - shift / 0.12], [0.5], [0.5]])
-            ours, theirs = np.where(open_, luck < np.array([shares, np.full((3, 1), 0.5)]), True).astype(
-                float
-            )
-            own, other = (base.assign(score=scores.ravel()) for scores in (ours, theirs))
+            # The models can differ on few items, so that 150 have power.
+            is_open, luck = rng.random((3, n_items)) < 0.12, rng.random((2, 3, n_items))
+            chances = np.full((2, 3, 1), 0.5)
+            chances[0, 0] -= shift / 0.12
+            scores = np.where(is_open, luck < chances, True).astype(float)  # (2 models, 3 scores, n_items)
+            own, other = (base.assign(score=model.ravel()) for model in scores)
             found.append(judge(own, other, items, suite, suite_name="e", labels=("a", "b")).verdict)
         return found
 

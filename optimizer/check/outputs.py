@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -31,12 +33,22 @@ from optimizer.check.words import (
     span,
     verdict_words,
 )
+from optimizer.yaml_io import write_text
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 _FLIPS_A_FAILURE = 5
 _FLIPS_IN_MARKDOWN = 10
 _REPLY = 1000  # characters shown of a text
 _REPLY_IN_MARKDOWN = 400  # GitHub refuses comments of more than 65,536 characters
+
+
+def write_outputs(check: Check, folder: Path) -> None:
+    """Write check.json, junit.xml, summary.md and index.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "check.json", json.dumps(as_data(check), indent=1, ensure_ascii=False))
+    write_text(folder / "junit.xml", as_junit(check))
+    write_text(folder / "summary.md", as_markdown(check))
+    write_text(folder / "index.html", as_html(check))
 
 
 def as_table(check: Check) -> Table:
@@ -114,11 +126,7 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(own) for own in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):  # half of a surrogate pair cannot be written as UTF-8
-        return value.encode("utf-8", "replace").decode()
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _test_case(row: Row, check: Check) -> ElementTree.Element:

@@ -93,17 +93,16 @@ def strata_of(tasks: Labels) -> Labels | None:
 
 
 def tested(subject: Subject, pass_alpha: float, fail_alpha: float) -> Row:
-    """Judge a subject by the test of a fixed sample, at one-sided levels."""
-    to_pass, to_fail = (_test(subject, alpha) for alpha in (pass_alpha, fail_alpha))
-    decided = to_pass.verdict == "pass" or to_fail.verdict == "fail"
-    nearer = to_pass if to_pass.estimate > -to_pass.margin else to_fail
+    """Judge a subject by the test of a fixed sample: only above −margin it can pass, only below it fail."""
+    to_pass = _test(subject, pass_alpha)
+    decisive = to_pass if to_pass.estimate > -to_pass.margin else _test(subject, fail_alpha)
     return Row(
         **_facts(subject),
         difference=to_pass.estimate,
         interval=to_pass.interval,
-        verdict=to_pass.verdict if to_pass.verdict == "pass" else to_fail.verdict,
+        verdict=decisive.verdict,
         method=to_pass.method,
-        items_to_decide=None if decided else nearer.items_to_decide,
+        items_to_decide=decisive.items_to_decide,
         minimum_detectable_effect=to_pass.minimum_detectable_effect,
         improvement_p=None if subject.kind == "task" else _improvement_p(subject, to_pass),
     )

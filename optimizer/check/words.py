@@ -17,8 +17,8 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 
 
 def clean(text: str) -> str:
-    """Put visible signs in the place of control characters, so that no terminal or parser obeys them."""
-    return _UNPRINTABLE.sub(_picture, text.replace("\r\n", "\n"))
+    """Write control characters as their codes, so that no terminal or parser obeys them."""
+    return _UNPRINTABLE.sub(_code, text.replace("\r\n", "\n"))
 
 
 def excerpt(text: str, limit: int) -> str:
@@ -82,9 +82,11 @@ def reading(check: Check) -> str:
     levels = sorted({round(100 * row.interval.level, 1) for row in check.rows})
     text = (
         "Differences are candidate − baseline, item by item, positive where the candidate is better; the "
-        f"interval is of {' or '.join(f'{level:g}%' for level in levels)}. A score passes where all of its "
+        f"interval is of {' or '.join(f'{level:g}%' for level in levels)}. A score passes where its whole "
         "interval lies above −margin."
     )
+    if len(check.rows) > 1:
+        text += f" To fail, it must lie below at a level made stricter for {len(check.rows)} rows."
     if check.noise is not None:
         floor = ", ".join(f"{name} {number(value)}" for name, value in check.noise.items())
         text += f" Intervals count the noise of a repeated run (standard deviation: {floor})."
@@ -137,7 +139,7 @@ def _size(row: Row) -> str:
     return f"{number(abs(row.difference))} {span(row.interval)}"
 
 
-def _picture(found: re.Match[str]) -> str:
-    """Return Unicode's picture of a control character, such as ␛, or the replacement character."""
+def _code(found: re.Match[str]) -> str:
+    r"""Write a character as its code: `\x1b`."""
     code = ord(found.group())
-    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

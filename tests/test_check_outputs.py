@@ -1,0 +1,350 @@
+"""What a check hands out, of models that say whatever may break a terminal, XML, Markdown or HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from optimizer.check.judge import Check, judge
+from optimizer.check.outputs import as_data, as_html, as_junit, as_markdown, as_table
+from optimizer.check.page import drawings, shown_flips
+from optimizer.check.words import about, clean, excerpt, number
+from optimizer.sequential import look, split_alpha
+from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+
+LONG = "x" * 100_000
+HOSTILE = (
+    "<script>alert('owned')</script>",
+    "]]></failure></testcase>",
+    "| a | b |\n|---|---|\n# head",
+    "```\n</pre></details>\n~~~ `code` ``",
+    "\x00\x1b[31mred\x1b]0;title\x07\r\x9b2J\ufffe",
+    "<img src=http://evil.example/x onerror=alert(1)> @everyone [a](javascript:alert(1))",
+    "{{ 7 * 7 }} [bold red]rich[/bold red]",
+    LONG,
+)
+
+
+def frame(scores: dict[tuple[str, str], Any], responses: tuple[str, ...]) -> pd.DataFrame:
+    rows = [
+        (name, task, f"{task}-{i}", float(value), responses[i % len(responses)])
+        for (name, task), values in scores.items()
+        for i, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=["score_name", "task", "item", "score", "response"])
+
+
+def hostile_check(**options: Any) -> Check:
+    """A task collapses, a guard is undecided, an objective improves; every text is hostile."""
+    rng = np.random.default_rng(0)
+    tasks = (TaskConfig(lm_eval="any"),)
+    suite = SuiteConfig(
+        description="any",
+        chat_template=True,
+        objectives={
+            "tools": ObjectiveConfig(tasks=tasks, margin=0.1),
+            "persona": ObjectiveConfig(tasks=tasks, direction="minimize"),
+        },
+        guards={"a|b<i>": GuardConfig(tasks=tasks, margin=0.02)},
+    )
+    base = {
+        ("tools", "tools"): rng.random(200) < 0.8,
+        ("tools", "tools:calls|`x`.jsonl"): rng.random(200) < 0.9,
+        ("persona", "p\x1b[31m"): rng.random(80),
+        ("a|b<i>", "arc"): rng.random(40) < 0.7,
+    }
+    own = dict(base)
+    own["tools", "tools:calls|`x`.jsonl"] = rng.random(200) < 0.4
+    own["persona", "p\x1b[31m"] = rng.random(80) * 0.4
+    own["a|b<i>", "arc"] = rng.random(40) < 0.7
+    first, second = frame(own, HOSTILE), frame(base, HOSTILE[::-1])
+    items = second.assign(split="search", prompt="Say " + HOSTILE[4], target=HOSTILE[0])
+    labels = ("new <b>|`model`", "../old\x00")
+    return judge(first, second, items, suite, suite_name="evals & co", labels=labels, **options)
+
+
+@pytest.fixture(scope="module")
+def check() -> Check:
+    return hostile_check(warnings=("The engines differ: <vllm> | transformers.",))
+
+
+def small_check(candidate: list[float], baseline: list[float], **options: Any) -> Check:
+    suite = SuiteConfig(
+        description="any",
+        chat_template=True,
+        objectives={"s": ObjectiveConfig(tasks=(TaskConfig(lm_eval="t"),))},
+    )
+    first, second = (frame({("s", "t"): scores}, ("yes", "no")) for scores in (candidate, baseline))
+    items = second.assign(prompt="p", target="t")
+    return judge(first, second, items, suite, suite_name="e", labels=("a", "b"), **options)
+
+
+class Page(HTMLParser):
+    """The tags of a page, and what its attributes point to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attrs
+
+
+def test_the_hostile_check_has_every_verdict(check: Check) -> None:
+    assert check.verdict == "fail"
+    assert {row.verdict for row in check.rows} == {"pass", "fail", "inconclusive"}
+    assert any(row.improved for row in check.rows)
+
+
+# --- words
+
+
+def test_control_characters_are_shown_and_never_obeyed() -> None:
+    shown = clean("a\x1b[31m\x00\x7f\tb\r\nc\r\x9b\ud800\ufffe")
+    assert shown == "a\\x1b[31m\\x00\\x7f\tb\nc\\x0d\\x9b\\ud800\\ufffe"
+    assert clean("Grüße, 世界 😀 مرحبا") == "Grüße, 世界 😀 مرحبا"
+
+
+def test_a_long_text_is_cut_and_says_by_how_much() -> None:
+    assert excerpt(LONG, 100) == "x" * 100 + "… [99,900 more characters]"
+    assert excerpt("short", 100) == "short"
+
+
+def test_numbers_are_short_and_plans_are_round() -> None:
+    assert [number(value) for value in (0.0, 0.71349, -0.05, 0.00041, float("inf"))] == [
+        *("0.000", "0.713", "−0.050", "0.00041", "∞")
+    ]
+    assert [about(n) for n in (31, 237, 1201, 240_000)] == ["31", "240", "1,300", "240,000"]
+
+
+# --- table
+
+
+def test_the_table_fits_100_columns_and_holds_no_escape_of_a_name(check: Check) -> None:
+    console = Console(width=100, record=True, file=None, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(as_table(check))
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert "\x1b" not in text
+    for row in check.rows:
+        assert number(row.candidate) in text
+    assert "inconclusive" in text
+
+
+# --- JSON
+
+
+def test_data_is_plain_json_and_holds_everything(check: Check) -> None:
+    text = json.dumps(as_data(check), allow_nan=False, ensure_ascii=False)
+    data = json.loads(text.encode("utf-8"))
+    assert (data["verdict"], data["exit_code"]) == ("fail", 1)
+    assert [row["name"] for row in data["rows"]] == [row.name for row in check.rows]
+    assert data["rows"][0]["interval"]["lower"] == check.rows[0].interval.lower
+    assert len(data["flips"]) == len(check.flips)
+    assert any(flip["candidate_response"] == LONG for flip in data["flips"])
+
+
+def test_an_infinite_interval_is_null_in_data_and_legible_everywhere() -> None:
+    found = small_check([0.4], [0.5])
+    assert as_data(found)["rows"][0]["interval"]["lower"] is None
+    assert found.verdict == "inconclusive"
+    assert "[−∞, +∞]" in as_html(found)
+    assert "[−∞, +∞]" in as_markdown(found)
+    ElementTree.fromstring(as_junit(found))
+
+
+# --- JUnit
+
+# junit-10.xsd of Jenkins' xUnit plugin: attributes (required ones first), and children.
+SCHEMA: dict[str, tuple[set[str], set[str], set[str]]] = {
+    "testsuites": (set(), {"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
+    "testsuite": (
+        {"name", "tests", "failures", "errors"},
+        {"group", "time", "skipped", "timestamp", "hostname", "id", "package", "file", "log", "url"},
+        {"testsuite", "properties", "testcase", "system-out", "system-err"},
+    ),
+    "properties": (set(), set(), {"property"}),
+    "property": ({"name", "value"}, set(), set()),
+    "testcase": (
+        {"name"},
+        {"time", "classname", "group"},
+        {"skipped", "error", "failure", "system-out", "system-err"},
+    ),
+    "failure": (set(), {"type", "message"}, set()),
+    "skipped": (set(), {"type", "message"}, set()),
+    "system-out": (set(), set(), set()),
+}
+
+
+def test_junit_keeps_to_the_schema_and_has_a_case_per_row(check: Check) -> None:
+    text = as_junit(check)
+    root = ElementTree.fromstring(text.encode("utf-8"))
+    assert root.tag == "testsuites"
+    for element in root.iter():
+        required, optional, children = SCHEMA[element.tag]
+        assert required <= element.attrib.keys() <= required | optional
+        assert {child.tag for child in element} <= children
+    (suite,) = root
+    cases = suite.findall("testcase")
+    assert suite.get("name") == "evals & co"
+    assert [case.get("classname") for case in cases] == [clean(row.score_name) for row in check.rows]
+    assert len({(case.get("classname"), case.get("name")) for case in cases}) == len(cases)
+    for row, case in zip(check.rows, cases, strict=True):
+        assert (case.find("failure") is not None) == (row.verdict == "fail")
+        assert (case.find("skipped") is not None) == (row.verdict == "inconclusive")
+    counts = {key: int(suite.get(key, "")) for key in ("tests", "failures", "skipped", "errors")}
+    verdicts = Counter(row.verdict for row in check.rows)
+    assert counts == {
+        "tests": len(cases),
+        "failures": verdicts["fail"],
+        "skipped": verdicts["inconclusive"],
+        "errors": 0,
+    }
+    properties = {item.get("name"): item.get("value") for item in suite.iter("property")}
+    assert properties["alpha"] == "0.05"
+    assert properties["baseline"] == r"../old\x00"
+
+
+def test_junit_holds_only_characters_of_xml_1_0_and_cut_replies(check: Check) -> None:
+    text = as_junit(check)
+    assert not re.search("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text)
+    assert len(text) < 200_000
+    failures = [item.text or "" for item in ElementTree.fromstring(text).iter("failure")]
+    assert all("worse than its margin allows" in failure for failure in failures)
+    assert any("more characters]" in failure for failure in failures)
+    assert any(r"prompt: Say \x00\x1b[31mred" in failure for failure in failures)
+
+
+# --- Markdown
+
+
+def test_markdown_renders_to_our_table_and_nothing_of_the_models(check: Check) -> None:
+    text = as_markdown(check)
+    page = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
+    allowed = {"h3", "p", "code", "blockquote", "table", "thead", "tbody", "tr", "th", "td", "strong"}
+    assert set(page.tags) <= allowed | {"details", "summary", "pre"}
+    assert page.tags["tr"] == len(check.rows) + 1
+    assert page.tags["td"] == 7 * len(check.rows)
+    assert (page.tags["table"], page.tags["h3"], page.tags["details"]) == (1, 1, 1)
+    assert page.tags["pre"] == 4 * 10
+    assert {name for name, _ in page.attributes} <= {"style"}
+
+
+def test_markdown_says_the_verdict_first_and_fits_a_comment(check: Check) -> None:
+    text = as_markdown(check)
+    assert text.startswith("### FAIL: ")
+    assert len(text) < 65_536
+    assert f"{len(check.flips)} items changed" in text
+    assert "10 of them shown" in text
+    text.encode("utf-8")
+
+
+def test_markdown_of_no_change_says_so() -> None:
+    text = as_markdown(small_check([1.0, 0.0] * 50, [1.0, 0.0] * 50))
+    assert text.startswith("### PASS: s is not worse by more than its margin")
+    assert "No item changed its score." in text
+    assert "<details>" not in text
+
+
+# --- HTML
+
+
+def test_the_page_holds_no_tag_of_the_models_and_asks_the_network_for_nothing(check: Check) -> None:
+    text = as_html(check)
+    page = Page(text)
+    assert page.tags["script"] == 1
+    assert page.tags["img"] == page.tags["b"] == page.tags["i"] == page.tags["link"] == 0
+    assert page.tags["article"] == len(shown_flips(check.flips))
+    assert not [value for name, value in page.attributes if name in ("src", "href", "action", "onerror")]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "&lt;script&gt;alert(" in text
+    assert "{{ 7 * 7 }}" in text
+    assert "\x1b" not in text
+    assert "\x00" not in text
+    text.encode("utf-8")
+
+
+def test_the_page_leads_with_the_verdict_and_cuts_long_replies(check: Check) -> None:
+    text = as_html(check)
+    assert text.index("FAIL: ") < text.index("<table") < text.index("What changed") < text.index("<article")
+    assert "x" * 4001 not in text
+    assert "[96,000 more characters]" in text
+    assert text.count("<svg") == len(check.rows)
+
+
+def test_the_page_lists_losses_first_and_each_score_in_the_filter(check: Check) -> None:
+    text = as_html(check)
+    order = re.findall(r'<p><strong class="\w+">(worse|better)</strong>', text)
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {"worse", "better"}
+    options = re.findall(r'<option value="([^"]+)">', text)
+    assert sorted(options) == sorted({"tools", "persona", "a|b&lt;i&gt;"})
+
+
+def test_many_flips_are_cut_per_score_and_the_page_says_so() -> None:
+    found = small_check([0.0] * 150, [1.0] * 150)
+    text = as_html(found)
+    assert text.count("<article") == 100
+    assert "Shown are 100" in text
+    assert "150 items changed: 150 worse" in " ".join(text.split())
+
+
+def test_drawings_keep_the_order_of_interval_and_margin(check: Check) -> None:
+    for row, drawing in zip(check.rows, drawings(check.rows), strict=True):
+        assert drawing.lower <= drawing.estimate <= drawing.upper
+        assert drawing.margin < 0
+        assert (drawing.lower > drawing.margin) == (row.interval.lower > -row.margin)
+        assert max(abs(drawing.lower), abs(drawing.upper)) <= 90
+
+
+def test_an_early_stop_says_how_many_items_it_took() -> None:
+    levels = split_alpha(0.05, 1)
+    seen = look(np.zeros(200), 0.05, levels)
+    suite = SuiteConfig(
+        description="any",
+        chat_template=True,
+        objectives={"s": ObjectiveConfig(tasks=(TaskConfig(lm_eval="t"),))},
+    )
+    base = frame({("s", "t"): np.ones(300)}, ("yes",))
+    found = judge(
+        base.iloc[:200],
+        base,
+        base.assign(prompt="p", target="t"),
+        suite,
+        suite_name="e",
+        labels=("a", "b"),
+        early={"s": seen},
+        levels=levels,
+    )
+    for text in (as_markdown(found), as_html(found)):
+        assert "200 of 300 items measured on the candidate" in text
+    data = as_data(found)
+    assert data["saving"] == {"n_measured": 200, "n_items": 300}
+    assert data["rows"][0]["minimum_detectable_effect"] is None
+    ElementTree.fromstring(as_junit(found))
+
+
+def test_the_noise_floor_is_told() -> None:
+    rng = np.random.default_rng(1)
+    scores = (rng.random(100) < 0.8).astype(float)
+    again = frame({("s", "t"): (rng.random(100) < 0.8).astype(float)}, ("yes",))
+    found = small_check(list(scores), list(scores), repeat=again)
+    for text in (as_markdown(found), as_html(found)):
+        assert "noise of a repeated run" in text
