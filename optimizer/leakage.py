@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from optimizer.errors import MergetuneError
-from optimizer.near_copies import Finder, Question, words_of
+from optimizer.near_copies import MOST_HOLDERS, Finder, Question, words_of
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -59,23 +59,24 @@ class Leaks:
         for expert, items in self.trained.items():
             for score, found in _by_score((item, item) for item in items).items():
                 said.append(
-                    f"{_share(found, self.n_items[score])} of `{score}` stand in the training data of expert "
-                    f"`{expert}`: the score shows what it remembers as well as what it can do. Take them "
-                    f"out of the suite, or train without them. {_examples(item for item, _ in found)}"
+                    f"Items of `{score}` that stand in the training data of expert `{expert}`: "
+                    f"{len(found)} of {self.n_items[score]}. The score shows what it remembers as well as "
+                    "what it can do. Take them out of the suite, or train without them. "
+                    f"{_examples(item for item, _ in found)}"
                 )
         for score, pairs in _by_score(self.across_splits).items():
             said.append(
-                f"{_share(pairs, self.n_items[score])} of `{score}` stand in the holdout split and, the same "
-                "or nearly, in the search split: they confirm nothing that the search has not seen. Keep "
-                f"one of each. {_examples(item for _, item in pairs)}"
+                f"Items of `{score}` in the holdout split that the search split has, too, the same or "
+                f"nearly: {len(pairs)} of {self.n_items[score]}. They confirm nothing that "
+                f"the search has not seen. Keep one of each. {_examples(item for _, item in pairs)}"
             )
         for score, pairs in _by_score(self.repeated).items():
             others = sorted({first.score_name for first, _ in pairs} - {score})
-            where = f" (those of `{'`, `'.join(others)}` included)" if others else ""
+            where = f", of `{'`, `'.join(others)}` as well" if others else ""
             said.append(
-                f"{_share(pairs, self.n_items[score])} of `{score}` repeat an earlier item of the same "
-                f"split{where}, the same or nearly: they count twice, and standard errors are too small. "
-                f"Keep one of each. {_examples(item for _, item in pairs)}"
+                f"Items of `{score}` that repeat an earlier one of the same split{where}, the same or "
+                f"nearly: {len(pairs)} of {self.n_items[score]}. They count twice, and standard errors are "
+                f"too small. Keep one of each. {_examples(item for _, item in pairs)}"
             )
         return tuple(said)
 
@@ -206,9 +207,9 @@ def _questions(items: pd.DataFrame) -> list[Question]:
             answer = words_of(target)
             if words and n_targets[words] == 1:
                 questions[index] = Question(words, words_of(prompt), (), target)
-            elif words and len(n_targets) > 1:
+            elif words and len(n_targets) > 1 and n_targets[words] <= MOST_HOLDERS:
                 questions[index] = Question(words, words_of(prompt), answer, target)
-            else:  # the prompt says nothing
+            else:  # the prompt says nothing about which item it is
                 questions[index] = Question(answer, answer, (), "" if answer else target)
     return [questions[index] for index in items.index]
 
@@ -238,10 +239,6 @@ def _by_score(pairs: Iterable[tuple[Item, Item]]) -> dict[str, list[tuple[Item, 
     for pair in pairs:
         groups.setdefault(pair[1].score_name, []).append(pair)
     return groups
-
-
-def _share(found: Sequence[object], n_items: int) -> str:
-    return f"{len(found)} of the {n_items} items"
 
 
 def _examples(items: Iterable[Item]) -> str:

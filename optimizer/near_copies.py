@@ -21,15 +21,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import chain
 
 _N = 8  # words of an n-gram, and of a prompt that may be found within a line
 _FEWEST_WORDS = 3  # "Yes" and "Go on" are in every training file
 _WORDS_PER_DIFFERENCE = 20
 _MOST_DIFFERENCES = 4
-_MOST_HOLDERS = 20  # an n-gram of more questions than this is a phrase of the task
+MOST_HOLDERS = 20  # what more questions than this have is a phrase of the task
 
 # A word; a Chinese or Japanese character, which stand without spaces; an operator between two numbers.
 _OPERATOR = r"(?<=\d)[^\S\n]*[-+*/^%<=>×÷−][^\S\n]*(?=\d)"
@@ -55,15 +56,15 @@ def words_of(text: str) -> Words:
     return tuple(" ".join(found).split())  # operators come with the spaces around them
 
 
-def _grams(words: Words) -> set[int]:
-    return set(map(hash, zip(*(words[k:] for k in range(_N)), strict=False)))
+def _grams(words: Words) -> Iterator[int]:
+    return map(hash, zip(*(words[k:] for k in range(_N)), strict=False))
 
 
 @dataclass(frozen=True)
 class Question:
     """What is looked for.
 
-    `words` are the prompt's own, or the target's where the prompt is the same for all items of the task;
+    `words` are the prompt's own, or the target's where all or many items of the task have the prompt;
     `exact` has also what all prompts of the task share. `also`, the target's words where several items
     have the prompt, must stand in the same training text. `target` tells questions of the suite apart.
     """
@@ -89,13 +90,13 @@ class Finder:
     def __init__(self, questions: Sequence[Question]) -> None:
         self.questions = questions
         self._sets = [frozenset(question.words) for question in questions]
-        grams = [_grams(question.words) for question in questions]
+        grams = [set(_grams(question.words)) for question in questions]
         counts = Counter(gram for held in grams for gram in held)
         self._by_gram: dict[int, list[int]] = {}
         self._by_line: dict[str, list[int]] = {}
         for index, question in enumerate(questions):
             for gram in grams[index]:
-                if counts[gram] <= _MOST_HOLDERS:
+                if counts[gram] <= MOST_HOLDERS:
                     self._by_gram.setdefault(gram, []).append(index)
             for words in {question.words, question.exact}:
                 self._by_line.setdefault(" ".join(words), []).append(index)
@@ -105,7 +106,7 @@ class Finder:
         found: set[int] = set()
         for text in texts:
             lines = [words_of(line) for line in text.split("\n")]
-            words = tuple(word for line in lines for word in line)
+            words = tuple(chain.from_iterable(lines))
             there = {
                 index
                 for line in lines
@@ -139,9 +140,9 @@ class Finder:
     def _sharing(self, words: Words) -> set[int]:
         """Return the questions that share an n-gram with a text, and enough of its words."""
         by_gram = self._by_gram
-        sharing = {index for gram in _grams(words) & by_gram.keys() for index in by_gram[gram]}
-        if not sharing:
-            return sharing
+        if by_gram.keys().isdisjoint(_grams(words)):
+            return set()
+        sharing = {index for gram in by_gram.keys() & set(_grams(words)) for index in by_gram[gram]}
         present = frozenset(words)
         # A word that is nowhere in the text differs; letters that number choices do not count.
         return {i for i in sharing if _n_telling(self._sets[i] - present) <= self.questions[i].n_differences}

@@ -109,10 +109,18 @@ class TestTraining:
         prompt = "请问珍妮特的鸭子每天下几个蛋？"
         assert trained(frame((prompt, "16")), f"用户：{prompt} 助手：十六个。") == ["id-0"]
 
+    def test_many_items_of_one_prompt_take_no_longer_than_others(self) -> None:
+        rng = random.Random(4)
+        asked = ["Which of these sentences is the grammatical one?", "Which of these two is right, please?"]
+        targets = [" ".join(random_words(rng, 6)) for _ in range(5000)]
+        items = frame(*((asked[number % 2], target) for number, target in enumerate(targets)))
+        texts = [f"{asked[number % 2]}\n{target}" for number, target in enumerate(targets[:3])]
+        assert trained(items, *texts, *(f"{asked[0]}\nNo." for _ in range(1000))) == ["id-0", "id-1", "id-2"]
+
     def test_the_warning_names_expert_share_and_items(self) -> None:
         items = frame((QUESTION, "13"), (SHORT, "Picasso"), ("Where is Bern?", "CH"))
         (warning,) = find_leaks(items, {"tools": [QUESTION], "persona": ["Hello."]}).warnings()
-        assert "1 of the 3 items of `skill` stand in the training data of expert `tools`" in warning
+        assert "Items of `skill` that stand in the training data of expert `tools`: 1 of 3." in warning
         assert "id-0 “Janet's ducks" in warning
         assert "train without them" in warning
 
@@ -131,8 +139,8 @@ class TestWithinASuite:
         ((first, again),) = leaks.repeated
         assert (first.item, again.item) == ("id-1", "id-2")
         across, repeated = leaks.warnings()
-        assert "1 of the 5 items of `skill` stand in the holdout split and" in across
-        assert "1 of the 5 items of `skill` repeat an earlier item of the same split" in repeated
+        assert "the same or nearly: 1 of 5. They confirm nothing" in across
+        assert "the same or nearly: 1 of 5. They count twice" in repeated
 
     def test_a_near_copy_needs_the_same_target(self) -> None:
         words = random_words(random.Random(3), 25)
@@ -144,8 +152,8 @@ class TestWithinASuite:
     def test_a_question_of_two_scores_is_named_with_both(self) -> None:
         both = pd.concat([frame((QUESTION, "13")), frame((QUESTION, "13"), (SHORT, "?"), score="guard")])
         (warning,) = find_leaks(both, {}).warnings()
-        assert "1 of the 2 items of `guard` repeat" in warning
-        assert "`skill`" in warning
+        assert "Items of `guard` that repeat" in warning
+        assert "of `skill` as well" in warning
 
     def test_the_order_of_items_decides_only_which_is_named(self) -> None:
         items = frame((QUESTION, "13"), (SHORT, "?"), (QUESTION.lower(), "13"), ("Where is Bern?", "CH"))
@@ -232,7 +240,9 @@ class TestStudy:
         plan = Plan.read(EXAMPLE / "study.yaml")
         own = read_training_texts(shared_folder("evals") / "taskmaster" / "tool_calls.jsonl")
         (warning,) = leakage_warnings(Evaluator(plan.suite), {"tools": own[:50]})
-        assert "50 of the 130 items of `tool_calls`" in warning
+        assert (
+            "Items of `tool_calls` that stand in the training data of expert `tools`: 50 of 130." in warning
+        )
 
 
 class TestBenchmarks:
