@@ -102,6 +102,33 @@ def bootstrap_scores(
     return resample(scores, design_of(len(scores), strata, clusters), n_resamples, seed)
 
 
+def score_means(scores: Floats, strata: Labels | None = None) -> Floats:
+    """Return the scores of candidates, (n_candidates,), from (n_items, n_candidates)."""
+    scores = checked(scores, 2)
+    return np.asarray(stratum_means(scores, design_of(len(scores), strata, None)).mean(axis=0))
+
+
+def score_covariance(scores: Floats, strata: Labels | None = None, clusters: Labels | None = None) -> Floats:
+    """Return the covariance of the scores of candidates, (n_candidates, n_candidates), from their items.
+
+    What `bootstrap_scores` tends to with many resamples: candidates covary since they answer the same items.
+
+    Args:
+        scores: (n_items, n_candidates).
+        strata: the task of each item.
+        clusters: what items share.
+
+    Raises:
+        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+    """
+    scores = checked(scores, 2)
+    design = design_of(len(scores), strata, clusters)
+    units = influences(scores, design)
+    n_units = design.n_units[design.unit_stratum].astype(np.float64)  # (n_units,)
+    units *= np.sqrt(n_units / np.maximum(n_units - 1, 1))[:, None]  # a stratum of one unit has influence 0
+    return np.asarray(units.T @ units)
+
+
 def percentile_interval(resampled: Floats, level: float = 0.95) -> Interval:
     """Return the percentile bootstrap interval of a resampled score or difference, (n_resamples,)."""
     lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
@@ -159,6 +186,23 @@ def design_of(n_items: int, strata: Labels | None, clusters: Labels | None) -> D
             "join these strata, or name the cluster differently in each."
         )
     return Design(item_stratum, unit, unit_stratum, np.bincount(unit_stratum))
+
+
+def influences(scores: Floats, design: Design) -> Floats:
+    """Return what each unit adds to the scores of (n_items, n_candidates): (n_units, n_candidates)."""
+    sizes = np.bincount(design.item_stratum)
+    deviations = scores - stratum_means(scores, design)[design.item_stratum]
+    deviations[np.abs(deviations) < 1e-12 * np.abs(scores).max()] = 0.0  # rounding is no spread
+    found = np.zeros((len(design.unit_stratum), scores.shape[1]))
+    np.add.at(found, design.unit, deviations / (len(sizes) * sizes[design.item_stratum])[:, None])
+    return found
+
+
+def stratum_means(scores: Floats, design: Design) -> Floats:
+    """Return the mean of each stratum's items: (n_strata, n_candidates)."""
+    sums = np.zeros((len(design.n_units), scores.shape[1]))
+    np.add.at(sums, design.item_stratum, scores)
+    return np.asarray(sums / np.bincount(design.item_stratum)[:, None])
 
 
 def resample(scores: Floats, design: Design, n_resamples: int, seed: Seed) -> Floats:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from optimizer import pareto, resampling
 from optimizer.evaluate import Score
-from optimizer.resampling import Floats, ItemScores
+from optimizer.resampling import Floats, Indices, ItemScores
 from optimizer.run_dir import RunDir
+from optimizer.smoothing import Smoothing, smooth
 from optimizer.suite import GuardConfig, SuiteConfig
 
 Scores = Mapping[str, Score]
 BASE = "base"
 SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
 _EXPERT = "expert-"
-_N_RESAMPLES = 2000
+N_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,33 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class NoisyFront:
-    """The objectives in resamples of the items, and how often each candidate is on the front.
+    """All scores in resamples of the items, signed, and how often each candidate is on the front.
 
-    `resampled` is (n_resamples, n_candidates, n_objectives), signed so that greater is better.
+    `resampled` holds objectives and guards, (n_resamples, n_candidates) each; `points` are the objectives
+    alone, (n_resamples, n_candidates, n_objectives); `feasible`, (n_resamples, n_candidates): guards kept.
     """
 
     names: tuple[str, ...]
-    resampled: Floats
+    resampled: Mapping[str, Floats]
+    points: Floats
+    feasible: NDArray[np.bool_]
     probability: Mapping[str, float]
 
     def alike(self, first: str, second: str) -> bool:
         """Say whether two candidates differ by less than a paired standard error in every objective."""
         i, j = self.names.index(first), self.names.index(second)
-        difference = self.resampled[:, i] - self.resampled[:, j]
+        difference = self.points[:, i] - self.points[:, j]
         return bool((np.abs(difference.mean(axis=0)) <= difference.std(axis=0)).all())
 
 
 def expert_name(expert: str) -> str:
     """Return the candidate's name of an expert measured alone."""
     return f"{_EXPERT}{expert}"
+
+
+def is_merge(name: str) -> bool:
+    """Say whether a candidate is neither the base nor an expert alone."""
+    return name != BASE and not is_expert(name)
 
 
 def is_expert(name: str) -> bool:
@@ -117,40 +127,74 @@ def retained_gains(candidates: Mapping[str, Scores], scores: Scores, suite: Suit
     return gains
 
 
-def recommend(candidates: Mapping[str, Scores], suite: SuiteConfig) -> Recommendation | None:
+def recommend(
+    candidates: Mapping[str, Scores], suite: SuiteConfig, measured: Mapping[str, Scores] | None = None
+) -> Recommendation | None:
     """Choose one merge: guards kept, then the least worst weighted loss against the experts.
 
     The loss of an objective is 1 minus the share kept of the best expert's gain, times the
     objective's weight (a weighted Chebyshev distance to the ideal point; Bowman 1976). The base and
     the experts themselves are not merges. None where no merge was measured.
+
+    Args:
+        candidates: the scores to choose by, smoothed or measured, by candidate name.
+        suite: the suite's file.
+        measured: where `candidates` are smoothed, the scores as measured, for the reason's words.
     """
-    merges = {name: scores for name, scores in candidates.items() if name != BASE and not is_expert(name)}
+    names = list(candidates)
+    merges = [name for name in names if is_merge(name)]
     if not merges or BASE not in candidates:
         return None
-
-    def losses(name: str) -> list[float]:
-        kept = retained_gains(candidates, merges[name], suite)
-        return [suite.objectives[key].weight * (1 - share) for key, share in kept.items()]
+    best = names[int(_choose(_signed(candidates, suite), names, suite))]
 
     def excess(name: str) -> float:
-        return max([0.0, *guard_violations(merges[name], candidates, suite).values()])
+        return max([0.0, *guard_violations(candidates[name], candidates, suite).values()])
 
-    best = min(merges, key=lambda name: (excess(name), max(losses(name)), sum(losses(name))))
-    kept = retained_gains(candidates, merges[best], suite)
-    shares = ", ".join(
+    by = "By smoothed scores, " if measured else ""
+    if keeps_guards := excess(best) == 0:
+        n_kept = sum(excess(name) == 0 for name in merges)
+        text = f"{by}of the {n_kept} merges that keep every guard, its worst loss is the smallest: it keeps "
+    else:
+        text = f"{by}no merge keeps every guard; this one breaks them least. It keeps "
+    text += f"{_shares(candidates, best, suite)} of the best expert's gain over the base."
+    if measured:
+        text += f" As measured, it keeps {_shares(measured, best, suite)}."
+    return Recommendation(best, text[0].upper() + text[1:], keeps_guards)
+
+
+def _shares(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig) -> str:
+    kept = retained_gains(candidates, candidates[name], suite)
+    return ", ".join(
         f"{'more than all' if share > 1 else format(share, '.0%')} on {key}" for key, share in kept.items()
     )
-    if excess(best) > 0:
-        reason = (
-            "No merge keeps every guard; this one breaks them least. "
-            f"It keeps {shares} of the best expert's gain over the base."
-        )
-    else:
-        reason = (
-            f"Of the {sum(excess(name) == 0 for name in merges)} merges that keep every guard, its worst "
-            f"loss is the smallest: it keeps {shares} of the best expert's gain over the base."
-        )
-    return Recommendation(best, reason, excess(best) == 0)
+
+
+def _signed(candidates: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, Floats]:
+    """Return each objective and guard, signed so that greater is better: (n_candidates,)."""
+    every = {**suite.objectives, **suite.guards}
+    return {
+        key: config.sign * np.array([scores[key].value for scores in candidates.values()])
+        for key, config in every.items()
+    }
+
+
+def _choose(signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConfig) -> Indices:
+    """Return the merge that `recommend` chooses, (...), by signed scores, (..., n_candidates) each."""
+    experts = [i for i, name in enumerate(names) if is_expert(name)]
+    losses = []
+    for key, config in suite.objectives.items():
+        own, base = signed[key], signed[key][..., [names.index(BASE)]]
+        best = np.maximum(base, own[..., experts].max(axis=-1, keepdims=True)) if experts else base
+        gain = np.where(best > base, best - base, 1.0)
+        losses.append(config.weight * (best - own) / gain)
+    worse = [
+        signed[key][..., [names.index(reference_name(guard))]] - signed[key] - guard.margin
+        for key, guard in suite.guards.items()
+    ]
+    excess = np.max([np.zeros_like(losses[0]), *worse], axis=0)
+    excess[..., [i for i, name in enumerate(names) if not is_merge(name)]] = np.inf
+    order = np.lexsort((np.sum(losses, axis=0), np.max(losses, axis=0), excess), axis=-1)
+    return np.asarray(order[..., 0])
 
 
 def noisy_front(frames: Mapping[str, pd.DataFrame], suite: SuiteConfig, seed: int = 0) -> NoisyFront:
@@ -159,21 +203,56 @@ def noisy_front(frames: Mapping[str, pd.DataFrame], suite: SuiteConfig, seed: in
     On the front of a resample are the non-dominated among those that keep every guard in it, against the
     reference on the same items.
     """
-    rng = np.random.default_rng(seed)
-    names = tuple(frames)
-
-    def resampled(score_name: str) -> Floats:
-        joined = ItemScores.join(frames, score_name)
-        return resampling.bootstrap_scores(joined.scores, joined.tasks, n_resamples=_N_RESAMPLES, seed=rng)
-
-    objectives = [config.sign * resampled(name) for name, config in suite.objectives.items()]
-    feasible = np.ones((_N_RESAMPLES, len(names)), dtype=bool)
-    for name, guard in suite.guards.items():
-        scores = guard.sign * resampled(name)
-        feasible &= scores[:, [names.index(reference_name(guard))]] - scores <= guard.margin
-    points = np.stack(objectives, axis=2)
+    rng, names = np.random.default_rng(seed), tuple(frames)
+    resampled = {}
+    for key, config in {**suite.objectives, **suite.guards}.items():
+        joined = ItemScores.join(frames, key)
+        resampled[key] = config.sign * resampling.bootstrap_scores(
+            joined.scores, joined.tasks, n_resamples=N_RESAMPLES, seed=rng
+        )
+    feasible = np.ones((N_RESAMPLES, len(names)), dtype=bool)
+    for key, guard in suite.guards.items():
+        reference = resampled[key][:, [names.index(reference_name(guard))]]
+        feasible &= reference - resampled[key] <= guard.margin
+    points = np.stack([resampled[key] for key in suite.objectives], axis=2)
     found = resampling.pareto_probability(points, feasible)
-    return NoisyFront(names, points, dict(zip(names, found.tolist(), strict=True)))
+    return NoisyFront(names, resampled, points, feasible, dict(zip(names, found.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search split of a run says: scores as measured and to choose by, the front, the merge."""
+
+    measured: Mapping[str, Scores]
+    smoothing: Smoothing
+    front: NoisyFront
+    recommendation: Recommendation | None
+
+    def finalists(self, k: int) -> tuple[str, ...]:
+        """Return what `selection.finalists` returns."""
+        if self.recommendation is None:
+            return ()
+        found = [self.recommendation.name]
+        for name in sorted(self.front.names, key=lambda name: -self.front.probability[name]):
+            plausible = self.front.probability[name] >= PLAUSIBLE and is_merge(name)
+            if plausible and not any(self.front.alike(name, other) for other in found):
+                found.append(name)
+        return tuple(found[:k])
+
+
+def choose(run: RunDir) -> Choice | None:
+    """Smooth, resample and recommend, from the search split alone.
+
+    None before the base and what the guards refer to are measured.
+    """
+    suite = run.study.suite_config
+    measured = run.all_scores("search")
+    if not {BASE, *map(reference_name, suite.guards.values())} <= measured.keys():
+        return None
+    frames = {name: frame for name in measured if (frame := run.measurement(name, "search")) is not None}
+    smoothing = smooth(run.candidates(), frames, [*suite.objectives, *suite.guards], run.study.seed)
+    recommendation = recommend(smoothing.scores, suite, measured if smoothing.smoothers else None)
+    return Choice(measured, smoothing, noisy_front(frames, suite), recommendation)
 
 
 def finalists(run: RunDir, k: int) -> tuple[str, ...]:
@@ -183,15 +262,5 @@ def finalists(run: RunDir, k: int) -> tuple[str, ...]:
     an earlier finalist by less than a standard error in every objective is left out, as is one that is
     hardly ever on the front. The base and the experts alone are no finalists.
     """
-    suite, scores = run.study.suite_config, run.all_scores("search")
-    chosen = recommend(scores, suite)
-    if chosen is None:
-        return ()
-    frames = {name: frame for name in scores if (frame := run.measurement(name, "search")) is not None}
-    front = noisy_front(frames, suite)
-    found = [chosen.name]
-    for name in sorted(front.names, key=lambda name: -front.probability[name]):
-        plausible = front.probability[name] >= PLAUSIBLE and name != BASE and not is_expert(name)
-        if plausible and not any(front.alike(name, other) for other in found):
-            found.append(name)
-    return tuple(found[:k])
+    choice = choose(run)
+    return choice.finalists(k) if choice else ()

@@ -23,7 +23,9 @@ from optimizer.resampling import (
     Seed,
     checked,
     design_of,
+    influences,
     resample,
+    stratum_means,
 )
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -280,25 +282,22 @@ def minimum_detectable_effect(
     return z * math.sqrt(variance / n_items)
 
 
-def _influences(difference: Floats, design: Design) -> tuple[Floats, Floats]:
-    """Means of the strata, (n_strata,), and what each unit adds to the mean over them, (n_units,)."""
-    sizes = np.bincount(design.item_stratum)
-    means = np.bincount(design.item_stratum, difference) / sizes
-    deviations = difference - means[design.item_stratum]
-    deviations[np.abs(deviations) < 1e-12 * np.abs(difference).max()] = 0.0  # rounding is no spread
-    shares = deviations / (len(sizes) * sizes[design.item_stratum])
-    return means, np.bincount(design.unit, shares).astype(np.float64)
-
-
 def _paired(difference: Floats, design: Design) -> PairedDifference:
-    means, influences = _influences(difference, design)
-    estimate, n_units = float(means.mean()), design.n_units
+    estimate, units, n_units = _mean(difference, design), _influences(difference, design), design.n_units
     if n_units.min() < 2:
         return PairedDifference(estimate, math.inf, 1.0)
-    variances = np.bincount(design.unit_stratum, influences**2) * n_units / (n_units - 1)  # (n_strata,)
+    variances = np.bincount(design.unit_stratum, units**2) * n_units / (n_units - 1)  # (n_strata,)
     total = float(variances.sum())
     shares = variances / total if total > 0 else n_units / n_units.sum()
     return PairedDifference(estimate, math.sqrt(total), float(1 / (shares**2 / (n_units - 1)).sum()))
+
+
+def _mean(difference: Floats, design: Design) -> float:
+    return float(stratum_means(difference[:, None], design).mean())
+
+
+def _influences(difference: Floats, design: Design) -> Floats:
+    return influences(difference[:, None], design)[:, 0]
 
 
 def _by_tango(difference: Floats, design: Design, level: float) -> Interval:
@@ -309,11 +308,11 @@ def _by_tango(difference: Floats, design: Design, level: float) -> Interval:
 
 def _bca(difference: Floats, design: Design, level: float, n_resamples: int, seed: Seed) -> Interval:
     resampled = resample(difference[:, None], design, n_resamples, seed)[:, 0]
-    means, influences = _influences(difference, design)
-    below = ((resampled < means.mean()).mean() + (resampled <= means.mean()).mean()) / 2  # ties: half
+    mean, units = _mean(difference, design), _influences(difference, design)
+    below = ((resampled < mean).mean() + (resampled <= mean).mean()) / 2  # ties: half
     bias = stats.norm.ppf(np.clip(below, 1 / n_resamples, 1 - 1 / n_resamples))
-    squares = (influences**2).sum()
-    acceleration = (influences**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
+    squares = (units**2).sum()
+    acceleration = (units**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
     shifted = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
     lower, upper = np.quantile(resampled, stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
     return Interval(float(lower), float(upper), level)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import pandas as pd
 
 from optimizer.evaluate import Measurement
 from optimizer.recipe import MergeRecipe, RecipeGroup, Source
-from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord
-from optimizer.selection import BASE, expert_name, recommend
+from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
+from optimizer.selection import BASE, expert_name, finalists
 from optimizer.suite import Split, SuiteConfig
 
 EXPERTS = ("tools", "persona")
@@ -51,6 +52,9 @@ class Plan:
     n_baselines: int = 7
     n_items: int = 60  # of each score in each split
     holdout: bool = True
+    n_finalists: int = 3
+    n_holdout_uses: int = 1
+    noise: float = 0.0  # the share of items that a second measurement of the base answers anew
     failed: tuple[int, ...] = (6,)
     responses: Mapping[str, str] = field(default_factory=dict)  # by candidate, instead of the usual
 
@@ -67,6 +71,8 @@ def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
     points = dict(list(_baselines().items())[: plan.n_baselines]) | _trials(plan.n_trials)
     for name, lambdas in points.items():
         _write(run, plan, name, lambdas)
+    if plan.noise and BASE in points:
+        run.write_noise(_second_measurement(plan, points[BASE]))
     if plan.holdout:
         _confirm(run, plan, points)
     return run
@@ -74,13 +80,21 @@ def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
 
 def _confirm(run: RunDir, plan: Plan, points: Mapping[str, Lambdas]) -> None:
     """Measure on the holdout what a study measures there."""
-    found = {name: run.scores(name, "search") for name in points}
-    scores = {name: own for name, own in found.items() if own is not None}
-    chosen = recommend(scores, run.study.suite_config)
-    names = [BASE, *map(expert_name, EXPERTS), "average-0.5", *([chosen.name] if chosen else [])]
+    chosen = finalists(run, plan.n_finalists)
+    at = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+    for _ in range(plan.n_holdout_uses):
+        run.add_holdout_use(HoldoutUse(at=at, finalists=chosen, n_candidates=len(run.candidates())))
+    names = [BASE, *map(expert_name, EXPERTS), "average-0.5", *chosen]
     for name in dict.fromkeys(names):
-        if name in scores:
+        if run.scores(name, "search") is not None:
             run.write_measurement(name, "holdout", measure(plan, name, points[name], "holdout"))
+
+
+def _second_measurement(plan: Plan, lambdas: Lambdas) -> Measurement:
+    first, other = (measure(plan, name, lambdas, "search") for name in (BASE, "base again"))
+    anew = np.random.default_rng(2).random(len(first.items)) < plan.noise
+    items = first.items.assign(score=np.where(anew, other.items["score"], first.items["score"]))
+    return Measurement(items, first.seconds)
 
 
 def _record(plan: Plan) -> StudyRecord:

@@ -138,20 +138,48 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_the_finalists_are_the_recommended_merge_and_other_trade_offs_of_the_front(run: RunDir) -> None:
-    scores, config = run.all_scores("search"), run.study.suite_config
-    found = selection.finalists(run, 4)
-    chosen = selection.recommend(scores, config)
-    assert chosen is not None
-    assert found[0] == chosen.name
+    found, choice = selection.finalists(run, 4), selection.choose(run)
+    assert choice is not None
+    assert choice.recommendation is not None
+    assert found[0] == choice.recommendation.name
     assert 2 <= len(found) <= 4
     assert not any(name == "base" or selection.is_expert(name) for name in found)
-    frames = {name: frame for name in scores if (frame := run.measurement(name, "search")) is not None}
-    front = selection.noisy_front(frames, config)
+    front = choice.front
     rest = [front.probability[name] for name in found[1:]]
     assert rest == sorted(rest, reverse=True)
     assert min(rest) >= selection.PLAUSIBLE
     assert not any(front.alike(a, b) for i, a in enumerate(found) for b in found[:i])
     assert selection.finalists(run, 2) == found[:2]
+
+
+def test_the_choice_is_by_smoothed_scores_and_says_so(run: RunDir) -> None:
+    choice, config = selection.choose(run), run.study.suite_config
+    assert choice is not None
+    assert choice.smoothing.smoothers
+    by_smoothed = selection.recommend(choice.smoothing.scores, config)
+    assert choice.recommendation is not None
+    assert by_smoothed is not None
+    assert choice.recommendation.name == by_smoothed.name
+    assert choice.recommendation.reason.startswith("By smoothed scores, of the ")
+    assert " As measured, it keeps " in choice.recommendation.reason
+    assert selection.finalists(run, 9) == choice.finalists(9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rule_is_the_worst_loss_among_those_that_keep_the_guards(seed: int) -> None:
+    rng, config = np.random.default_rng(seed), suite(x={"weight": 2.0}, y={"direction": "minimize"})
+    drawn = {name: scores(*rng.random(3)) for name in ["base", "expert-a", "expert-b", "m", "n", "o"]}
+
+    def key(name: str) -> tuple[float, float, float]:
+        kept = selection.retained_gains(drawn, drawn[name], config)
+        losses = [config.objectives[k].weight * (1 - share) for k, share in kept.items()]
+        excess = selection.guard_violations(drawn[name], drawn, config)["g"]
+        return max(0.0, excess), max(losses), sum(losses)
+
+    found = selection.recommend(drawn, config)
+    assert found is not None
+    assert found.name == min("mno", key=key)
+    assert found.keeps_guards == (key(found.name)[0] == 0)
 
 
 def test_before_a_merge_is_measured_there_is_no_finalist(tmp_path: Path) -> None:
