@@ -144,7 +144,8 @@ def _confirm(bench: Bench, n_finalists: int, averages: Sequence[str]) -> None:
 
 def _write_best(bench: Bench) -> None:
     """Write the recommended merge as a model directory."""
-    chosen = selection.recommend(bench.scores, bench.evaluator.suite.config)
+    choice = selection.choose(bench.run)
+    chosen = choice.recommendation if choice else None
     candidate = bench.run.candidate(chosen.name) if chosen else None
     if chosen is None or candidate is None:
         return
