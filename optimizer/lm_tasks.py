@@ -73,6 +73,11 @@ def _dataset(items: Sequence[Item], system: str) -> Any:
     )
 
 
+def item_answer(doc: Mapping[str, str]) -> Any:
+    """Return the answer of a JSONL item's document as the item has it."""
+    return _payload("answer")(doc)
+
+
 def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
     return lambda doc: json.loads(doc["payload"])[key]
 

@@ -53,6 +53,11 @@ class TransformersEngine:
         """The model as lm-eval sees it."""
         return self._lm
 
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self._lm.model
+
     def load(self, recipe: MergeRecipe) -> LoadTime:
         """Merge straight into the model's own tensors; see `Engine.load`."""
         assert self._merger is not None  # an engine that was started to merge

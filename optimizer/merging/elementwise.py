@@ -98,7 +98,7 @@ def merged_entries(
     start = wide(base)
     parts = []
     for i, source in enumerate(sources):
-        vector = source if are_vectors[i] else source.to(start.dtype) - start
+        vector = source.to(start.dtype) if are_vectors[i] else source.to(start.dtype) - start
         parts.append(_kept(vector, i, keep, numbers) * numbers.lambdas[i])
     if combine == "sum":
         merged = numbers.base_weight * start
@@ -134,15 +134,15 @@ def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Numb
     Yadav et al. 2023, algorithm 1. Zeros never agree; where Σ λτ is exactly zero nothing does.
     """
     elected = _sum(parts)
-    agrees = [part * elected > 0 for part in parts]
+    agrees = [(part * elected > 0).to(elected.dtype) for part in parts]
     total = _sum([part * agree for agree, part in zip(agrees, parts, strict=True)])
     if combine == "none":
         return total
     if combine == "weights":
         divisor = _sum([agree * lambdas[i] for i, agree in enumerate(agrees)])
         return total / (divisor + (divisor == 0))
-    count = _sum([agree.float() for agree in agrees])
-    share = (count < 2).float()
+    count = _sum(agrees)
+    share = (count < 2).to(count.dtype)
     for n in range(2, len(parts) + 1):  # a division would take longer than all the rest
         share = share + (count == n) * (1 / n)
     return total * share

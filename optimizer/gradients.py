@@ -1,0 +1,134 @@
+"""Slopes: the derivative of every score's loss with respect to every coefficient of a merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.engines.weight_gradients import each_gradient, recomputed_activations
+from optimizer.errors import MergetuneError
+from optimizer.losses import MAX_TOKENS, batches, item_losses
+from optimizer.merging.derivative import coefficient_slopes
+from optimizer.merging.merger import Merger
+from optimizer.method_table import METHODS, SMOOTH, MethodName
+from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
+from optimizer.references import References
+
+PASSES = 3  # what a slope of an item costs, in forward passes: a backward pass is two
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """How the losses of a merge move with its coefficients, tensor by tensor.
+
+    Attributes:
+        losses: the mean loss of each objective and guard, in nats; see `losses.item_losses`.
+        table: a row per score_name, tensor, parameter and expert (empty where one coefficient is for
+            all experts) with the slope: the derivative of the loss with respect to this coefficient of
+            this tensor alone.
+        n_items: the items that were looked at.
+        seconds: how long it took, without loading the weights.
+    """
+
+    losses: dict[str, float]
+    table: pd.DataFrame
+    n_items: int
+    seconds: float
+
+    @property
+    def n_passes(self) -> int:
+        """The cost in forward passes of one item."""
+        return PASSES * self.n_items
+
+    def by_group(self, groups: Iterable[LayerGroup]) -> pd.DataFrame:
+        """Return the derivatives with respect to coefficients that a layer group's tensors share.
+
+        The groups may be any that take each tensor once: the recipe's, single layers, attention and MLP.
+        A row per score_name, group, parameter and expert, with the slope.
+        """
+        group_of = {name: group.name for name, group in assign_groups(groups, self.table["tensor"]).items()}
+        keys = ["score_name", "group", "parameter", "expert"]
+        rows = self.table.assign(group=self.table["tensor"].map(group_of))
+        return rows.groupby(keys, sort=False)[["slope"]].sum().reset_index()
+
+
+def has_slopes(method: MethodName) -> bool:
+    """Say whether a method has coefficients that its weights are smooth in."""
+    return any(parameter.name in SMOOTH for parameter in METHODS[method].parameters)
+
+
+def slopes(
+    engine: TransformersEngine,
+    merger: Merger,
+    recipe: MergeRecipe,
+    references: References,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    checkpointing: bool = False,
+) -> Slopes:
+    """Return the slopes of every objective's and guard's loss at a recipe.
+
+    Each weight's gradient is multiplied with what the merge's derivative is there, and freed, as soon
+    as it is complete: beside model and activations one gradient is alive at a time. Masks, thresholds
+    and elected signs are held as they are at the recipe.
+
+    Args:
+        engine: the model; the recipe's weights are loaded into it.
+        merger: the models that are merged.
+        recipe: where.
+        references: what to say to which items.
+        max_tokens: the most tokens in one batch; each batch is one backward pass.
+        checkpointing: whether activations are computed twice instead of kept.
+
+    Raises:
+        MergetuneError: the method has no coefficient that a slope could be taken of.
+        TrialError: these coefficients make a weight infinite or NaN.
+    """
+    if not has_slopes(recipe.method):
+        raise MergetuneError(
+            f"`{recipe.method}` has no slopes: they need a coefficient out of {', '.join(SMOOTH)}. "
+            "Take another method, or search without gradients."
+        )
+    engine.load(recipe)
+    start = time.perf_counter()
+    losses: dict[str, float] = {}
+    rows: list[tuple[str, str, str, str, float]] = []
+    for score_name, own in references.by_score.items():
+        losses[score_name] = 0.0
+        totals = _Totals(merger, recipe)
+        recomputed = recomputed_activations(engine.model) if checkpointing else nullcontext()
+        with each_gradient(engine.model, totals.names, totals.add), recomputed, torch.enable_grad():
+            for batch, weights in batches(own, max_tokens):
+                each = item_losses(engine.model, batch)
+                loss = each @ each.new_tensor(weights)
+                loss.backward()  # type: ignore[no-untyped-call]  # torch
+                losses[score_name] += float(loss.detach())
+        rows += [(score_name, *key, slope) for key, slope in totals.values.items()]
+    table = pd.DataFrame(rows, columns=["score_name", "tensor", "parameter", "expert", "slope"])
+    return Slopes(losses, table, len(references.items), time.perf_counter() - start)
+
+
+class _Totals:
+    """⟨∂L/∂W, ∂W/∂c⟩ by tensor, parameter and expert, added up over backward passes."""
+
+    def __init__(self, merger: Merger, recipe: MergeRecipe) -> None:
+        changed = {name for expert in recipe.experts for name in merger.experts[expert].targets}
+        every = recipe.method == "passthrough"
+        self.names = [name for name in merger.base.names if every or name in changed]
+        self.values: dict[tuple[str, str, str], float] = {}
+        self._merger, self._recipe = merger, recipe
+        self._groups = assign_groups(recipe.groups, merger.base.names)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        piece = self._merger.piece(self._recipe, name, gradient.device)
+        own = coefficient_slopes(piece, self._recipe, self._groups[name], gradient)
+        for (parameter, expert), slope in own.items():
+            key = (name, parameter, expert)
+            self.values[key] = self.values.get(key, 0.0) + slope

@@ -1,0 +1,94 @@
+"""Losses of a model on references: what it would pay, in nats, to say what each item asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optimizer.engines.completions import Scoring
+from optimizer.merging.elementwise import wide
+from optimizer.references import Reference, References
+
+MAX_TOKENS = 1024  # in one batch, padding counted
+
+
+def item_losses(model: Any, references: Sequence[Reference]) -> Tensor:
+    """Return a loss for each item, in nats: (n_items,), in float32 or the model's float64.
+
+    A reply's is its cross-entropy per token. A choice's is −log of the right ones' share among all
+    choices' likelihoods (per character, if the score counts them so), which falls as the margin grows
+    that the score's argmax depends on, and not with the likelihood that all choices have in common.
+    """
+    texts = [text for reference in references for text in reference.texts]
+    totals = _log_likelihoods(model, texts)
+    losses, begin = [], 0
+    for reference in references:
+        own = totals[begin : begin + len(reference.texts)]
+        begin += len(own)
+        if reference.right:
+            shares = functional.log_softmax(own * own.new_tensor(reference.scales), dim=0)
+            losses.append(-shares[list(reference.right)].logsumexp(dim=0))
+        else:
+            (text,) = reference.texts
+            losses.append(-own[0] / max(len(text.tokens) - text.start, 1))
+    return torch.stack(losses)
+
+
+def mean_losses(model: Any, references: References, max_tokens: int = MAX_TOKENS) -> dict[str, float]:
+    """Return each score's loss: the mean over its tasks of the mean over their items, as the score is."""
+    totals = dict.fromkeys(references.by_score, 0.0)
+    with torch.no_grad():
+        for score_name, own in references.by_score.items():
+            for batch, weights in batches(own, max_tokens):
+                losses = item_losses(model, batch)
+                totals[score_name] += float(losses @ losses.new_tensor(weights))
+    return totals
+
+
+def batches(
+    references: Sequence[Reference], max_tokens: int = MAX_TOKENS
+) -> Iterator[tuple[list[Reference], list[float]]]:
+    """Yield one score's references in batches of about one length, with each one's weight in the mean."""
+    sizes = Counter(reference.task for reference in references)
+    batch: list[Reference] = []
+    for reference in sorted(references, key=lambda each: each.n_tokens):
+        rows = sum(len(each.texts) for each in (*batch, reference))
+        if batch and rows * reference.n_tokens > max_tokens:
+            yield batch, [1 / sizes[each.task] / len(sizes) for each in batch]
+            batch = []
+        batch.append(reference)
+    if batch:
+        yield batch, [1 / sizes[each.task] / len(sizes) for each in batch]
+
+
+def _log_likelihoods(model: Any, texts: Sequence[Scoring]) -> Tensor:
+    """Return the sum of the log-probabilities of each text's tokens from its start on: (n_texts,)."""
+    longest = max(len(text.tokens) for text in texts)
+    tokens = torch.zeros(len(texts), longest, dtype=torch.long)
+    is_text, counts = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text.tokens)] = torch.tensor(text.tokens)
+        is_text[row, : len(text.tokens)] = 1
+        counts[row, text.start : len(text.tokens)] = True
+    first = min(text.start for text in texts) - 1  # its logits say what comes at the first start
+    tokens, is_text, counts = (each.to(model.device) for each in (tokens, is_text, counts[:, first + 1 :]))
+    logits = _logits(model, tokens, is_text, first)[counts]  # (n_counted, vocabulary)
+    paid = functional.cross_entropy(wide(logits), tokens[:, first + 1 :][counts], reduction="none")
+    rows = counts.nonzero()[:, 0]
+    return -paid.new_zeros(len(texts)).index_add(0, rows, paid)
+
+
+def _logits(model: Any, tokens: Tensor, is_text: Tensor, first: int) -> Tensor:
+    """Return the logits from position `first` up to the last but one: (n_texts, length, vocabulary)."""
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": is_text, "use_cache": False}
+    can_choose = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if can_choose:
+        inputs["logits_to_keep"] = torch.arange(first, tokens.shape[1] - 1, device=tokens.device)
+    logits: Tensor = model(**inputs).logits
+    return logits if can_choose else logits[:, first:-1]

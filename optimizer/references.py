@@ -1,0 +1,326 @@
+"""References: what a model should say to each item, as tokens after the very prompts of the evaluation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from optimizer.engines.completions import Scoring, generation_settings
+from optimizer.lm_tasks import item_answer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.task import Task
+
+    from optimizer.evaluate import Evaluator
+
+# A reply is a reference from this share of the best score of its task on: it shows most of the skill.
+SUFFICIENT = 0.75
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one item asks for: a reply, or the right ones among choices.
+
+    Attributes:
+        score_name: the objective or guard.
+        task: the task's name.
+        item: the item's id.
+        texts: the prompt with the reply, or with each of the choices; the tokens after the prompt count.
+        right: the right choices' indices; empty: there is one text, and it is right.
+        scales: what a choice's log-likelihood is multiplied by: 1, or where the score counts it per
+            character or byte, their mean number over this choice's.
+    """
+
+    score_name: str
+    task: str
+    item: str
+    texts: tuple[Scoring, ...]
+    right: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """The tokens of the longest text."""
+        return max(len(text.tokens) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class References:
+    """References of some of a suite's items; `missing` says of a score without any why it has none."""
+
+    items: tuple[Reference, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def by_score(self) -> dict[str, list[Reference]]:
+        """The references of each objective and guard that has some."""
+        found: dict[str, list[Reference]] = defaultdict(list)
+        for reference in self.items:
+            found[reference.score_name].append(reference)
+        return dict(found)
+
+    def sample(self, n_items: int) -> References:
+        """Return up to this many for each score, spread over its tasks; the same ones every time."""
+        chosen = [each for own in self.by_score.values() for each in _alternating(own)[:n_items]]
+        return replace(self, items=tuple(chosen))
+
+    def parts(self, share: float) -> tuple[References, References]:
+        """Return this share of each score's references (one at least, if there are two), and the others."""
+        first: list[Reference] = []
+        rest: list[Reference] = []
+        for own in self.by_score.values():
+            ordered = _alternating(own)
+            size = min(max(round(share * len(own)), 1), len(own) - 1)
+            first += ordered[:size]
+            rest += ordered[size:]
+        return replace(self, items=tuple(first)), replace(self, items=tuple(rest))
+
+
+def find_references(
+    evaluator: Evaluator,
+    lm: TemplateLM,
+    documents: Mapping[str, Sequence[int]] | None = None,
+    replies: Sequence[pd.DataFrame] = (),
+) -> References:
+    """Find what a model should say to a suite's items.
+
+    Prompts, few-shot examples, chat template and tokens are those of the evaluation: lm-eval builds
+    them here, too. Of a question with choices all are taken, and of a text to be scored the text. A
+    reply to be generated is the reply in `replies` that scores best or, where that does no better, the
+    item's answer as the examples show it (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
+    of the best score that any of them has in its task, the answer being scored as a reply is. So items
+    without an answer, such as those of the scorer `regex`, have a reference where some model shows one.
+
+    Args:
+        evaluator: the suite.
+        lm: a model as lm-eval sees it, or anything with its tokenizer.
+        documents: by task, the indices of documents; by default those of the search split.
+        replies: measurements of these items, a frame for each model, as `Measurement.items`.
+    """
+    if documents is None:
+        documents = {name: bound.indices("search") for name, bound in evaluator.tasks.items()}
+    chat = evaluator.suite.config.chat_template
+    items: list[Reference] = []
+    for name, indices in documents.items():
+        if indices:
+            items += _TaskReferences(evaluator, name, lm, chat).find(list(indices), replies)
+    found = {reference.score_name for reference in items}
+    wanted = {evaluator.tasks[name].score_name for name, indices in documents.items() if indices}
+    missing = {
+        name: f"`{name}` has no references: no answer of its items, and no reply given, scores well."
+        for name in evaluator.suite.scores
+        if name in wanted - found
+    }
+    return References(tuple(items), missing)
+
+
+class _TaskReferences:
+    """The references of one task's items."""
+
+    def __init__(self, evaluator: Evaluator, name: str, lm: TemplateLM, chat: bool) -> None:
+        bound = evaluator.tasks[name]
+        self._name, self._bound, self._task = name, bound, bound.task
+        self._lm, self._chat = lm, chat
+        self._is_better_high = evaluator.suite.scores[bound.score_name].sign > 0
+
+    def find(self, indices: list[int], replies: Sequence[pd.DataFrame]) -> Iterator[Reference]:
+        asked = _requests(self._task, self._lm, indices, self._chat)
+        kind = self._task.OUTPUT_TYPE
+        if kind == "generate_until":
+            yield from self._replies(asked, replies)
+        for index, instances in asked.items():
+            if kind == "multiple_choice":
+                yield from self._choices(index, instances)
+            elif kind == "loglikelihood" and len(instances) == 1:
+                yield self._reference(index, (self._continued(*instances[0].args[:2]),))
+            elif kind == "loglikelihood_rolling":
+                tokens = [self._lm.prefix_token_id, *self._lm.tok_encode(instances[0].args[0])]
+                yield self._reference(index, (Scoring(tokens[: self._lm.max_length], 1),))
+
+    def _reference(self, index: int, texts: tuple[Scoring, ...], **choices: Any) -> Reference:
+        return Reference(self._bound.score_name, self._name, self._bound.item_ids[index], texts, **choices)
+
+    def _replies(
+        self, asked: Mapping[int, list[Instance]], replies: Sequence[pd.DataFrame]
+    ) -> Iterator[Reference]:
+        if not self._is_better_high:
+            return
+        shown = self._shown(replies)
+        answers = _score_answers(self._bound, asked)
+        candidates = {
+            index: [*shown.get(self._bound.item_ids[index], []), *answers.get(index, [])] for index in asked
+        }
+        best = max((score for each in candidates.values() for score, _ in each), default=0.0)
+        closing = _closing(self._lm, self._task, self._chat)
+        for index, instances in asked.items():
+            # of equal scores the first one counts: that of the better model
+            score, reply = max(candidates[index], key=lambda each: each[0], default=(0.0, ""))
+            if best > 0 and score >= SUFFICIENT * best:
+                yield self._reference(index, (self._replied(instances[0], reply, *closing),))
+
+    def _shown(self, replies: Sequence[pd.DataFrame]) -> dict[str, list[tuple[float, str]]]:
+        """Return what models replied to each item, with its score, the better model first.
+
+        lm-eval's own tasks are left out: what is on record of them may be a part of the reply only.
+        """
+        if self._bound.config.items is None:
+            return {}
+        own = [frame[frame["task"] == self._name] for frame in replies]
+        found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        for frame in sorted(own, key=lambda frame: -frame["score"].mean()):
+            for item, score, reply in zip(frame["item"], frame["score"], frame["response"], strict=True):
+                found[item].append((score, reply))
+        return found
+
+    def _choices(self, index: int, instances: list[Instance]) -> Iterator[Reference]:
+        doc = instances[0].doc
+        choices: list[str] = self._task.doc_to_choice(doc)
+        gold = (self._task.doc_to_text if self._task.multiple_input else self._task.doc_to_target)(doc)
+        right = [choices.index(each) if each in choices else each for each in _as_list(gold)]
+        if not all(each in range(len(choices)) for each in right):
+            return  # mislabelled, as lm-eval would warn
+        texts = tuple(self._continued(*each.args[:2]) for each in instances[: len(choices)])
+        yield self._reference(index, texts, right=tuple(right), scales=_scales(self._bound, choices))
+
+    def _continued(self, context: str, continuation: str) -> Scoring:
+        """Return a context and its continuation as `TemplateLM.loglikelihood` splits them into tokens."""
+        if context:
+            before, after = self._lm._encode_pair(context, continuation)
+        else:
+            before = [self._lm.prefix_token_id]
+            after = self._lm.tok_encode(continuation, add_special_tokens=False)
+        tokens = [*before, *after][-self._lm.max_length :]
+        return Scoring(tokens, max(len(tokens) - len(after), 1))
+
+    def _replied(self, instance: Instance, reply: str, closing: str, end: Sequence[int]) -> Scoring:
+        """Return a prompt with a reply and what ends it; a reply cut at the greatest length has no end."""
+        prompt, settings = instance.args[:2]
+        limit, _stop, _sampling = generation_settings(settings)
+        before = self._lm.tok_encode(prompt)
+        after = [*_tokens_after(self._lm, prompt, before, reply + closing), *end][:limit]
+        before = before[-max(self._lm.max_length - limit, 1) :]
+        return Scoring([*before, *after], len(before))
+
+
+def _requests(task: Task, lm: TemplateLM, indices: list[int], chat: bool) -> dict[int, list[Instance]]:
+    """Return what lm-eval asks of a model, by document, as `Evaluator.measure` has it asked."""
+    task.build_all_requests(
+        samples=indices,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        chat_template=lm.apply_chat_template if chat else None,
+        tokenizer_name=lm.tokenizer_name if chat else "",
+    )
+    found: dict[int, list[Instance]] = defaultdict(list)
+    for instance in sorted(task.instances, key=lambda each: (each.doc_id, each.idx)):
+        found[indices[instance.doc_id]].append(instance)
+    return found
+
+
+def _score_answers(bound: Any, asked: Mapping[int, list[Instance]]) -> dict[int, list[tuple[float, str]]]:
+    """Score each item's answer as if a model had replied it; items whose answer is no text have none."""
+    task = bound.task
+    if getattr(task, "UNSAFE_CODE", False):
+        return {}
+    texts = {index: _answer(bound, instances[0].doc) for index, instances in asked.items()}
+    for index, instances in asked.items():
+        for instance in instances:
+            instance.resps = [texts[index] or ""]
+    try:
+        task.apply_filters()
+        scores = {index: _score(bound, instances) for index, instances in asked.items()}
+    except Exception:  # whatever a task's own code raises at a reply that is none
+        return {}
+    return {
+        index: [(score, text)]
+        for index, score in scores.items()
+        if score is not None and (text := texts[index]) is not None
+    }
+
+
+def _score(bound: Any, instances: Sequence[Instance]) -> float | None:
+    replies = instances[0].filtered_resps
+    reply = replies[bound.config.filter or next(iter(replies))]
+    scores = bound.task.process_results(instances[0].doc, [reply])
+    score = scores.get(bound.config.metric or next(iter(scores)))
+    return float(score) if isinstance(score, (int, float)) else None
+
+
+def _answer(bound: Any, doc: Any) -> str | None:
+    """Return the answer as few-shot examples show it; None where it is a list of words that all count."""
+    task, scorer = bound.task, bound.config.scorer
+    if scorer is not None and scorer.kind == "contains" and isinstance(item_answer(doc), list):
+        return None
+    target = task.doc_to_target(doc)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    first = _as_list(target)[0] if _as_list(target) else None
+    return None if first is None else str(first)
+
+
+def _closing(lm: TemplateLM, task: Task, chat: bool) -> tuple[str, list[int]]:
+    """Return what ends a reply, as text that follows it directly and as tokens.
+
+    In a conversation it is what the chat template puts there; else what stands after the examples'
+    answers, or the first text that stops the model, or the end of the text.
+    """
+    if chat:
+        return "", _end_of_turn(lm)
+    if task.config.num_fewshot:
+        return str(task.config.fewshot_delimiter), []
+    _limit, stops, _sampling = generation_settings(task.config.generation_kwargs or {})
+    return (stops[0], []) if stops else ("", [lm.eot_token_id])
+
+
+def _end_of_turn(lm: TemplateLM) -> list[int]:
+    """Return the tokens after a reply in the chat template up to its first special one."""
+    tokenizer: Any = lm.tokenizer
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+    try:
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
+    except TemplateError:
+        return [lm.eot_token_id]
+    tokens: list[int] = tokenizer.encode(rest, add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends = [position for position, token in enumerate(tokens) if token in special]
+    return tokens[: ends[0] + 1] if ends else [lm.eot_token_id]
+
+
+def _tokens_after(lm: TemplateLM, prompt: str, before: Sequence[int], text: str) -> list[int]:
+    """Return a text's tokens after a prompt, whose own tokens stay as they are."""
+    whole: list[int] = lm.tok_encode(prompt + text)
+    if whole[: len(before)] == list(before):
+        return whole[len(before) :]
+    alone: list[int] = lm.tok_encode(text, add_special_tokens=False)
+    return alone
+
+
+def _scales(bound: Any, choices: Sequence[str]) -> tuple[float, ...]:
+    metrics = list(bound.task.aggregation())
+    metric = bound.config.metric or ("acc" if "acc" in metrics else metrics[0])
+    lengths = {
+        "acc_norm": [len(choice) for choice in choices],
+        "acc_bytes": [len(choice.encode()) for choice in choices],
+    }.get(metric, [1] * len(choices))
+    mean = sum(lengths) / len(lengths)
+    return tuple(mean / max(length, 1) for length in lengths)
+
+
+def _alternating(references: Iterable[Reference]) -> list[Reference]:
+    """Order references by their ids, which are digests, one of each task after the other."""
+    by_task: dict[str, list[Reference]] = defaultdict(list)
+    for reference in sorted(references, key=lambda each: each.item):
+        by_task[reference.task].append(reference)
+    places = [(place, each) for own in by_task.values() for place, each in enumerate(own)]
+    return [each for _place, each in sorted(places, key=lambda pair: pair[0])]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
