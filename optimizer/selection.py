@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from optimizer import pareto, resampling
 from optimizer.evaluate import Score
-from optimizer.resampling import Floats, Indices, ItemScores
+from optimizer.resampling import Floats, Hypervolume, Indices, ItemScores
 from optimizer.run_dir import RunDir
 from optimizer.smoothing import Smoothing, smooth
 from optimizer.suite import GuardConfig, SuiteConfig
@@ -21,6 +20,7 @@ BASE = "base"
 SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
 _EXPERT = "expert-"
 N_RESAMPLES = 2000
+_FEWER_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class NoisyFront:
     """All scores in resamples of the items, signed, and how often each candidate is on the front.
 
     `resampled` holds objectives and guards, (n_resamples, n_candidates) each; `points` are the objectives
-    alone, (n_resamples, n_candidates, n_objectives); `feasible`, (n_resamples, n_candidates): guards kept.
+    alone, (n_resamples, n_candidates, n_objectives).
     """
 
     names: tuple[str, ...]
     resampled: Mapping[str, Floats]
     points: Floats
-    feasible: NDArray[np.bool_]
     probability: Mapping[str, float]
 
     def alike(self, first: str, second: str) -> bool:
@@ -216,7 +215,7 @@ def noisy_front(frames: Mapping[str, pd.DataFrame], suite: SuiteConfig, seed: in
         feasible &= reference - resampled[key] <= guard.margin
     points = np.stack([resampled[key] for key in suite.objectives], axis=2)
     found = resampling.pareto_probability(points, feasible)
-    return NoisyFront(names, resampled, points, feasible, dict(zip(names, found.tolist(), strict=True)))
+    return NoisyFront(names, resampled, points, dict(zip(names, found.tolist(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -238,6 +237,46 @@ class Choice:
             if plausible and not any(self.front.alike(name, other) for other in found):
                 found.append(name)
         return tuple(found[:k])
+
+    def optimism(self, suite: SuiteConfig) -> list[Floats]:
+        """Predict by how much the chosen merge's measured score is too good, per objective: (n_resamples,).
+
+        The merge is chosen anew in each resample, by the same rule and with the smoothing of the fit; its
+        score there is compared with its score on all items (Efron & Tibshirani 1993, section 17.6).
+        """
+        names, every = self.front.names, {**suite.objectives, **suite.guards}
+        chosen_by = {}
+        for key, scores in self.front.resampled.items():
+            chosen_by[key] = scores.copy()
+            if smoother := self.smoothing.smoothers.get(key):
+                columns = [names.index(name) for name in smoother.names]
+                sign = every[key].sign
+                chosen_by[key][:, columns] = sign * smoother.apply(sign * scores[:, columns])
+        chosen = _choose(chosen_by, names, suite)
+        measured = _signed(self.measured, suite)
+        return [
+            self.front.resampled[key][np.arange(len(chosen)), chosen] - measured[key][chosen]
+            for key in suite.objectives
+        ]
+
+    def hypervolume(self, suite: SuiteConfig) -> Hypervolume:
+        """Return the hypervolume above the base's scores, with its interval, of those that keep the guards.
+
+        Who keeps them is taken from the scores as measured: were it drawn anew, candidates near a margin
+        would come and go, and mirroring the resamples would add volume instead of taking optimism off.
+        Other than two objectives take long, and so have fewer resamples.
+        """
+        names, signed = self.front.names, _signed(self.measured, suite)
+        violations = [guard_violations(self.measured[name], self.measured, suite) for name in names]
+        kept = np.array([all(excess <= 0 for excess in own.values()) for own in violations])
+        base = names.index(BASE)
+
+        def above(points: Floats) -> Floats:
+            return np.where(kept[:, None], points - points[..., [base], :], 0.0)
+
+        points = np.stack([signed[key] for key in suite.objectives], axis=1)
+        drawn = self.front.points[: N_RESAMPLES if points.shape[1] == 2 else _FEWER_RESAMPLES]
+        return resampling.hypervolume_interval(above(points), above(drawn), [0.0] * points.shape[1])
 
 
 def choose(run: RunDir) -> Choice | None:

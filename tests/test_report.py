@@ -23,6 +23,7 @@ from optimizer.report.insights import MIN_TRIALS, Influence
 from optimizer.report.labels import Label, place_labels
 from optimizer.report.metric import Metric
 from optimizer.report.page import duration, render
+from optimizer.report.style import FRONT, PERHAPS, mark_of
 from optimizer.run_dir import RunDir
 
 ATTACK = "</script><script>alert(1)</script>"
@@ -61,8 +62,13 @@ def test_the_front_and_the_recommendation_are_those_of_the_selection(
     scores = {entry.name: entry.search for entry in data.entries}
     suite = finished.study.suite_config
     assert {entry.name for entry in data.front} == set(selection.front(scores, suite))
-    assert data.recommendation == selection.recommend(scores, suite)
-    assert data.recommended in data.front
+    choice = selection.choose(finished)
+    assert choice is not None
+    assert data.recommendation == choice.recommendation
+    assert {entry.name for entry in data.entries if entry.finalist} == set(choice.finalists(3))
+    for entry in data.entries:
+        assert entry.probability == choice.front.probability[entry.name]
+        assert entry.smoothed == choice.smoothing.scores[entry.name]
 
 
 def test_the_front_runs_from_the_worst_to_the_best_first_objective(data: ReportData) -> None:
@@ -97,12 +103,91 @@ def test_gained_and_lost_items_add_up_to_the_difference_of_scores(data: ReportDa
         assert all(example.own_score < example.expert_score for example in change.lost)
 
 
-def test_optimism_is_the_search_score_above_the_holdout_score(data: ReportData) -> None:
-    chosen = [one for one in data.optimism if data.recommendation and one.name == data.recommendation.name]
-    assert [one.metric.name for one in chosen] == ["tool_calls", "persona", "general"]
-    for one in chosen:
+def test_optimism_is_the_score_of_the_search_above_that_of_the_holdout(data: ReportData) -> None:
+    found = data.confirmation
+    assert data.recommendation is not None
+    assert found.finalists[0] == data.recommendation.name
+    names = ["tool_calls", "persona", "general"]
+    assert [(one.name, one.metric.name) for one in found.optimism] == [
+        (name, score) for name in found.finalists for score in names
+    ]
+    for one in found.optimism:
         assert one.difference.value == pytest.approx(one.search.value - one.holdout.value)
+        assert one.smoothed_difference.value == pytest.approx(one.smoothed.value - one.holdout.value)
         assert one.difference.stderr == pytest.approx(math.hypot(one.search.stderr, one.holdout.stderr))
+
+
+def test_the_mean_optimism_is_that_of_finalists_and_objectives(data: ReportData) -> None:
+    found = data.confirmation
+    own = [one for one in found.optimism if one.metric.kind == "objective"]
+    assert found.mean is not None
+    assert found.smoothed_mean is not None
+    assert found.predicted is not None
+    assert found.mean.estimate == pytest.approx(np.mean([one.difference.value for one in own]))
+    assert found.smoothed_mean.estimate == pytest.approx(
+        np.mean([one.smoothed_difference.value for one in own])
+    )
+    # Finalists share items: their mean errs more than independent ones would, and less than one alone.
+    half_width = (found.mean.interval.upper - found.mean.interval.lower) / 2 / 1.96
+    alone = math.sqrt(sum(one.difference.stderr**2 for one in own[:2])) / 2
+    assert alone / math.sqrt(len(found.finalists)) < half_width < 1.1 * alone
+    assert found.predicted.interval.lower < found.predicted.estimate < found.predicted.interval.upper
+    assert "the two agree" in render(data) or not found.mean.agrees(found.predicted.estimate)
+
+
+def test_the_prediction_chooses_anew_in_each_resample_by_the_same_rule(finished: RunDir) -> None:
+    choice, suite = selection.choose(finished), finished.study.suite_config
+    assert choice is not None
+    drawn, names = choice.optimism(suite), choice.front.names
+    for b in range(5):
+        by: dict[str, dict[str, Score]] = {name: {} for name in names}
+        for key, resampled in choice.front.resampled.items():
+            smoother = choice.smoothing.smoothers.get(key)
+            row = resampled[b].copy()
+            if smoother is not None:
+                columns = [names.index(name) for name in smoother.names]
+                row[columns] = smoother.apply(row[columns])
+            for name, value in zip(names, row, strict=True):
+                by[name][key] = Score(float(value), 0.0, 1)
+        chosen = selection.recommend(by, suite)
+        assert chosen is not None
+        for k, key in enumerate(suite.objectives):
+            resampled = choice.front.resampled[key][b, names.index(chosen.name)]
+            assert drawn[k][b] == pytest.approx(resampled - choice.measured[chosen.name][key].value)
+
+
+def test_a_second_use_of_the_holdout_is_said_loudly(simulate: Callable[[Plan], RunDir], page: Path) -> None:
+    warning = "The holdout was used 2 times; the later choice may have been"
+    html = render(gather(simulate(Plan(n_trials=4, n_items=20, n_holdout_uses=2))))
+    assert warning in html
+    once = page.read_text(encoding="utf-8")
+    assert "The holdout was used" not in once
+    assert "candidates, and\n  written down" in once
+
+
+def test_noise_of_the_measurement_is_said_and_widens_the_errors(simulate: Callable[[Plan], RunDir]) -> None:
+    data = gather(simulate(Plan(n_trials=4, n_items=40, noise=0.2)))
+    assert data.noise is not None
+    assert data.noise.n_changed > 0
+    for one in data.confirmation.optimism:
+        variance = one.search.stderr**2 + one.holdout.stderr**2 + data.noise.variances[one.metric.name]
+        assert one.difference.stderr == pytest.approx(math.sqrt(variance))
+    assert f"{data.noise.n_changed} changed their score" in render(data)
+
+
+def test_the_hypervolume_is_shown_less_its_optimism(data: ReportData) -> None:
+    assert data.volume is not None
+    assert data.volume.observed == pytest.approx(data.hypervolume[-1])
+    assert data.volume.interval.lower < data.volume.corrected < data.volume.interval.upper
+    assert data.volume.corrected < data.volume.observed
+
+
+def test_marks_tell_how_surely_a_merge_is_on_the_front(data: ReportData) -> None:
+    for entry in data.entries:
+        mark = mark_of(entry)
+        if entry.role == "merge" and not entry.recommended:
+            assert (mark is FRONT) == (entry.probability >= 0.5)
+            assert (mark is PERHAPS) == (0.1 <= entry.probability < 0.5)
 
 
 def test_costs_are_summed_over_all_candidates(finished: RunDir, data: ReportData) -> None:
@@ -303,6 +388,8 @@ def test_tables_hold_every_candidate_and_the_front(page: Path, finished: RunDir,
             value = trials.loc[entry.name, f"persona.{split}"]
             expected = scores["persona"].value if scores else math.nan
             assert value == pytest.approx(expected, nan_ok=True)
+        assert trials.loc[entry.name, "persona.smoothed"] == pytest.approx(entry.smoothed["persona"].value)
+        assert trials.loc[entry.name, "pareto_probability"] == pytest.approx(entry.probability)
         params = entry.candidate.params or {}
         assert trials.loc[entry.name, "param.lambda.early.tools"] == params["lambda.early.tools"]
     front = pd.read_csv(page.parent / "front.csv")

@@ -83,7 +83,7 @@ def parallel_coordinates(data: ReportData) -> alt.LayerChart:
     others = [column for column in frame.columns if column not in names]
     long = frame.melt(id_vars=others, value_vars=names, var_name="objective", value_name="share")
     shown = [mark for mark in MARKS if mark.label in set(frame["mark"])]
-    colours = [GREY if mark in (BROKEN, BROKEN_BASELINE) else mark.fill for mark in shown]
+    colours = [GREY if mark in (BROKEN, BROKEN_BASELINE) else mark.stroke for mark in shown]
     lines = [
         alt.Chart(long[long["mark"] == mark.label])
         .mark_line(
@@ -127,6 +127,7 @@ def _point(data: ReportData, entry: Entry, order: int) -> dict[str, Any]:
         "strong": mark not in (OTHER, BROKEN),
         "named": entry.recommended or entry.role in named,
         "feasible": entry.feasible,
+        "probability": entry.probability,
         "coefficients": "; ".join(entry.coefficients),
     }
     for i, metric in enumerate(data.metrics):
@@ -143,7 +144,8 @@ def _column(data: ReportData, metric: Metric) -> str:
 
 def _tooltip(data: ReportData) -> list[alt.Tooltip]:
     scores = [alt.Tooltip(f"{_column(data, metric)}_text:N", title=metric.name) for metric in data.metrics]
-    return [alt.Tooltip("name:N"), alt.Tooltip("mark:N"), *scores, alt.Tooltip("coefficients:N")]
+    chance = alt.Tooltip("probability:Q", title="p(front)", format=".0%")
+    return [alt.Tooltip("name:N"), alt.Tooltip("mark:N"), chance, *scores, alt.Tooltip("coefficients:N")]
 
 
 def _axis(frame: pd.DataFrame, data: ReportData, metric: Metric) -> Axis:

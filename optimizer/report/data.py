@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from optimizer import pareto, selection
-from optimizer.evaluate import Score
+from optimizer.report.confirmation import Confirmation, Noise, confirmation, measured_noise
 from optimizer.report.insights import (
     Changes,
     DepthValue,
@@ -20,8 +19,9 @@ from optimizer.report.insights import (
 )
 from optimizer.report.metric import Metric, metrics_of
 from optimizer.report.verdict import Verdict, judge
+from optimizer.resampling import Hypervolume
 from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord
-from optimizer.selection import Recommendation, Scores
+from optimizer.selection import PLAUSIBLE, Recommendation, Scores
 from optimizer.suite import Split, SuiteConfig
 
 Role = Literal["base", "expert", "average", "merge"]
@@ -40,6 +40,14 @@ class Entry:
     holdout_excess: Mapping[str, float]
     on_front: bool
     recommended: bool
+    smoothed: Scores
+    probability: float  # of being on the front
+    finalist: bool
+
+    @property
+    def shown(self) -> bool:
+        """Say whether the table of the front lists it: on the front, perhaps on it, or a finalist."""
+        return self.on_front or self.probability >= PLAUSIBLE or self.finalist or self.recommended
 
     @property
     def name(self) -> str:
@@ -67,17 +75,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Optimism:
-    """A score on both splits, and by how much the search split looked better (> 0: optimistic)."""
-
-    name: str
-    metric: Metric
-    search: Score
-    holdout: Score
-    difference: Score
-
-
-@dataclass(frozen=True)
 class ReportData:
     """What the report says. Entries come in the order measured, complete candidates only."""
 
@@ -94,7 +91,10 @@ class ReportData:
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
     depth: tuple[DepthValue, ...]
     changes: tuple[Changes, ...]
-    optimism: tuple[Optimism, ...]
+    confirmation: Confirmation
+    noise: Noise | None
+    volume: Hypervolume | None
+    unsmoothed: Mapping[str, str]  # why, by metric
     cost: Cost
     holdout_cost: Cost
     versions: Mapping[str, str]
@@ -112,6 +112,11 @@ class ReportData:
         return tuple(sorted(found, key=lambda e: first.sign * e.search[first.name].value))
 
     @property
+    def listed(self) -> tuple[Entry, ...]:
+        """Return what the table of the front lists, the likeliest first."""
+        return tuple(sorted((e for e in self.entries if e.shown), key=lambda entry: -entry.probability))
+
+    @property
     def recommended(self) -> Entry | None:
         """Return the entry that is recommended."""
         return next((entry for entry in self.entries if entry.recommended), None)
@@ -124,7 +129,10 @@ def gather(run: RunDir) -> ReportData:
     search, holdout = run.all_scores("search"), run.all_scores("holdout")
     metrics = metrics_of(suite, [*search.values(), *holdout.values()])
     anchored = {selection.BASE, *(m.reference for m in metrics)} <= search.keys()
-    chosen = selection.recommend(search, suite) if anchored else None
+    choice = selection.choose(run) if anchored else None
+    chosen = choice.recommendation if choice else None
+    noise = measured_noise(run, metrics)
+    confirmed_by = confirmation(run, choice, holdout, metrics, noise)
     front = selection.front(search, suite) if anchored else []
     entries = tuple(
         Entry(
@@ -135,6 +143,9 @@ def gather(run: RunDir) -> ReportData:
             _excess(candidate.name, holdout, suite),
             candidate.name in front,
             chosen is not None and candidate.name == chosen.name,
+            choice.smoothing.scores[candidate.name] if choice else search[candidate.name],
+            choice.front.probability[candidate.name] if choice else 0.0,
+            candidate.name in confirmed_by.finalists,
         )
         for candidate in candidates
         if candidate.name in search
@@ -152,14 +163,17 @@ def gather(run: RunDir) -> ReportData:
         entries=entries,
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
-        verdict=_verdict(run, chosen, entries, metrics, split),
+        verdict=_verdict(run, chosen, entries, metrics, split, noise),
         warnings=tuple(run.read_json("warnings.json") or ()),
         n_items=_count_items(search, holdout),
         hypervolume=_hypervolume(entries, suite) if anchored else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
         depth=tuple(_depth(run, chosen, complete)),
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
-        optimism=tuple(_optimism(entries, metrics)),
+        confirmation=confirmed_by,
+        noise=noise,
+        volume=choice.hypervolume(suite) if choice else None,
+        unsmoothed=choice.smoothing.notes if choice else {},
         cost=_total([candidate.cost for candidate in candidates]),
         holdout_cost=_total([candidate.holdout_cost for candidate in candidates]),
         versions=run.read_json("versions.json") or {},
@@ -202,6 +216,7 @@ def _verdict(
     entries: Sequence[Entry],
     metrics: Sequence[Metric],
     split: Split,
+    noise: Noise | None,
 ) -> Verdict:
     """Judge the recommended merge against the base, the experts, the plain averages and the soups."""
     frames = {
@@ -211,7 +226,8 @@ def _verdict(
         and (frame := run.measurement(entry.name, split)) is not None
     }
     averages = [entry.name for entry in entries if entry.role == "average"]
-    return judge(chosen, frames, metrics, run.study.suite_config, split, averages)
+    variances = noise.variances if noise else {}
+    return judge(chosen, frames, metrics, run.study.suite_config, split, averages, variances)
 
 
 def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:
@@ -251,21 +267,6 @@ def _changes(
     frames = {name: run.measurement(name, split) for name in names}
     experts = {name: frame for name, frame in frames.items() if frame is not None}
     return changes(own, experts, metrics, run.items())
-
-
-def _optimism(entries: Sequence[Entry], metrics: Sequence[Metric]) -> list[Optimism]:
-    """Compare the splits; they share no item, so that the errors add as variances."""
-    found = []
-    for entry in entries:
-        for metric in metrics if entry.holdout else ():
-            search, holdout = entry.search[metric.name], entry.holdout[metric.name]
-            difference = Score(
-                metric.sign * (search.value - holdout.value),
-                math.hypot(search.stderr, holdout.stderr),
-                min(search.n_items, holdout.n_items),
-            )
-            found.append(Optimism(entry.name, metric, search, holdout, difference))
-    return found
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:

@@ -35,10 +35,13 @@ class Metric:
 
     def change(self, difference: Score) -> str:
         """Write a difference of two scores with its standard error: `+2.1 ± 1.3 points`."""
-        value = 100 * difference.value if self.percent else difference.value
-        sign = "+" if value >= 0 else "−"
-        text = f"{sign}{abs(value):.{1 if self.percent else 3}f} ± {self._error(difference)}"
+        text = f"{self.signed(difference.value)} ± {self._error(difference)}"
         return f"{text} points" if self.percent else text
+
+    def signed(self, difference: float) -> str:
+        """Write a difference alone, with its sign: `+2.1`."""
+        value = 100 * difference if self.percent else difference
+        return f"{'+' if value >= 0 else '−'}{abs(value):.{1 if self.percent else 3}f}"
 
     def size(self, difference: float) -> str:
         """Write the size of a difference that has no error of its own, such as a margin."""

@@ -100,6 +100,8 @@ def _row(candidate: Candidate, entry: Entry | None, data: ReportData) -> dict[st
         "reason": candidate.reason,
         "on_front": entry is not None and entry.on_front,
         "recommended": entry is not None and entry.recommended,
+        "finalist": entry is not None and entry.finalist,
+        "pareto_probability": entry.probability if entry is not None else None,
         "feasible": entry.feasible if entry is not None else None,
     }
     for metric in data.metrics:
@@ -108,6 +110,9 @@ def _row(candidate: Candidate, entry: Entry | None, data: ReportData) -> dict[st
             score = scores.get(metric.name)
             row[f"{metric.name}.{split}"] = score.value if score else None
             row[f"{metric.name}.{split}.stderr"] = score.stderr if score else None
+        smoothed = entry.smoothed[metric.name] if entry is not None else None
+        row[f"{metric.name}.smoothed"] = smoothed.value if smoothed else None
+        row[f"{metric.name}.smoothed.stderr"] = smoothed.stderr if smoothed else None
     row |= candidate.cost.model_dump()
     row["recipe_digest"] = candidate.recipe.digest
     return row | {f"param.{name}": value for name, value in (candidate.params or {}).items()}
@@ -155,9 +160,9 @@ def _write_pictures(data: ReportData, folder: Path) -> None:
 
 
 def _write_recipes(data: ReportData, folder: Path) -> None:
-    """Write the recipes of the front and of the recommended merge, and no longer any other."""
+    """Write the recipes that the table of the front links to, and no longer any other."""
     folder.mkdir(exist_ok=True)
-    shown = {entry.name: entry for entry in data.entries if entry.on_front or entry.recommended}
+    shown = {entry.name: entry for entry in data.listed}
     for stale in folder.glob("*.yaml"):
         if stale.stem not in shown:
             stale.unlink()

@@ -11,10 +11,12 @@ from typing import Any
 import altair as alt
 
 from optimizer.report.data import Entry
+from optimizer.selection import PLAUSIBLE, SOLID
 
 Drawing = alt.LayerChart | alt.ConcatChart
 ORANGE, BLUE, SKY, GREEN = "#D55E00", "#0072B2", "#56B4E9", "#009E73"
 YELLOW, PINK, GREY, INK, WHITE = "#E69F00", "#CC79A7", "#A6A6A6", "#222222", "#FFFFFF"
+LIGHT = "#CCCCCC"
 _STAR = (
     "M0,-1L0.225,-0.309L0.951,-0.309L0.363,0.118L0.588,0.809L0,0.382"
     "L-0.588,0.809L-0.363,0.118L-0.951,-0.309L-0.225,-0.309Z"
@@ -33,14 +35,15 @@ class Mark:
     width: float  # of its line in parallel coordinates
 
 
-BROKEN = Mark("merge, breaks a guard", WHITE, GREY, "circle", 55, 1.0)
-OTHER = Mark("other merge", GREY, GREY, "circle", 55, 1.0)
+BROKEN = Mark("merge, breaks a guard", WHITE, LIGHT, "circle", 55, 1.0)
+OTHER = Mark("other merge", LIGHT, LIGHT, "circle", 55, 1.0)
 BROKEN_BASELINE = Mark("baseline, breaks a guard", WHITE, INK, "diamond", 120, 1.5)
 EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
 BASELINE = Mark("base, expert, average", INK, INK, "diamond", 120, 1.5)
-FRONT = Mark("on the front", BLUE, BLUE, "circle", 80, 2.0)
+FRONT = Mark("on the front (p ≥ 50%)", BLUE, BLUE, "circle", 80, 2.0)
+PERHAPS = Mark("perhaps on the front (p ≥ 10%)", WHITE, BLUE, "circle", 80, 1.5)
 RECOMMENDED = Mark("recommended", ORANGE, ORANGE, _STAR, 460, 4.0)
-MARKS = (BROKEN, OTHER, BROKEN_BASELINE, BASELINE, FRONT, RECOMMENDED)
+MARKS = (BROKEN, OTHER, BROKEN_BASELINE, BASELINE, PERHAPS, FRONT, RECOMMENDED)
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ def mark_of(entry: Entry) -> Mark:
         return RECOMMENDED
     if entry.role != "merge":
         return BASELINE if entry.feasible else BROKEN_BASELINE
-    if not entry.feasible:
-        return BROKEN
-    return FRONT if entry.on_front else OTHER
+    if entry.probability >= PLAUSIBLE:
+        return FRONT if entry.probability >= SOLID else PERHAPS
+    return OTHER if entry.feasible else BROKEN
 
 
 def themed(chart: Drawing) -> Drawing:

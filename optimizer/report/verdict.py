@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from optimizer import selection
 from optimizer.baselines import is_soup
 from optimizer.evaluate import Measurement, Score
 from optimizer.report.metric import Metric
+from optimizer.resampling import Floats, ItemScores, bootstrap_scores
 from optimizer.selection import Recommendation
 from optimizer.suite import Split, SuiteConfig
-
-Floats = NDArray[np.float64]
 
 N_RESAMPLES = 2000
 CLEAR = 0.95  # share of the resamples in which one must be ahead to be called clearly better
@@ -71,6 +70,7 @@ def judge(
     suite: SuiteConfig,
     split: Split,
     averages: Collection[str],
+    noise: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Judge the recommended merge on the models measured on `split`.
 
@@ -82,6 +82,7 @@ def judge(
         suite: the suite's file.
         split: where `frames` were measured.
         averages: the names of the plain averages, the soups and the usual defaults.
+        noise: variances that two measurements of one model show, by score: added to the differences'.
     """
     if chosen is None:
         return Verdict("mixed", "No merge has been measured yet.", (), split)
@@ -106,7 +107,7 @@ def judge(
         split,
         point[chosen.name],
         tuple(rivals),
-        tuple(_comparisons(chosen.name, frames, scores, metrics)),
+        tuple(_comparisons(chosen.name, frames, scores, metrics, noise or {})),
     )
 
 
@@ -187,6 +188,7 @@ def _comparisons(
     frames: Mapping[str, pd.DataFrame],
     scores: Mapping[str, Mapping[str, Score]],
     metrics: Sequence[Metric],
+    noise: Mapping[str, float],
 ) -> list[Comparison]:
     experts = [other for other in scores if selection.is_expert(other)]
     found = []
@@ -195,6 +197,8 @@ def _comparisons(
             continue
         best = max(experts, key=lambda other: metric.sign * scores[other][metric.name].value)
         difference = Measurement(paired(frames[name], frames[best]), 0.0).scores()[metric.name]
+        stderr = math.hypot(difference.stderr, math.sqrt(noise.get(metric.name, 0.0)))
+        difference = replace(difference, stderr=stderr)
         own, base = scores[name][metric.name], scores[selection.BASE][metric.name]
         found.append(Comparison(metric, own, base, best, scores[best][metric.name], difference))
     return found
@@ -214,28 +218,13 @@ def _resampled_losses(
     rng = np.random.default_rng(0)
     worst = np.full((N_RESAMPLES, len(names)), -np.inf)
     for objective, config in suite.objectives.items():
-        values = config.sign * _resampled_means(frames, objective, rng)  # (N_RESAMPLES, n_models)
+        joined = ItemScores.join(frames, objective)
+        values = config.sign * bootstrap_scores(
+            joined.scores, joined.tasks, n_resamples=N_RESAMPLES, seed=rng
+        )  # (N_RESAMPLES, n_models)
         points = {name: config.sign * own[objective].value for name, own in scores.items()}
         base = points[selection.BASE]
         best = max((v for name, v in points.items() if selection.is_expert(name)), default=base)
         gain, goal = (best - base, best) if best > base else (1.0, base)
         worst = np.maximum(worst, config.weight * (goal - values) / gain)
     return {name: worst[:, column] for column, name in enumerate(names)}
-
-
-def _resampled_means(frames: Mapping[str, pd.DataFrame], objective: str, rng: np.random.Generator) -> Floats:
-    """Return the objective's score in every resample, for every model: (N_RESAMPLES, n_models)."""
-    joined = pd.concat(
-        {
-            name: frame[frame["score_name"] == objective].set_index(["task", "item"])["score"]
-            for name, frame in frames.items()
-        },
-        axis=1,
-        join="inner",
-    )
-    means = []
-    for _, rows in joined.groupby(level="task"):
-        n_items = len(rows)
-        counts = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=N_RESAMPLES)
-        means.append(counts @ rows.to_numpy() / n_items)
-    return np.asarray(np.mean(means, axis=0), dtype=np.float64)
