@@ -153,7 +153,7 @@ class _TaskReferences:
         if not self._is_better_high:
             return
         shown = self._shown(replies)
-        answers = _score_answers(self._bound, asked)
+        answers = _score_answers(self._bound, asked, self._chat)
         candidates = {
             index: [*shown.get(self._bound.item_ids[index], []), *answers.get(index, [])] for index in asked
         }
@@ -224,12 +224,14 @@ def _requests(task: Task, lm: TemplateLM, indices: list[int], chat: bool) -> dic
     return found
 
 
-def _score_answers(bound: Any, asked: Mapping[int, list[Instance]]) -> dict[int, list[tuple[float, str]]]:
+def _score_answers(
+    bound: Any, asked: Mapping[int, list[Instance]], chat: bool
+) -> dict[int, list[tuple[float, str]]]:
     """Score each item's answer as if a model had replied it; items whose answer is no text have none."""
     task = bound.task
     if getattr(task, "UNSAFE_CODE", False):
         return {}
-    texts = {index: _answer(bound, instances[0].doc) for index, instances in asked.items()}
+    texts = {index: _answer(bound, instances[0].doc, chat) for index, instances in asked.items()}
     for index, instances in asked.items():
         for instance in instances:
             instance.resps = [texts[index] or ""]
@@ -253,7 +255,7 @@ def _score(bound: Any, instances: Sequence[Instance]) -> float | None:
     return float(score) if isinstance(score, (int, float)) else None
 
 
-def _answer(bound: Any, doc: Any) -> str | None:
+def _answer(bound: Any, doc: Any, chat: bool) -> str | None:
     """Return the answer as few-shot examples show it; None where it is a list of words that all count."""
     task, scorer = bound.task, bound.config.scorer
     if scorer is not None and scorer.kind == "contains" and isinstance(item_answer(doc), list):
@@ -261,8 +263,13 @@ def _answer(bound: Any, doc: Any) -> str | None:
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]
-    first = _as_list(target)[0] if _as_list(target) else None
-    return None if first is None else str(first)
+    first = next(iter(_as_list(target)), None)
+    prefix = task.doc_to_prefix(doc)
+    if prefix:
+        delimiter = "" if prefix[-1].isspace() else " "
+    else:
+        delimiter = "" if chat else task.config.target_delimiter
+    return None if first is None else f"{delimiter}{first}"
 
 
 def _closing(lm: TemplateLM, task: Task, chat: bool) -> tuple[str, list[int]]:

@@ -1,0 +1,271 @@
+"""References: the evaluation's own prompts, what should follow, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from helpers import build_tokenizer
+
+from optimizer.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
+from optimizer.engines.engine import EngineConfig
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.evaluate import Evaluator
+from optimizer.losses import item_losses
+from optimizer.references import References, find_references
+from optimizer.suite import read_suite
+
+ITEMS = {
+    "exact": [{"prompt": f"Say the word number {i}.", "answer": "yes" if i % 4 else "no"} for i in range(12)],
+    "json": [{"prompt": f"Add {i} and 1.", "answer": {"sum": [i + 1, True]}} for i in range(12)],
+    "contains": [{"prompt": f"Name {i} birds.", "answer": ["owl", "wren"][: 1 + i % 2]} for i in range(12)],
+    "regex": [{"prompt": f"Cheer me up {i} times.", "patterns": ["!", r"\?"]} for i in range(12)],
+    "choice": [{"prompt": f"Is {i} even?", "choices": ["Yes", "No way"], "answer": i % 2} for i in range(12)],
+    "shots": [{"prompt": f"Example {i}", "answer": f"shown {i}"} for i in range(5)],
+}
+SHOTS = {"num_fewshot": 2, "fewshot_items": "shots.jsonl"}
+OWN_TASK = {"dataset_path": "json", "test_split": "test", "doc_to_text": "Question: {{prompt}}\nAnswer:"}
+OWN_TASKS: dict[str, dict[str, Any]] = {
+    "own_sums": {  # the answer stands at the end of a reply
+        "output_type": "generate_until",
+        "doc_to_target": "It is so. #### {{answer}}",
+        "generation_kwargs": {"until": ["Question:"]},
+        "filter_list": [
+            {
+                "name": "strict",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "#### (\\w+)"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "process_results": "!function own.equal",
+        "metric_list": [{"metric": "equal", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "own_unknown": {  # its target is no reply, as that of IFEval
+        "output_type": "generate_until",
+        "doc_to_target": 0,
+        "process_results": "!function own.equal",
+        "metric_list": [{"metric": "equal", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "own_words": {
+        "output_type": "loglikelihood",
+        "doc_to_target": " {{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "own_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{prompt}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+}
+EQUAL = """
+def equal(doc, results):
+    return {"equal": float(results[0].strip() == doc["answer"])}
+"""
+
+
+class RecordingCompleter:
+    """Answers every request the same and writes down the tokens of each prompt."""
+
+    def __init__(self) -> None:
+        self.prompts: set[tuple[int, ...]] = set()
+
+    def generate(self, requests: Sequence[Generation]) -> list[str]:
+        self.prompts |= {tuple(request.tokens) for request in requests}
+        return ["yes"] * len(requests)
+
+    def score(self, requests: Sequence[Scoring]) -> list[Scored]:
+        self.prompts |= {tuple(request.tokens[: request.start]) for request in requests}
+        return [Scored([-1.0] * (len(each.tokens) - each.start), [False]) for each in requests]
+
+    def choose(self, requests: Sequence[Choosing]) -> list[Scored]:
+        self.prompts |= {tuple(request.tokens) for request in requests}
+        return [Scored([-1.0] * len(each.candidates), [False]) for each in requests]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    for name, items in ITEMS.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "own.py").write_text(EQUAL)
+    for name, task in OWN_TASKS.items():
+        files = {"data_files": {"test": str(folder / "exact.jsonl")}}
+        text = yaml.safe_dump({"task": name, **OWN_TASK, "dataset_kwargs": files, **task})
+        (folder / f"{name}.yaml").write_text(text.replace("'!function own.equal'", "!function own.equal"))
+    return folder
+
+
+def evaluator(folder: Path, *, chat: bool = True, holdout: float = 0.0, **tasks: Any) -> Evaluator:
+    """A suite of one score for each name; a task, or a list of them."""
+    suite = {
+        "description": "test",
+        "chat_template": chat,
+        "holdout": holdout,
+        "include_path": ".",
+        "objectives": {
+            name: {"tasks": own if isinstance(own, list) else [own]} for name, own in tasks.items()
+        },
+    }
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    return Evaluator(read_suite(path))
+
+
+def task(scorer: str, **settings: Any) -> dict[str, Any]:
+    return {"items": f"{scorer}.jsonl", "scorer": scorer, **settings}
+
+
+def model(completer: Any = None) -> CompletionsLM:
+    return CompletionsLM(completer or RecordingCompleter(), build_tokenizer(), max_length=400)
+
+
+def decoded(references: References, part: slice = slice(None)) -> list[str]:
+    """The text of each reference after its prompt, special tokens shown."""
+    tokenizer = build_tokenizer()
+    return [
+        tokenizer.decode(text.tokens[text.start :][part]) for each in references.items for text in each.texts
+    ]
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
+def test_prompts_are_those_of_the_evaluation_and_holdout_items_are_left_out(folder: Path, chat: bool) -> None:
+    ready = evaluator(
+        folder,
+        chat=chat,
+        holdout=0.5,
+        words=task("exact", system="Be brief.", **SHOTS),
+        sums=task("json"),
+        parity=task("choice"),
+        own={"lm_eval": "own_words", "num_fewshot": 1},
+    )
+    completer = RecordingCompleter()
+    ready.measure(model(completer), "search")
+    found = find_references(ready, model(completer))
+    prompts = {tuple(text.tokens[: text.start]) for each in found.items for text in each.texts}
+    assert prompts == completer.prompts
+    assert len(found.items) == ready.count("search")
+    assert not found.missing
+
+
+def test_an_answer_is_written_as_in_examples_and_ends_the_reply(folder: Path) -> None:
+    chat = find_references(evaluator(folder, words=task("exact"), sums=task("json")), model())
+    assert {"yes<|im_end|>", "no<|im_end|>", '{"sum": [3, true]}<|im_end|>'} <= set(decoded(chat))
+    stopped = evaluator(folder, chat=False, words=task("exact", stop=["\n"]))
+    assert set(decoded(find_references(stopped, model()))) == {" yes\n", " no\n"}
+    shots = evaluator(folder, chat=False, words=task("exact", **SHOTS))
+    assert set(decoded(find_references(shots, model()))) == {" yes\n\n", " no\n\n"}
+    unending = evaluator(folder, chat=False, words=task("exact", max_new_tokens=1))
+    assert {len(r.texts[0].tokens) - r.texts[0].start for r in find_references(unending, model()).items} == {
+        1
+    }
+
+
+def test_a_list_of_words_to_contain_is_no_reply(folder: Path) -> None:
+    found = find_references(evaluator(folder, birds=task("contains")), model())
+    assert not found.items
+    assert found.missing["birds"].startswith("`birds` has no references")
+
+
+def replies(evaluator: Evaluator, task: str, said: Sequence[tuple[float, str]]) -> pd.DataFrame:
+    """A measurement with these scores and replies, in turn."""
+    rows = evaluator.items()
+    rows = rows[rows["task"] == task].assign(number=range(len(rows)))
+    turns = [said[number % len(said)] for number in rows["number"]]
+    return rows[["score_name", "task", "item"]].assign(
+        score=[score for score, _ in turns], response=[reply for _, reply in turns]
+    )
+
+
+def test_items_without_an_answer_take_the_best_reply_if_it_is_good(folder: Path) -> None:
+    ready = evaluator(folder, cheer=task("regex"))
+    name = "cheer:regex.jsonl"
+    assert find_references(ready, model()).missing
+    good = replies(ready, name, [(1.0, "Well done! More?"), (0.5, "Hm?"), (1.0, "Yes! Now?"), (0.0, "")])
+    other = replies(ready, name, [(1.0, "Oh! Oh?"), (0.5, "Oh"), (0.5, "No!"), (0.8, "Go! Go?")])
+    found = find_references(ready, model(), replies=[good, other])
+    said = {"Oh! Oh?<|im_end|>", "Yes! Now?<|im_end|>", "Go! Go?<|im_end|>"}
+    assert set(decoded(found)) == said, "ties go to the model that is better on the whole"
+    assert len(found.items) == 9
+    assert not found.missing
+
+
+def test_a_reply_that_scores_no_better_than_the_answer_comes_first(folder: Path) -> None:
+    """It is what a model says of itself; the answer helps where all fail."""
+    ready = evaluator(folder, sums=task("json"))
+    compact = replies(ready, "sums:json.jsonl", [(1.0, '{"sum":[1,true]}'), (0.0, "sum")])
+    texts = decoded(find_references(ready, model(), replies=[compact]))
+    assert texts.count('{"sum":[1,true]}<|im_end|>') == 6
+    assert sum(text.startswith('{"sum": [') for text in texts) == 6
+
+
+def test_answers_of_lm_eval_tasks_count_if_they_score(folder: Path) -> None:
+    ready = evaluator(folder, chat=False, sums={"lm_eval": "own_sums"}, unknown={"lm_eval": "own_unknown"})
+    found = find_references(ready, model())
+    assert set(decoded(found)) == {" It is so. #### yesQuestion:", " It is so. #### noQuestion:"}
+    assert list(found.missing) == ["unknown"]
+
+
+def test_texts_to_be_scored_are_references(folder: Path) -> None:
+    ready = evaluator(folder, chat=False, words={"lm_eval": "own_words"}, text={"lm_eval": "own_text"})
+    found = find_references(ready, model()).by_score
+    assert set(decoded(References(tuple(found["words"])))) == {" yes", " no"}
+    (first, *_) = decoded(References(tuple(found["text"])))
+    assert first.startswith("Say the word number")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(EngineConfig(device="cpu", dtype="float32"), tiny_base)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("per_character", [False, True])
+def test_a_choice_is_lost_where_its_loss_says_so(
+    folder: Path, engine: TransformersEngine, per_character: bool
+) -> None:
+    scorer = {"kind": "choice", "per_character": per_character}
+    ready = evaluator(folder, parity={"items": "choice.jsonl", "scorer": scorer})
+    found = find_references(ready, engine.lm)
+    measured = ready.measure(engine.lm, "search").items.set_index("item")["score"]
+    with torch.no_grad():
+        losses = item_losses(engine.model, found.items)
+    for reference, loss in zip(found.items, losses.tolist(), strict=True):
+        # of two choices the right one has more than half the likelihood exactly where it wins
+        assert (loss < torch.tensor(2.0).log()) == (measured[reference.item] == 1)
+    assert [r.scales for r in found.items] == [(1.5, 0.75) if per_character else (1, 1)] * 12
+
+
+def test_losses_are_those_of_lm_eval(folder: Path, engine: TransformersEngine) -> None:
+    """lm-eval's own log-likelihood of the reply, per token."""
+    ready = evaluator(folder, chat=False, words={"lm_eval": "own_words"})
+    found = find_references(ready, engine.lm)
+    instances = list(ready.tasks["own_words"].task.instances)
+    expected = [logprob for logprob, _ in engine.lm.loglikelihood(instances)]
+    with torch.no_grad():
+        losses = item_losses(engine.model, found.items)
+    lengths = [len(r.texts[0].tokens) - r.texts[0].start for r in found.items]
+    own = [-loss * length for loss, length in zip(losses.tolist(), lengths, strict=True)]
+    assert own == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_sample_is_spread_over_tasks_and_parts_share_nothing(folder: Path) -> None:
+    ready = evaluator(folder, mixed=[task("exact"), task("json")], parity=task("choice"))
+    found = find_references(ready, model())
+    sample = found.sample(8)
+    assert sample == find_references(ready, model()).sample(8)
+    assert [each.task for each in sample.by_score["mixed"]].count("mixed:json.jsonl") == 4
+    apart, rest = sample.parts(0.25)
+    assert {name: len(own) for name, own in apart.by_score.items()} == {"mixed": 2, "parity": 2}
+    ids = [{(each.task, each.item) for each in part.items} for part in (apart, rest)]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] | ids[1]) == len(sample.items)
