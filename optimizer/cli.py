@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from optimizer.soup import Tasting
 
 EXIT_ERROR = 3
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="mergetune",
@@ -31,7 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Tune merge coefficients of language models by evaluation.\n\n"
-    "Exit codes: 0 done, 2 wrong usage, 3 an error that the message explains, 130 interrupted.",
+    "Exit codes: 0 done, 3 an error that the message explains, 130 interrupted; "
+    "of check: 0 pass, 1 fail, 2 inconclusive.",
 )
 _out = Console(soft_wrap=True)
 _err = Console(stderr=True, soft_wrap=True)
@@ -50,6 +53,13 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server requests under way (32).")
 ]
+
+
+class _Ended(Exception):  # noqa: N818  # no error
+    """A command has done its work and ends with a code of its own."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 def _version(wanted: bool) -> None:
@@ -227,6 +237,84 @@ def evaluate(
 
 
 @app.command()
+def check(
+    suite: Suite,
+    candidate: Annotated[str | None, typer.Argument(help=_TESTED)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What CANDIDATE may not be worse than; named like it.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            help="Given twice, measurements to compare instead: CANDIDATE's, then the baseline's.",
+        ),
+    ] = None,
+    base: Base = None,
+    tokenizer: Tokenizer = None,
+    split: Annotated[
+        Literal["search", "holdout", "all"] | None,
+        typer.Option(help="Which of the suite's items. Default: those held out, if the suite holds out any."),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Stop as soon as the verdict is clear.")] = False,
+    noise_floor: Annotated[
+        bool, typer.Option(help="Measure the baseline twice, and count what differs as noise.")
+    ] = True,
+    alpha: Annotated[
+        float, typer.Option(min=0.0001, max=0.4999, help="How often PASS, and FAIL, may be wrong.")
+    ] = 0.05,
+    training: Annotated[
+        list[Path] | None, typer.Option(help="A file that a model was trained on: are items in it?")
+    ] = None,
+    engine: Engine = "auto",
+    batch_size: BatchSize = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Where answers are kept. Default: ~/.cache/mergetune/measurements.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write index.html, summary.md, junit.xml, check.json and the measurements here."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Is CANDIDATE worse than a baseline by over a margin? Exits 0 pass, 1 fail, 2 inconclusive."""
+    from optimizer.check.judge import EXIT
+    from optimizer.check.outputs import as_data, as_table, write_outputs
+    from optimizer.check.run import CheckOptions, check_models, check_stored
+    from optimizer.engines.engine import EngineConfig
+    from optimizer.library import find
+    from optimizer.measurement_store import MeasurementStore, default_store
+    from optimizer.model_under_test import open_model
+    from optimizer.run_dir import write_parquet
+    from optimizer.suite import read_suite
+
+    deployed = read_suite(find("evals", suite, Path()))
+    config = EngineConfig(kind=engine, batch_size=batch_size)
+    options = CheckOptions(split, alpha, fast, noise_floor, config, tuple(training or ()))
+    if measured:
+        if candidate or baseline or len(measured) != 2:
+            raise MergetuneError("Give --from twice, and neither CANDIDATE nor --baseline.")
+        checked = check_stored(measured[0], measured[1], deployed, options)
+    elif candidate is None or baseline is None:
+        raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
+    else:
+        models = [open_model(reference, base, tokenizer) for reference in (candidate, baseline)]
+        kept = MeasurementStore(store) if store else default_store()
+        checked = check_models(models[0], models[1], deployed, options, kept, _remark)
+    result = checked.check
+    if out is not None:
+        write_outputs(result, out)
+        write_parquet(out / "candidate.parquet", checked.candidate)
+        write_parquet(out / "baseline.parquet", checked.baseline)
+    if as_json:
+        typer.echo(json.dumps(as_data(result), indent=1))
+    else:
+        _out.print(as_table(result))
+        _out.print(result.summary, highlight=False, markup=False)
+    raise _Ended(EXIT[result.verdict])
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
 ) -> None:
@@ -308,21 +396,29 @@ def main() -> None:
     """Run the command line; an error of the user's is one message on stderr, without a traceback."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would break the study's own line
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # Python's own exit code, 1, and typer's, 2 for wrong usage, would read as verdicts.
     try:
         app(arguments, prog_name="mergetune")
-    except MergetuneError as error:
-        if "--debug" in sys.argv:
-            raise
-        _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or "--debug" in sys.argv:
-            raise
-        _fail(f"The disk is full ({error}). What was measured is kept: make room and run again.")
+    except _Ended as ended:
+        sys.exit(ended.code)
+    except SystemExit as ended:
+        sys.exit(ended.code if ended.code in (0, EXIT_INTERRUPTED) else EXIT_ERROR)
+    except Exception as error:
+        message = _message(error)
+        if message is None or "--debug" in sys.argv:
+            traceback.print_exc()
+        if message is not None:
+            _err.print(f"error: {message}", highlight=False, markup=False)
+        sys.exit(EXIT_ERROR)
 
 
-def _fail(message: str) -> NoReturn:
-    _err.print(f"error: {message}", highlight=False, markup=False)
-    sys.exit(EXIT_ERROR)
+def _message(error: Exception) -> str | None:
+    """Return what the user can do about an error, None where that is for us to mend."""
+    if isinstance(error, MergetuneError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full ({error}). What was measured is kept: make room and run again."
+    return None
 
 
 if __name__ == "__main__":

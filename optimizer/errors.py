@@ -11,3 +11,7 @@ class TrialError(MergetuneError):
 
 class EngineError(TrialError):
     """The engine broke down while it measured: it must be started anew before it is used again."""
+
+
+class StartError(MergetuneError):
+    """An engine cannot be started with a model, or a server is not there."""

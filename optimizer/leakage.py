@@ -59,7 +59,7 @@ class Leaks:
         for expert, items in self.trained.items():
             for score, found in _by_score((item, item) for item in items).items():
                 said.append(
-                    f"Items of `{score}` that stand in the training data of expert `{expert}`: "
+                    f"Items of `{score}` that stand in the training data of `{expert}`: "
                     f"{len(found)} of {self.n_items[score]}. The score shows what it remembers as well as "
                     "what it can do. Take them out of the suite, or train without them. "
                     f"{_examples(item for item, _ in found)}"

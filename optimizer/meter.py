@@ -13,6 +13,7 @@ import pandas as pd
 
 from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import EngineConfig
+from optimizer.errors import MergetuneError, StartError
 from optimizer.evaluate import Documents, Evaluator
 from optimizer.measurement_store import MeasurementStore
 from optimizer.model_under_test import ModelUnderTest
@@ -60,7 +61,8 @@ class Meter:
         """Return score_name, task, item, score and response of every document, in their order.
 
         Raises:
-            MergetuneError: the model cannot be started or scored; what was measured before is kept.
+            StartError: the model cannot be started.
+            MergetuneError: it cannot be scored; what was measured before is kept.
         """
         wanted = self._evaluator.keys(documents)
         known = self._known(wanted)
@@ -87,7 +89,10 @@ class Meter:
 
     def _started(self) -> LM:
         if self._lm is None:
-            self._lm = self._engine.enter_context(self.model.started(self._config, self._say))
+            try:
+                self._lm = self._engine.enter_context(self.model.started(self._config, self._say))
+            except MergetuneError as error:
+                raise StartError(str(error)) from error
         return self._lm
 
 

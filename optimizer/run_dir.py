@@ -46,6 +46,8 @@ from optimizer.yaml_io import Strict, write_text, write_yaml
 # What may be there before the record is; `.base.…` was being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*")
 
+_FREE = {"budget", "finalists", "training_data"}  # may change when a study goes on
+
 CandidateKind = Literal["baseline", "trial"]
 
 
@@ -250,9 +252,9 @@ class RunDir:
         return self.path / "candidates" / f"{name}.{suffix}"
 
     def _check_same(self, study: StudyRecord) -> None:
-        """Refuse a study that differs from the one here in more than its budget."""
-        old = _flat(self.study.model_dump(mode="json", exclude={"budget"}))
-        new = _flat(study.model_dump(mode="json", exclude={"budget"}))
+        """Refuse a study that differs from the one here in more than what no measurement depends on."""
+        old = _flat(self.study.model_dump(mode="json", exclude=_FREE))
+        new = _flat(study.model_dump(mode="json", exclude=_FREE))
         changed = [
             f"  {key}: was {old.get(key, 'absent')!r}, is {new.get(key, 'absent')!r}"
             for key in sorted(old.keys() | new.keys())
@@ -260,7 +262,8 @@ class RunDir:
         ]
         if changed:
             raise MergetuneError(
-                f"{self.path}: holds another study; only `budget` may change when it goes on.\n"
+                f"{self.path}: holds another study; only {', '.join(f'`{key}`' for key in sorted(_FREE))} may "
+                "change when it goes on.\n"
                 + "\n".join(changed)
                 + "\nGive a new run directory, or take the changes back."
             )

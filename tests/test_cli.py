@@ -37,9 +37,9 @@ def test_help_lists_the_verbs_and_loads_nothing_heavy() -> None:
     assert "Exit codes" in done.stdout
 
 
-def test_wrong_usage_exits_with_2() -> None:
-    assert mergetune("run").returncode == 2
-    assert mergetune("rnu").returncode == 2
+def test_wrong_usage_is_an_error_and_no_verdict() -> None:
+    assert mergetune("run").returncode == 3
+    assert mergetune("rnu").returncode == 3
 
 
 def test_presets_are_listed_with_their_reasons() -> None:

@@ -120,7 +120,7 @@ class TestTraining:
     def test_the_warning_names_expert_share_and_items(self) -> None:
         items = frame((QUESTION, "13"), (SHORT, "Picasso"), ("Where is Bern?", "CH"))
         (warning,) = find_leaks(items, {"tools": [QUESTION], "persona": ["Hello."]}).warnings()
-        assert "Items of `skill` that stand in the training data of expert `tools`: 1 of 3." in warning
+        assert "Items of `skill` that stand in the training data of `tools`: 1 of 3." in warning
         assert "id-0 “Janet's ducks" in warning
         assert "train without them" in warning
 
@@ -241,7 +241,7 @@ class TestStudy:
         own = read_training_texts(shared_folder("evals") / "taskmaster" / "tool_calls.jsonl")
         (warning,) = leakage_warnings(Evaluator(plan.suite), {"tools": own[:50]})
         assert (
-            "Items of `tool_calls` that stand in the training data of expert `tools`: 50 of 130." in warning
+            "Items of `tool_calls` that stand in the training data of `tools`: 50 of 130." in warning
         )
 
 

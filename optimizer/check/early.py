@@ -1,0 +1,89 @@
+"""Measuring a candidate until the verdict is clear, with error rates that hold however often one looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from optimizer.evaluate import Documents, Evaluator
+from optimizer.meter import Meter
+from optimizer.sequential import Levels, Look, item_order, look, split_alpha
+
+_FIRST_ROUNDS = 24  # a round is an item of every task
+_GROWTH = 1.5  # each look has so many times the rounds of the one before
+
+
+@dataclass(frozen=True)
+class Early:
+    """What was measured of a candidate; `looks` has the last look at each score not measured to its end."""
+
+    items: pd.DataFrame
+    looks: Mapping[str, Look]
+    levels: Levels
+
+
+def measure_until_clear(
+    meter: Meter,
+    baseline: pd.DataFrame,
+    evaluator: Evaluator,
+    documents: Documents,
+    alpha: float,
+    say: Callable[[str], None],
+) -> Early:
+    """Measure in a fixed shuffled order, batch by batch; see `sequential` for the rule and its proof.
+
+    A score that a look has decided gets no more items, and the first that fails ends the measuring.
+
+    Args:
+        meter: the candidate's.
+        baseline: score_name, task, item and score of every document.
+        evaluator: the suite.
+        documents: what may be measured.
+        alpha: the error of PASS, and that of FAIL.
+        say: is told how each look came out.
+    """
+    scores = evaluator.suite.scores
+    levels = split_alpha(alpha, len(scores))
+    order = _shuffled(evaluator, documents)
+    tasks = {name: list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)}
+    looks: dict[str, Look] = {}
+    frames: list[pd.DataFrame] = []
+    open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
+    while open_scores and not any(each.verdict == "fail" for each in looks.values()):
+        batch = {task: order[task][start:end] for name in open_scores for task in tasks[name]}
+        frames.append(meter.measure(batch))
+        measured = pd.concat(frames, ignore_index=True)
+        for name in list(open_scores):
+            sizes = [len(order[task]) for task in tasks[name]]
+            if end >= max(sizes):  # all its items: the fixed test at the end decides
+                open_scores.remove(name)
+                looks.pop(name, None)
+                continue
+            n_rounds = min(end, *sizes)
+            differences = [_gains(measured, baseline, task)[:n_rounds] for task in tasks[name]]
+            sign = scores[name].sign
+            looks[name] = look(sign * np.array(differences), scores[name].margin, levels)
+            if looks[name].verdict != "undecided":
+                open_scores.remove(name)
+        n_items = sum(len(each) for each in order.values())
+        standing = ", ".join(f"{name} {each.verdict}" for name, each in looks.items())
+        say(f"{len(measured)} of {n_items} items: {standing or 'all measured'}")
+        start, end = end, round(end * _GROWTH)
+    return Early(pd.concat(frames, ignore_index=True), looks, levels)
+
+
+def _shuffled(evaluator: Evaluator, documents: Documents) -> dict[str, list[int]]:
+    order = {}
+    for task, own in evaluator.keys(documents).groupby("task", sort=False):
+        found = own["document"].tolist()
+        order[str(task)] = [found[i] for i in item_order(str(task), own["item"].tolist())]
+    return order
+
+
+def _gains(measured: pd.DataFrame, baseline: pd.DataFrame, task: str) -> Sequence[float]:
+    """Return candidate − baseline of a task's items, in the order measured."""
+    own = measured[measured["task"] == task].merge(baseline, on=["task", "item"], suffixes=("", "_baseline"))
+    return list(own["score"] - own["score_baseline"])

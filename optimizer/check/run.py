@@ -1,0 +1,206 @@
+"""The check as it runs: both models measured on the suite, or what was measured before, then judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from optimizer.check.early import Early, measure_until_clear
+from optimizer.check.judge import Check, judge
+from optimizer.engines.choice import choose_engine
+from optimizer.engines.engine import EngineConfig
+from optimizer.errors import MergetuneError, StartError
+from optimizer.evaluate import Documents, Evaluator
+from optimizer.leakage import find_leaks, read_training_texts
+from optimizer.measurement_store import MeasurementStore
+from optimizer.meter import Meter
+from optimizer.model_under_test import LocalModel, ModelUnderTest
+from optimizer.suite import Split, Suite
+
+CheckSplit = Split | Literal["all"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A check, and the measurements that it stands on."""
+
+    check: Check
+    candidate: pd.DataFrame
+    baseline: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How a check is made.
+
+    Attributes:
+        split: which of the suite's items; None takes the holdout split where the suite has one.
+        alpha: one-sided, in (0, 0.5): the error of PASS, and that of FAIL.
+        is_fast: stop as soon as the verdict is clear.
+        has_noise_floor: measure the baseline twice, and count what differs as noise.
+        engine: what both models run in.
+        training: files that one of the models was trained on.
+    """
+
+    split: CheckSplit | None = None
+    alpha: float = 0.05
+    is_fast: bool = False
+    has_noise_floor: bool = True
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    training: tuple[Path, ...] = ()
+
+
+def check_models(
+    candidate: ModelUnderTest,
+    baseline: ModelUnderTest,
+    suite: Suite,
+    options: CheckOptions,
+    store: MeasurementStore,
+    say: Callable[[str], None],
+) -> Checked:
+    """Measure two models on a suite, as far as the store does not hold them, and judge the candidate.
+
+    Raises:
+        MergetuneError: a model cannot be started or scored, or the suite's data cannot be had; what was
+            measured before is in the store.
+    """
+    evaluator = Evaluator(suite)
+    documents = evaluator.documents(_split(suite, options))
+    warnings = _warnings(evaluator, documents, options.training)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    pair = _Pair(candidate, baseline, evaluator, documents, options, warnings, store, say)
+    engine = _settled(options.engine, [baseline, candidate], say)
+    try:
+        return pair.checked(engine)
+    except StartError as error:
+        if engine.kind != "vllm" or options.engine.kind != "auto":
+            raise
+        say(f"engine: transformers for both, since vLLM did not start: {error}")
+        return pair.checked(options.engine.model_copy(update={"kind": "transformers"}))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models and all that it takes to measure and judge them."""
+
+    candidate: ModelUnderTest
+    baseline: ModelUnderTest
+    evaluator: Evaluator
+    documents: Documents
+    options: CheckOptions
+    warnings: tuple[str, ...]
+    store: MeasurementStore
+    say: Callable[[str], None]
+
+    def checked(self, engine: EngineConfig) -> Checked:
+        """Measure both in one kind of engine, and judge."""
+        baseline = self._measured(self.baseline, engine)
+        if self.options.is_fast:
+            with closing(Meter(self.candidate, engine, self.evaluator, self.store, self.say)) as meter:
+                early = measure_until_clear(
+                    meter, baseline, self.evaluator, self.documents, self.options.alpha, self.say
+                )
+            return self._judged(early.items, baseline, None, early)
+        again = self._measured(self.baseline, engine, 1) if self.options.has_noise_floor else None
+        return self._judged(self._measured(self.candidate, engine), baseline, again, None)
+
+    def _measured(self, model: ModelUnderTest, engine: EngineConfig, repeat: int = 0) -> pd.DataFrame:
+        with closing(Meter(model, engine, self.evaluator, self.store, self.say, repeat)) as meter:
+            found = meter.measure(self.documents)
+        self.say(f"{model.reference}: {_count(meter.n_measured, len(found), repeat)}")
+        return found
+
+    def _judged(
+        self,
+        candidate: pd.DataFrame,
+        baseline: pd.DataFrame,
+        again: pd.DataFrame | None,
+        early: Early | None,
+    ) -> Checked:
+        suite = self.evaluator.suite
+        check = judge(
+            candidate,
+            baseline,
+            self.evaluator.items(),
+            suite.config,
+            suite_name=suite.name,
+            labels=(self.candidate.reference, self.baseline.reference),
+            repeat=again,
+            alpha=self.options.alpha,
+            warnings=self.warnings,
+            early=early.looks if early else None,
+            levels=early.levels if early else None,
+        )
+        return Checked(check, candidate, baseline)
+
+
+def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOptions) -> Checked:
+    """Judge measurements that `mergetune eval --out` or an earlier check wrote; no model runs.
+
+    Raises:
+        MergetuneError: a file is no measurement, or they are not of the same items of this suite.
+    """
+    evaluator = Evaluator(suite)
+    documents = evaluator.documents(_split(suite, options)) if options.split is not None else None
+    first, second = _read(candidate), _read(baseline)
+    if documents is not None:
+        wanted = evaluator.keys(documents)[["task", "item"]]
+        first, second = (frame.merge(wanted, on=["task", "item"]) for frame in (first, second))
+    check = judge(
+        first,
+        second,
+        evaluator.items(),
+        suite.config,
+        suite_name=suite.name,
+        labels=(str(candidate), str(baseline)),
+        alpha=options.alpha,
+        warnings=_warnings(evaluator, documents or evaluator.documents("all"), options.training),
+    )
+    return Checked(check, first, second)
+
+
+def _split(suite: Suite, options: CheckOptions) -> CheckSplit:
+    """What a model was tuned on flatters it: where items were held out, they are the ones to check on."""
+    return options.split or ("holdout" if suite.config.holdout else "all")
+
+
+def _settled(
+    config: EngineConfig, models: Sequence[ModelUnderTest], say: Callable[[str], None]
+) -> EngineConfig:
+    """Settle `kind: auto` for all models at once: two engines score a little differently."""
+    folders = {model.folder: None for model in models if isinstance(model, LocalModel)}
+    if config.kind != "auto" or not folders:
+        return config
+    chosen = [choose_engine(config, folder) for folder in folders]
+    settled, reason = next((each for each in chosen if each[0].kind == "transformers"), chosen[0])
+    say(f"engine: {reason}")
+    return settled
+
+
+def _warnings(evaluator: Evaluator, documents: Documents, training: Sequence[Path]) -> tuple[str, ...]:
+    """Say which of the items that are checked on stand in training data, or twice."""
+    wanted = evaluator.keys(documents)[["task", "item"]]
+    texts = {file.stem: read_training_texts(file) for file in training}
+    return find_leaks(evaluator.items().merge(wanted, on=["task", "item"]), texts).warnings()
+
+
+def _count(n_measured: int, n_items: int, repeat: int) -> str:
+    known = f", {n_items - n_measured} known before" if n_measured < n_items else ""
+    return f"{n_measured} items measured{' once more' if repeat else ''}{known}"
+
+
+def _read(file: Path) -> pd.DataFrame:
+    columns = ["score_name", "task", "item", "score", "response"]
+    try:
+        return pd.read_parquet(file, columns=columns)
+    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        raise MergetuneError(
+            f"{file}: must be a measurement (Parquet with {', '.join(columns)}), such as "
+            f"`mergetune eval --out` writes, but cannot be read: {error}"
+        ) from error

@@ -1,0 +1,243 @@
+"""The regression gate on tiny real models: what is measured, what is known, and how the command ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+import yaml
+from helpers import fine_tune
+from test_cli import mergetune
+
+from optimizer.check.run import Checked, CheckOptions, check_models, check_stored
+from optimizer.engines.engine import EngineConfig
+from optimizer.errors import MergetuneError
+from optimizer.evaluate import Evaluator
+from optimizer.library import shared_folder
+from optimizer.measurement_store import MeasurementStore
+from optimizer.meter import Meter
+from optimizer.model_under_test import open_model
+from optimizer.suite import Suite, read_suite
+
+ENGINE = EngineConfig(kind="transformers")
+
+
+def write_suite(folder: Path, answers: list[str], **changes: object) -> Suite:
+    """Write a suite whose items are answered right by the model that these replies come from."""
+    items = [{"prompt": f"Count to {i}.", "answer": answer} for i, answer in enumerate(answers)]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = {"items": "items.jsonl", "scorer": "exact", "max_new_tokens": 4}
+    data = {
+        "description": "test",
+        "chat_template": True,
+        "holdout": 0,
+        "objectives": {"counting": {"margin": 0.1, "tasks": [task]}},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(data | changes))
+    return read_suite(folder / "suite.yaml")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Suite:
+    folder = tmp_path_factory.mktemp("suite")
+    evaluator = Evaluator(write_suite(folder, ["?"] * 150))
+    with closing(Meter(open_model(str(tiny_base)), ENGINE, evaluator, None, print)) as meter:
+        replies = meter.measure(evaluator.documents("all"))["response"]
+    return write_suite(folder, replies.tolist())
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    return fine_tune(tiny_base, tmp_path_factory.mktemp("damaged") / "model", seed=3, std=0.5)
+
+
+def checked(
+    candidate: Path, baseline: Path, suite: Suite, store: Path, said: list[str] | None = None, **options: Any
+) -> Checked:
+    models = [open_model(str(path)) for path in (candidate, baseline)]
+    say = said.append if said is not None else print
+    settings = CheckOptions(engine=ENGINE, **options)
+    return check_models(models[0], models[1], suite, settings, MeasurementStore(store), say)
+
+
+def test_a_model_passes_against_itself_and_is_measured_once(
+    tiny_base: Path, suite: Suite, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    found = checked(tiny_base, tiny_base, suite, tmp_path, said)
+    assert found.check.verdict == "pass"
+    assert found.check.noise == {"counting": 0.0}
+    assert [line.partition(": ")[2] for line in said if "items measured" in line] == [
+        "150 items measured",
+        "150 items measured once more",
+        "0 items measured, 150 known before",
+    ]
+
+
+def test_a_damaged_model_fails(tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path) -> None:
+    check = checked(damaged, tiny_base, suite, tmp_path).check
+    assert check.verdict == "fail"
+    assert check.rows[0].baseline == 1
+    assert len(check.flips) == check.rows[0].n_lost > 100
+
+
+def test_few_items_are_inconclusive(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
+    few = write_suite(tmp_path, answers[:12])
+    assert checked(tiny_base, tiny_base, few, tmp_path / "store").check.verdict == "inconclusive"
+
+
+def test_new_items_are_measured_alone(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
+    few = write_suite(tmp_path, answers[:40])
+    said: list[str] = []
+    checked(tiny_base, tiny_base, few, tmp_path / "store", has_noise_floor=False)
+    checked(tiny_base, tiny_base, suite, tmp_path / "store", said, has_noise_floor=False)
+    assert "110 items measured, 40 known before" in said[-2]
+
+
+def test_another_way_to_ask_is_measured_anew(tiny_base: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for scorer, n_known in (("exact", 0), ("contains", 0), ("exact", 10)):
+        task = {"items": "items.jsonl", "scorer": scorer, "max_new_tokens": 4}
+        suite = write_suite(tmp_path, ["?"] * 10, objectives={"counting": {"tasks": [task]}})
+        evaluator = Evaluator(suite)
+        model = open_model(str(tiny_base))
+        with closing(Meter(model, ENGINE, evaluator, MeasurementStore(store), print)) as meter:
+            meter.measure(evaluator.documents("all"))
+        assert meter.n_measured == 10 - n_known
+
+
+def test_another_chat_template_is_another_model(tiny_base: Path, tmp_path: Path) -> None:
+    first = open_model(str(tiny_base))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny_base.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert open_model(str(copy)).digest == first.digest
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert open_model(str(copy)).digest != first.digest
+
+
+def test_what_was_measured_before_an_error_is_kept(
+    tiny_base: Path, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.meter._AT_A_TIME", 40)
+    evaluator = Evaluator(suite)
+    store = MeasurementStore(tmp_path)
+
+    def meter() -> Meter:
+        return Meter(open_model(str(tiny_base)), ENGINE, evaluator, store, print)
+
+    measure, n_calls = evaluator.measure_documents, 0
+
+    def break_down(lm: object, documents: object) -> object:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise MergetuneError("out of memory")
+        return measure(lm, documents)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluator, "measure_documents", break_down)
+    with closing(meter()) as broken, pytest.raises(MergetuneError, match="out of memory"):
+        broken.measure(evaluator.documents("all"))
+    with closing(meter()) as again:
+        assert len(again.measure(evaluator.documents("all"))) == 150
+    assert again.n_measured == 150 - 80
+
+
+@pytest.mark.parametrize("candidate", ["tiny_base", "damaged"])
+def test_a_clear_verdict_comes_early(
+    candidate: str, tiny_base: Path, suite: Suite, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(candidate)
+    whole = checked(model, tiny_base, suite, tmp_path)
+    early = checked(model, tiny_base, suite, tmp_path / "other", is_fast=True)
+    assert early.check.verdict == whole.check.verdict
+    assert early.check.saving is not None
+    assert early.check.saving.n_measured == len(early.candidate) < early.check.saving.n_items == 150
+
+
+def test_the_command_ends_with_its_verdict_and_writes_all_reports(
+    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
+) -> None:
+    options = ["--baseline", tiny_base, "--suite", suite.path, "--engine", "transformers", "--store", "store"]
+    failed = mergetune("check", damaged, *options, "--out", "out", cwd=tmp_path)
+    assert failed.returncode == 1, failed.stderr
+    assert "FAIL" in failed.stdout
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["verdict"] == "fail"
+    assert ElementTree.parse(tmp_path / "out" / "junit.xml").find(".//failure") is not None
+    assert "FAIL" in (tmp_path / "out" / "summary.md").read_text()
+    assert "Count to" in (tmp_path / "out" / "index.html").read_text()
+    stored = ["--from", "out/baseline.parquet", "--from", "out/baseline.parquet"]
+    passed = mergetune("check", *stored, "--suite", suite.path, "--json", cwd=tmp_path)
+    assert passed.returncode == 0, passed.stderr
+    assert json.loads(passed.stdout)["verdict"] == "pass"
+
+
+def test_wrong_calls_are_errors_and_no_verdicts(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    (tmp_path / "wrong.parquet").write_text("no parquet")
+    wrong: dict[str, list[str | Path]] = {
+        "Name CANDIDATE and --baseline": ["check", tiny_base],
+        "Give --from twice": ["check", "--from", "a.parquet"],
+        "must be a measurement": ["check", "--from", "wrong.parquet", "--from", "wrong.parquet"],
+        "there is no such recipe": ["check", "no.yaml", "--baseline", tiny_base],
+    }
+    for message, arguments in wrong.items():
+        done = mergetune(*arguments, "--suite", suite.path, cwd=tmp_path)
+        assert done.returncode == 3
+        assert message in done.stderr
+
+
+def test_measurements_of_other_items_are_refused(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    found = checked(tiny_base, tiny_base, suite, tmp_path, has_noise_floor=False)
+    found.baseline.to_parquet(tmp_path / "whole.parquet")
+    found.baseline.head(20).to_parquet(tmp_path / "part.parquet")
+    with pytest.raises(MergetuneError, match="130"):
+        check_stored(tmp_path / "part.parquet", tmp_path / "whole.parquet", suite, CheckOptions())
+
+
+def test_the_store_forgets_nothing_when_two_write(tmp_path: Path) -> None:
+    store = MeasurementStore(tmp_path)
+    for keys in (["a", "b"], ["b", "c"]):
+        store.add("model", pd.DataFrame({"key": keys, "score": 1.0, "response": ""}))
+    assert store.read("model")["key"].tolist() == ["a", "b", "c"]
+
+
+def test_auto_falls_back_for_both_models(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    """vLLM's attention on CPUs takes no heads of 8, as the tiny model has: the first request fails."""
+    pytest.importorskip("vllm")
+    models = [open_model(str(tiny_base))] * 2
+    said: list[str] = []
+    found = check_models(models[0], models[1], suite, CheckOptions(), MeasurementStore(tmp_path), said.append)
+    assert found.check.verdict == "pass"
+    assert any("transformers for both, since vLLM did not start" in line for line in said)
+
+
+def test_the_pytest_example_judges_each_score(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    example = shared_folder("examples") / "check" / "test_merge.py"
+    environment = os.environ | {
+        **{"CANDIDATE": str(tiny_base), "BASELINE": str(tiny_base), "SUITE": str(suite.path)},
+        **{"XDG_CACHE_HOME": str(tmp_path), "PYTEST_ADDOPTS": ""},
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", example]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_workflow_calls_check_as_it_is() -> None:
+    file = shared_folder("examples") / "check" / "github-actions.yml"
+    steps = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]["check"]["steps"]
+    (command,) = [step["run"] for step in steps if "mergetune check" in step.get("run", "")]
+    documented = mergetune("check", "--help").stdout
+    assert all(word in documented for word in command.split() if word.startswith("--"))
