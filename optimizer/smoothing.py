@@ -8,9 +8,11 @@ smoothed away. The smoothed score is E[f | y] = K (K + Σ)⁻¹ y (Rasmussen & W
 
 Σ is known from the items, which are the same for all candidates: a variance in common, which cancels where
 candidates are compared, and one of each candidate's own, both averages over the candidates. The covariance
-of each pair, as the items show it, made smoothed scores worse than measured ones in simulations (see
-benchmarks/smoothing.py): hardly more items than candidates estimate it, and a binary score's variance errs
-together with the score, which pulls generalized least squares aside (Peelle's pertinent puzzle).
+of each single pair would be worse: in simulations, smoothed scores then erred more than the measured ones.
+Hardly more items than candidates estimate it, and the variance of a binary score errs together with the
+score, which pulls generalized least squares aside (Peelle's pertinent puzzle).
+
+Whether choosing by smoothed scores beats choosing by measured ones: benchmarks/smoothing.py.
 """
 
 from __future__ import annotations

@@ -50,6 +50,11 @@ class Entry:
         return self.on_front or self.probability >= PLAUSIBLE or self.finalist or self.recommended
 
     @property
+    def minor(self) -> bool:
+        """Say whether a candidate is listed for no more than a chance of being on the front."""
+        return not (self.on_front or self.finalist or self.recommended)
+
+    @property
     def name(self) -> str:
         """Return the candidate's name."""
         return self.candidate.name
