@@ -23,7 +23,7 @@ from scipy import special, stats
 
 from optimizer import selection, smoothing
 from optimizer.evaluate import Score
-from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
+from optimizer.resampling import Floats, ItemScores, join_items, score_covariance, score_means
 from optimizer.suite import SuiteConfig
 
 Truth = dict[str, Floats]  # by score, (n_candidates,)
@@ -44,9 +44,7 @@ class Simulation:
         self.points = ((points - points.min()) / (points.max() - points.min())).to_numpy()
         files = {name: run / "candidates" / f"{name}.search.parquet" for name in self.names}
         frames = {name: pd.read_parquet(file) for name, file in files.items()}
-        self.items = {
-            key: ItemScores.join(frames, key) for key in [*self.suite.objectives, *self.suite.guards]
-        }
+        self.items = join_items(frames)
         squares = ((self.points[:, None] - self.points[None]) ** 2).sum(axis=2)
         self.neighbours = np.linalg.cholesky(np.exp(-squares / (2 * 0.3**2)) + 1e-3 * np.eye(len(squares)))
         self.posteriors = {key: self._posterior(items) for key, items in self.items.items()}

@@ -46,17 +46,22 @@ class ItemScores:
     scores: Floats  # (n_items, n_candidates)
     tasks: Labels  # (n_items,) the strata
 
-    @staticmethod
-    def join(frames: Mapping[str, pd.DataFrame], score_name: str) -> ItemScores:
-        """Join measurements, by candidate, item by item."""
-        columns = {
-            name: frame[frame["score_name"] == score_name].set_index(["task", "item"])["score"]
-            for name, frame in frames.items()
-        }
-        joined = pd.concat(columns, axis=1, join="inner")
-        return ItemScores(
-            tuple(frames), joined.to_numpy(np.float64), joined.index.get_level_values("task").to_numpy()
+    def of(self, names: Sequence[str]) -> ItemScores:
+        """Return the scores of some of the candidates."""
+        return ItemScores(tuple(names), self.scores[:, [self.names.index(n) for n in names]], self.tasks)
+
+
+def join_items(frames: Mapping[str, pd.DataFrame]) -> dict[str, ItemScores]:
+    """Join measurements, by candidate, item by item: the scores by objective and guard."""
+    keys = ["score_name", "task", "item"]
+    columns = {name: frame.set_index(keys)["score"] for name, frame in frames.items()}
+    joined = pd.concat(columns, axis=1, join="inner")
+    return {
+        str(key): ItemScores(
+            tuple(frames), rows.to_numpy(np.float64), rows.index.get_level_values("task").to_numpy()
         )
+        for key, rows in joined.groupby(level="score_name", sort=False)
+    }
 
 
 @dataclass(frozen=True)

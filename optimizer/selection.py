@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from optimizer import pareto, resampling
-from optimizer.evaluate import Score
-from optimizer.resampling import Floats, Hypervolume, Indices, ItemScores
+from optimizer.evaluate import Measurement, Score
+from optimizer.resampling import Floats, Hypervolume, Indices, ItemScores, join_items
 from optimizer.run_dir import RunDir
 from optimizer.smoothing import Smoothing, smooth
 from optimizer.suite import GuardConfig, SuiteConfig
@@ -196,18 +195,17 @@ def _choose(signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConf
     return np.asarray(order[..., 0])
 
 
-def noisy_front(frames: Mapping[str, pd.DataFrame], suite: SuiteConfig, seed: int = 0) -> NoisyFront:
+def noisy_front(items: Mapping[str, ItemScores], suite: SuiteConfig, seed: int = 0) -> NoisyFront:
     """Resample the items, the same ones for all candidates, and count who is on the front.
 
     On the front of a resample are the non-dominated among those that keep every guard in it, against the
     reference on the same items.
     """
-    rng, names = np.random.default_rng(seed), tuple(frames)
+    rng, names = np.random.default_rng(seed), next(iter(items.values())).names
     resampled = {}
     for key, config in {**suite.objectives, **suite.guards}.items():
-        joined = ItemScores.join(frames, key)
         resampled[key] = config.sign * resampling.bootstrap_scores(
-            joined.scores, joined.tasks, n_resamples=N_RESAMPLES, seed=rng
+            items[key].scores, items[key].tasks, n_resamples=N_RESAMPLES, seed=rng
         )
     feasible = np.ones((N_RESAMPLES, len(names)), dtype=bool)
     for key, guard in suite.guards.items():
@@ -284,14 +282,16 @@ def choose(run: RunDir) -> Choice | None:
 
     None before the base and what the guards refer to are measured.
     """
-    suite = run.study.suite_config
-    measured = run.all_scores("search")
-    if not {BASE, *map(reference_name, suite.guards.values())} <= measured.keys():
+    suite, candidates = run.study.suite_config, run.candidates()
+    found = {candidate.name: run.measurement(candidate.name, "search") for candidate in candidates}
+    frames = {name: frame for name, frame in found.items() if frame is not None}
+    if not {BASE, *map(reference_name, suite.guards.values())} <= frames.keys():
         return None
-    frames = {name: frame for name in measured if (frame := run.measurement(name, "search")) is not None}
-    smoothing = smooth(run.candidates(), frames, [*suite.objectives, *suite.guards], run.study.seed)
+    measured = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
+    items = join_items(frames)
+    smoothing = smooth(candidates, measured, items, run.study.seed)
     recommendation = recommend(smoothing.scores, suite, measured if smoothing.smoothers else None)
-    return Choice(measured, smoothing, noisy_front(frames, suite), recommendation)
+    return Choice(measured, smoothing, noisy_front(items, suite), recommendation)
 
 
 def finalists(run: RunDir, k: int) -> tuple[str, ...]:

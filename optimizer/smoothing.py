@@ -12,6 +12,8 @@ of each single pair would be worse: in simulations, smoothed scores then erred m
 Hardly more items than candidates estimate it, and the variance of a binary score errs together with the
 score, which pulls generalized least squares aside (Peelle's pertinent puzzle).
 
+Scores are smoothed on their own scale: on that of the arcsine (for shares) a real run's scores predict each
+other a little better, but the choices were as good and the intervals no truer, in the same simulations.
 Whether choosing by smoothed scores beats choosing by measured ones: benchmarks/smoothing.py.
 """
 
@@ -26,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import linalg, optimize
 
-from optimizer.evaluate import Measurement, Score
+from optimizer.evaluate import Score
 from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
 from optimizer.run_dir import Candidate
 
@@ -72,8 +74,8 @@ class Posterior:
 
 def smooth(
     candidates: Sequence[Candidate],
-    frames: Mapping[str, pd.DataFrame],
-    score_names: Sequence[str],
+    measured: Mapping[str, Mapping[str, Score]],
+    items: Mapping[str, ItemScores],
     seed: int = 0,
 ) -> Smoothing:
     """Smooth each score over the candidates that have a point in the search space; others stay as measured.
@@ -83,24 +85,24 @@ def smooth(
     the same model without neighbours does (leave-one-out; Rasmussen & Williams 2006, section 5.4.2).
 
     Args:
-        candidates: those of the run; the ones that `frames` do not hold are left out.
-        frames: per-item scores on one split, by candidate name.
-        score_names: the objectives and guards.
+        candidates: those of the run; the ones that were not measured are left out.
+        measured: the scores on one split, by candidate name.
+        items: the same by item, from `resampling.join_items`.
         seed: of the fit's starts.
     """
-    scores = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
-    points = search_points([candidate for candidate in candidates if candidate.name in frames])
+    scores = {name: dict(own) for name, own in measured.items()}
+    points = search_points([candidate for candidate in candidates if candidate.name in measured])
     smoothers, notes = {}, {}
-    for score_name in score_names:
-        joined = ItemScores.join({str(name): frames[str(name)] for name in points.index}, score_name)
-        found = fit_smoother(points.to_numpy(np.float64), joined, seed)
+    for score_name, every in items.items():
+        own = every.of([str(name) for name in points.index])
+        found = fit_smoother(points.to_numpy(np.float64), own, seed)
         if isinstance(found, str):
             notes[score_name] = found
             continue
         smoothers[score_name] = found
-        values = found.apply(score_means(joined.scores, joined.tasks))
+        values = found.apply(score_means(own.scores, own.tasks))
         for name, value, stderr in zip(found.names, values, found.stderr, strict=True):
-            scores[name][score_name] = Score(float(value), float(stderr), len(joined.scores))
+            scores[name][score_name] = Score(float(value), float(stderr), len(own.scores))
     return Smoothing(scores, smoothers, notes)
 
 

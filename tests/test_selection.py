@@ -117,7 +117,7 @@ def measured(**rates: tuple[float, float, float]) -> dict[str, pd.DataFrame]:
 def test_the_noisy_front_counts_the_resamples_in_which_a_feasible_candidate_is_not_dominated() -> None:
     frames = measured(base=(0.1, 0.2, 0.8), expert_a=(0.9, 0.2, 0.8), m=(0.6, 0.5, 0.78), n=(0.6, 0.52, 0.75))
     config = suite(reference="a")
-    found = selection.noisy_front(frames, config, seed=5)
+    found = selection.noisy_front(resampling.join_items(frames), config, seed=5)
     rng, scores = np.random.default_rng(5), {}
     for name in "xyg":
         columns = [frame[frame["score_name"] == name]["score"].to_numpy() for frame in frames.values()]

@@ -14,7 +14,7 @@ from synthetic_run import Plan, write_run
 
 from optimizer import smoothing
 from optimizer.evaluate import Measurement
-from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
+from optimizer.resampling import Floats, ItemScores, join_items, score_covariance, score_means
 
 KERNEL = ConstantKernel(0.8) * Matern([0.4, 1.3], nu=2.5) + WhiteKernel(0.02)
 
@@ -156,11 +156,12 @@ def test_candidates_outside_the_space_keep_their_scores(tmp_path: Path) -> None:
     for candidate in candidates:
         if (frame := run.measurement(candidate.name, "search")) is not None:
             frames[candidate.name] = frame
-    found = smoothing.smooth(candidates, frames, ["tool_calls", "persona", "general"])
+    measured = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
+    found = smoothing.smooth(candidates, measured, join_items(frames))
     assert "tool_calls" in found.smoothers
     assert found.scores.keys() == frames.keys()
-    for name, frame in frames.items():
-        raw, ours = Measurement(frame, 0.0).scores(), found.scores[name]
+    for name, raw in measured.items():
+        ours = found.scores[name]
         for key, score in ours.items():
             outside = name in {"base", "average-0.5"} or key in found.notes
             assert (score == raw[key]) == outside

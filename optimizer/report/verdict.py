@@ -14,7 +14,7 @@ from optimizer import selection
 from optimizer.baselines import is_soup
 from optimizer.evaluate import Measurement, Score
 from optimizer.report.metric import Metric
-from optimizer.resampling import Floats, ItemScores, bootstrap_scores
+from optimizer.resampling import Floats, bootstrap_scores, join_items
 from optimizer.selection import Recommendation
 from optimizer.suite import Split, SuiteConfig
 
@@ -214,11 +214,11 @@ def _resampled_losses(
     Items are drawn with replacement within each task, the same for all models. What a loss is
     measured by, the best expert's gain over the base, stays that of the whole sample.
     """
-    names = list(frames)
+    names, items = list(frames), join_items(frames)
     rng = np.random.default_rng(0)
     worst = np.full((N_RESAMPLES, len(names)), -np.inf)
     for objective, config in suite.objectives.items():
-        joined = ItemScores.join(frames, objective)
+        joined = items[objective]
         values = config.sign * bootstrap_scores(
             joined.scores, joined.tasks, n_resamples=N_RESAMPLES, seed=rng
         )  # (N_RESAMPLES, n_models)
