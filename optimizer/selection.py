@@ -19,7 +19,7 @@ BASE = "base"
 SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
 _EXPERT = "expert-"
 N_RESAMPLES = 2000
-_FEWER_RESAMPLES = 200
+_FEWER_RESAMPLES = 100
 
 
 @dataclass(frozen=True)
