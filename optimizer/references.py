@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from optimizer.engines.completions import Scoring, generation_settings
+from optimizer.continuation import closing, continued, replied
+from optimizer.engines.completions import Scoring
 from optimizer.lm_tasks import item_answer
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ class _TaskReferences:
             if kind == "multiple_choice":
                 yield from self._choices(index, instances)
             elif kind == "loglikelihood" and len(instances) == 1:
-                yield self._reference(index, (self._continued(*instances[0].args[:2]),))
+                yield self._reference(index, (continued(self._lm, *instances[0].args[:2]),))
             elif kind == "loglikelihood_rolling":
                 tokens = [self._lm.prefix_token_id, *self._lm.tok_encode(instances[0].args[0])]
                 yield self._reference(index, (Scoring(tokens[: self._lm.max_length], 1),))
@@ -158,12 +157,13 @@ class _TaskReferences:
             index: [*shown.get(self._bound.item_ids[index], []), *answers.get(index, [])] for index in asked
         }
         best = max((score for each in candidates.values() for score, _ in each), default=0.0)
-        closing = _closing(self._lm, self._task, self._chat)
+        end = closing(self._lm, self._task, self._chat)
         for index, instances in asked.items():
             # of equal scores the first one counts: that of the better model
             score, reply = max(candidates[index], key=lambda each: each[0], default=(0.0, ""))
             if best > 0 and score >= SUFFICIENT * best:
-                yield self._reference(index, (self._replied(instances[0], reply, *closing),))
+                prompt, settings = instances[0].args[:2]
+                yield self._reference(index, (replied(self._lm, prompt, settings, reply, end),))
 
     def _shown(self, replies: Sequence[pd.DataFrame]) -> dict[str, list[tuple[float, str]]]:
         """Return what models replied to each item, with its score, the better model first.
@@ -186,27 +186,8 @@ class _TaskReferences:
         right = [choices.index(each) if each in choices else each for each in _as_list(gold)]
         if not all(each in range(len(choices)) for each in right):
             return  # mislabelled, as lm-eval would warn
-        texts = tuple(self._continued(*each.args[:2]) for each in instances[: len(choices)])
+        texts = tuple(continued(self._lm, *each.args[:2]) for each in instances[: len(choices)])
         yield self._reference(index, texts, right=tuple(right), scales=_scales(self._bound, choices))
-
-    def _continued(self, context: str, continuation: str) -> Scoring:
-        """Return a context and its continuation as `TemplateLM.loglikelihood` splits them into tokens."""
-        if context:
-            before, after = self._lm._encode_pair(context, continuation)
-        else:
-            before = [self._lm.prefix_token_id]
-            after = self._lm.tok_encode(continuation, add_special_tokens=False)
-        tokens = [*before, *after][-self._lm.max_length :]
-        return Scoring(tokens, max(len(tokens) - len(after), 1))
-
-    def _replied(self, instance: Instance, reply: str, closing: str, end: Sequence[int]) -> Scoring:
-        """Return a prompt with a reply and what ends it; a reply cut at the greatest length has no end."""
-        prompt, settings = instance.args[:2]
-        limit, _stop, _sampling = generation_settings(settings)
-        before = self._lm.tok_encode(prompt)
-        after = [*_tokens_after(self._lm, prompt, before, reply + closing), *end][:limit]
-        before = before[-max(self._lm.max_length - limit, 1) :]
-        return Scoring([*before, *after], len(before))
 
 
 def _requests(task: Task, lm: TemplateLM, indices: list[int], chat: bool) -> dict[int, list[Instance]]:
@@ -270,43 +251,6 @@ def _answer(bound: Any, doc: Any, chat: bool) -> str | None:
     else:
         delimiter = "" if chat else task.config.target_delimiter
     return None if first is None else f"{delimiter}{first}"
-
-
-def _closing(lm: TemplateLM, task: Task, chat: bool) -> tuple[str, list[int]]:
-    """Return what ends a reply, as text that follows it directly and as tokens.
-
-    In a conversation it is what the chat template puts there; else what stands after the examples'
-    answers, or the first text that stops the model, or the end of the text.
-    """
-    if chat:
-        return "", _end_of_turn(lm)
-    if task.config.num_fewshot:
-        return str(task.config.fewshot_delimiter), []
-    _limit, stops, _sampling = generation_settings(task.config.generation_kwargs or {})
-    return (stops[0], []) if stops else ("", [lm.eot_token_id])
-
-
-def _end_of_turn(lm: TemplateLM) -> list[int]:
-    """Return the tokens after a reply in the chat template up to its first special one."""
-    tokenizer: Any = lm.tokenizer
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-    try:
-        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
-    except TemplateError:
-        return [lm.eot_token_id]
-    tokens: list[int] = tokenizer.encode(rest, add_special_tokens=False)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ends = [position for position, token in enumerate(tokens) if token in special]
-    return tokens[: ends[0] + 1] if ends else [lm.eot_token_id]
-
-
-def _tokens_after(lm: TemplateLM, prompt: str, before: Sequence[int], text: str) -> list[int]:
-    """Return a text's tokens after a prompt, whose own tokens stay as they are."""
-    whole: list[int] = lm.tok_encode(prompt + text)
-    if whole[: len(before)] == list(before):
-        return whole[len(before) :]
-    alone: list[int] = lm.tok_encode(text, add_special_tokens=False)
-    return alone
 
 
 def _scales(bound: Any, choices: Sequence[str]) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from optimizer.losses import item_losses
 from optimizer.references import References, find_references
 from optimizer.suite import read_suite
 
-ITEMS = {
+ITEMS: dict[str, list[dict[str, Any]]] = {
     "exact": [{"prompt": f"Say the word number {i}.", "answer": "yes" if i % 4 else "no"} for i in range(12)],
     "json": [{"prompt": f"Add {i} and 1.", "answer": {"sum": [i + 1, True]}} for i in range(12)],
     "contains": [{"prompt": f"Name {i} birds.", "answer": ["owl", "wren"][: 1 + i % 2]} for i in range(12)],
@@ -95,7 +95,7 @@ class RecordingCompleter:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite")
     for name, items in ITEMS.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     (folder / "own.py").write_text(EQUAL)
     for name, task in OWN_TASKS.items():
         files = {"data_files": {"test": str(folder / "exact.jsonl")}}
@@ -128,11 +128,13 @@ def model(completer: Any = None) -> CompletionsLM:
     return CompletionsLM(completer or RecordingCompleter(), build_tokenizer(), max_length=400)
 
 
-def decoded(references: References, part: slice = slice(None)) -> list[str]:
+def decoded(references: References) -> list[str]:
     """The text of each reference after its prompt, special tokens shown."""
     tokenizer = build_tokenizer()
     return [
-        tokenizer.decode(text.tokens[text.start :][part]) for each in references.items for text in each.texts
+        str(tokenizer.decode(list(text.tokens[text.start :])))
+        for each in references.items
+        for text in each.texts
     ]
 
 

@@ -1,0 +1,82 @@
+"""Continuations: a text after a prompt, as the tokens that a model itself would put there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from optimizer.engines.completions import Scoring, generation_settings
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.task import Task
+
+
+class Closing(NamedTuple):
+    """What ends a reply: text that follows it directly, and tokens after that."""
+
+    text: str
+    tokens: Sequence[int]
+
+
+def continued(lm: TemplateLM, context: str, continuation: str) -> Scoring:
+    """Return a context and its continuation as `TemplateLM.loglikelihood` splits them into tokens."""
+    if context:
+        before, after = lm._encode_pair(context, continuation)
+    else:
+        before, after = [lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False)
+    tokens = [*before, *after][-lm.max_length :]
+    return Scoring(tokens, max(len(tokens) - len(after), 1))
+
+
+def replied(
+    lm: TemplateLM, prompt: str, settings: Mapping[str, Any], reply: str, closing: Closing
+) -> Scoring:
+    """Return a prompt with a reply and what ends it; a reply cut at the greatest length has no end.
+
+    `settings` are lm-eval's generation settings; the prompt is cut as where a reply is generated.
+    """
+    limit, _stop, _sampling = generation_settings(settings)
+    before = lm.tok_encode(prompt)
+    after = [*_tokens_after(lm, prompt, before, reply + closing.text), *closing.tokens][:limit]
+    before = before[-max(lm.max_length - limit, 1) :]
+    return Scoring([*before, *after], len(before))
+
+
+def closing(lm: TemplateLM, task: Task, chat: bool) -> Closing:
+    """Return what ends a task's replies.
+
+    In a conversation it is what the chat template puts there; else what stands after the examples'
+    answers, or the first text that stops the model, or the end of the text.
+    """
+    if chat:
+        return Closing("", _end_of_turn(lm))
+    if task.config.num_fewshot:
+        return Closing(str(task.config.fewshot_delimiter), [])
+    _limit, stops, _sampling = generation_settings(task.config.generation_kwargs or {})
+    return Closing(stops[0], []) if stops else Closing("", [lm.eot_token_id])
+
+
+def _end_of_turn(lm: TemplateLM) -> list[int]:
+    """Return the tokens after a reply in the chat template up to its first special one."""
+    tokenizer: Any = lm.tokenizer
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+    try:
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
+    except TemplateError:
+        return [lm.eot_token_id]
+    tokens: list[int] = tokenizer.encode(rest, add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends = [position for position, token in enumerate(tokens) if token in special]
+    return tokens[: ends[0] + 1] if ends else [lm.eot_token_id]
+
+
+def _tokens_after(lm: TemplateLM, prompt: str, before: Sequence[int], text: str) -> list[int]:
+    """Return a text's tokens after a prompt, whose own tokens stay as they are."""
+    whole: list[int] = lm.tok_encode(prompt + text)
+    if whole[: len(before)] == list(before):
+        return whole[len(before) :]
+    alone: list[int] = lm.tok_encode(text, add_special_tokens=False)
+    return alone
