@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,11 +18,13 @@ from optimizer.gradients import slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
 from optimizer.recipe import MergeRecipe, RecipeGroup
-from optimizer.references import Reference, References
+from optimizer.references import References
 from optimizer.suite import SuiteConfig
 
 Coefficients = dict[tuple[str, str], float]  # lambda by layer group and expert
 Losses = Mapping[str, float]
+
+_TINY = 1e-6  # nats; a loss below is none
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,9 @@ def descend(
 
     What falls is Σ wₖ log(Lₖ + L*ₖ) over the objectives, L* being the best expert's loss: halving a
     loss counts the same whatever its scale, up to about what the expert itself can do. A guard counts,
-    with weight 1, as log(L / L') as far as it is above L', the loss of what it refers to. The objectives'
-    own weights come first; from there one stretch leads to each weighting that emphasizes one objective.
+    with weight 1, as log(L / L') as far as it is above L', what its reference loses on the same items.
+    The objectives' own weights come first; from there one stretch leads to each weighting that
+    emphasizes one objective.
 
     Raises:
         MergetuneError: the method has no lambda for each expert.
@@ -150,14 +154,16 @@ class _Walk:
     ) -> None:
         self._engine, self._merger, self._start = engine, merger, start
         self._suite, self._config = suite, config
-        self._apart, training = references.sample(config.n_items).parts(config.apart)
-        self._steps = _cycle(training, config.n_step)
         self.n_passes = 0
         self._history: list[Losses] = []
-        self._floors = self._find_floors(next(self._steps))
+        self._apart, training = references.sample(config.n_items).parts(config.apart)
+        batches = _cut(training, config.n_step)
+        best = self._best_losses(batches[0])
+        self._batches = itertools.cycle([(batch, self._floors(batch, best)) for batch in batches])
+        self._apart_floors = self._floors(self._apart, best)
 
     def walk(self) -> Descent:
-        objectives = [name for name in self._suite.objectives if name in self._floors]
+        objectives = [name for name in self._suite.objectives if name in self._apart_floors]
         own = {name: self._suite.objectives[name].weight for name in objectives}
         first = self._stretch(coefficients(self._start), own, self._config.first_steps)
         points = [first]
@@ -184,40 +190,20 @@ class _Walk:
                 values.clamp_(self._config.low, self._config.high)
             if step + 1 in (math.ceil(n_steps / 2), n_steps):
                 points.append(self._measure(dict(zip(keys, values.tolist(), strict=True)), shares))
-        return min(points, key=lambda point: self._height(point.losses, shares))
+        return min(points, key=lambda point: _height(point.losses, self._apart_floors, shares))
 
     def _slope(self, lambdas: Coefficients, shares: Mapping[str, float]) -> Tensor:
         """Return the slope of what falls, on the next items."""
-        recipe, items = at(self._start, lambdas), next(self._steps)
+        recipe, (items, floors) = at(self._start, lambdas), next(self._batches)
         found = slopes(self._engine, self._merger, recipe, items)
         self.n_passes += found.n_passes
         self._history.append(found.losses)
-        factors = self._factors(found.losses, shares)
+        factors = _factors(found.losses, floors, shares)
         table = found.by_group(recipe.groups)
         total = dict.fromkeys(lambdas, 0.0)
         for row in table[table["parameter"] == "lambda"].to_dict("records"):
             total[row["group"], row["expert"]] += factors[row["score_name"]] * row["slope"]
         return torch.tensor(list(total.values()), dtype=torch.float64)
-
-    def _factors(self, losses: Losses, shares: Mapping[str, float]) -> dict[str, float]:
-        """Return the derivative of what falls with respect to each loss."""
-        factors = {}
-        for name, loss in losses.items():
-            if name in shares:
-                factors[name] = shares[name] / (loss + self._floors[name])
-            else:
-                factors[name] = 1 / loss if loss > self._floors[name] else 0.0
-        return factors
-
-    def _height(self, losses: Losses, shares: Mapping[str, float]) -> float:
-        """Return what falls."""
-        total = 0.0
-        for name, loss in losses.items():
-            if name in shares:
-                total += shares[name] * math.log(loss + self._floors[name])
-            else:
-                total += max(0.0, math.log(loss / self._floors[name]))
-        return total
 
     def _measure(self, lambdas: Coefficients, shares: Mapping[str, float]) -> Point:
         recipe = at(self._start, lambdas)
@@ -228,32 +214,62 @@ class _Walk:
         self.n_passes += len(items.items)
         return mean_losses(self._engine.model, items)
 
-    def _find_floors(self, items: References) -> dict[str, float]:
-        """Return the best expert's loss of each objective, and that of each guard's reference."""
-        experts = list(self._start.experts)
-        zero = dict.fromkeys(coefficients(self._start), 0.0)
-        by_model = {"base": self._losses(at(self._start, zero), _only(items, set(self._suite.guards)))}
-        for expert in experts:
-            alone = {key: float(key[1] == expert) for key in zero}
-            by_model[expert] = self._losses(at(self._start, alone), items)
-        floors = {}
-        for name in items.by_score:
-            if name in self._suite.guards:
-                floors[name] = by_model[self._suite.guards[name].reference][name]
-            else:
-                floors[name] = min(by_model[expert][name] for expert in experts)
-        return {name: max(floor, 1e-6) for name, floor in floors.items()}
+    def _best_losses(self, items: References) -> Losses:
+        """Return the best expert's loss of each objective."""
+        items = _only(items, set(self._suite.objectives))
+        alone = [self._losses(self._expert(expert), items) for expert in self._start.experts]
+        return {name: min(losses[name] for losses in alone) for name in items.by_score}
+
+    def _floors(self, items: References, best: Losses) -> Losses:
+        """Return these, and what each guard's reference loses on these items."""
+        floors = dict(best)
+        for name, guard in self._suite.guards.items():
+            own = _only(items, {name})
+            if own.items:
+                floors |= self._losses(self._expert(guard.reference), own)
+        return {name: max(floor, _TINY) for name, floor in floors.items()}
+
+    def _expert(self, name: str) -> MergeRecipe:
+        """Return the recipe of an expert alone; of any other name, of the base."""
+        return at(self._start, {key: float(key[1] == name) for key in coefficients(self._start)})
+
+
+def _factors(losses: Losses, floors: Losses, shares: Mapping[str, float]) -> dict[str, float]:
+    """Return the derivative of what falls with respect to each loss."""
+    factors = {}
+    for name, loss in losses.items():
+        if name in shares:
+            factors[name] = shares[name] / (loss + floors[name])
+        else:
+            factors[name] = 1 / loss if loss > floors[name] else 0.0
+    return factors
+
+
+def _height(losses: Losses, floors: Losses, shares: Mapping[str, float]) -> float:
+    """Return what falls."""
+    total = 0.0
+    for name, loss in losses.items():
+        if name in shares:
+            total += shares[name] * math.log(loss + floors[name])
+        else:
+            total += math.log(max(loss / floors[name], 1.0))
+    return total
 
 
 def _only(references: References, names: set[str]) -> References:
     return replace(references, items=tuple(each for each in references.items if each.score_name in names))
 
 
-def _cycle(references: References, n_items: int) -> Iterator[References]:
-    """Yield the next items of each score, again and again."""
-    own: Sequence[list[Reference]] = list(references.by_score.values())
-    begin = 0
-    while True:
-        chosen = [each[(begin + i) % len(each)] for each in own for i in range(min(n_items, len(each)))]
-        yield replace(references, items=tuple(chosen))
-        begin += n_items
+def _cut(references: References, n_items: int) -> list[References]:
+    """Cut references into batches with this many items of each score; who has fewer begins anew."""
+    own = list(references.by_score.values())
+    begins = range(0, max(map(len, own)), n_items)
+    return [
+        replace(
+            references,
+            items=tuple(
+                each[i % len(each)] for each in own for i in range(begin, begin + min(n_items, len(each)))
+            ),
+        )
+        for begin in begins
+    ]

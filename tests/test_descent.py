@@ -87,7 +87,7 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
         assert set(coefficients(point.recipe)) == {(g, e) for g in ("layers", "rest") for e in "ab"}
         assert all(CONFIG.low <= value <= CONFIG.high for value in point.coefficients.values())
     n_steps = CONFIG.first_steps + 2 * CONFIG.next_steps
-    floors = 2 * 6 + 2  # two experts on a step's items, the base on the guard's
+    floors = 2 * 4 + 8  # two experts on a step's items of the objectives, the base on all of the guard's
     measured = 3 * 2 * 6  # of three stretches the middle and the end, on two items of each score
     assert found.n_passes == 3 * 6 * n_steps + floors + measured
     assert found.full_evaluations(100) == found.n_passes / 100
