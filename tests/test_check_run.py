@@ -230,7 +230,7 @@ def test_the_pytest_example_judges_each_score(tiny_base: Path, suite: Suite, tmp
         **{"XDG_CACHE_HOME": str(tmp_path), "PYTEST_ADDOPTS": ""},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", example]
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", str(example)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 

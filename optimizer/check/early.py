@@ -48,7 +48,9 @@ def measure_until_clear(
     scores = evaluator.suite.scores
     levels = split_alpha(alpha, len(scores))
     order = _shuffled(evaluator, documents)
-    tasks = {name: list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)}
+    tasks = {
+        str(name): list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)
+    }
     looks: dict[str, Look] = {}
     frames: list[pd.DataFrame] = []
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
