@@ -54,7 +54,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class _BoundTask:
+class BoundTask:
     """An lm-eval task in its place in the suite, with the ids and splits of its documents."""
 
     score_name: str
@@ -64,6 +64,7 @@ class _BoundTask:
     splits: tuple[Split | None, ...]  # None: a few-shot example, in no split
 
     def indices(self, split: Split) -> list[int]:
+        """Return the documents of a split."""
         return [index for index, own in enumerate(self.splits) if own == split]
 
 
@@ -77,14 +78,14 @@ class Evaluator:
     def __init__(self, suite: Suite) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.suite = suite
-        self._tasks: dict[str, _BoundTask] = {}
+        self._tasks: dict[str, BoundTask] = {}
         for score_name, score in suite.scores.items():
             for config in score.tasks:
                 self._add(score_name, config)
         self._check_splits()
 
     @property
-    def tasks(self) -> dict[str, _BoundTask]:
+    def tasks(self) -> dict[str, BoundTask]:
         """The tasks by name, each in its place in the suite."""
         return self._tasks
 
@@ -185,16 +186,16 @@ class Evaluator:
                     )
 
 
-def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> _BoundTask:
+def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> BoundTask:
     if config.num_fewshot is not None:
         task.set_config("num_fewshot", config.num_fewshot)
     n_shared = fix_fewshot(task)
     docs = list(task.eval_docs)[: config.limit]
     splits = [None if i < n_shared else split_of(_question(task, doc), holdout) for i, doc in enumerate(docs)]
-    return _BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
+    return BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
 
 
-def _settings(bound: _BoundTask, chat_template: bool) -> str:
+def _settings(bound: BoundTask, chat_template: bool) -> str:
     """Write down how a task asks and scores, whichever its documents."""
     task = bound.task
     examples = list(task.fewshot_docs())[: task.config.num_fewshot] if task.config.num_fewshot else []
@@ -241,7 +242,7 @@ def _one_filter(samples: list[dict[str, Any]], chosen: str | None) -> list[dict[
     return [sample for sample in samples if sample["filter"] == (chosen or filters[0])]
 
 
-def _row(bound: _BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
+def _row(bound: BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
     metric = bound.config.metric or sample["metrics"][0]
     if metric not in sample:
         raise MergetuneError(

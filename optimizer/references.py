@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import Task
 
-    from optimizer.evaluate import Evaluator
+    from optimizer.evaluate import BoundTask, Evaluator
 
 # A reply is a reference from this share of the best score of its task on: it shows most of the skill.
 SUFFICIENT = 0.75
@@ -206,7 +206,7 @@ def _requests(task: Task, lm: TemplateLM, indices: list[int], chat: bool) -> dic
 
 
 def _score_answers(
-    bound: Any, asked: Mapping[int, list[Instance]], chat: bool
+    bound: BoundTask, asked: Mapping[int, list[Instance]], chat: bool
 ) -> dict[int, list[tuple[float, str]]]:
     """Score each item's answer as if a model had replied it; items whose answer is no text have none."""
     task = bound.task
@@ -228,7 +228,7 @@ def _score_answers(
     }
 
 
-def _score(bound: Any, instances: Sequence[Instance]) -> float | None:
+def _score(bound: BoundTask, instances: Sequence[Instance]) -> float | None:
     replies = instances[0].filtered_resps
     reply = replies[bound.config.filter or next(iter(replies))]
     scores = bound.task.process_results(instances[0].doc, [reply])
@@ -236,7 +236,7 @@ def _score(bound: Any, instances: Sequence[Instance]) -> float | None:
     return float(score) if isinstance(score, (int, float)) else None
 
 
-def _answer(bound: Any, doc: Any, chat: bool) -> str | None:
+def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
     """Return the answer as few-shot examples show it; None where it is a list of words that all count."""
     task, scorer = bound.task, bound.config.scorer
     if scorer is not None and scorer.kind == "contains" and isinstance(item_answer(doc), list):
@@ -253,7 +253,7 @@ def _answer(bound: Any, doc: Any, chat: bool) -> str | None:
     return None if first is None else f"{delimiter}{first}"
 
 
-def _scales(bound: Any, choices: Sequence[str]) -> tuple[float, ...]:
+def _scales(bound: BoundTask, choices: Sequence[str]) -> tuple[float, ...]:
     metrics = list(bound.task.aggregation())
     metric = bound.config.metric or ("acc" if "acc" in metrics else metrics[0])
     lengths = {
