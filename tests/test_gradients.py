@@ -81,13 +81,17 @@ def far_from_ties(base: Path, folder: Path, seed: int, size: float) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    folder = tmp_path_factory.mktemp("float64")
-    start = build_llama(folder / "start", tie_word_embeddings=request.param)
+def open_models(folder: Path, is_tied: bool) -> Inputs:
+    start = build_llama(folder / "start", tie_word_embeddings=is_tied)
     base = fine_tune(start, folder / "base", seed=0, std=0.05, dtype=torch.float64)
     experts = {name: far_from_ties(base, folder / name, i, size) for i, (name, size) in enumerate(SIZES, 1)}
     return open_inputs(base, experts)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Models in float64 whose head is their embedding matrix."""
+    return open_models(tmp_path_factory.mktemp("tied"), is_tied=True)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +190,16 @@ def test_slopes_agree_with_central_differences(
     found = slopes(engine, inputs.merger, recipe, REFERENCES)
     assert found.losses == pytest.approx(mean_losses(engine.model, REFERENCES), rel=1e-9)
     check_against_differences(engine, recipe, found)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "slerp"])
+def test_slopes_of_models_with_a_head_of_their_own_agree(tmp_path: Path, method: MethodName) -> None:
+    inputs = open_models(tmp_path, is_tied=False)
+    recipe = recipe_of(inputs, method)
+    with engine_of(inputs) as engine:
+        found = slopes(engine, inputs.merger, recipe, REFERENCES)
+        assert found.table["tensor"].str.contains("lm_head").any()
+        check_against_differences(engine, recipe, found)
 
 
 def test_slopes_of_lora_experts_agree_with_central_differences(tmp_path: Path) -> None:
