@@ -26,13 +26,17 @@ from helpers import build_llama
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimizer.check.run import CheckOptions, check_models
 from optimizer.engines.chat_lm import served_lm
 from optimizer.engines.completions import Choosing, Generation, Scoring
 from optimizer.engines.endpoint import Endpoint
+from optimizer.engines.engine import EngineConfig
 from optimizer.engines.quiet_hflm import QuietHFLM
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
-from optimizer.suite import read_suite
+from optimizer.measurement_store import MeasurementStore
+from optimizer.model_under_test import open_model
+from optimizer.suite import Suite, read_suite
 
 TWINS = (70, 71)  # tokens whose logits are always the same
 PROMPTS = ("What is the capital of France?", "One two three", "The quick brown fox jumps over")
@@ -213,14 +217,13 @@ def test_conversations_are_rendered_by_the_server(served: Served) -> None:
         assert replies[0] == replies[1] != ""
 
 
-@pytest.mark.parametrize("chat_template", [False, True])
-def test_a_suite_measures_as_with_transformers(served: Served, tmp_path: Path, chat_template: bool) -> None:
+def write_suite(folder: Path, chat_template: bool) -> Suite:
     files: dict[str, list[Any]] = {
         "say": [{"prompt": f"{prompt} {i}", "answer": "a"} for i, prompt in enumerate(PROMPTS * 3)],
         "pick": [{"prompt": p, "choices": ["yes", "no one", "!"], "answer": 0} for p in PROMPTS],
     }
     for name, items in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
     say = {"items": "say.jsonl", "scorer": "contains", "max_new_tokens": 8, "system": "Be brief."}
     suite = {
         "description": "test",
@@ -231,11 +234,28 @@ def test_a_suite_measures_as_with_transformers(served: Served, tmp_path: Path, c
             "pick": {"tasks": [{"items": "pick.jsonl", "scorer": "choice"}]},
         },
     }
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return read_suite(folder / "suite.yaml")
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_a_suite_measures_as_with_transformers(served: Served, tmp_path: Path, chat_template: bool) -> None:
+    evaluator = Evaluator(write_suite(tmp_path, chat_template))
     own = evaluator.measure(served_lm(f"{served.url}/v1", None, None, 8, None), "search")
     reference = evaluator.measure(served.reference, "search")
     assert own.items.to_dict("records") == reference.items.to_dict("records")
+
+
+def test_a_served_model_is_checked_as_it_is_now(served: Served, tmp_path: Path) -> None:
+    suite, store = write_suite(tmp_path, True), MeasurementStore(tmp_path / "store")
+    options = CheckOptions(engine=EngineConfig(kind="transformers"))
+    models = open_model(f"{served.url}#{Endpoint(served.url).model}"), open_model(str(served.folder))
+    for n_known in (0, 12):  # of the directory's items; the server may serve another model by now
+        said: list[str] = []
+        found = check_models(*models, suite, options, store, said.append)
+        assert found.check.flips == ()
+        assert f"{served.url}#{Endpoint(served.url).model}: 12 items measured" in said
+        assert f"{served.folder}: {12 - n_known} items measured" in "\n".join(said)
 
 
 def test_the_server_says_why_it_refuses_a_request(served: Served) -> None:

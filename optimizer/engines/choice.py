@@ -36,7 +36,7 @@ def choose_engine(
     """
     kind: EngineKind
     if config.kind != "auto":
-        kind, why = config.kind, "as the study says"
+        kind, why = config.kind, "as asked for"
     elif begun_with is not None:
         kind, why = begun_with, "as the study was begun"
     elif (obstacle := _obstacle(config, model)) is not None:
