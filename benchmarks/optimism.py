@@ -87,7 +87,7 @@ def main() -> None:
             "yes" if each.is_confirmed else "no",
         )
     means = np.mean([(each.optimism, each.smoothed_optimism, each.predicted) for each in outcomes], axis=0)
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(140, Console().width))
     console.print(table)
     console.print("mean optimism {:+.3f}, of smoothed scores {:+.3f}, predicted {:+.3f}".format(*means))
 
