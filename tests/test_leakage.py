@@ -240,9 +240,7 @@ class TestStudy:
         plan = Plan.read(EXAMPLE / "study.yaml")
         own = read_training_texts(shared_folder("evals") / "taskmaster" / "tool_calls.jsonl")
         (warning,) = leakage_warnings(Evaluator(plan.suite), {"tools": own[:50]})
-        assert (
-            "Items of `tool_calls` that stand in the training data of `tools`: 50 of 130." in warning
-        )
+        assert "Items of `tool_calls` that stand in the training data of `tools`: 50 of 130." in warning
 
 
 class TestBenchmarks:
