@@ -262,10 +262,8 @@ class RunDir:
         ]
         if changed:
             raise MergetuneError(
-                f"{self.path}: holds another study; only {', '.join(f'`{key}`' for key in sorted(_FREE))} may "
-                "change when it goes on.\n"
-                + "\n".join(changed)
-                + "\nGive a new run directory, or take the changes back."
+                f"{self.path}: holds another study; only `{'`, `'.join(sorted(_FREE))}` may change when it "
+                "goes on.\n" + "\n".join(changed) + "\nGive a new run directory, or take the changes back."
             )
 
 
