@@ -21,9 +21,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-def check(candidate: str, suite: str | Path, store: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    """Check one of the demo's recipes against the uniform average."""
-    models = [RECIPES / f"{candidate}.yaml", "--baseline", RECIPES / "average.yaml"]
+def check(
+    candidate: str, baseline: str, suite: str | Path, store: Path, *options: str
+) -> tuple[int, dict[str, Any]]:
+    """Check one of the demo's recipes against another."""
+    models = [RECIPES / f"{candidate}.yaml", "--baseline", RECIPES / f"{baseline}.yaml"]
     engine = ["--engine", "transformers", "--batch-size", "50", "--store", store]
     done = mergetune("check", *models, "--suite", suite, *engine, "--json", *options)
     assert done.returncode <= 2, done.stderr
@@ -31,14 +33,14 @@ def check(candidate: str, suite: str | Path, store: Path, *options: str) -> tupl
 
 
 def test_the_tuned_merge_passes_against_the_uniform_average(store: Path) -> None:
-    code, found = check("tuned", "taskmaster_deploy", store)
+    code, found = check("tuned", "average", "taskmaster_deploy", store)
     assert (code, found["verdict"]) == (0, "pass"), found
     assert {row["name"]: row["improved"] for row in found["rows"]}["persona"]
     assert found["warnings"] == []
 
 
 def test_a_merge_with_one_layer_group_negated_fails(store: Path) -> None:
-    code, found = check("damaged", "taskmaster_deploy", store, "--fast")
+    code, found = check("damaged", "tuned", "taskmaster_deploy", store, "--fast")
     assert (code, found["verdict"]) == (1, "fail"), found
     assert found["saving"]["n_measured"] < found["saving"]["n_items"] / 2
 
@@ -52,5 +54,5 @@ def test_thirty_items_are_inconclusive(store: Path, tmp_path: Path) -> None:
             task["items"] = Path(task["items"]).name
             (tmp_path / task["items"]).write_text("\n".join(lines[:10]), encoding="utf-8")
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
-    code, found = check("tuned", tmp_path / "small.yaml", store, "--split", "all")
+    code, found = check("tuned", "average", tmp_path / "small.yaml", store, "--split", "all")
     assert (code, found["verdict"], found["n_items"]) == (2, "inconclusive", 30), found
