@@ -420,4 +420,4 @@ def test_the_command_line_shows_what_was_tried_and_goes_on(
     done = mergetune("soup", "both", *sorted(training_run.glob("checkpoint-?*0")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Averaged: checkpoint-10, checkpoint-100" in done.stdout
-    assert mergetune("soup", "out", training_run, "--last", 1).returncode == 2
+    assert mergetune("soup", "out", training_run, "--last", 1).returncode == 3
