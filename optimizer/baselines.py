@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from optimizer.recipe import MergeRecipe, RecipeGroup, Source
+from optimizer.recipe import MergeRecipe, Source
 from optimizer.search_space import SearchSpace
 from optimizer.selection import BASE, expert_name
 
@@ -108,5 +108,4 @@ def _method_default(space: SearchSpace, experts: Mapping[str, Source]) -> list[B
 
 
 def _task_arithmetic(lambdas: dict[str, float], base: Source, experts: Mapping[str, Source]) -> MergeRecipe:
-    group = RecipeGroup.model_validate({"name": "all", "lambda": lambdas})
-    return MergeRecipe(method="task_arithmetic", base=base, experts=dict(experts), groups=(group,))
+    return MergeRecipe.of_one_group("task_arithmetic", base, experts, {"lambda": lambdas})

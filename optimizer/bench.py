@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.suite import Split
-
-if TYPE_CHECKING:
-    pass
 
 _ATTEMPTS = 2  # at a candidate, where the engine breaks
 _FAULTS_IN_A_ROW = 6

@@ -18,7 +18,7 @@ from optimizer.merging.adapter import is_adapter
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs, open_recipe
 from optimizer.models import find_model
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.recipe import MergeRecipe
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -129,10 +129,6 @@ def open_model(reference: str, base: str | None = None, tokenizer: str | None = 
 
 def _whole(inputs: Inputs) -> MergeRecipe:
     """Return the recipe that gives the experts' task vectors to the base as they are."""
-    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(inputs.expert_sources, 1.0)})
-    return MergeRecipe(
-        method="task_arithmetic",
-        base=inputs.base_source,
-        experts=inputs.expert_sources,
-        groups=(group,),
-    )
+    experts = inputs.expert_sources
+    lambdas = dict.fromkeys(experts, 1.0)
+    return MergeRecipe.of_one_group("task_arithmetic", inputs.base_source, experts, {"lambda": lambdas})

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -157,6 +157,14 @@ class MergeRecipe(Strict):
         for source in [data["base"], *data["experts"].values()]:
             del source["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def of_one_group(
+        cls, method: MethodName, base: Source, experts: Mapping[str, Source], coefficients: Mapping[str, Any]
+    ) -> MergeRecipe:
+        """Return the recipe whose coefficients are the same for all tensors."""
+        group = RecipeGroup.model_validate({"name": "all", **coefficients})
+        return cls(method=method, base=base, experts=dict(experts), groups=(group,))
 
     @classmethod
     def read(cls, path: Path) -> MergeRecipe:

@@ -17,7 +17,7 @@ from optimizer.evaluate import Evaluator, Measurement
 from optimizer.export import write_merged
 from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import Candidate, RunDir, log_to
 from optimizer.search_space import SearchSpace
 from optimizer.selection import BASE, Scores, expert_name
@@ -171,8 +171,8 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
 def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
     """Return the recipe of the average of some ingredients, in the order that they were opened in."""
     sources = {name: source for name, source in inputs.expert_sources.items() if name in members}
-    group = RecipeGroup.model_validate({"name": "all", "lambda": dict.fromkeys(sources, 1.0)})
-    return MergeRecipe(method="linear", base=inputs.base_source, experts=sources, groups=(group,))
+    shares = dict.fromkeys(sources, 1.0)
+    return MergeRecipe.of_one_group("linear", inputs.base_source, sources, {"lambda": shares})
 
 
 def _choose(plan: SoupPlan, bench: Bench, inputs: Inputs) -> Tasting:

@@ -19,7 +19,7 @@ from optimizer.errors import MergetuneError
 from optimizer.library import cache_folder
 from optimizer.merging.inputs import Inputs
 from optimizer.merging.writer import write_model
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.recipe import MergeRecipe
 from optimizer.yaml_io import write_text
 
 RECORD = "self_test.json"
@@ -78,8 +78,7 @@ def _key(config: EngineConfig, inputs: Inputs) -> dict[str, Any]:
 def _scaled(inputs: Inputs, scale: float) -> MergeRecipe:
     """Return the recipe of the first expert, all its weights scaled."""
     name, source = next(iter(inputs.expert_sources.items()))
-    group = RecipeGroup.model_validate({"name": "all", "scale": scale})
-    return MergeRecipe(method="passthrough", base=inputs.base_source, experts={name: source}, groups=(group,))
+    return MergeRecipe.of_one_group("passthrough", inputs.base_source, {name: source}, {"scale": scale})
 
 
 def _probe_with(engine: VllmEngine, recipe: MergeRecipe) -> list[float]:
