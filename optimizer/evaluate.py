@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 Documents = Mapping[str, Sequence[int]]  # by task, indices of its documents
+ITEM_KEYS = ["score_name", "task", "item"]  # the columns that name a row of a measurement
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from optimizer.errors import MergetuneError
+from optimizer.evaluate import ITEM_KEYS
 from optimizer.near_copies import MOST_HOLDERS, Finder, Question, words_of
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _without_frame(prompts: Sequence[str]) -> list[str]:
 
 def _plain_rows(items: pd.DataFrame) -> Iterator[tuple[str, str, str, str, str]]:
     """Yield score_name, task, item and split of each row, and what people know it by."""
-    columns = ["score_name", "task", "item", "split", "prompt", "target"]
+    columns = [*ITEM_KEYS, "split", "prompt", "target"]
     for *place, prompt, target in items[columns].itertuples(index=False):
         text = " ".join((prompt if prompt.strip() else target).split())
         yield (*place, text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 1] + "…")

@@ -14,7 +14,7 @@ import pandas as pd
 from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import Documents, Evaluator
+from optimizer.evaluate import ITEM_KEYS, Documents, Evaluator
 from optimizer.measurement_store import MeasurementStore
 from optimizer.model_under_test import ModelUnderTest
 
@@ -70,7 +70,7 @@ class Meter:
         for part in _parts(missing):
             known = pd.concat([known, self._measure(part)]) if len(known) else self._measure(part)
         rows = wanted.merge(known, on="key", how="left", validate="many_to_one")
-        return rows[["score_name", "task", "item", "score", "response"]]
+        return rows[[*ITEM_KEYS, "score", "response"]]
 
     def _known(self, wanted: pd.DataFrame) -> pd.DataFrame:
         if self._store is None:

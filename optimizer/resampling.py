@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer import pareto
+from optimizer.evaluate import ITEM_KEYS
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -53,8 +54,7 @@ class ItemScores:
 
 def join_items(frames: Mapping[str, pd.DataFrame]) -> dict[str, ItemScores]:
     """Join measurements, by candidate, item by item: the scores by objective and guard."""
-    keys = ["score_name", "task", "item"]
-    columns = {name: frame.set_index(keys)["score"] for name, frame in frames.items()}
+    columns = {name: frame.set_index(ITEM_KEYS)["score"] for name, frame in frames.items()}
     joined = pd.concat(columns, axis=1, join="inner")
     return {
         str(key): ItemScores(

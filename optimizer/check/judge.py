@@ -36,10 +36,11 @@ from types import MappingProxyType
 
 import pandas as pd
 
-from optimizer.check.pairs import KEYS, pairs
+from optimizer.check.pairs import pairs
 from optimizer.check.row import Kind, Row, Subject, Verdict, looked_at, strata_of, tested, with_claims
 from optimizer.check.words import summary_of
 from optimizer.errors import MergetuneError
+from optimizer.evaluate import ITEM_KEYS
 from optimizer.resampling import Floats
 from optimizer.sequential import Levels, Look
 from optimizer.statistics import noise_variance
@@ -230,7 +231,9 @@ def _joined(
 
 def _flips(joined: pd.DataFrame, items: pd.DataFrame) -> tuple[Flip, ...]:
     changed = joined[joined["gain"] != 0]
-    shown = changed.merge(items[[*KEYS, "prompt", "target"]], on=KEYS, how="left", validate="many_to_one")
+    shown = changed.merge(
+        items[[*ITEM_KEYS, "prompt", "target"]], on=ITEM_KEYS, how="left", validate="many_to_one"
+    )
     if unknown := int(shown["prompt"].isna().sum()):
         raise MergetuneError(
             f"Every measured item must be one of the suite's, but {unknown} are not: the suite has changed "

@@ -7,8 +7,7 @@ from collections.abc import Collection
 import pandas as pd
 
 from optimizer.errors import MergetuneError
-
-KEYS = ["score_name", "task", "item"]
+from optimizer.evaluate import ITEM_KEYS
 
 
 def pairs(
@@ -25,7 +24,7 @@ def pairs(
     Raises:
         MergetuneError: an item is missing in one of them, or twice in one.
     """
-    keys = [pd.MultiIndex.from_frame(frame[KEYS]) for frame in (first, second)]
+    keys = [pd.MultiIndex.from_frame(frame[ITEM_KEYS]) for frame in (first, second)]
     for name, own in zip(names, keys, strict=True):
         if not own.is_unique:
             twice = "/".join(map(str, own[own.duplicated()][0]))
@@ -40,4 +39,4 @@ def pairs(
             f"{names[1]} lacks {len(surplus)}, such as `{example}`: the suite or the split has changed "
             "between them. Measure both again."
         )
-    return first.merge(second, on=KEYS, suffixes=("", "_baseline"))
+    return first.merge(second, on=ITEM_KEYS, suffixes=("", "_baseline"))

@@ -15,7 +15,7 @@ from optimizer.check.judge import Check, judge
 from optimizer.engines.choice import choose_engine
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import Documents, Evaluator
+from optimizer.evaluate import ITEM_KEYS, Documents, Evaluator
 from optimizer.leakage import find_leaks, read_training_texts
 from optimizer.measurement_store import MeasurementStore
 from optimizer.meter import Meter
@@ -196,7 +196,7 @@ def _count(n_measured: int, n_items: int, repeat: int) -> str:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    columns = ["score_name", "task", "item", "score", "response"]
+    columns = [*ITEM_KEYS, "score", "response"]
     try:
         return pd.read_parquet(file, columns=columns)
     except (OSError, ValueError) as error:  # pyarrow's errors are both

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from optimizer.evaluate import Score
+from optimizer.evaluate import ITEM_KEYS, Score
 from optimizer.report.metric import Metric
 from optimizer.resampling import Interval, percentile_interval
 from optimizer.run_dir import HoldoutUse, RunDir
 from optimizer.selection import BASE, Choice, Scores
 from optimizer.statistics import PairedDifference, noise_variance, paired_difference
 from optimizer.suite import Split
-
-_KEYS = ["score_name", "task", "item"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def measured_noise(run: RunDir, metrics: Sequence[Metric]) -> Noise | None:
     first, second = run.measurement(BASE, "search"), run.noise()
     if first is None or second is None:
         return None
-    both = first.merge(second, on=_KEYS, suffixes=("", "_again"))
+    both = first.merge(second, on=ITEM_KEYS, suffixes=("", "_again"))
     variances, shifts = {}, {}
     for metric in metrics:
         rows = both[both["score_name"] == metric.name]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from optimizer import selection
 from optimizer.baselines import is_soup
-from optimizer.evaluate import Measurement, Score
+from optimizer.evaluate import ITEM_KEYS, Measurement, Score
 from optimizer.report.metric import Metric
 from optimizer.resampling import Floats, bootstrap_scores, join_items
 from optimizer.selection import Recommendation
@@ -20,7 +20,6 @@ from optimizer.suite import Split, SuiteConfig
 
 N_RESAMPLES = 2000
 CLEAR = 0.95  # share of the resamples in which one must be ahead to be called clearly better
-KEYS = ["score_name", "task", "item"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Verdict:
 
 def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Join two measurements item by item; `score` becomes the difference first − second."""
-    both = first.merge(second, on=KEYS, suffixes=("", "_other"))
+    both = first.merge(second, on=ITEM_KEYS, suffixes=("", "_other"))
     return both.assign(own=both["score"], score=both["score"] - both["score_other"])
 
 
