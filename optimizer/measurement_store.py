@@ -11,7 +11,10 @@ from filelock import FileLock
 from optimizer.library import cache_folder
 from optimizer.run_dir import write_parquet
 
-_COLUMNS = ["key", "score", "response"]
+
+def no_answers() -> pd.DataFrame:
+    """Return a table of answers without any: key, score, response."""
+    return pd.DataFrame({"key": [], "score": [], "response": []}).astype({"key": str, "response": str})
 
 
 def default_store() -> MeasurementStore:
@@ -33,14 +36,13 @@ class MeasurementStore:
     def read(self, model: str) -> pd.DataFrame:
         """Return what is known of a model: key, score, response."""
         file = self._file(model)
-        return pd.read_parquet(file) if file.is_file() else pd.DataFrame(columns=_COLUMNS)
+        return pd.read_parquet(file) if file.is_file() else no_answers()
 
     def add(self, model: str, answers: pd.DataFrame) -> None:
         """Keep further answers of a model: key, score, response."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"{model}.lock"):
-            known = self.read(model)
-            both = pd.concat([known, answers[_COLUMNS]]) if len(known) else answers[_COLUMNS]
+            both = pd.concat([self.read(model), answers], join="inner")
             write_parquet(self._file(model), both.drop_duplicates("key", keep="first"))
 
     def _file(self, model: str) -> Path:

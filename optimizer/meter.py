@@ -15,7 +15,7 @@ from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
 from optimizer.evaluate import ITEM_KEYS, Documents, Evaluator
-from optimizer.measurement_store import MeasurementStore
+from optimizer.measurement_store import MeasurementStore, no_answers
 from optimizer.model_under_test import ModelUnderTest
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ class Meter:
         wanted = self._evaluator.keys(documents)
         known = self._known(wanted)
         missing = wanted[~wanted["key"].isin(known["key"])]
-        for part in _parts(missing):
-            known = pd.concat([known, self._measure(part)]) if len(known) else self._measure(part)
+        measured = [self._measure(part) for part in _parts(missing)]
+        known = pd.concat([known, *measured])
         rows = wanted.merge(known, on="key", how="left", validate="many_to_one")
         return rows[[*ITEM_KEYS, "score", "response"]]
 
     def _known(self, wanted: pd.DataFrame) -> pd.DataFrame:
         if self._store is None:
-            return pd.DataFrame(columns=["key", "score", "response"])
+            return no_answers()
         known = self._store.read(self._name)
         return known[known["key"].isin(wanted["key"])]
 
