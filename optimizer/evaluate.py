@@ -80,7 +80,7 @@ class Evaluator:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.suite = suite
         self._tasks: dict[str, BoundTask] = {}
-        for score_name, score in suite.scores.items():
+        for score_name, score in suite.config.scores.items():
             for config in score.tasks:
                 self._add(score_name, config)
         self._check_splits()

@@ -104,7 +104,7 @@ def find_references(
         replies: measurements of these items, a frame for each model, as `Measurement.items`.
     """
     if documents is None:
-        documents = {name: bound.indices("search") for name, bound in evaluator.tasks.items()}
+        documents = evaluator.documents("search")
     chat = evaluator.suite.config.chat_template
     items: list[Reference] = []
     for name, indices in documents.items():
@@ -114,7 +114,7 @@ def find_references(
     wanted = {evaluator.tasks[name].score_name for name, indices in documents.items() if indices}
     missing = {
         name: f"`{name}` has no references: no answer of its items, and no reply given, scores well."
-        for name in evaluator.suite.scores
+        for name in evaluator.suite.config.scores
         if name in wanted - found
     }
     return References(tuple(items), missing)
@@ -127,7 +127,7 @@ class _TaskReferences:
         bound = evaluator.tasks[name]
         self._name, self._bound, self._task = name, bound, bound.task
         self._lm, self._chat = lm, chat
-        self._is_better_high = evaluator.suite.scores[bound.score_name].sign > 0
+        self._is_better_high = evaluator.suite.config.scores[bound.score_name].sign > 0
 
     def find(self, indices: list[int], replies: Sequence[pd.DataFrame]) -> Iterator[Reference]:
         asked = _requests(self._task, self._lm, indices, self._chat)

@@ -169,10 +169,9 @@ def _shares(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig) -> 
 
 def _signed(candidates: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, Floats]:
     """Return each objective and guard, signed so that greater is better: (n_candidates,)."""
-    every = {**suite.objectives, **suite.guards}
     return {
         key: config.sign * np.array([scores[key].value for scores in candidates.values()])
-        for key, config in every.items()
+        for key, config in suite.scores.items()
     }
 
 
@@ -203,7 +202,7 @@ def noisy_front(items: Mapping[str, ItemScores], suite: SuiteConfig, seed: int =
     """
     rng, names = np.random.default_rng(seed), next(iter(items.values())).names
     resampled = {}
-    for key, config in {**suite.objectives, **suite.guards}.items():
+    for key, config in suite.scores.items():
         resampled[key] = config.sign * resampling.bootstrap_scores(
             items[key].scores, items[key].tasks, n_resamples=N_RESAMPLES, seed=rng
         )
@@ -242,13 +241,13 @@ class Choice:
         The merge is chosen anew in each resample, by the same rule and with the smoothing of the fit; its
         score there is compared with its score on all items (Efron & Tibshirani 1993, section 17.6).
         """
-        names, every = self.front.names, {**suite.objectives, **suite.guards}
+        names = self.front.names
         chosen_by = {}
         for key, scores in self.front.resampled.items():
             chosen_by[key] = scores.copy()
             if smoother := self.smoothing.smoothers.get(key):
                 columns = [names.index(name) for name in smoother.names]
-                sign = every[key].sign
+                sign = suite.scores[key].sign
                 chosen_by[key][:, columns] = sign * smoother.apply(sign * scores[:, columns])
         chosen = _choose(chosen_by, names, suite)
         measured = _signed(self.measured, suite)

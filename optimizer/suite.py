@@ -110,6 +110,11 @@ class SuiteConfig(Strict):
             raise ValueError(f"`{'`, `'.join(both)}` cannot be both an objective and a guard")
         return self
 
+    @property
+    def scores(self) -> dict[str, ObjectiveConfig | GuardConfig]:
+        """Objectives, then guards, by name."""
+        return {**self.objectives, **self.guards}
+
 
 class Item(Strict):
     """One line of a JSONL file; further keys are allowed and kept out of the prompt."""
@@ -131,11 +136,6 @@ class Suite:
     path: Path
     config: SuiteConfig
     items: Mapping[str, tuple[Item, ...]]
-
-    @property
-    def scores(self) -> dict[str, ObjectiveConfig | GuardConfig]:
-        """Objectives, then guards, by name."""
-        return {**self.config.objectives, **self.config.guards}
 
     @property
     def digest(self) -> str:

@@ -26,7 +26,7 @@ def write_suite(folder: Path, lines: list[str], scorer: Any = "exact", **task: A
 def test_every_preset_is_sound(path: Path) -> None:
     suite = read_suite(path)
     assert len(suite.config.description) > 30
-    assert suite.scores
+    assert suite.config.scores
 
 
 def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None:

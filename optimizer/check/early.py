@@ -10,7 +10,7 @@ import pandas as pd
 
 from optimizer.evaluate import Documents, Evaluator
 from optimizer.meter import Meter
-from optimizer.sequential import Levels, Look, item_order, look, split_alpha
+from optimizer.sequential import Levels, Look, item_order, look, split_alpha, whole_verdict
 
 _FIRST_ROUNDS = 24  # a round is an item of every task
 _GROWTH = 1.5  # each look has so many times the rounds of the one before
@@ -45,7 +45,7 @@ def measure_until_clear(
         alpha: the error of PASS, and that of FAIL.
         say: is told how each look came out.
     """
-    scores = evaluator.suite.scores
+    scores = evaluator.suite.config.scores
     levels = split_alpha(alpha, len(scores))
     order = _shuffled(evaluator, documents)
     tasks = {
@@ -54,7 +54,7 @@ def measure_until_clear(
     looks: dict[str, Look] = {}
     frames: list[pd.DataFrame] = []
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
-    while open_scores and not any(each.verdict == "fail" for each in looks.values()):
+    while open_scores and whole_verdict(each.verdict for each in looks.values()) != "fail":
         batch = {task: order[task][start:end] for name in open_scores for task in tasks[name]}
         frames.append(meter.measure(batch))
         measured = pd.concat(frames, ignore_index=True)

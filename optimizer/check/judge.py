@@ -37,13 +37,13 @@ from types import MappingProxyType
 import pandas as pd
 
 from optimizer.check.pairs import pairs
-from optimizer.check.row import Kind, Row, Subject, Verdict, looked_at, strata_of, tested, with_claims
+from optimizer.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
 from optimizer.check.words import summary_of
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import ITEM_KEYS
 from optimizer.resampling import Floats
 from optimizer.sequential import Levels, Look
-from optimizer.statistics import noise_variance
+from optimizer.statistics import Verdict, noise_variance
 from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 
 EXIT: Mapping[Verdict, int] = MappingProxyType({"pass": 0, "fail": 1, "inconclusive": 2})
@@ -183,7 +183,7 @@ def _subjects(
     joined: pd.DataFrame, again: pd.DataFrame | None, suite: SuiteConfig, with_tasks: bool
 ) -> Iterator[Subject]:
     """Yield the objectives, then the guards, each followed by its tasks where it has several."""
-    for name, config in _scores(suite).items():
+    for name, config in suite.scores.items():
         own = joined[joined["score_name"] == name]
         twice = None if again is None else again[again["score_name"] == name]
         yield _subject(name, name, "objective" if name in suite.objectives else "guard", config, own, twice)
@@ -209,15 +209,11 @@ def _both(rows: pd.DataFrame) -> tuple[Floats, Floats]:
     return rows["score"].to_numpy(dtype=float), rows["score_baseline"].to_numpy(dtype=float)
 
 
-def _scores(suite: SuiteConfig) -> dict[str, ObjectiveConfig | GuardConfig]:
-    return {**suite.objectives, **suite.guards}
-
-
 def _joined(
     candidate: pd.DataFrame, baseline: pd.DataFrame, suite: SuiteConfig, early: Collection[str]
 ) -> pd.DataFrame:
     """Join the measurements of both models item by item; adds `gain`, greater is better."""
-    signs = {name: config.sign for name, config in _scores(suite).items()}
+    signs = {name: config.sign for name, config in suite.scores.items()}
     joined = pairs(candidate, baseline, ("candidate", "baseline"), early)
     measured = set(joined["score_name"])
     if measured != signs.keys():

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from optimizer.resampling import Floats, Interval, Labels
+from optimizer.resampling import Floats, Interval, Labels, score_means
 from optimizer.sequential import Levels, Look
 from optimizer.statistics import (
     NonInferiority,
+    Verdict,
     holm,
     mcnemar_midp,
     non_inferiority,
@@ -22,7 +23,6 @@ from optimizer.statistics import (
 from optimizer.suite import Direction, GuardConfig, ObjectiveConfig
 
 Kind = Literal["objective", "guard", "task"]
-Verdict = Literal["pass", "fail", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,21 @@ def with_claims(rows: Sequence[Row], alpha: float) -> tuple[Row, ...]:
 def _facts(subject: Subject) -> dict[str, Any]:
     """Return what a row says whatever it is tested by."""
     gains = subject.config.sign * (subject.candidate - subject.baseline)
+    both = np.column_stack([subject.candidate, subject.baseline])
+    candidate, baseline = score_means(both, subject.strata).tolist()
     return {
         "name": subject.name,
         "score_name": subject.score_name,
         "kind": subject.kind,
         "direction": subject.config.direction,
         "n_items": len(gains),
-        "candidate": _mean_over_tasks(subject.candidate, subject.tasks),
-        "baseline": _mean_over_tasks(subject.baseline, subject.tasks),
+        "candidate": candidate,
+        "baseline": baseline,
         "margin": subject.config.margin,
         "n_won": int((gains > 0).sum()),
         "n_lost": int((gains < 0).sum()),
         "improved": False,
     }
-
-
-def _mean_over_tasks(scores: Floats, tasks: Labels) -> float:
-    by_task = [scores[np.asarray(tasks) == task].mean() for task in set(tasks)]
-    return float(np.mean(by_task))
 
 
 def _test(subject: Subject, alpha: float) -> NonInferiority:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optimizer.check.judge import Check
-    from optimizer.check.row import Row, Verdict
+    from optimizer.check.row import Row
     from optimizer.resampling import Interval
+    from optimizer.statistics import Verdict
 
 # C0, DEL, C1, surrogates and what else XML 1.0 forbids, but for tab and line feed.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
