@@ -66,6 +66,7 @@ def test_children_are_ended_even_if_the_process_died_before(tmp_path: Path) -> N
 
 
 def test_it_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    # Several, as the process may meet the closed pipe before its watching thread does.
     program = (
         "import sys, time\nfrom pathlib import Path\n"
         "from optimizer.engines.guarded_process import GuardedProcess\n"
@@ -73,10 +74,14 @@ def test_it_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         "print(process.pid, process.connection.recv()[0], flush=True)\n"
         "time.sleep(300)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pids = [int(word) for word in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    parent.kill()
-    parent.wait()
+    command = [sys.executable, "-c", program]
+    parents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    pids: list[int] = []
+    for parent in parents:
+        assert parent.stdout is not None
+        pids += [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2 * len(parents)
+    for parent in parents:
+        parent.kill()
+        parent.wait()
     wait_until_gone(*pids)

@@ -80,19 +80,23 @@ def last_words(log: Path, count: int = 3) -> str:
     return f"{said}Its log: {log}"
 
 
-def _die_with(connection: Connection) -> None:
-    """Kill this process and all that it started when the other end is closed."""
+def _die_with(pipe: int, seconds: float | None) -> None:
+    """Kill this process and all that it started if the other end is closed within this time."""
     poll = select.poll()
-    poll.register(connection.fileno(), 0)  # reports a hang-up only
-    poll.poll()
-    os.killpg(0, signal.SIGKILL)
+    poll.register(pipe, 0)  # reports a hang-up only
+    if poll.poll(None if seconds is None else 1000 * seconds):
+        os.killpg(0, signal.SIGKILL)
 
 
 def _main(target: str, descriptor: str, settings: str) -> None:
-    connection = Connection(int(descriptor))
-    threading.Thread(target=_die_with, args=[connection], daemon=True).start()
+    pipe = int(descriptor)
+    connection = Connection(pipe)
+    threading.Thread(target=_die_with, args=[pipe, None], daemon=True).start()
     module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(connection, json.loads(settings))
+    try:
+        getattr(importlib.import_module(module), function)(connection, json.loads(settings))
+    finally:  # it may have met the closed end before the thread was told of it
+        _die_with(pipe, 0)
 
 
 if __name__ == "__main__":
