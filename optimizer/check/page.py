@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from optimizer.check import words
 from optimizer.check.judge import Check, Flip
 from optimizer.check.row import Row
-from optimizer.library import shared_folder
+from optimizer.templates import render_page
 
 _FLIPS_A_SCORE = 100
 _TEXT = 4000  # characters shown of a prompt or a reply
@@ -32,29 +31,22 @@ class Drawing:
 
 def as_html(check: Check) -> str:
     """Return the page: the verdict, the figures with their intervals drawn, and the items that changed."""
-    folder = shared_folder("reports")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "clean": words.clean,
         "number": words.number,
         "signed": words.signed,
         "span": words.span,
         "excerpt": lambda text: words.excerpt(text, _TEXT),
     }
-    return environment.get_template("check.html.j2").render(
+    return render_page(
+        "check.html.j2",
+        filters,
         check=check,
         tone=_TONES[check.verdict],
         tones=_TONES,
         rows=list(zip(check.rows, drawings(check.rows), strict=True)),
         flips=shown_flips(check.flips),
         words=words,
-        style=(folder / "report.css").read_text(encoding="utf-8"),
     )
 
 

@@ -12,15 +12,14 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import vl_convert
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from optimizer.library import shared_folder
 from optimizer.report import charts, study_charts
 from optimizer.report.data import Entry, ReportData, gather
 from optimizer.report.insights import MIN_TRIALS
 from optimizer.report.style import themed
 from optimizer.run_dir import Candidate, RunDir
+from optimizer.templates import render_page
 from optimizer.yaml_io import write_text
 
 _COLUMNS = 3  # of charts in the picture for slides
@@ -42,24 +41,16 @@ def write_report(run: RunDir) -> Path:
 
 def render(data: ReportData) -> str:
     """Return the page: one HTML file that needs nothing else."""
-    folder = shared_folder("reports")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["ticks"] = ticks
     figures = _figures(data)
     specs = [_spec(chart) for charts_of in figures.values() for chart in charts_of]
     numbers = iter(range(len(specs)))
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        {"ticks": ticks},
         data=data,
         figures={section: [next(numbers) for _ in found] for section, found in figures.items()},
         specs=specs,
         script=_bundle() if specs else "",
-        style=(folder / "report.css").read_text(encoding="utf-8"),
         min_trials=MIN_TRIALS,
         duration=duration,
         quote=shlex.quote,
