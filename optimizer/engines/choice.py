@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import subprocess
@@ -62,7 +63,7 @@ def _obstacle(config: EngineConfig, model: Path) -> str | None:
     version = installed_version()
     if version is None:
         return f"vLLM is not installed ({_INSTALL})"
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    done = _probed()
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"vLLM {version} cannot be imported ({reason})"
@@ -75,3 +76,9 @@ def _obstacle(config: EngineConfig, model: Path) -> str | None:
     if not set(known).intersection(architectures):
         return f"vLLM {version} does not know the architecture {', '.join(architectures) or 'none'}"
     return None
+
+
+@functools.cache
+def _probed() -> subprocess.CompletedProcess[str]:
+    """Ask vLLM once what it can; to import it takes seconds."""
+    return subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
