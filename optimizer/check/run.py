@@ -69,12 +69,13 @@ def check_models(
         MergetuneError: a model cannot be started or scored, or the suite's data cannot be had; what was
             measured before is in the store.
     """
-    evaluator = Evaluator(suite)
-    documents = evaluator.documents(_split(suite, options))
-    warnings = _warnings(evaluator, documents, options.training)
+    evaluator, split = Evaluator(suite), _split(suite, options)
+    items = _items(evaluator, split)
+    warnings = _warnings(items, options.training)
     for warning in warnings:
         say(f"warning: {warning}")
-    pair = _Pair(candidate, baseline, evaluator, documents, options, warnings, store, say)
+    documents = evaluator.documents(split)
+    pair = _Pair(candidate, baseline, evaluator, documents, items, options, warnings, store, say)
     engine = _settled(options.engine, [baseline, candidate], say)
     try:
         return pair.checked(engine)
@@ -93,6 +94,7 @@ class _Pair:
     baseline: ModelUnderTest
     evaluator: Evaluator
     documents: Documents
+    items: pd.DataFrame
     options: CheckOptions
     warnings: tuple[str, ...]
     store: MeasurementStore
@@ -127,7 +129,7 @@ class _Pair:
         check = judge(
             candidate,
             baseline,
-            self.evaluator.items(),
+            self.items,
             suite.config,
             suite_name=suite.name,
             labels=(self.candidate.reference, self.baseline.reference),
@@ -146,21 +148,19 @@ def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOp
     Raises:
         MergetuneError: a file is no measurement, or they are not of the same items of this suite.
     """
-    evaluator = Evaluator(suite)
-    documents = evaluator.documents(_split(suite, options)) if options.split is not None else None
+    items = _items(Evaluator(suite), options.split or "all")
     first, second = _read(candidate), _read(baseline)
-    if documents is not None:
-        wanted = evaluator.keys(documents)[["task", "item"]]
-        first, second = (frame.merge(wanted, on=["task", "item"]) for frame in (first, second))
+    if options.split is not None:
+        first, second = (frame.merge(items[ITEM_KEYS], on=ITEM_KEYS) for frame in (first, second))
     check = judge(
         first,
         second,
-        evaluator.items(),
+        items,
         suite.config,
         suite_name=suite.name,
         labels=(str(candidate), str(baseline)),
         alpha=options.alpha,
-        warnings=_warnings(evaluator, documents or evaluator.documents("all"), options.training),
+        warnings=_warnings(items, options.training),
     )
     return Checked(check, first, second)
 
@@ -183,11 +183,16 @@ def _settled(
     return settled
 
 
-def _warnings(evaluator: Evaluator, documents: Documents, training: Sequence[Path]) -> tuple[str, ...]:
+def _items(evaluator: Evaluator, split: CheckSplit) -> pd.DataFrame:
+    """Return the suite's items of a split, with prompts and targets."""
+    items = evaluator.items()
+    return items if split == "all" else items[items["split"] == split]
+
+
+def _warnings(items: pd.DataFrame, training: Sequence[Path]) -> tuple[str, ...]:
     """Say which of the items that are checked on stand in training data, or twice."""
-    wanted = evaluator.keys(documents)[["task", "item"]]
     texts = {file.stem: read_training_texts(file) for file in training}
-    return find_leaks(evaluator.items().merge(wanted, on=["task", "item"]), texts).warnings()
+    return find_leaks(items, texts).warnings()
 
 
 def _count(n_measured: int, n_items: int, repeat: int) -> str:
