@@ -225,7 +225,12 @@ class Choice:
     recommendation: Recommendation | None
 
     def finalists(self, k: int) -> tuple[str, ...]:
-        """Return what `selection.finalists` returns."""
+        """Return up to k merges to confirm on the holdout split.
+
+        The recommended one comes first, then those that are most probably on the front; one that differs
+        from an earlier finalist by less than a standard error in every objective is left out, as is one
+        that is hardly ever on the front. The base and the experts alone are no finalists.
+        """
         if self.recommendation is None:
             return ()
         found = [self.recommendation.name]
@@ -291,14 +296,3 @@ def choose(run: RunDir) -> Choice | None:
     smoothing = smooth(candidates, measured, items, run.study.seed)
     recommendation = recommend(smoothing.scores, suite, measured if smoothing.smoothers else None)
     return Choice(measured, smoothing, noisy_front(items, suite), recommendation)
-
-
-def finalists(run: RunDir, k: int) -> tuple[str, ...]:
-    """Return up to k merges to confirm on the holdout split, from the search split alone.
-
-    The recommended one comes first, then those that are most probably on the front; one that differs from
-    an earlier finalist by less than a standard error in every objective is left out, as is one that is
-    hardly ever on the front. The base and the experts alone are no finalists.
-    """
-    choice = choose(run)
-    return choice.finalists(k) if choice else ()

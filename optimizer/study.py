@@ -26,6 +26,7 @@ from optimizer.report import write_report
 from optimizer.run_dir import HoldoutUse, RunDir, log_to
 from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
 from optimizer.search_space import SearchSpace
+from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
 
 
@@ -63,7 +64,9 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
                 _search(plan, space, bench, interrupts)
-                _confirm(bench, plan.config.finalists, [uniform_name(len(inputs.experts)), soup])
+                choice = selection.choose(run)
+                finalists = choice.finalists(plan.config.finalists) if choice else ()
+                _confirm(bench, finalists, [uniform_name(len(inputs.experts)), soup])
             except BaseException as error:
                 if not interrupts.requested:
                     raise
@@ -72,7 +75,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                 )
                 raise KeyboardInterrupt from error
         report = write_report(run)
-        _write_best(bench)
+        _write_best(bench, choice.recommendation if choice else None)
     return report
 
 
@@ -117,14 +120,13 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
         search.tell(trial, values)
 
 
-def _confirm(bench: Bench, n_finalists: int, averages: Sequence[str]) -> None:
+def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Sequence[str]) -> None:
     """Measure the finalists on the holdout split, with what they are compared to.
 
-    They are fixed and written down before any is measured there.
+    They are written down before any is measured there.
     """
     if bench.evaluator.count("holdout") == 0:
         return
-    finalists = selection.finalists(bench.run, n_finalists)
     uses = bench.run.holdout_uses()
     if finalists and (not uses or uses[-1].finalists != finalists):
         if uses:
@@ -142,10 +144,8 @@ def _confirm(bench: Bench, n_finalists: int, averages: Sequence[str]) -> None:
             bench.confirm(candidate)
 
 
-def _write_best(bench: Bench) -> None:
+def _write_best(bench: Bench, chosen: Recommendation | None) -> None:
     """Write the recommended merge as a model directory."""
-    choice = selection.choose(bench.run)
-    chosen = choice.recommendation if choice else None
     candidate = bench.run.candidate(chosen.name) if chosen else None
     if chosen is None or candidate is None:
         return

@@ -18,7 +18,7 @@ import pandas as pd
 from optimizer.evaluate import Measurement
 from optimizer.recipe import MergeRecipe, RecipeGroup, Source
 from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from optimizer.selection import BASE, expert_name, finalists
+from optimizer.selection import BASE, choose, expert_name
 from optimizer.suite import Split, SuiteConfig
 
 EXPERTS = ("tools", "persona")
@@ -80,7 +80,8 @@ def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
 
 def _confirm(run: RunDir, plan: Plan, points: Mapping[str, Lambdas]) -> None:
     """Measure on the holdout what a study measures there."""
-    chosen = finalists(run, plan.n_finalists)
+    choice = choose(run)
+    chosen = choice.finalists(plan.n_finalists) if choice else ()
     at = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
     for _ in range(plan.n_holdout_uses):
         run.add_holdout_use(HoldoutUse(at=at, finalists=chosen, n_candidates=len(run.candidates())))

@@ -138,8 +138,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_the_finalists_are_the_recommended_merge_and_other_trade_offs_of_the_front(run: RunDir) -> None:
-    found, choice = selection.finalists(run, 4), selection.choose(run)
+    choice = selection.choose(run)
     assert choice is not None
+    found = choice.finalists(4)
     assert choice.recommendation is not None
     assert found[0] == choice.recommendation.name
     assert 2 <= len(found) <= 4
@@ -149,7 +150,7 @@ def test_the_finalists_are_the_recommended_merge_and_other_trade_offs_of_the_fro
     assert rest == sorted(rest, reverse=True)
     assert min(rest) >= selection.PLAUSIBLE
     assert not any(front.alike(a, b) for i, a in enumerate(found) for b in found[:i])
-    assert selection.finalists(run, 2) == found[:2]
+    assert choice.finalists(2) == found[:2]
 
 
 def test_the_choice_is_by_smoothed_scores_and_says_so(run: RunDir) -> None:
@@ -162,7 +163,9 @@ def test_the_choice_is_by_smoothed_scores_and_says_so(run: RunDir) -> None:
     assert choice.recommendation.name == by_smoothed.name
     assert choice.recommendation.reason.startswith("By smoothed scores, of the ")
     assert " As measured, it keeps " in choice.recommendation.reason
-    assert selection.finalists(run, 9) == choice.finalists(9)
+    again = selection.choose(run)
+    assert again is not None
+    assert again.finalists(9) == choice.finalists(9)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -184,4 +187,6 @@ def test_the_rule_is_the_worst_loss_among_those_that_keep_the_guards(seed: int) 
 
 def test_before_a_merge_is_measured_there_is_no_finalist(tmp_path: Path) -> None:
     plan = Plan(n_trials=0, n_baselines=3, holdout=False, n_items=20)
-    assert selection.finalists(write_run(tmp_path / "run", plan), 3) == ()
+    choice = selection.choose(write_run(tmp_path / "run", plan))
+    assert choice is not None
+    assert choice.finalists(3) == ()
