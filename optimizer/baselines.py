@@ -15,6 +15,7 @@ _USUAL_LAMBDAS = (0.5, 0.8, 1.0)
 # TIES without a search keeps the top 20 % and scales by 1 (Yadav et al. 2023, section 4);
 # DARE's usual drop rate is 0.9 for fine-tunes of this kind (Yu et al. 2024).
 _USUAL_DENSITY = {"ties": 0.2, "dare_linear": 0.1, "dare_ties": 0.1}
+EQUALIZED = "average-equalized"  # the norm-equalized average
 _SOUP = "soup-"
 _LONGEST_NAME = 60  # a candidate's name is a file's name, too
 
@@ -54,10 +55,20 @@ def is_soup(name: str) -> bool:
     return name.startswith(_SOUP)
 
 
-def baselines(space: SearchSpace, base: Source, experts: Mapping[str, Source]) -> list[Baseline]:
-    """List the base, each expert, the plain average, and the usual defaults of the space's method.
+def baselines(
+    space: SearchSpace, base: Source, experts: Mapping[str, Source], norms: Mapping[str, float]
+) -> list[Baseline]:
+    """List the base, each expert, averages, and the usual defaults of the space's method.
 
-    Those which the space can express carry their point, and so teach the sampler.
+    Beside the plain average and the usual lambdas there is the norm-equalized average, each lambda the
+    inverse of its task vector's norm, their sum 1. Those which the space can express carry their point,
+    and so teach the sampler.
+
+    Args:
+        space: the search space.
+        base: the base.
+        experts: the experts by name.
+        norms: of the experts' task vectors, over all tensors.
     """
     zero, share = dict.fromkeys(experts, 0.0), 1 / len(experts)
     models = {BASE: zero} | {expert_name(name): {**zero, name: 1.0} for name in experts}
@@ -67,10 +78,18 @@ def baselines(space: SearchSpace, base: Source, experts: Mapping[str, Source]) -
         Baseline(name, _task_arithmetic(lambdas, base, experts), space.constant(lambdas, density=1.0))
         for name, lambdas in models.items()
     ]
-    found += [
-        _average(name, dict.fromkeys(experts, lam), space, base, experts) for name, lam in averages.items()
-    ]
+    averages_of = {name: dict.fromkeys(experts, lam) for name, lam in averages.items()}
+    if len(experts) > 1:
+        averages_of[EQUALIZED] = equalized(norms)
+    found += [_average(name, lambdas, space, base, experts) for name, lambdas in averages_of.items()]
     return found + _method_default(space, experts)
+
+
+def equalized(norms: Mapping[str, float]) -> dict[str, float]:
+    """Return lambdas inverse to the task vectors' norms, their sum 1; an expert without changes gets 0."""
+    inverses = {name: 1 / norm if norm > 0 else 0.0 for name, norm in norms.items()}
+    total = sum(inverses.values())
+    return {name: inverse / (total or 1.0) for name, inverse in inverses.items()}
 
 
 def soup(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from optimizer import selection
 from optimizer.engines.choice import installed_version
-from optimizer.engines.engine import EngineConfig, EngineKind
+from optimizer.engines.engine import Engine, EngineConfig, EngineKind
 from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement
@@ -20,6 +21,9 @@ from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.suite import Split
+
+if TYPE_CHECKING:
+    from optimizer.engines.transformers_engine import TransformersEngine
 
 _ATTEMPTS = 2  # at a candidate, where the engine breaks
 _FAULTS_IN_A_ROW = 6
@@ -58,6 +62,7 @@ class Bench:
         self.scores = run.all_scores("search")
         self._broken_in_a_row = 0
         progress.at_work("starting the engine …")
+        self.engine: Engine | None
         self.engine, self._config = start_chosen(
             engine, inputs.base.folder, inputs, run.path, run.engine_kind(), progress.say
         )
@@ -128,9 +133,33 @@ class Bench:
         line = candidate_line(candidate.name, measurement.scores(), cost.total_s, "")
         self.progress.say(f"holdout: {line}")
 
+    @contextmanager
+    def transformers(self) -> Iterator[TransformersEngine]:
+        """Lend a transformers engine that merges the same models; vLLM makes room until it is needed."""
+        from optimizer.engines.transformers_engine import TransformersEngine
+
+        if isinstance(self.engine, TransformersEngine):
+            yield self.engine
+            return
+        self.close()
+        config = EngineConfig(
+            kind="transformers", dtype=self._config.dtype, max_length=self._config.max_length
+        )
+        with closing(TransformersEngine(config, self.inputs.base.folder, self.inputs.merger)) as lent:
+            yield lent
+
     def close(self) -> None:
         """End the engine."""
-        self.engine.close()
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = None
+
+    def _living(self) -> Engine:
+        """Return the engine, started again if it made room."""
+        if self.engine is None:
+            self.progress.at_work("starting the engine again …")
+            self.engine = start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
+        return self.engine
 
     def _score(
         self, recipe: MergeRecipe, split: Split, on_fault: Callable[[str], object]
@@ -139,8 +168,9 @@ class Bench:
         faults: tuple[str, ...] = ()
         while True:
             try:
-                time = self.engine.load(recipe)
-                measurement = self.evaluator.measure(self.engine.lm, split)
+                engine = self._living()
+                time = engine.load(recipe)
+                measurement = self.evaluator.measure(engine.lm, split)
             except EngineError as fault:
                 log.exception("the engine broke")
                 faults = (*faults, str(fault))
@@ -162,15 +192,14 @@ class Bench:
     def _restart(self, reason: str) -> None:
         """Put a new engine in place of one that broke."""
         self._broken_in_a_row += 1
-        self.engine.close()
+        self.close()
         if self._broken_in_a_row == _FAULTS_IN_A_ROW:
             raise MergetuneError(
                 f"The engine broke {_FAULTS_IN_A_ROW} times in a row, the last time so: {reason}\n"
                 "What was measured is kept: mend what is wrong and run the same command again."
             )
         try:
-            self.progress.at_work("starting the engine again …")
-            self.engine = start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
+            self._living()
         except EngineError as error:
             raise MergetuneError(
                 f"The engine broke ({reason}) and cannot be started again: {error}"

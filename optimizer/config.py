@@ -12,6 +12,7 @@ from optimizer.engines.engine import EngineConfig
 from optimizer.yaml_io import Strict, read_yaml
 
 VocabularyRule = Literal["refuse", "base", "mean"]
+Grain = Literal["search_space", "layers", "attention_mlp"]
 
 
 class Budget(Strict):
@@ -32,6 +33,18 @@ class SamplerConfig(Strict):
     def options(self) -> dict[str, Any]:
         """Return the options for the sampler's constructor."""
         return dict(self.model_extra or {})
+
+
+class WarmStartConfig(Strict):
+    """Where the search starts: at the baselines, or also at points that the slopes of losses lead to.
+
+    `auto` follows the slopes where that can be done. `grain` is how finely: the coefficients of the search
+    space, or a layer group for each layer, or for attention and MLP of each layer; the study then searches
+    around the points found, in the search space's layer groups.
+    """
+
+    kind: Literal["auto", "gradient", "none"] = "auto"
+    grain: Grain = "search_space"
 
 
 class StudyConfig(Strict):
@@ -61,13 +74,14 @@ class StudyConfig(Strict):
     engine: EngineConfig = EngineConfig()
     budget: Budget = Budget()
     sampler: SamplerConfig = SamplerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     finalists: int = Field(3, ge=1)
     seed: int = Field(0, ge=0)
 
-    @field_validator("sampler", mode="before")
+    @field_validator("sampler", "warm_start", mode="before")
     @classmethod
-    def _kind_alone(cls, sampler: object) -> object:
-        return {"kind": sampler} if isinstance(sampler, str) else sampler
+    def _kind_alone(cls, given: object) -> object:
+        return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("training_data", mode="before")
     @classmethod

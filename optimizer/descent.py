@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,18 +12,18 @@ from torch import Tensor
 
 from optimizer import pareto
 from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.gradients import slopes
+from optimizer.gradients import PASSES, slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from optimizer.recipe import MergeRecipe
 from optimizer.references import References
+from optimizer.score_link import TINY, ScoreLink, fit_link
+from optimizer.search_space import SearchSpace, nearest_in
+from optimizer.selection import Scores, reference_name
 from optimizer.suite import SuiteConfig
 
-Coefficients = dict[tuple[str, str], float]  # lambda by layer group and expert
+Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
-
-_TINY = 1e-6  # nats; a loss below is none
 
 
 @dataclass(frozen=True)
@@ -35,40 +34,64 @@ class DescentConfig:
     the slopes' scale is: so one rate fits all. It falls linearly to zero over the steps.
 
     Attributes:
-        n_items: items of each objective and guard that are looked at in all.
-        apart: the share of them that chooses among the points and is never descended on.
-        n_step: items of each objective and guard in one step.
+        full_evaluations: the cost to aim at, in evaluations of the search split; it settles how many items
+            of each score a step looks at.
+        fewest: but not fewer than this many.
+        most: nor more.
+        apart: items of each score that choose among the points and are never descended on.
         first_steps: steps with the objectives' own weights.
         next_steps: steps that lead from there to each other weighting.
         rate: the first step's length.
         emphasis: how many times more one objective counts than by its own weight, in its own weighting.
-        low: the smallest lambda.
-        high: the largest lambda.
     """
 
-    n_items: int = 32
-    apart: float = 0.25
-    n_step: int = 6
-    first_steps: int = 12
-    next_steps: int = 5
+    full_evaluations: float = 4.0
+    fewest: int = 2
+    most: int = 16
+    apart: int = 8
+    first_steps: int = 8
+    next_steps: int = 3
     rate: float = 0.2
     emphasis: float = 4.0
-    low: float = 0.0
-    high: float = 2.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model measured before: its recipe, and its scores on the search split."""
+
+    recipe: MergeRecipe
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a descent goes over.
+
+    Attributes:
+        engine: the model that candidates are loaded into.
+        merger: the models that are merged.
+        space: what may change, and within which ranges.
+        references: what to say to items of the search split.
+        suite: the suite's file.
+        known: models measured before, by candidate name: the base, the experts, and merges.
+        n_items: the items of the search split, one full evaluation.
+    """
+
+    engine: TransformersEngine
+    merger: Merger
+    space: SearchSpace
+    references: References
+    suite: SuiteConfig
+    known: Mapping[str, Known]
+    n_items: int
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a descent came to: a recipe, with its losses on the items that were kept apart."""
+    """Where a descent came to, with the losses there on the items that were kept apart."""
 
-    recipe: MergeRecipe
+    params: Params
     losses: Losses
-    weights: Mapping[str, float]
-
-    @property
-    def coefficients(self) -> Coefficients:
-        """The lambdas by layer group and expert."""
-        return coefficients(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -79,197 +102,155 @@ class Descent:
         points: the points, that of the objectives' own weights first if it is among them.
         n_passes: the cost in forward passes of one item; divided by a split's items it is in full
             evaluations.
-        history: the losses on the items of each step.
+        links: what each objective's loss was taken to be worth.
     """
 
     points: tuple[Point, ...]
     n_passes: int
-    history: tuple[Losses, ...] = field(repr=False, default=())
-
-    def full_evaluations(self, n_items: int) -> float:
-        """The cost in evaluations of this many items."""
-        return self.n_passes / n_items
-
-
-def coefficients(recipe: MergeRecipe) -> Coefficients:
-    """Return a recipe's lambdas by layer group and expert."""
-    return {
-        (group.name, expert): value
-        for group in recipe.groups
-        for expert, value in group.per_expert("lambda").items()
-    }
-
-
-def at(recipe: MergeRecipe, lambdas: Mapping[tuple[str, str], float]) -> MergeRecipe:
-    """Return a recipe with these lambdas, and all else as it is."""
-    groups = [
-        RecipeGroup.model_validate(
-            {
-                **group.model_dump(exclude_none=True),
-                "lambda": {e: lambdas[group.name, e] for e in group.per_expert("lambda")},
-            }
-        )
-        for group in recipe.groups
-    ]
-    return recipe.model_copy(update={"groups": tuple(groups)})
+    links: Mapping[str, ScoreLink]
 
 
 def descend(
-    engine: TransformersEngine,
-    merger: Merger,
-    start: MergeRecipe,
-    references: References,
-    suite: SuiteConfig,
-    config: DescentConfig | None = None,
+    ground: Ground,
+    start: Params,
+    config: DescentConfig = DescentConfig(),
+    on_step: Callable[[int, int], None] = lambda _step, _of: None,
 ) -> Descent:
-    """Follow the slopes from a recipe to points along the front; its layer groups are the grain.
+    """Follow the slopes from a point of the search space to points along the front.
 
-    What falls is Σ wₖ log(Lₖ + L*ₖ) over the objectives, L* being the best expert's loss: halving a
-    loss counts the same whatever its scale, up to about what the expert itself can do. A guard counts,
-    with weight 1, as log(L / L') as far as it is above L', what its reference loses on the same items.
-    The objectives' own weights come first; from there one stretch leads to each weighting that
-    emphasizes one objective.
+    What falls is log(Σ wₖ oₖ + Σ eⱼ). oₖ = (Lₖ / hₖ)^sₖ are the odds of failure that an objective's loss
+    lets one expect, learned from the losses and scores of models measured before: a smooth maximum, and so
+    near to the rule by which a study recommends. eⱼ = max(0, Lⱼ − L'ⱼ) / L̄'ⱼ is a guard's excess, L'ⱼ being
+    what its reference loses on the same items and L̄'ⱼ what it loses on those kept apart. The objectives'
+    own weights come first; from there one stretch leads to each weighting that emphasizes one objective.
+    Densities stay as at the start.
+
+    Args:
+        ground: the models, the search space and the items.
+        start: a point of the space.
+        config: how far and how carefully.
+        on_step: told after each step which one it was, of how many.
 
     Raises:
-        MergetuneError: the method has no lambda for each expert.
+        MergetuneError: the method has no slopes.
         TrialError: a weight became infinite or NaN.
     """
-    config = config or DescentConfig()
-    if not all(isinstance(group.coefficients.get("lambda"), dict) for group in start.groups):
-        raise MergetuneError(f"Descent needs a lambda for each expert, but `{start.method}` has none.")
-    return _Walk(engine, merger, start, references, suite, config).walk()
+    return _Walk(ground, config, on_step).walk(start)
 
 
 class _Walk:
     """One descent under way."""
 
-    def __init__(
-        self,
-        engine: TransformersEngine,
-        merger: Merger,
-        start: MergeRecipe,
-        references: References,
-        suite: SuiteConfig,
-        config: DescentConfig,
-    ) -> None:
-        self._engine, self._merger, self._start = engine, merger, start
-        self._suite, self._config = suite, config
-        self.n_passes = 0
-        self._history: list[Losses] = []
-        self._apart, training = references.sample(config.n_items).parts(config.apart)
-        batches = _cut(training, config.n_step)
-        best = self._best_losses(batches[0])
-        self._batches = itertools.cycle([(batch, self._floors(batch, best)) for batch in batches])
-        self._apart_floors = self._floors(self._apart, best)
+    def __init__(self, ground: Ground, config: DescentConfig, on_step: Callable[[int, int], None]) -> None:
+        self._ground, self._config, self._on_step = ground, config, on_step
+        self._shares = ground.space.smooth_shares()
+        self._keys = list(dict.fromkeys(share.key for share in self._shares))
+        self._apart, rest = ground.references.parts(config.apart)
+        self._objectives = [name for name in ground.suite.objectives if name in rest.by_score]
+        self._others = self._objectives if len(self._objectives) > 1 else []
+        self._n_steps = config.first_steps + len(self._others) * config.next_steps
+        self._n_done = self._n_passes = 0
+        self._links, self._scales = self._learn()
+        batches = rest.cut(self._step_size(rest))[: self._n_steps]
+        self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in batches])
 
-    def walk(self) -> Descent:
-        objectives = [name for name in self._suite.objectives if name in self._apart_floors]
-        own = {name: self._suite.objectives[name].weight for name in objectives}
-        first = self._stretch(coefficients(self._start), own, self._config.first_steps)
+    def walk(self, start: Params) -> Descent:
+        weights = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
+        first = self._stretch(start, weights, self._config.first_steps)
         points = [first]
-        for name in objectives if len(objectives) > 1 else []:
-            weights = {**own, name: own[name] * self._config.emphasis}
-            points.append(self._stretch(first.coefficients, weights, self._config.next_steps))
-        costs = np.array([[-point.losses[name] for name in objectives] for point in points])
-        kept = tuple(points[i] for i in sorted(pareto.front(costs)))
-        return Descent(kept, self.n_passes, tuple(self._history))
+        for name in self._others:
+            own = {**weights, name: weights[name] * self._config.emphasis}
+            points.append(self._stretch(first.params, own, self._config.next_steps))
+        gains = np.array([[-point.losses[name] for name in self._objectives] for point in points])
+        kept = tuple(points[i] for i in sorted(pareto.front(gains)))
+        return Descent(kept, self._n_passes, self._links)
 
-    def _stretch(self, begin: Coefficients, weights: Mapping[str, float], n_steps: int) -> Point:
-        """Take some steps with one weighting; of their end and their middle the better one counts."""
-        total = sum(weights.values())
-        shares = {name: weight / total for name, weight in weights.items()}
-        keys = list(begin)
-        values = torch.tensor([begin[key] for key in keys], dtype=torch.float64)
-        adam = torch.optim.Adam([values.requires_grad_()], lr=self._config.rate, betas=(0.8, 0.95))
-        points = []
+    def _step_size(self, items: References) -> int:
+        """Return how many items of each score a step may look at, for what is left to spend."""
+        to_come = (1 + len(self._others)) * len(self._apart.items)
+        left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
+        passes_of_one = PASSES * len(items.by_score) + len(self._scales)  # and the guards' references
+        n_items = int(left / (self._n_steps * passes_of_one))
+        return min(max(n_items, self._config.fewest), self._config.most)
+
+    def _learn(self) -> tuple[dict[str, ScoreLink], dict[str, float]]:
+        """Learn from models measured before what an objective's loss is worth, and how large a guard's is."""
+        known, suite = self._ground.known, self._ground.suite
+        losses = {name: self._losses(each.recipe, self._apart) for name, each in known.items()}
+        links = {}
+        for name in self._objectives:
+            values = np.array(
+                [suite.objectives[name].sign * each.scores[name].value for each in known.values()]
+            )
+            shares = (values - values.min()) / (float(np.ptp(values)) or 1.0)
+            links[name] = fit_link([own[name] for own in losses.values()], shares.tolist())
+        scales = {
+            name: max(losses[reference_name(guard)][name], TINY)
+            for name, guard in suite.guards.items()
+            if name in self._apart.by_score
+        }
+        return links, scales
+
+    def _allowed(self, items: References) -> Losses:
+        """Return what each guard's reference loses on these items."""
+        guards = self._ground.suite.guards
+        allowed: dict[str, float] = {}
+        for name in self._scales:
+            reference = self._ground.known[reference_name(guards[name])]
+            allowed |= self._losses(reference.recipe, items.only(name))
+        return allowed
+
+    def _stretch(self, begin: Params, weights: Mapping[str, float], n_steps: int) -> Point:
+        """Take some steps with one weighting."""
+        space = self._ground.space
+        ranges = [space.distributions[key] for key in self._keys]
+        low, high = (torch.tensor([getattr(each, end) for each in ranges]) for end in ("low", "high"))
+        values = torch.tensor([begin[key] for key in self._keys], requires_grad=True)
+        adam = torch.optim.Adam([values], betas=(0.8, 0.95))
         for step in range(n_steps):
             adam.param_groups[0]["lr"] = self._config.rate * (1 - step / n_steps)
-            values.grad = self._slope(dict(zip(keys, values.tolist(), strict=True)), shares)
+            values.grad = self._slope({**begin, **self._named(values)}, weights)
             adam.step()
             with torch.no_grad():
-                values.clamp_(self._config.low, self._config.high)
-            if step + 1 in (math.ceil(n_steps / 2), n_steps):
-                points.append(self._measure(dict(zip(keys, values.tolist(), strict=True)), shares))
-        return min(points, key=lambda point: _height(point.losses, self._apart_floors, shares))
+                values.copy_(values.clamp(low, high))
+            self._n_done += 1
+            self._on_step(self._n_done, self._n_steps)
+        end = {**begin, **self._named(values)}
+        end = {key: nearest_in(space.distributions[key], value) for key, value in end.items()}
+        return Point(end, self._losses(space.recipe(end), self._apart))
 
-    def _slope(self, lambdas: Coefficients, shares: Mapping[str, float]) -> Tensor:
-        """Return the slope of what falls, on the next items."""
-        recipe, (items, floors) = at(self._start, lambdas), next(self._batches)
-        found = slopes(self._engine, self._merger, recipe, items)
-        self.n_passes += found.n_passes
-        self._history.append(found.losses)
-        factors = _factors(found.losses, floors, shares)
+    def _named(self, values: Tensor) -> Params:
+        return dict(zip(self._keys, values.tolist(), strict=True))
+
+    def _slope(self, params: Params, weights: Mapping[str, float]) -> Tensor:
+        """Return the slope of what falls, on the next items: (n_coefficients,)."""
+        recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
+        found = slopes(self._ground.engine, self._ground.merger, recipe, items)
+        self._n_passes += found.n_passes
+        factors = self._factors(found.losses, weights, allowed)
         table = found.by_group(recipe.groups)
-        total = dict.fromkeys(lambdas, 0.0)
-        for row in table[table["parameter"] == "lambda"].to_dict("records"):
-            total[row["group"], row["expert"]] += factors[row["score_name"]] * row["slope"]
-        return torch.tensor(list(total.values()), dtype=torch.float64)
+        falls = table["slope"] * table["score_name"].map(factors)
+        by_place = falls.groupby([table["group"], table["parameter"], table["expert"]]).sum().to_dict()
+        total = dict.fromkeys(self._keys, 0.0)
+        for share in self._shares:
+            place = (share.group, share.parameter, share.expert)
+            total[share.key] += share.weight * by_place.get(place, 0.0)
+        return torch.tensor(list(total.values()))
 
-    def _measure(self, lambdas: Coefficients, shares: Mapping[str, float]) -> Point:
-        recipe = at(self._start, lambdas)
-        return Point(recipe, self._losses(recipe, self._apart), shares)
+    def _factors(self, losses: Losses, weights: Mapping[str, float], allowed: Losses) -> dict[str, float]:
+        """Return the derivative of what falls with respect to each loss."""
+        total, own = TINY, {}
+        for name, weight in weights.items():
+            share = weight / sum(weights.values())
+            total += share * self._links[name].odds(losses[name])
+            own[name] = share * self._links[name].odds_slope(losses[name])
+        for name, scale in self._scales.items():
+            excess = losses[name] - allowed[name]
+            total += max(excess, 0) / scale
+            own[name] = 1 / scale if excess > 0 else 0.0
+        return {name: slope / total for name, slope in own.items()}
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
-        self._engine.load(recipe)
-        self.n_passes += len(items.items)
-        return mean_losses(self._engine.model, items)
-
-    def _best_losses(self, items: References) -> Losses:
-        """Return the best expert's loss of each objective."""
-        items = _only(items, set(self._suite.objectives))
-        alone = [self._losses(self._expert(expert), items) for expert in self._start.experts]
-        return {name: min(losses[name] for losses in alone) for name in items.by_score}
-
-    def _floors(self, items: References, best: Losses) -> Losses:
-        """Return these, and what each guard's reference loses on these items."""
-        floors = dict(best)
-        for name, guard in self._suite.guards.items():
-            own = _only(items, {name})
-            if own.items:
-                floors |= self._losses(self._expert(guard.reference), own)
-        return {name: max(floor, _TINY) for name, floor in floors.items()}
-
-    def _expert(self, name: str) -> MergeRecipe:
-        """Return the recipe of an expert alone; of any other name, of the base."""
-        return at(self._start, {key: float(key[1] == name) for key in coefficients(self._start)})
-
-
-def _factors(losses: Losses, floors: Losses, shares: Mapping[str, float]) -> dict[str, float]:
-    """Return the derivative of what falls with respect to each loss."""
-    factors = {}
-    for name, loss in losses.items():
-        if name in shares:
-            factors[name] = shares[name] / (loss + floors[name])
-        else:
-            factors[name] = 1 / loss if loss > floors[name] else 0.0
-    return factors
-
-
-def _height(losses: Losses, floors: Losses, shares: Mapping[str, float]) -> float:
-    """Return what falls."""
-    total = 0.0
-    for name, loss in losses.items():
-        if name in shares:
-            total += shares[name] * math.log(loss + floors[name])
-        else:
-            total += math.log(max(loss / floors[name], 1.0))
-    return total
-
-
-def _only(references: References, names: set[str]) -> References:
-    return replace(references, items=tuple(each for each in references.items if each.score_name in names))
-
-
-def _cut(references: References, n_items: int) -> list[References]:
-    """Cut references into batches with this many items of each score; who has fewer begins anew."""
-    own = list(references.by_score.values())
-    begins = range(0, max(map(len, own)), n_items)
-    return [
-        replace(
-            references,
-            items=tuple(
-                each[i % len(each)] for each in own for i in range(begin, begin + min(n_items, len(each)))
-            ),
-        )
-        for begin in begins
-    ]
+        self._ground.engine.load(recipe)
+        self._n_passes += len(items.items)
+        return mean_losses(self._ground.engine.model, items)

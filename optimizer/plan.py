@@ -51,6 +51,11 @@ class Plan:
                 raise MergetuneError(
                     f"{path}: there is no such file. Give `training_data` as paths relative to {folder}."
                 )
+        if config.warm_start.grain != "search_space" and space.anchors is not None:
+            raise MergetuneError(
+                f"{study_file}: `warm_start.grain: {config.warm_start.grain}` needs a search space of layer "
+                f"groups, but `{config.search_space}` has anchors. Take another one, or leave `grain` out."
+            )
         for name, guard in suite.config.guards.items():
             if guard.reference not in {"base", *config.experts}:
                 raise MergetuneError(

@@ -70,16 +70,33 @@ class References:
         chosen = [each for own in self.by_score.values() for each in _alternating(own)[:n_items]]
         return replace(self, items=tuple(chosen))
 
-    def parts(self, share: float) -> tuple[References, References]:
-        """Return this share of each score's references (one at least, if there are two), and the others."""
+    def parts(self, n_items: int) -> tuple[References, References]:
+        """Return up to this many of each score's references, half of them at most, and the others."""
         first: list[Reference] = []
         rest: list[Reference] = []
         for own in self.by_score.values():
             ordered = _alternating(own)
-            size = min(max(round(share * len(own)), 1), len(own) - 1)
+            size = min(n_items, max(len(own) // 2, 1))
             first += ordered[:size]
-            rest += ordered[size:]
+            rest += ordered[size:] or ordered  # the only one is in both
         return replace(self, items=tuple(first)), replace(self, items=tuple(rest))
+
+    def cut(self, n_items: int) -> list[References]:
+        """Cut them into batches with this many of each score; a score with fewer begins anew."""
+        own = list(self.by_score.values())
+        return [
+            replace(
+                self,
+                items=tuple(
+                    each[i % len(each)] for each in own for i in range(begin, begin + min(n_items, len(each)))
+                ),
+            )
+            for begin in range(0, max(map(len, own)), n_items)
+        ]
+
+    def only(self, score_name: str) -> References:
+        """Return the references of one score."""
+        return replace(self, items=tuple(each for each in self.items if each.score_name == score_name))
 
 
 def find_references(

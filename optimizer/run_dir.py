@@ -7,7 +7,9 @@ warnings.json     what looked suspicious before the search began
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
+sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
 holdout.json      when the holdout split was used, and for which finalists
 run.log           what happened, with times
 engine.log        what vLLM said
@@ -35,7 +37,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from optimizer.config import StudyConfig
+from optimizer.config import Grain, StudyConfig
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Measurement, Score
@@ -99,6 +101,21 @@ class Candidate(Strict):
     faults: tuple[str, ...] = ()
     cost: Cost = Field(default_factory=Cost)
     holdout_cost: Cost = Field(default_factory=Cost)
+
+
+class WarmStart(Strict):
+    """What following the slopes led to, and what it cost.
+
+    `points` are points of the space descended in, whose grain is `grain`; where there are none, `reason`
+    says why. `full_evaluations` counts forward passes of one item, a backward pass as two, in evaluations
+    of the search split.
+    """
+
+    points: tuple[dict[str, float], ...] = ()
+    grain: Grain = "search_space"
+    reason: str | None = None
+    full_evaluations: float = 0.0
+    seconds: float = 0.0
 
 
 class HoldoutUse(Strict):
@@ -195,6 +212,15 @@ class RunDir:
         found = {candidate.name: self.scores(candidate.name, split) for candidate in self.candidates()}
         return {name: scores for name, scores in found.items() if scores is not None}
 
+    def write_warm_start(self, found: WarmStart) -> None:
+        """Keep what following the slopes led to."""
+        self.write_json("warm_start.json", found.model_dump(mode="json"))
+
+    def warm_start(self) -> WarmStart | None:
+        """Return what following the slopes led to, None before that was tried."""
+        found = self.read_json("warm_start.json")
+        return None if found is None else WarmStart.model_validate(found)
+
     def write_noise(self, measurement: Measurement) -> None:
         """Keep the second measurement of the base on the search split."""
         write_parquet(self.path / "noise.parquet", measurement.items)
@@ -202,6 +228,15 @@ class RunDir:
     def noise(self) -> pd.DataFrame | None:
         """Return the per-item scores of the base's second measurement, None before there is one."""
         file = self.path / "noise.parquet"
+        return pd.read_parquet(file) if file.is_file() else None
+
+    def write_sensitivity(self, frame: pd.DataFrame) -> None:
+        """Keep the slopes of every score; see `measure_sensitivity`."""
+        write_parquet(self.path / "sensitivity.parquet", frame)
+
+    def sensitivity(self) -> pd.DataFrame | None:
+        """Return the slopes of every score, None where they were not measured."""
+        file = self.path / "sensitivity.parquet"
         return pd.read_parquet(file) if file.is_file() else None
 
     def add_holdout_use(self, use: HoldoutUse) -> None:

@@ -70,7 +70,7 @@ def open_search(
 def catch_up(
     search: optuna.Study,
     candidates: Sequence[Candidate],
-    distributions: dict[str, BaseDistribution],
+    distributions: Mapping[str, BaseDistribution],
     outcome: Callable[[Candidate], tuple[list[float], Mapping[str, float]]],
 ) -> None:
     """Tell Optuna what is on disk and it does not know, and take back what was cut off.
@@ -98,7 +98,7 @@ def catch_up(
             optuna.trial.create_trial(
                 values=values,
                 params=candidate.params,
-                distributions=distributions,
+                distributions=dict(distributions),
                 constraints=dict(constraints),
                 user_attrs={CANDIDATE: candidate.name},
             )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
 from optimizer.errors import MergetuneError, TrialError
-from optimizer.method_table import METHODS, Parameter
+from optimizer.method_table import METHODS, SMOOTH, Parameter
 from optimizer.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
 from optimizer.search_space_config import (
     Coefficient,
@@ -60,6 +60,17 @@ class _Slot:
         return self.coefficient == value
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of a searched coefficient a layer group's is made of; `expert` is empty if it is for all."""
+
+    key: str
+    group: str
+    parameter: str
+    expert: str
+    weight: float
+
+
 class SearchSpace:
     """A search space bound to a model's tensors and experts: Optuna's distributions, and recipes.
 
@@ -90,16 +101,14 @@ class SearchSpace:
         self._base, self._experts, self._seed = base, dict(experts), seed
         self._weights = _scope_weights(config, self.groups, count_layers(tensor_names))
         self._slots = self._make_slots(changed)
-        self.distributions: dict[str, BaseDistribution] = {
+        self.distributions: dict[str, FloatDistribution] = {
             slot.key: FloatDistribution(slot.range.low, slot.range.high, step=slot.range.step)
             for slots in self._slots.values()
             for slot in slots
             if slot.range is not None
         }
         try:
-            self.recipe(
-                {key: d.high for key, d in self.distributions.items() if isinstance(d, FloatDistribution)}
-            )
+            self.recipe({key: each.high for key, each in self.distributions.items()})
         except TrialError as error:
             raise MergetuneError(f"The search space does not fit these models: {error}") from error
 
@@ -141,6 +150,16 @@ class SearchSpace:
         except TrialError:  # an average of whole experts cannot give the base
             return None
         return params
+
+    def smooth_shares(self) -> list[Share]:
+        """Return how the recipe's smooth coefficients are made of those that are searched: a linear map."""
+        return [
+            Share(slot.key, group, slot.parameter, slot.expert or "", weight)
+            for group, weights in self._weights.items()
+            for scope, weight in weights.items()
+            for slot in self._slots[scope]
+            if slot.parameter in SMOOTH and slot.range is not None
+        ]
 
     def _shares(self, lambdas: Mapping[str, float]) -> dict[str, float]:
         """Return `t` of the methods between two experts: the second one's share of the lambdas."""
@@ -191,6 +210,13 @@ class SearchSpace:
             found = {name: _rounded(name, own) for name, own in found.items()}
         coefficients = {name: own.get(None, own) for name, own in found.items()}
         return RecipeGroup.model_validate({**group.model_dump(exclude_none=True), **coefficients})
+
+
+def nearest_in(distribution: FloatDistribution, value: float) -> float:
+    """Return the value of a distribution that lies nearest, to six digits."""
+    low, step = distribution.low, distribution.step
+    value = round(value, 6) if step is None else low + round((value - low) / step) * step
+    return min(max(value, low), distribution.high)
 
 
 def _rounded(parameter: str, values: Mapping[str | None, float]) -> dict[str | None, float]:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, model_validator
 
+from optimizer.config import Grain
 from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter, full_options
 from optimizer.recipe import LayerGroup, Role, assign_groups, count_layers
 from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys
+
+_OUTSIDE = r"^(?!(?:.*\.)?\d+\.)"  # no numbered part in the name
 
 
 class Range(Strict):
@@ -134,6 +137,21 @@ def read_search_space(path: Path) -> SearchSpaceConfig:
     return read_yaml(path, SearchSpaceConfig)
 
 
+def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
+    """Return a search space with the same ranges, but those of single groups, and with smaller groups."""
+    if grain == "search_space":
+        return config
+    groups = [SpaceGroup(name="outside", match=_OUTSIDE)]
+    for i in range(count_layers(tensor_names)):
+        if grain == "layers":
+            groups.append(SpaceGroup(name=f"layer{i}", layers=(i, i)))
+        else:
+            groups.append(SpaceGroup(name=f"attention{i}", layers=(i, i), roles=("attention",)))
+            others: tuple[Role, ...] = ("embeddings", "mlp", "norms", "head")
+            groups.append(SpaceGroup(name=f"mlp{i}", layers=(i, i), roles=others))
+    return config.model_copy(update={"groups": tuple(groups), "anchors": None})
+
+
 def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list[LayerGroup]:
     """Return the layer groups of a search space for a model with these tensors.
 
@@ -156,9 +174,8 @@ def _anchor_groups(n_layers: int) -> list[LayerGroup]:
     if n_layers == 0:
         raise MergetuneError("`anchors` needs a model with numbered layers. Use `groups` instead.")
     layers = [LayerGroup(name=f"layer{i}", layers=(i, i)) for i in range(n_layers)]
-    outside = r"^(?!(?:.*\.)?\d+\.)"  # no numbered part in the name
     return [
-        LayerGroup(name="before", roles=("embeddings",), match=outside),
+        LayerGroup(name="before", roles=("embeddings",), match=_OUTSIDE),
         *layers,
-        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=outside),
+        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=_OUTSIDE),
     ]

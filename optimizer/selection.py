@@ -18,6 +18,7 @@ Scores = Mapping[str, Score]
 BASE = "base"
 SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
 _EXPERT = "expert-"
+GRADIENT = "gradient-"  # begins the names of the points that slopes led to
 N_RESAMPLES = 2000
 _FEWER_RESAMPLES = 100
 

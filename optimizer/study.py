@@ -18,16 +18,20 @@ from optimizer.engines.engine import EngineKind
 from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
+from optimizer.front_space import FrontSpace
 from optimizer.interrupts import Interrupts
 from optimizer.leakage import leakage_warnings
+from optimizer.merging.inputs import Inputs
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
 from optimizer.run_dir import HoldoutUse, RunDir, log_to
 from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
 from optimizer.search_space import SearchSpace
+from optimizer.search_space_config import SearchSpaceConfig, finer
 from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
+from optimizer.warm_start import start_search
 
 
 def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind | None = None) -> Path:
@@ -41,14 +45,10 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     """
     plan = Plan.read(study_file, engine)
     inputs = plan.open_inputs(out)
-    space = SearchSpace(
-        plan.space,
-        inputs.base_source,
-        inputs.expert_sources,
-        inputs.changed,
-        inputs.base.names,
-        seed=plan.config.seed,
-    )
+    space = _bound(plan.space, inputs, plan.config.seed)
+    grain = plan.config.warm_start.grain
+    is_fine = grain != "search_space"
+    fine = _bound(finer(plan.space, grain, inputs.base.names), inputs, plan.config.seed) if is_fine else space
     evaluator = Evaluator(plan.suite)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
@@ -59,11 +59,13 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
             progress.say(f"warning: {warning}")
         with closing(Bench(plan.config.engine, inputs, evaluator, run, progress)) as bench:
             try:
-                for baseline in baselines(space, inputs.base_source, inputs.expert_sources):
+                for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
-                _search(plan, space, bench, interrupts)
+                if plan.config.budget.trials > 0:
+                    searched = start_search(bench, plan.config.warm_start, space, fine)
+                    _search(plan, searched, bench, interrupts)
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
                 _confirm(bench, finalists, [uniform_name(len(inputs.experts)), soup])
@@ -79,7 +81,13 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     return report
 
 
-def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts) -> None:
+def _bound(config: SearchSpaceConfig, inputs: Inputs, seed: int) -> SearchSpace:
+    return SearchSpace(
+        config, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names, seed=seed
+    )
+
+
+def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupts: Interrupts) -> None:
     """Ask, merge, evaluate, tell, until the budget is spent."""
     run, suite = bench.run, plan.suite.config
     known = run.candidates()
@@ -90,6 +98,8 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
     catch_up(search, known, space.distributions, bench.outcome)
     budget = plan.config.budget
     spent_s = sum(candidate.cost.total_s for candidate in known)
+    if (start := run.warm_start()) is not None:
+        spent_s += start.seconds
     started, seconds_per_trial = time.monotonic(), None
     last = budget.trials if space.distributions else 1  # with nothing to search one trial says it all
     for number in range(n_trials + 1, last + 1):
@@ -101,7 +111,7 @@ def _search(plan: Plan, space: SearchSpace, bench: Bench, interrupts: Interrupts
             bench.progress.say(f"The budget of {budget.hours} hours is spent.")
             break
         bench.progress.at_work(_standing(bench, number, budget.trials, seconds_per_trial))
-        trial = search.ask(space.distributions)
+        trial = search.ask(dict(space.distributions))
         name = f"trial-{number:04d}"
         trial.set_user_attr(CANDIDATE, name)
         try:

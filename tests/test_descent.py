@@ -1,23 +1,26 @@
-"""Descent on real small models: losses fall, lambdas stay in bounds, costs are counted."""
+"""Descent on real small models: losses fall, coefficients stay in their ranges, costs are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from optimizer.descent import DescentConfig, at, coefficients, descend
+from optimizer.descent import DescentConfig, Ground, Known, descend
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
+from optimizer.evaluate import Score
 from optimizer.losses import mean_losses
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.recipe import MergeRecipe
 from optimizer.references import Reference, References
+from optimizer.search_space import SearchSpace
+from optimizer.search_space_config import SearchSpaceConfig
 from optimizer.suite import SuiteConfig
 
 TASKS = {"tasks": [{"items": "items.jsonl", "scorer": "exact"}]}
@@ -29,7 +32,9 @@ SUITE = SuiteConfig.model_validate(
         "guards": {"guard": {**TASKS, "margin": 0.1}},
     }
 )
-CONFIG = DescentConfig(n_items=8, n_step=2, first_steps=4, next_steps=3, rate=0.3)
+CONFIG = DescentConfig(full_evaluations=0.0, fewest=2, apart=2, first_steps=4, next_steps=3, rate=0.3)
+GROUPS = [{"name": "layers", "match": r"layers\."}, {"name": "rest", "match": r"^(?!.*layers\.)"}]
+START = {"lambda.layers.a": 0.5, "lambda.layers.b": 0.5, "lambda.rest.a": 0.5, "lambda.rest.b": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +49,14 @@ def engine(inputs: Inputs) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def start(inputs: Inputs) -> MergeRecipe:
-    lambdas = {"lambda": {"a": 0.5, "b": 0.5}}
-    return MergeRecipe.model_validate(
-        {
-            "method": "task_arithmetic",
-            "base": inputs.base_source,
-            "experts": inputs.expert_sources,
-            "groups": [
-                {"name": "layers", "match": r"layers\.", **lambdas},
-                {"name": "rest", "match": r"^(?!.*layers\.)", **lambdas},
-            ],
-        }
+def space_of(inputs: Inputs, method: str = "task_arithmetic", **ranges: Any) -> SearchSpace:
+    config = {"description": "test", "method": method, **({"groups": GROUPS} | ranges)}
+    return SearchSpace(
+        SearchSpaceConfig.model_validate(config),
+        inputs.base_source,
+        inputs.expert_sources,
+        inputs.changed,
+        inputs.base.names,
     )
 
 
@@ -72,53 +72,92 @@ def references(n_items: int = 8) -> References:
     return References(tuple(items))
 
 
-def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
-    inputs: Inputs, engine: TransformersEngine, start: MergeRecipe
-) -> None:
-    items = references()
-    found = descend(engine, inputs.merger, start, items, SUITE, CONFIG)
-    apart, _ = items.parts(CONFIG.apart)
-    engine.load(start)
-    before = mean_losses(engine.model, apart)
-    for point in found.points:
-        assert sum(point.losses[name] * share for name, share in point.weights.items()) < sum(
-            before[name] * share for name, share in point.weights.items()
+def ground_of(engine: TransformersEngine, inputs: Inputs, space: SearchSpace) -> Ground:
+    """The base fails at both objectives and the experts are good at one each, so the scores say."""
+    lambdas = {"base": (0.0, 0.0), "expert-a": (1.0, 0.0), "expert-b": (0.0, 1.0)}
+    known = {}
+    for name, (a, b) in lambdas.items():
+        recipe = MergeRecipe.of_one_group(
+            "task_arithmetic", inputs.base_source, inputs.expert_sources, {"lambda": {"a": a, "b": b}}
         )
-        assert set(coefficients(point.recipe)) == {(g, e) for g in ("layers", "rest") for e in "ab"}
-        assert all(CONFIG.low <= value <= CONFIG.high for value in point.coefficients.values())
+        scores = {"first": Score(a, 0.1, 9), "second": Score(b, 0.1, 9), "guard": Score(1.0, 0.0, 9)}
+        known[name] = Known(recipe, scores)
+    return Ground(engine, inputs.merger, space, references(), SUITE, known, n_items=30)
+
+
+def losses_at(ground: Ground, params: dict[str, float]) -> dict[str, float]:
+    ground.engine.load(ground.space.recipe(params))
+    apart, _ = ground.references.parts(CONFIG.apart)
+    return mean_losses(ground.engine.model, apart)
+
+
+def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    ground = ground_of(engine, inputs, space_of(inputs))
+    steps: list[tuple[int, int]] = []
+    found = descend(ground, START, CONFIG, lambda step, of: steps.append((step, of)))
+    before = losses_at(ground, START)
+    for point in found.points:
+        assert point.losses == pytest.approx(losses_at(ground, point.params))
+        assert point.losses["first"] + point.losses["second"] < before["first"] + before["second"]
+        assert point.params.keys() == START.keys()
+        assert all(0 <= value <= 2 for value in point.params.values())
     n_steps = CONFIG.first_steps + 2 * CONFIG.next_steps
-    floors = 2 * 4 + 8  # two experts on a step's items of the objectives, the base on all of the guard's
-    measured = 3 * 2 * 6  # of three stretches the middle and the end, on two items of each score
-    assert found.n_passes == 3 * 6 * n_steps + floors + measured
-    assert found.full_evaluations(100) == found.n_passes / 100
-    assert len(found.history) == n_steps
+    assert steps == [(step, n_steps) for step in range(1, n_steps + 1)]
+    learned = 3 * 3 * 2  # three known models on two items of each of three scores
+    guarded = 3 * 2  # the base on the guard's items of each batch
+    measured = 3 * 3 * 2  # the ends of three stretches
+    assert found.n_passes == learned + guarded + 3 * 3 * 2 * n_steps + measured
+    assert found.links.keys() == {"first", "second"}
 
 
-def test_the_same_descent_gives_the_same_points(
-    inputs: Inputs, engine: TransformersEngine, start: MergeRecipe
+def test_the_same_descent_gives_the_same_points(inputs: Inputs, engine: TransformersEngine) -> None:
+    config, ground = replace(CONFIG, first_steps=2, next_steps=1), ground_of(engine, inputs, space_of(inputs))
+    assert descend(ground, START, config) == descend(ground, START, config)
+
+
+def test_a_larger_budget_looks_at_more_items(inputs: Inputs, engine: TransformersEngine) -> None:
+    ground = replace(ground_of(engine, inputs, space_of(inputs)), n_items=100)
+    config = replace(CONFIG, first_steps=2, next_steps=1, full_evaluations=2.0)
+    found = descend(ground, START, config)
+    assert 140 < found.n_passes <= 200
+
+
+def test_densities_stay_and_coefficients_of_all_methods_descend_on_their_grid(
+    inputs: Inputs, engine: TransformersEngine
 ) -> None:
     config = replace(CONFIG, first_steps=2, next_steps=1)
-    first, second = (descend(engine, inputs.merger, start, references(), SUITE, config) for _ in range(2))
-    assert first == second
+    step = {"low": 0.0, "high": 2.0, "step": 0.25}
+    ties = space_of(inputs, "ties", **{"lambda": step, "density": {"low": 0.2, "high": 0.8}})
+    begin = {key: 0.5 for key in ties.distributions}
+    for point in descend(ground_of(engine, inputs, ties), begin, config).points:
+        assert all(value == 0.5 for key, value in point.params.items() if key.startswith("density"))
+        own = [value for key, value in point.params.items() if key.startswith("lambda")]
+        assert own != [0.5] * len(own)
+        assert all(value % 0.25 == 0 for value in own)
+    anchors = space_of(inputs, "slerp", groups=[], anchors=2)
+    begin = {key: 0.5 for key in anchors.distributions}
+    for point in descend(ground_of(engine, inputs, anchors), begin, config).points:
+        assert point.params.keys() == {"t.anchor0", "t.anchor1"}
+        assert point.params != begin
 
 
-def test_a_recipe_is_moved_and_nothing_else_about_it(start: MergeRecipe) -> None:
-    lambdas = {key: value + 1 for key, value in coefficients(start).items()}
-    moved = at(start, lambdas)
-    assert coefficients(moved) == lambdas
-    assert at(moved, coefficients(start)) == start
-
-
-def test_a_method_without_lambdas_is_refused(
-    inputs: Inputs, engine: TransformersEngine, start: MergeRecipe
+def test_the_slope_of_a_shared_or_interpolated_coefficient_is_that_of_what_it_is_made_of(
+    inputs: Inputs,
 ) -> None:
-    recipe = MergeRecipe.model_validate(
-        {
-            "method": "slerp",
-            "base": start.base,
-            "experts": start.experts,
-            "groups": [{"name": "all", "t": 0.5}],
-        }
-    )
-    with pytest.raises(MergetuneError, match="`slerp` has none"):
-        descend(engine, inputs.merger, recipe, references(), SUITE)
+    shared = {"low": 0.0, "high": 1.0, "shared": True}
+    for space in (
+        space_of(inputs, groups=[], anchors=2),
+        space_of(inputs, **{"lambda": shared}),
+        space_of(inputs),
+    ):
+        point = {key: 0.3 for key in space.distributions}
+        for key in point:
+            moved = space.recipe({**point, key: 0.8})
+            found: dict[tuple[str, str], float] = {}
+            for before, after in zip(space.recipe(point).groups, moved.groups, strict=True):
+                for expert, value in after.per_expert("lambda").items():
+                    found[after.name, expert] = (value - before.per_expert("lambda")[expert]) / 0.5
+            shares = {(s.group, s.expert): s.weight for s in space.smooth_shares() if s.key == key}
+            assert shares == pytest.approx({k: v for k, v in found.items() if abs(v) > 1e-9})

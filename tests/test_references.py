@@ -266,7 +266,7 @@ def test_a_sample_is_spread_over_tasks_and_parts_share_nothing(folder: Path) -> 
     sample = found.sample(8)
     assert sample == find_references(ready, model()).sample(8)
     assert [each.task for each in sample.by_score["mixed"]].count("mixed:json.jsonl") == 4
-    apart, rest = sample.parts(0.25)
+    apart, rest = sample.parts(2)
     assert {name: len(own) for name, own in apart.by_score.items()} == {"mixed": 2, "parity": 2}
     ids = [{(each.task, each.item) for each in part.items} for part in (apart, rest)]
     assert not ids[0] & ids[1]

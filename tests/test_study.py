@@ -68,6 +68,7 @@ def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: An
         "suite": "suite.yaml",
         "engine": {"kind": "transformers"},
         "budget": {"trials": 3},
+        "warm_start": "none",
         **changes,
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study))

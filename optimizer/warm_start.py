@@ -1,0 +1,136 @@
+"""The warm start: points that the slopes of losses lead to, from which the search goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from optimizer import selection
+from optimizer.baselines import baselines, uniform_name
+from optimizer.bench import Bench
+from optimizer.config import WarmStartConfig
+from optimizer.descent import Ground, Known, Params, descend
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.front_space import FrontSpace
+from optimizer.references import References, find_references
+from optimizer.run_dir import WarmStart
+from optimizer.search_space import SearchSpace, nearest_in
+
+log = logging.getLogger("mergetune")
+
+
+def start_search(
+    bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace
+) -> SearchSpace | FrontSpace:
+    """Follow the slopes and measure where they lead, unless that was done; returns the space to search.
+
+    With a finer grain that is the space around the points found. The baselines are then no points of it.
+
+    Args:
+        bench: where the baselines were measured.
+        config: whether to follow slopes at all.
+        space: the study's search space.
+        fine: the space to descend in; `space` itself for its own grain.
+
+    Raises:
+        MergetuneError: it was asked for and cannot be done.
+    """
+    found = bench.run.warm_start()
+    if found is None:
+        found = _follow_slopes(bench, config, fine)
+        bench.run.write_warm_start(found)
+    if not found.points:
+        return space
+    if fine is space:
+        _measure(bench, space, found.points)
+        return space
+    around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
+    for candidate in bench.run.candidates():
+        if candidate.kind == "baseline" and candidate.params is not None:
+            bench.run.write_candidate(candidate.model_copy(update={"params": None}), None)
+    _measure(bench, around, [around.corner(number) for number in range(len(found.points))])
+    return around
+
+
+def _measure(bench: Bench, space: SearchSpace | FrontSpace, points: Sequence[Params]) -> None:
+    for number, params in enumerate(points, start=1):
+        bench.measure("trial", f"{selection.GRADIENT}{number}", space.recipe(params), params)
+
+
+def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
+    """Descend, or say why not."""
+    if config.kind == "none":
+        return WarmStart(reason="it was not asked for")
+    began = time.perf_counter()
+    try:
+        found = _descend(bench, config, space)
+    except (MergetuneError, TrialError, RuntimeError) as error:  # torch has many reasons for the last
+        if config.kind == "gradient":
+            raise MergetuneError(f"`warm_start: gradient` cannot be done: {error}") from error
+        log.info("no warm start", exc_info=True)
+        bench.progress.say(f"warm start: none; {error}")
+        return WarmStart(reason=str(error))
+    found = found.model_copy(update={"seconds": time.perf_counter() - began})
+    bench.progress.say(
+        f"warm start: {len(found.points)} points by slopes for the cost of {found.full_evaluations:.1f} full "
+        f"evaluations, {found.seconds:.1f} s"
+    )
+    return found
+
+
+def _descend(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
+    if not space.smooth_shares():
+        raise MergetuneError(f"`{space.config.method}` has no coefficient here that losses have a slope in.")
+    suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
+    start_name, start = _start(bench, space)
+    names = {selection.BASE, *map(selection.expert_name, bench.inputs.expert_sources)}
+    names |= {uniform_name(len(bench.inputs.experts)), start_name}
+    known = {
+        candidate.name: Known(candidate.recipe, bench.scores[candidate.name])
+        for candidate in bench.run.candidates()
+        if candidate.name in names
+    }
+    with bench.transformers() as engine:
+        ground = Ground(engine, bench.inputs.merger, space, _references(bench, engine), suite, known, n_items)
+        found = descend(
+            ground,
+            start,
+            on_step=lambda step, of: bench.progress.at_work(f"following slopes: {step} of {of}"),
+        )
+    return WarmStart(
+        points=tuple(point.params for point in found.points),
+        grain=config.grain,
+        full_evaluations=found.n_passes / n_items,
+    )
+
+
+def _start(bench: Bench, space: SearchSpace) -> tuple[str, Params]:
+    """Return the best baseline that is a point of the space and its point; else the middle of all ranges."""
+    inputs = bench.inputs
+    listed = baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
+    points = {
+        each.name: each.params for each in listed if each.params is not None and each.name in bench.scores
+    }
+    anchors = {name: own for name, own in bench.scores.items() if not selection.is_merge(name)}
+    merges = {name: bench.scores[name] for name in points if selection.is_merge(name)}
+    best = selection.recommend(anchors | merges, bench.evaluator.suite.config)
+    if best is not None:
+        return best.name, points[best.name]
+    middle = {key: (each.low + each.high) / 2 for key, each in space.distributions.items()}
+    return "", {key: nearest_in(space.distributions[key], value) for key, value in middle.items()}
+
+
+def _references(bench: Bench, engine: TransformersEngine) -> References:
+    """Find what to say to the items of the search split; the baselines' own replies may serve."""
+    measured = [bench.run.measurement(candidate.name, "search") for candidate in bench.run.candidates()]
+    replies = [frame for frame in measured if frame is not None]
+    found = find_references(bench.evaluator, engine.lm, replies=replies)
+    objectives = bench.evaluator.suite.config.objectives
+    lacking = [reason for name, reason in found.missing.items() if name in objectives]
+    if lacking:
+        raise MergetuneError(" ".join(lacking))
+    for reason in found.missing.values():
+        bench.progress.say(f"warning: following slopes, the guard is not watched: {reason}")
+    return found

@@ -1,0 +1,166 @@
+"""The warm start in whole studies on tiny real models, and the space that a finer grain leads to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_study import run, write_study
+
+from optimizer.errors import MergetuneError
+from optimizer.front_space import FrontSpace
+from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.recipe import LayerGroup, assign_groups
+from optimizer.run_dir import RunDir
+from optimizer.search_space import SearchSpace
+from optimizer.search_space_config import SearchSpaceConfig, finer
+
+
+def study_of(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:
+    return write_study(folder, base, experts, **{"warm_start": "auto", "budget": {"trials": 4}, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> tuple[RunDir, str]:
+    folder = tmp_path_factory.mktemp("warm")
+    printed = run(study_of(folder, tiny_base, tiny_experts), folder / "run")
+    return RunDir(folder / "run"), printed
+
+
+def test_points_of_slopes_are_measured_first_and_told_to_the_sampler(finished: tuple[RunDir, str]) -> None:
+    found, printed = finished
+    start = found.warm_start()
+    assert start is not None
+    assert start.points
+    trials = [candidate for candidate in found.candidates() if candidate.kind == "trial"]
+    first = trials[: len(start.points)]
+    assert [candidate.name for candidate in first] == [f"gradient-{i + 1}" for i in range(len(first))]
+    assert [candidate.params for candidate in first] == list(start.points)
+    assert len(trials) == 4
+    assert trials[-1].name == "trial-0004"
+    assert f"warm start: {len(first)} points by slopes" in printed
+    assert start.full_evaluations > 0
+    assert start.seconds > 0
+    assert "warm start" not in run(found.path.parent / "study.yaml", found.path)  # it was done
+
+
+def test_the_holdout_is_not_seen_by_the_descent(
+    finished: tuple[RunDir, str], tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    found, _ = finished
+    items = found.items()
+    held_out = set(items[items["split"] == "holdout"]["prompt"])
+    study = study_of(tmp_path, tiny_base, tiny_experts)
+    for file in tmp_path.glob("*.jsonl"):  # other answers to the same questions, where they are held out
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            if any(row["prompt"] in prompt for prompt in held_out):
+                row |= {"answer": 1 - row["answer"]} if "answer" in row else {"patterns": ["zzz"]}
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    run(study, tmp_path / "run")
+    again, before = RunDir(tmp_path / "run").warm_start(), found.warm_start()
+    assert again is not None
+    assert before is not None
+    assert again.points == before.points
+
+
+def test_a_finer_grain_searches_around_what_it_found(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    study = study_of(tmp_path, tiny_base, tiny_experts, warm_start={"kind": "gradient", "grain": "layers"})
+    run(study, tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    start = found.warm_start()
+    assert start is not None
+    assert {key.split(".")[1] for key in start.points[0]} == {"outside", "layer0", "layer1"}
+    trials = [candidate for candidate in found.candidates() if candidate.kind == "trial"]
+    towards = {f"toward.{i}" for i in range(1, len(start.points))}
+    for candidate in trials:
+        assert candidate.params is not None
+        assert candidate.params.keys() == towards | {"times.all.a", "times.all.b"}
+    assert not any(c.params for c in found.candidates() if c.kind == "baseline")
+    for candidate, point in zip(trials, start.points, strict=False):
+        lambdas = {
+            f"lambda.{group.name}.{expert}": value
+            for group in candidate.recipe.groups
+            for expert, value in group.per_expert("lambda").items()
+        }
+        assert lambdas == pytest.approx(point)
+    shutil.copytree(found.path, tmp_path / "longer")
+    longer = yaml.safe_load(study.read_text()) | {"budget": {"trials": 5}}
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
+    assert "trial-0005" in run(tmp_path / "longer.yaml", tmp_path / "longer")
+
+
+def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    changes = {"search_space": "passthrough_layer_groups", "budget": {"trials": 1}}
+    fixed = {"description": "test", "method": "ties", "lambda": 1.0, "groups": [{"name": "all"}]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(fixed))
+    changes["search_space"] = str(tmp_path / "space.yaml")
+    printed = run(study_of(tmp_path / "auto", tiny_base, tiny_experts, **changes), tmp_path / "run")
+    assert "warm start: none; `ties` has no coefficient here that losses have a slope in" in printed
+    assert "trial-0001" in printed
+    asked = study_of(tmp_path / "asked", tiny_base, tiny_experts, warm_start="gradient", **changes)
+    with pytest.raises(MergetuneError, match="`warm_start: gradient` cannot be done: `ties` has no"):
+        run(asked, tmp_path / "other")
+
+
+def test_a_finer_grain_needs_layer_groups(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    grain = {"warm_start": {"grain": "layers"}, "search_space": "task_arithmetic_anchors"}
+    with pytest.raises(MergetuneError, match="needs a search space of layer groups"):
+        run(study_of(tmp_path, tiny_base, tiny_experts, **grain), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
+    return open_inputs(tiny_base, tiny_experts)
+
+
+def bound(config: SearchSpaceConfig, inputs: Inputs) -> SearchSpace:
+    return SearchSpace(config, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names)
+
+
+COARSE = SearchSpaceConfig.model_validate(
+    {"description": "test", "method": "task_arithmetic", "groups": [{"name": "all"}]}
+)
+
+
+@pytest.mark.parametrize("grain", ["layers", "attention_mlp"])
+def test_a_finer_space_takes_each_tensor_once(inputs: Inputs, grain: Any) -> None:
+    space = finer(COARSE, grain, inputs.base.names)
+    groups = bound(space, inputs).groups
+    assert set(assign_groups(groups, inputs.base.names)) == set(inputs.base.names)
+    assert len(groups) == {"layers": 3, "attention_mlp": 5}[grain]
+    assert finer(COARSE, "search_space", inputs.base.names) == COARSE
+
+
+def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:
+    fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
+    origin = {key: 0.4 for key in fine.distributions}
+    points = [origin, {**origin, "lambda.layer0.a": 1.0}, {**origin, "lambda.layer1.b": 1.8}]
+    coarse = [
+        LayerGroup(name="first", match=r"layers\.0\."),
+        LayerGroup(name="rest", match=r"^(?!.*layers\.0\.)"),
+    ]
+    space = FrontSpace(fine, points, coarse, inputs.base.names)
+    assert list(space.distributions) == [
+        *("toward.1", "toward.2"),
+        *("times.rest.a", "times.rest.b", "times.first.a", "times.first.b"),
+    ]
+    for number, point in enumerate(points):
+        assert space.recipe(space.corner(number)) == fine.recipe(point)
+    params = {**space.corner(0), "toward.1": 0.5, "toward.2": 1.0, "times.first.a": 1.5, "times.rest.b": 1.5}
+    expected = {**origin, "lambda.layer0.a": 0.7 * 1.5, "lambda.layer1.b": 2.0, "lambda.outside.b": 0.4 * 1.5}
+    found, wanted = space.recipe(params), fine.recipe(expected)
+    for one, other in zip(found.groups, wanted.groups, strict=True):
+        assert one.per_expert("lambda") == pytest.approx(other.per_expert("lambda"))
