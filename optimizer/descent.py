@@ -25,6 +25,8 @@ from optimizer.suite import SuiteConfig
 Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
 
+_NEW = 0.3  # of the newest step in the running mean of a loss
+
 
 @dataclass(frozen=True)
 class DescentConfig:
@@ -156,18 +158,19 @@ class _Walk:
 
     def walk(self, start: Params) -> Descent:
         weights = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
-        first = self._stretch(start, weights, self._config.first_steps)
-        points = [first]
+        begin = self._measured(start)
+        points = [first := self._stretch(begin, weights, self._config.first_steps)]
         for name in self._others:
             own = {**weights, name: weights[name] * self._config.emphasis}
-            points.append(self._stretch(first.params, own, self._config.next_steps))
-        gains = np.array([[-point.losses[name] for name in self._objectives] for point in points])
-        kept = tuple(points[i] for i in sorted(pareto.front(gains)))
-        return Descent(kept, self._n_passes, self._links)
+            points.append(self._stretch(first, own, self._config.next_steps))
+        every = [*points, begin]
+        gains = np.array([[-point.losses[name] for name in self._objectives] for point in every])
+        kept = [every[i] for i in sorted(pareto.front(gains))]
+        return Descent(tuple(point for point in kept if point is not begin), self._n_passes, self._links)
 
     def _step_size(self, items: References) -> int:
         """Return how many items of each score a step may look at, for what is left to spend."""
-        to_come = (1 + len(self._others)) * len(self._apart.items)
+        to_come = (2 + len(self._others)) * len(self._apart.items)
         left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
         passes_of_one = PASSES * len(items.by_score) + len(self._scales)  # and the guards' references
         n_items = int(left / (self._n_steps * passes_of_one))
@@ -200,34 +203,43 @@ class _Walk:
             allowed |= self._losses(reference.recipe, items.only(name))
         return allowed
 
-    def _stretch(self, begin: Params, weights: Mapping[str, float], n_steps: int) -> Point:
+    def _stretch(self, begin: Point, weights: Mapping[str, float], n_steps: int) -> Point:
         """Take some steps with one weighting."""
-        space = self._ground.space
-        ranges = [space.distributions[key] for key in self._keys]
+        ranges = [self._ground.space.distributions[key] for key in self._keys]
         low, high = (torch.tensor([getattr(each, end) for each in ranges]) for end in ("low", "high"))
-        values = torch.tensor([begin[key] for key in self._keys], requires_grad=True)
+        values = torch.tensor([begin.params[key] for key in self._keys], requires_grad=True)
         adam = torch.optim.Adam([values], betas=(0.8, 0.95))
+        level = dict(begin.losses)
         for step in range(n_steps):
             adam.param_groups[0]["lr"] = self._config.rate * (1 - step / n_steps)
-            values.grad = self._slope({**begin, **self._named(values)}, weights)
+            values.grad = self._slope({**begin.params, **self._named(values)}, weights, level)
             adam.step()
             with torch.no_grad():
                 values.copy_(values.clamp(low, high))
             self._n_done += 1
             self._on_step(self._n_done, self._n_steps)
-        end = {**begin, **self._named(values)}
-        end = {key: nearest_in(space.distributions[key], value) for key, value in end.items()}
-        return Point(end, self._losses(space.recipe(end), self._apart))
+        return self._measured({**begin.params, **self._named(values)})
+
+    def _measured(self, params: Params) -> Point:
+        space = self._ground.space
+        params = {key: nearest_in(space.distributions[key], value) for key, value in params.items()}
+        return Point(params, self._losses(space.recipe(params), self._apart))
 
     def _named(self, values: Tensor) -> Params:
         return dict(zip(self._keys, values.tolist(), strict=True))
 
-    def _slope(self, params: Params, weights: Mapping[str, float]) -> Tensor:
-        """Return the slope of what falls, on the next items: (n_coefficients,)."""
+    def _slope(self, params: Params, weights: Mapping[str, float], level: dict[str, float]) -> Tensor:
+        """Return the slope of what falls, on the next items: (n_coefficients,).
+
+        The few items of a step say little of how large a loss is; `level`, its running mean, does.
+        """
         recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
         found = slopes(self._ground.engine, self._ground.merger, recipe, items)
         self._n_passes += found.n_passes
-        factors = self._factors(found.losses, weights, allowed)
+        for name, loss in found.losses.items():
+            level[name] += _NEW * (loss - level[name])
+        excess = {name: found.losses[name] - most for name, most in allowed.items()}
+        factors = self._factors(level, weights, excess)
         table = found.by_group(recipe.groups)
         falls = table["slope"] * table["score_name"].map(factors)
         by_place = falls.groupby([table["group"], table["parameter"], table["expert"]]).sum().to_dict()
@@ -237,17 +249,16 @@ class _Walk:
             total[share.key] += share.weight * by_place.get(place, 0.0)
         return torch.tensor(list(total.values()))
 
-    def _factors(self, losses: Losses, weights: Mapping[str, float], allowed: Losses) -> dict[str, float]:
+    def _factors(self, level: Losses, weights: Mapping[str, float], excess: Losses) -> dict[str, float]:
         """Return the derivative of what falls with respect to each loss."""
         total, own = TINY, {}
         for name, weight in weights.items():
             share = weight / sum(weights.values())
-            total += share * self._links[name].odds(losses[name])
-            own[name] = share * self._links[name].odds_slope(losses[name])
+            total += share * self._links[name].odds(level[name])
+            own[name] = share * self._links[name].odds_slope(level[name])
         for name, scale in self._scales.items():
-            excess = losses[name] - allowed[name]
-            total += max(excess, 0) / scale
-            own[name] = 1 / scale if excess > 0 else 0.0
+            total += max(excess[name], 0) / scale
+            own[name] = 1 / scale if excess[name] > 0 else 0.0
         return {name: slope / total for name, slope in own.items()}
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:

@@ -107,7 +107,7 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
     assert steps == [(step, n_steps) for step in range(1, n_steps + 1)]
     learned = 3 * 3 * 2  # three known models on two items of each of three scores
     guarded = 3 * 2  # the base on the guard's items of each batch
-    measured = 3 * 3 * 2  # the ends of three stretches
+    measured = 4 * 3 * 2  # the start, and the ends of three stretches
     assert found.n_passes == learned + guarded + 3 * 3 * 2 * n_steps + measured
     assert found.links.keys() == {"first", "second"}
 
