@@ -19,7 +19,9 @@ from optimizer.evaluate import Evaluator, Measurement
 from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
+from optimizer.references import References, find_references
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
+from optimizer.sensitivity import RECOMMENDED, anchor_points, measure_sensitivity
 from optimizer.suite import Split
 
 if TYPE_CHECKING:
@@ -147,6 +149,28 @@ class Bench:
         )
         with closing(TransformersEngine(config, self.inputs.base.folder, self.inputs.merger)) as lent:
             yield lent
+
+    def references(self, engine: TransformersEngine) -> References:
+        """Find what to say to the items of the search split; what measured models replied may serve."""
+        measured = [self.run.measurement(candidate.name, "search") for candidate in self.run.candidates()]
+        replies = [frame for frame in measured if frame is not None]
+        return find_references(self.evaluator, engine.lm, replies=replies)
+
+    def measure_sensitivity(self, recommended: MergeRecipe) -> None:
+        """Take the slopes at the base, the uniform average and this merge, unless that was done before."""
+        known = self.run.sensitivity()
+        if known is not None and recommended.digest in set(known["digest"]):
+            return
+        self.progress.at_work("taking the slopes of every coefficient …")
+        points = anchor_points(self.inputs.base_source, self.inputs.expert_sources)
+        with self.transformers() as engine:
+            found = measure_sensitivity(
+                engine,
+                self.inputs.merger,
+                {**points, RECOMMENDED: recommended},
+                self.references(engine),
+            )
+        self.run.write_sensitivity(found)
 
     def close(self) -> None:
         """End the engine."""

@@ -19,10 +19,17 @@ from optimizer import __version__
 from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
     from optimizer.analysis.advice import Verdict
     from optimizer.analysis.task_vectors import TaskVectorStatistics
     from optimizer.engines.engine import EngineKind
+    from optimizer.merging.inputs import Inputs
+    from optimizer.recipe import LayerGroup
     from optimizer.soup import Tasting
+    from optimizer.suite import Suite as EvalSuite
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -110,36 +117,55 @@ def inspect(
     chart: Annotated[
         Path | None, typer.Option(help="Draw the figures, too: a file ending in .svg, .png or .html.")
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Measure where these skills conflict: a suite, a preset's name or a path."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --suite: items at a time where experts reply.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge or retrain? Check that models fit together, and compare what they learned."""
     from optimizer.analysis.advice import as_data, judge
+    from optimizer.analysis.conflicts import sensitivity_as_data
     from optimizer.analysis.task_vectors import task_vector_statistics
     from optimizer.library import find
     from optimizer.merging.inputs import open_inputs
     from optimizer.models import find_model
     from optimizer.search_space_config import layer_groups, read_search_space
+    from optimizer.suite import read_suite
 
     if chart is not None:
         from optimizer.analysis.chart import check_chart_path, write_chart
 
         check_chart_path(chart)
+    if batch_size is not None and suite is None:
+        raise MergetuneError(f"--batch-size {batch_size} goes with --suite. Name a suite, or leave it out.")
     folder = Path()
+    skills = read_suite(find("evals", suite, folder)) if suite is not None else None
     space = read_search_space(find("search_spaces", search_space, folder))
     found = {Path(reference).name: find_model(reference, folder) for reference in experts}
     if len(found) < len(experts):
         raise MergetuneError("The experts' last path components must differ: they are the names.")
     inputs = open_inputs(find_model(base, folder), found)
-    statistics = task_vector_statistics(inputs, layer_groups(space, inputs.base.names))
+    groups = layer_groups(space, inputs.base.names)
+    statistics = task_vector_statistics(inputs, groups)
     verdict = judge(statistics)
+    frame = _probe(inputs, skills, batch_size) if skills is not None else None
     if chart is not None:
-        write_chart(statistics, verdict, chart)
+        write_chart(statistics, verdict, chart, frame)
     if as_json:
-        typer.echo(json.dumps(as_data(statistics, verdict, inputs.warnings), indent=1))
+        data = as_data(statistics, verdict, inputs.warnings)
+        if frame is not None:
+            data["sensitivity"] = sensitivity_as_data(frame, groups)
+        typer.echo(json.dumps(data, indent=1))
         return
     for warning in inputs.warnings:
         _out.print(f"warning: {warning}", highlight=False, markup=False)
     _print_inspection(statistics, verdict)
+    if frame is not None:
+        _print_sensitivity(frame, groups)
 
 
 @app.command()
@@ -375,6 +401,32 @@ def _print_inspection(statistics: TaskVectorStatistics, verdict: Verdict) -> Non
         _out.print(title, style="bold", highlight=False, markup=False)
         for sentence in sentences:
             _out.print(f"- {sentence}", highlight=False, markup=False)
+
+
+def _probe(inputs: Inputs, suite: EvalSuite, batch_size: int | None) -> pd.DataFrame:
+    from optimizer.engines.engine import EngineConfig
+    from optimizer.probe import probe
+
+    return probe(inputs, suite, EngineConfig(kind="transformers", batch_size=batch_size), _remark)
+
+
+def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> None:
+    from optimizer.analysis.conflict_words import HOW_TO_READ, evidence
+    from optimizer.analysis.conflicts import conflicts
+    from optimizer.analysis.tables import sensitivity_sections, sensitivity_tables
+    from optimizer.sensitivity import n_passes, slopes_by_group
+
+    found = conflicts(frame, groups)
+    for table in sensitivity_tables(slopes_by_group(frame, groups), found):
+        _out.print(table)
+    for title, findings in sensitivity_sections(found):
+        _out.print(title, style="bold", highlight=False, markup=False)
+        for finding in findings:
+            _out.print(f"- {finding.sentence}", highlight=False, markup=False)
+            for detail in finding.details:
+                _out.print(f"  - {detail}", highlight=False, markup=False)
+    cost = f"It took {n_passes(frame)} forward passes of one item, a backward pass being two."
+    _out.print(f"{HOW_TO_READ} {evidence(frame)} {cost}", highlight=False, markup=False)
 
 
 def _soup_table(tasting: Tasting) -> Table:

@@ -15,7 +15,7 @@ from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
 from optimizer.engines.engine import EngineKind
-from optimizer.errors import TrialError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.front_space import FrontSpace
@@ -69,6 +69,8 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
                 _confirm(bench, finalists, [uniform_name(len(inputs.experts)), soup])
+                if plan.config.warm_start.kind != "none" and choice and choice.recommendation:
+                    _take_slopes(bench, choice.recommendation)
             except BaseException as error:
                 if not interrupts.requested:
                     raise
@@ -152,6 +154,16 @@ def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Sequence[str]) 
     for candidate in bench.run.candidates():
         if candidate.name in names and candidate.state == "complete":
             bench.confirm(candidate)
+
+
+def _take_slopes(bench: Bench, chosen: Recommendation) -> None:
+    """Take the slopes at the recommended merge and at what it is compared to, where that can be done."""
+    candidate = bench.run.candidate(chosen.name)
+    assert candidate is not None  # measured before
+    try:
+        bench.measure_sensitivity(candidate.recipe)
+    except (MergetuneError, RuntimeError) as error:  # torch has many reasons for the last
+        bench.progress.say(f"no sensitivity: {error}")
 
 
 def _write_best(bench: Bench, chosen: Recommendation | None) -> None:

@@ -11,10 +11,8 @@ from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench
 from optimizer.config import WarmStartConfig
 from optimizer.descent import Ground, Known, Params, descend
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError, TrialError
+from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
-from optimizer.references import References, find_references
 from optimizer.run_dir import WarmStart
 from optimizer.search_space import SearchSpace, nearest_in
 
@@ -62,11 +60,11 @@ def _measure(bench: Bench, space: SearchSpace | FrontSpace, points: Sequence[Par
 def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
     """Descend, or say why not."""
     if config.kind == "none":
-        return WarmStart(reason="it was not asked for")
+        return WarmStart(reason="`warm_start: none`.")
     began = time.perf_counter()
     try:
         found = _descend(bench, config, space)
-    except (MergetuneError, TrialError, RuntimeError) as error:  # torch has many reasons for the last
+    except (MergetuneError, RuntimeError) as error:  # torch has many reasons for the last
         if config.kind == "gradient":
             raise MergetuneError(f"`warm_start: gradient` cannot be done: {error}") from error
         log.info("no warm start", exc_info=True)
@@ -93,7 +91,13 @@ def _descend(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmS
         if candidate.name in names
     }
     with bench.transformers() as engine:
-        ground = Ground(engine, bench.inputs.merger, space, _references(bench, engine), suite, known, n_items)
+        references = bench.references(engine)
+        lacking = [reason for name, reason in references.missing.items() if name in suite.objectives]
+        if lacking:
+            raise MergetuneError(" ".join(lacking))
+        for reason in references.missing.values():
+            bench.progress.say(f"warning: slopes are followed without watching a guard: {reason}")
+        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, n_items)
         found = descend(
             ground,
             start,
@@ -120,17 +124,3 @@ def _start(bench: Bench, space: SearchSpace) -> tuple[str, Params]:
         return best.name, points[best.name]
     middle = {key: (each.low + each.high) / 2 for key, each in space.distributions.items()}
     return "", {key: nearest_in(space.distributions[key], value) for key, value in middle.items()}
-
-
-def _references(bench: Bench, engine: TransformersEngine) -> References:
-    """Find what to say to the items of the search split; the baselines' own replies may serve."""
-    measured = [bench.run.measurement(candidate.name, "search") for candidate in bench.run.candidates()]
-    replies = [frame for frame in measured if frame is not None]
-    found = find_references(bench.evaluator, engine.lm, replies=replies)
-    objectives = bench.evaluator.suite.config.objectives
-    lacking = [reason for name, reason in found.missing.items() if name in objectives]
-    if lacking:
-        raise MergetuneError(" ".join(lacking))
-    for reason in found.missing.values():
-        bench.progress.say(f"warning: following slopes, the guard is not watched: {reason}")
-    return found

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from optimizer.evaluate import Measurement
-from optimizer.recipe import MergeRecipe, RecipeGroup, Source
+from optimizer.recipe import MergeRecipe, RecipeGroup, Source, tensor_place
 from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
 from optimizer.selection import BASE, choose, expert_name
 from optimizer.suite import Split, SuiteConfig
@@ -213,6 +213,44 @@ def measure(plan: Plan, name: str, lambdas: Lambdas, split: Split) -> Measuremen
         ),
         30.0,
     )
+
+
+def sensitivity_frame(scales: Mapping[str, float]) -> pd.DataFrame:
+    """Measure slopes at points of these scales: persona's upper layers harm the tool calls."""
+    rng = np.random.default_rng(3)
+    return pd.DataFrame(
+        {
+            "point": point,
+            "score_name": score,
+            "fold": fold,
+            "n_items": 3,
+            "loss": 2.0 + 0.1 * fold,
+            "tensor": tensor,
+            "parameter": "lambda",
+            "expert": expert,
+            "slope": -scale * (_pull(score, expert, tensor) + rng.normal(scale=0.02)),
+        }
+        for point, scale in scales.items()
+        for score in ("tool_calls", "persona", "general")
+        for fold in range(4)
+        for tensor in _tensors()
+        for expert in EXPERTS
+    )
+
+
+# How much a score gains by an expert, and around which layer.
+_PULLS = {
+    ("tool_calls", "tools"): (0.5, 12),
+    ("tool_calls", "persona"): (-0.3, 24),
+    ("persona", "persona"): (0.4, 22),
+    ("persona", "tools"): (-0.04, 14),
+}
+
+
+def _pull(score: str, expert: str, tensor: str) -> float:
+    size, middle = _PULLS.get((score, expert), (0.0, 0))
+    layer = tensor_place(tensor).layer
+    return 0.0 if layer is None else size * float(np.exp(-(((layer - middle) / 5) ** 2)))
 
 
 def _skill(score: str, lambdas: Lambdas) -> float:

@@ -146,10 +146,10 @@ def test_densities_stay_and_coefficients_of_all_methods_descend_on_their_grid(
 def test_the_slope_of_a_shared_or_interpolated_coefficient_is_that_of_what_it_is_made_of(
     inputs: Inputs,
 ) -> None:
-    shared = {"low": 0.0, "high": 1.0, "shared": True}
+    shared: dict[str, Any] = {"low": 0.0, "high": 1.0, "shared": True}
     for space in (
         space_of(inputs, groups=[], anchors=2),
-        space_of(inputs, **{"lambda": shared}),
+        space_of(inputs, "task_arithmetic", **{"lambda": shared}),
         space_of(inputs),
     ):
         point = {key: 0.3 for key in space.distributions}

@@ -364,6 +364,10 @@ def test_a_nasty_name_in_a_chart_cannot_end_the_script(data: ReportData) -> None
     assert "<script>alert(1)" not in html
 
 
+def test_sensitivity_is_left_out_where_it_was_not_measured(page: Path) -> None:
+    assert "Sensitivity" not in page.read_text(encoding="utf-8")
+
+
 def test_the_script_bundle_is_there_once(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count("window.vegaEmbed=") == 1
 

@@ -125,6 +125,17 @@ def test_baselines_come_first_and_trials_follow(finished: RunDir) -> None:
         assert set(scores) == {"words", "parity", "calm"}
 
 
+def test_the_norm_equalized_average_gives_each_task_vector_the_same_length(finished: RunDir) -> None:
+    found = finished.candidate("average-equalized")
+    assert found is not None
+    lambdas = found.recipe.groups[0].per_expert("lambda")
+    norms = finished.read_json("model.json")["task_vector_norms"]
+    first, second = (lambdas[name] * norms[name] for name in lambdas)
+    assert first == pytest.approx(second)
+    assert sum(lambdas.values()) == pytest.approx(1)
+    assert found.params is not None  # it teaches the sampler
+
+
 def test_the_run_directory_says_how_the_numbers_came_about(finished: RunDir) -> None:
     assert finished.study.digests.keys() == {"suite", "search_space", "base", "a", "lora"}
     assert finished.read_json("versions.json")["torch"] == importlib.metadata.version("torch")

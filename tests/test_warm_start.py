@@ -14,7 +14,7 @@ from test_study import run, write_study
 from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
 from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.recipe import LayerGroup, assign_groups
+from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
 from optimizer.run_dir import RunDir
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig, finer
@@ -47,6 +47,14 @@ def test_points_of_slopes_are_measured_first_and_told_to_the_sampler(finished: t
     assert f"warm start: {len(first)} points by slopes" in printed
     assert start.full_evaluations > 0
     assert start.seconds > 0
+    page = " ".join((found.path / "report" / "index.html").read_text().split())
+    assert f"slopes of the losses were followed to {len(first)} point" in page
+    frame = found.sensitivity()
+    assert frame is not None
+    assert set(frame["point"]) == {"base", "average", "recommended"}
+    best = MergeRecipe.read(found.path / "best" / "recipe.yaml")
+    assert best.digest in set(frame["digest"])
+    assert "<h2>Sensitivity</h2>" in page
     assert "warm start" not in run(found.path.parent / "study.yaml", found.path)  # it was done
 
 

@@ -10,13 +10,17 @@ import altair as alt
 import pandas as pd
 
 from optimizer.analysis.advice import Verdict
+from optimizer.analysis.conflict_words import TITLES
 from optimizer.analysis.task_vectors import PartStatistics, TaskVectorStatistics
 from optimizer.errors import MergetuneError
+from optimizer.report.heat_maps import heat_maps
+from optimizer.report.sensitivity import layer_gains
 from optimizer.report.style import EXPERTS, INK, ORANGE, SKY, WHITE, themed
 
 Format = Literal["svg", "png", "html"]
 _OPTIONS: dict[Format, dict[str, Any]] = {"svg": {}, "png": {"scale_factor": 2}, "html": {"inline": True}}
 _WIDTH = 680
+_MARGIN = 60  # of a heat map, for the names of its layers
 _MOST_LABELLED = 14  # columns; where there are more, cells are too narrow for their figures
 
 
@@ -31,14 +35,24 @@ def check_chart_path(path: Path) -> None:
         raise MergetuneError(f"{path}: the chart's folder must exist, but {path.parent} does not. Make it.")
 
 
-def write_chart(statistics: TaskVectorStatistics, verdict: Verdict, path: Path) -> None:
+def write_chart(
+    statistics: TaskVectorStatistics,
+    verdict: Verdict,
+    path: Path,
+    sensitivity: pd.DataFrame | None = None,
+) -> None:
     """Write the chart as SVG, PNG or an HTML page that opens offline, by the suffix of `path`."""
-    chart = themed(draw(statistics, verdict).properties(background="white", padding=16))
+    chart = themed(draw(statistics, verdict, sensitivity).properties(background="white", padding=16))
     chart.save(str(path), format=_format(path), **_OPTIONS[_format(path)])
 
 
-def draw(statistics: TaskVectorStatistics, verdict: Verdict) -> alt.ConcatChart:
-    """Draw lengths as bars and, below them, a row of cells per pair, in the order of the groups."""
+def draw(
+    statistics: TaskVectorStatistics, verdict: Verdict, sensitivity: pd.DataFrame | None = None
+) -> alt.ConcatChart:
+    """Draw lengths as bars and, below them, a row of cells per pair, in the order of the groups.
+
+    Where sensitivity was measured, a row of heat maps follows for each point.
+    """
     parts = (*statistics.groups, statistics.whole)
     panels: list[Any] = [_lengths(vector_frame(parts))]
     if statistics.whole.pairs:
@@ -49,6 +63,8 @@ def draw(statistics: TaskVectorStatistics, verdict: Verdict) -> alt.ConcatChart:
             _cells(frame, "cosine", cosine, ".2f", [ORANGE, WHITE, SKY], [-0.5, 0.0, 0.5]),
             _cells(frame, "conflict", conflict, ".0%", [SKY, WHITE, ORANGE], [0.25, 0.5, 0.75]),
         ]
+    if sensitivity is not None:
+        panels += _heat_maps(sensitivity)
     headline, _, cause = verdict.summary.replace("`", "").partition(": ")
     title = alt.TitleParams(
         headline,
@@ -141,6 +157,22 @@ def _cells(
         layers.append(text.encode(text=alt.Text(f"{column}:Q", format=figure)))
     height = max(34, 26 * len(pairs))
     return alt.LayerChart(layer=layers).properties(width=_WIDTH, height=height, title=_title(title))
+
+
+def _heat_maps(sensitivity: pd.DataFrame) -> list[alt.ConcatChart]:
+    """Draw the gains of single layers, a map for each score."""
+    maps = []
+    for point, layers in layer_gains(sensitivity).groupby("point", sort=False):
+        width = _WIDTH // layers["score_name"].nunique() - _MARGIN
+        title = alt.TitleParams(
+            f"{TITLES[str(point)]}: what a little more of each expert does, layer by layer",
+            subtitle="Pale: within the noise. Diamond: clearly helps one score and harms another.",
+            frame="group",
+            offset=14,
+        )
+        drawn = [each.properties(width=max(width, _MARGIN)) for each in heat_maps(layers)]
+        maps.append(alt.concat(*drawn, title=title).resolve_scale(color="independent"))
+    return maps
 
 
 def _across(frame: pd.DataFrame) -> alt.X:

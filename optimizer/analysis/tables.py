@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import pandas as pd
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from optimizer.analysis.advice import Verdict
+from optimizer.analysis.conflict_words import TITLES, Finding, decimals, findings, with_error
+from optimizer.analysis.conflicts import Conflict
 from optimizer.analysis.task_vectors import (
     GAUSSIAN_OVERLAP,
     GAUSSIAN_REDUNDANCY,
@@ -17,8 +20,10 @@ from optimizer.analysis.task_vectors import (
     TaskVectorStatistics,
     VectorStatistics,
 )
+from optimizer.sensitivity import COEFFICIENT
 
 _EXPERTS_ABREAST = 3
+_SCORES_ABREAST = 3
 _PAIRS_BY_GROUP = 3  # of more pairs, only the figures of the whole model are shown
 _ABSENT = "–"
 
@@ -44,6 +49,27 @@ def verdict_sections(verdict: Verdict) -> Iterator[tuple[str, list[str]]]:
     reasons = [f"{pair.first} · {pair.second}: {' '.join(pair.reasons)}" for pair in shown]
     yield verdict.summary, [*reasons, *verdict.notes]
     yield "What to do", list(verdict.next_steps)
+
+
+def sensitivity_tables(by_group: pd.DataFrame, found: Sequence[Conflict]) -> Iterator[Table]:
+    """Yield the gains of every score by layer group and expert, with their errors: a table per point.
+
+    Args:
+        by_group: of `slopes_by_group`.
+        found: the conflicts in the same groups; what they lie in is marked.
+    """
+    for point in by_group["point"].unique():
+        rows = by_group[by_group["point"] == point]
+        scores = list(rows["score_name"].unique())
+        marked = _marked([conflict for conflict in found if conflict.point == point])
+        for start in range(0, len(scores), _SCORES_ABREAST):
+            yield _gain_table(point, rows, scores[start : start + _SCORES_ABREAST], marked)
+
+
+def sensitivity_sections(found: Sequence[Conflict]) -> Iterator[tuple[str, list[Finding]]]:
+    """Yield a title for each point with what is to be said of it."""
+    for point in dict.fromkeys(conflict.point for conflict in found):
+        yield TITLES[point], findings(point, [each for each in found if each.point == point])
 
 
 def _vector_table(parts: tuple[PartStatistics, ...], experts: list[str]) -> Table:
@@ -92,6 +118,43 @@ def _overview(statistics: TaskVectorStatistics, verdict: Verdict) -> Table:
             _number(pair.norm_ratio, 2),
         )
     return table
+
+
+def _gain_table(
+    point: str, rows: pd.DataFrame, scores: Sequence[str], marked: set[tuple[str, str, str]]
+) -> Table:
+    table = _table(f"{TITLES[point]}: gain in nats per unit of the coefficient (!: in conflict)")
+    table.add_column("layer group", overflow="fold", min_width=11)
+    table.add_column("expert", overflow="fold", min_width=7)
+    for score in scores:
+        table.add_column(escape(score), justify="right", no_wrap=True)
+    digits = {score: _column_decimals(rows[rows["score_name"] == score]["slope"]) for score in scores}
+    last = ""
+    for key, own in rows.groupby(COEFFICIENT, sort=False):
+        group, parameter, expert = map(str, key)
+        slopes = own.set_index("score_name")[["slope", "stderr"]]
+        cells = []
+        for score in scores:
+            slope, stderr = map(float, slopes.loc[score])
+            mark = "!" if (score, group, expert) in marked else " "
+            cells.append(f"{with_error(-slope, stderr, digits[score])} {mark}")
+        table.add_row(escape(group) if group != last else "", escape(expert or parameter), *cells)
+        last = group
+    return table
+
+
+def _column_decimals(slopes: pd.Series[float]) -> int:
+    return max(2, decimals(float(slopes.abs().max()), 2))
+
+
+def _marked(found: Sequence[Conflict]) -> set[tuple[str, str, str]]:
+    """Return score, group and expert wherever a conflict lies."""
+    return {
+        (pull.score_name, place.group, place.expert)
+        for conflict in found
+        for place in conflict.places
+        for pull in (conflict.first, conflict.second)
+    }
 
 
 def _table(title: str) -> Table:

@@ -18,10 +18,12 @@ from optimizer.report.insights import (
     influences,
 )
 from optimizer.report.metric import Metric, metrics_of
+from optimizer.report.sensitivity import Sensitivity, sensitivity
 from optimizer.report.verdict import Verdict, judge
 from optimizer.resampling import Hypervolume
-from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord
+from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from optimizer.selection import PLAUSIBLE, Recommendation, Scores
+from optimizer.sensitivity import single_layers
 from optimizer.suite import Split, SuiteConfig
 
 Role = Literal["base", "expert", "average", "merge"]
@@ -95,9 +97,11 @@ class ReportData:
     hypervolume: tuple[float, ...]  # after each entry
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
     depth: tuple[DepthValue, ...]
+    sensitivity: Sensitivity | None
     changes: tuple[Changes, ...]
     confirmation: Confirmation
     noise: Noise | None
+    warm_start: WarmStart | None
     volume: Hypervolume | None
     unsmoothed: Mapping[str, str]  # why, by metric
     cost: Cost
@@ -174,9 +178,11 @@ def gather(run: RunDir) -> ReportData:
         hypervolume=_hypervolume(entries, suite) if anchored else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
         depth=tuple(_depth(run, chosen, complete)),
+        sensitivity=_sensitivity(run, candidates),
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
         confirmation=confirmed_by,
         noise=noise,
+        warm_start=run.warm_start(),
         volume=choice.hypervolume(suite) if choice else None,
         unsmoothed=choice.smoothing.notes if choice else {},
         cost=_total([candidate.cost for candidate in candidates]),
@@ -256,6 +262,15 @@ def _depth(run: RunDir, chosen: Recommendation | None, candidates: Sequence[Cand
         return []
     recipe = next(c.recipe for c in candidates if c.name == chosen.name)
     return coefficients_over_depth(recipe, model["tensors"])
+
+
+def _sensitivity(run: RunDir, candidates: Sequence[Candidate]) -> Sensitivity | None:
+    """Gather the sensitivity, by the layer groups of the search space; before a trial, by single layers."""
+    frame = run.sensitivity()
+    if frame is None:
+        return None
+    searched = [candidate.recipe.groups for candidate in candidates if candidate.kind == "trial"]
+    return sensitivity(frame, searched[0] if searched else single_layers(frame["tensor"]))
 
 
 def _changes(

@@ -14,7 +14,7 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
-from optimizer.report import charts, study_charts
+from optimizer.report import charts, heat_maps, study_charts
 from optimizer.report.data import Entry, ReportData, gather
 from optimizer.report.insights import MIN_TRIALS
 from optimizer.report.style import themed
@@ -121,6 +121,10 @@ def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
         "importance": [study_charts.importance(data, name) for name in explained],
         "depth": study_charts.depth_panels(data),
         "cost": [study_charts.cost(data)] if data.entries else [],
+        **{
+            f"sensitivity:{each.point}": heat_maps.heat_maps(each.layers)
+            for each in (data.sensitivity.points if data.sensitivity else ())
+        },
     }
 
 

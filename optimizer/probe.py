@@ -1,0 +1,94 @@
+"""The probe: sensitivity without a study, from a base, its experts and a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import cast
+
+import pandas as pd
+from lm_eval.api.model import TemplateLM
+
+from optimizer.engines.engine import EngineConfig
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.errors import MergetuneError
+from optimizer.evaluate import Documents, Evaluator
+from optimizer.merging.inputs import Inputs
+from optimizer.recipe import MergeRecipe
+from optimizer.references import References, find_references
+from optimizer.sensitivity import anchor_points, measure_sensitivity
+from optimizer.suite import Suite
+
+N_ITEMS = 12  # of each score
+_CANDIDATES = 48  # documents of each task among which items with an answer are looked for
+
+
+def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str], None]) -> pd.DataFrame:
+    """Measure the sensitivity at the base and at the uniform average, on items of the search split.
+
+    Args:
+        inputs: the models.
+        suite: the objectives and guards.
+        config: the engine's options.
+        say: is told what is under way, and which scores have to be left out.
+
+    Returns:
+        As `measure_sensitivity`.
+
+    Raises:
+        MergetuneError: no item has a reference, or the engine cannot hold these models.
+    """
+    evaluator = Evaluator(suite)
+    with closing(TransformersEngine(config, inputs.base.folder, inputs.merger)) as engine:
+        references = _references(engine, evaluator, inputs, say)
+        for reason in references.missing.values():
+            say(f"warning: {reason}")
+        if not references.items:
+            raise MergetuneError(
+                f"{suite.path}: slopes need items of which it is known what a model should reply, but none "
+                "has an answer, and no expert replies well. Give items with answers, or experts that can."
+            )
+        say(f"slopes on up to {N_ITEMS} items of {', '.join(references.by_score)} …")
+        points = anchor_points(inputs.base_source, inputs.expert_sources)
+        return measure_sensitivity(engine, inputs.merger, points, references, n_items=N_ITEMS)
+
+
+def _references(
+    engine: TransformersEngine, evaluator: Evaluator, inputs: Inputs, say: Callable[[str], None]
+) -> References:
+    """Find references; for scores whose items have no answers, in what the experts reply."""
+    lm = cast(TemplateLM, engine.lm)
+    documents = evaluator.documents("search")
+    found = find_references(evaluator, lm, _spread(documents, _CANDIDATES))
+    unanswered = {
+        name: indices
+        for name, indices in documents.items()
+        if evaluator.tasks[name].score_name in found.missing
+    }
+    if not unanswered:
+        return found
+    asked = _spread(unanswered, N_ITEMS)
+    replies = []
+    for expert in inputs.expert_sources:
+        say(f"replies of {expert} to {sum(map(len, asked.values()))} items without an answer …")
+        engine.load(_alone(inputs, expert))
+        replies.append(evaluator.measure_documents(engine.lm, asked).items)
+    shown = find_references(evaluator, lm, asked, replies)
+    names = list(evaluator.suite.config.scores)
+    items = sorted((*found.items, *shown.items), key=lambda each: names.index(each.score_name))
+    return References(tuple(items), shown.missing)
+
+
+def _alone(inputs: Inputs, expert: str) -> MergeRecipe:
+    """Return the recipe that gives one expert back."""
+    experts = inputs.expert_sources
+    lambdas = {name: float(name == expert) for name in experts}
+    return MergeRecipe.of_one_group("task_arithmetic", inputs.base_source, experts, {"lambda": lambdas})
+
+
+def _spread(documents: Documents, most: int) -> dict[str, Sequence[int]]:
+    """Return some of each task's documents, evenly spread over all of them."""
+    return {
+        name: [indices[i * len(indices) // most] for i in range(most)] if len(indices) > most else indices
+        for name, indices in documents.items()
+    }
