@@ -309,13 +309,19 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
     temporary.replace(path)
 
 
-def log_to(path: Path) -> None:
-    """Send all log records to a file, with times."""
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send all log records to a file, with times, while the block runs."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     logging.getLogger("mergetune").setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _flat(data: Any, path: str = "") -> dict[str, Any]:

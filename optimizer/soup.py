@@ -152,8 +152,11 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
         write_merged(plan.out, soup_recipe(list(plan.models), inputs), inputs)
         return None
     evaluator = Evaluator(plan.study.suite)
-    with run.claim(plan.study.record(inputs)), Progress(console) as progress:
-        log_to(run.path / "run.log")
+    with (
+        run.claim(plan.study.record(inputs)),
+        log_to(run.path / "run.log"),
+        Progress(console) as progress,
+    ):
         write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")

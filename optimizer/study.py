@@ -46,14 +46,17 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     plan = Plan.read(study_file, engine)
     inputs = plan.open_inputs(out)
     space = _bound(plan.space, inputs, plan.config.seed)
-    grain = plan.config.warm_start.grain
-    is_fine = grain != "search_space"
-    fine = _bound(finer(plan.space, grain, inputs.base.names), inputs, plan.config.seed) if is_fine else space
+    finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
+    fine = _bound(finer_space, inputs, plan.config.seed)
     evaluator = Evaluator(plan.suite)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
-    with run.claim(plan.record(inputs)), Progress(console) as progress, Interrupts() as interrupts:
-        log_to(out / "run.log")
+    with (
+        run.claim(plan.record(inputs)),
+        log_to(out / "run.log"),
+        Progress(console) as progress,
+        Interrupts() as interrupts,
+    ):
         write_facts(run, inputs, evaluator, leaks)
         for warning in (*inputs.warnings, *leaks):
             progress.say(f"warning: {warning}")

@@ -30,7 +30,7 @@ def start_search(
         bench: where the baselines were measured.
         config: whether to follow slopes at all.
         space: the study's search space.
-        fine: the space to descend in; `space` itself for its own grain.
+        fine: the space to descend in, of the grain that `config` names.
 
     Raises:
         MergetuneError: it was asked for and cannot be done.
@@ -41,7 +41,7 @@ def start_search(
         bench.run.write_warm_start(found)
     if not found.points:
         return space
-    if fine is space:
+    if config.grain == "search_space":
         _measure(bench, space, found.points)
         return space
     around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
