@@ -50,7 +50,7 @@ class DescentConfig:
     full_evaluations: float = 4.0
     fewest: int = 2
     most: int = 16
-    apart: int = 8
+    apart: int = 4
     first_steps: int = 8
     next_steps: int = 3
     rate: float = 0.2
@@ -173,7 +173,7 @@ class _Walk:
         to_come = (2 + len(self._others)) * len(self._apart.items)
         left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
         passes_of_one = PASSES * len(items.by_score) + len(self._scales)  # and the guards' references
-        n_items = int(left / (self._n_steps * passes_of_one))
+        n_items = round(left / (self._n_steps * passes_of_one))
         return min(max(n_items, self._config.fewest), self._config.most)
 
     def _learn(self) -> tuple[dict[str, ScoreLink], dict[str, float]]:
