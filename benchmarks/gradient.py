@@ -3,8 +3,8 @@
     export OMP_NUM_THREADS=1 TQDM_DISABLE=1
     python benchmarks/gradient.py --folder DIR [--pair small | smollm2] [--seeds 2 3 4 5 6] [--json FILE]
 
-`small`: Llamas trained from scratch, a base and three experts for each seed (`small_skills.py`); the descent's
-settings were chosen on seeds 0 and 1.
+`small`: Llamas trained from scratch, a base and three experts for each seed (`small_skills.py`). The
+descent's settings were chosen on seeds 0 and 1.
 `smollm2`: the two experts of examples/taskmaster; the seed is the study's.
 
 Every arm is a study of its own: `sampler` without gradients, `gradient` with points found by descent before
