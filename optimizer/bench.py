@@ -16,6 +16,7 @@ from optimizer.engines.engine import Engine, EngineConfig, EngineKind
 from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator, Measurement
+from optimizer.gradients import has_slopes
 from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
@@ -138,36 +139,47 @@ class Bench:
     @contextmanager
     def transformers(self) -> Iterator[TransformersEngine]:
         """Lend a transformers engine that merges the same models; vLLM makes room until it is needed."""
-        from optimizer.engines.transformers_engine import TransformersEngine
+        from optimizer.engines.transformers_engine import TransformersEngine, free_memory
 
         if isinstance(self.engine, TransformersEngine):
             yield self.engine
             return
         self.close()
-        config = EngineConfig(
-            kind="transformers", dtype=self._config.dtype, max_length=self._config.max_length
-        )
-        with closing(TransformersEngine(config, self.inputs.base.folder, self.inputs.merger)) as lent:
-            yield lent
+        shared = self._config.model_dump(include={"dtype", "max_length", "device"})
+        try:
+            config = EngineConfig(kind="transformers", **shared)
+            with closing(TransformersEngine(config, self.inputs.base.folder, self.inputs.merger)) as lent:
+                yield lent
+        finally:
+            free_memory()  # even if it could not be started
 
     def references(self, engine: TransformersEngine) -> References:
-        """Find what to say to the items of the search split; what measured models replied may serve."""
-        measured = [self.run.measurement(candidate.name, "search") for candidate in self.run.candidates()]
+        """Find what to say to the items of the search split; what the base and the experts said may serve.
+
+        What a merge said may not: its own words would be what its loss and slopes are taken on.
+        """
+        names = [name for name in self.scores if not selection.is_merge(name)]
+        measured = [self.run.measurement(name, "search") for name in names]
         replies = [frame for frame in measured if frame is not None]
-        return find_references(self.evaluator, engine.lm, replies=replies)
+        found = find_references(self.evaluator, engine.lm, replies=replies)
+        for reason in found.missing.values():
+            self.progress.say(f"warning: slopes are taken without a score: {reason}")
+        return found
 
     def measure_sensitivity(self, recommended: MergeRecipe) -> None:
         """Take the slopes at the base, the uniform average and this merge, unless that was done before."""
+        points = anchor_points(self.inputs.base_source, self.inputs.expert_sources)
+        points[RECOMMENDED] = recommended
+        wanted = {recipe.digest for recipe in points.values() if has_slopes(recipe.method)}
         known = self.run.sensitivity()
-        if known is not None and recommended.digest in set(known["digest"]):
+        if known is not None and (known.empty or wanted <= set(known["digest"])):
             return
         self.progress.at_work("taking the slopes of every coefficient …")
-        points = anchor_points(self.inputs.base_source, self.inputs.expert_sources)
         with self.transformers() as engine:
             found = measure_sensitivity(
                 engine,
                 self.inputs.merger,
-                {**points, RECOMMENDED: recommended},
+                points,
                 self.references(engine),
             )
         self.run.write_sensitivity(found)

@@ -98,7 +98,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Descent:
-    """Points that no other one betters in every objective's loss, and what they cost.
+    """Points that no other one betters in every objective's loss, nor the start, and what they cost.
 
     Attributes:
         points: the points, that of the objectives' own weights first if it is among them.
@@ -165,8 +165,9 @@ class _Walk:
             points.append(self._stretch(first, own, self._config.next_steps))
         every = [*points, begin]
         gains = np.array([[-point.losses[name] for name in self._objectives] for point in every])
-        kept = [every[i] for i in sorted(pareto.front(gains))]
-        return Descent(tuple(point for point in kept if point is not begin), self._n_passes, self._links)
+        kept = {str(every[i].params): every[i] for i in sorted(pareto.front(gains))}
+        kept.pop(str(begin.params), None)  # measured before
+        return Descent(tuple(kept.values()), self._n_passes, self._links)
 
     def _step_size(self, items: References) -> int:
         """Return how many items of each score a step may look at, for what is left to spend."""
@@ -185,7 +186,8 @@ class _Walk:
             values = np.array(
                 [suite.objectives[name].sign * each.scores[name].value for each in known.values()]
             )
-            shares = (values - values.min()) / (float(np.ptp(values)) or 1.0)
+            gain = float(np.ptp(values))
+            shares = (values - values.min()) / gain if gain else np.ones_like(values)
             links[name] = fit_link([own[name] for own in losses.values()], shares.tolist())
         scales = {
             name: max(losses[reference_name(guard)][name], TINY)

@@ -64,7 +64,14 @@ def _multipliers(
     """Return each smooth coefficient's multiplier: that of the coarse group where its first tensor is."""
     coarse_of, fine_of = assign_groups(coarse, tensor_names), assign_groups(fine.groups, tensor_names)
     place = {group.name: coarse_of[name].name for name, group in reversed(fine_of.items())}
-    return {
-        share.key: ".".join(filter(None, ("times", place[share.group], share.expert)))
-        for share in fine.smooth_shares()
-    }
+    experts: dict[str, set[str]] = {}
+    places: dict[str, str] = {}
+    for share in fine.smooth_shares():
+        experts.setdefault(share.key, set()).add(share.expert)
+        places.setdefault(share.key, place[share.group])
+    return {key: ".".join(filter(None, ("times", places[key], _only(own)))) for key, own in experts.items()}
+
+
+def _only(experts: set[str]) -> str:
+    """Return the expert that a coefficient is for; nothing where it is for several."""
+    return next(iter(experts)) if len(experts) == 1 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,13 +33,11 @@ class Slopes:
             all experts) with the slope: the derivative of the loss with respect to this coefficient of
             this tensor alone.
         n_items: the items that were looked at.
-        seconds: how long it took, without loading the weights.
     """
 
     losses: dict[str, float]
     table: pd.DataFrame
     n_items: int
-    seconds: float
 
     @property
     def n_passes(self) -> int:
@@ -71,7 +68,7 @@ def slopes(
     references: References,
     *,
     max_tokens: int = MAX_TOKENS,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
 ) -> Slopes:
     """Return the slopes of every objective's and guard's loss at a recipe.
 
@@ -85,7 +82,8 @@ def slopes(
         recipe: where.
         references: what to say to which items.
         max_tokens: the most tokens in one batch; each batch is one backward pass.
-        checkpointing: whether activations are computed twice instead of kept.
+        checkpointing: whether activations are computed twice instead of kept; by default where an item
+            alone is longer than `max_tokens`.
 
     Raises:
         MergetuneError: the method has no coefficient that a slope could be taken of.
@@ -97,13 +95,16 @@ def slopes(
             "Take another method, or search without gradients."
         )
     engine.load(recipe)
-    start = time.perf_counter()
     losses: dict[str, float] = {}
     rows: list[tuple[str, str, str, str, float]] = []
     for score_name, own in references.by_score.items():
         losses[score_name] = 0.0
         totals = _Totals(merger, recipe)
-        recomputed = recomputed_activations(engine.model) if checkpointing else nullcontext()
+        if not totals.names:
+            raise MergetuneError("No expert changes any tensor, so that there are no slopes. Give others.")
+        is_long = max(each.n_tokens * len(each.texts) for each in own) > max_tokens
+        twice = is_long if checkpointing is None else checkpointing
+        recomputed = recomputed_activations(engine.model) if twice else nullcontext()
         with each_gradient(engine.model, totals.names, totals.add), recomputed, torch.enable_grad():
             for batch, weights in batches(own, max_tokens):
                 each = item_losses(engine.model, batch)
@@ -112,7 +113,7 @@ def slopes(
                 losses[score_name] += float(loss.detach())
         rows += [(score_name, *key, slope) for key, slope in totals.values.items()]
     table = pd.DataFrame(rows, columns=["score_name", "tensor", "parameter", "expert", "slope"])
-    return Slopes(losses, table, len(references.items), time.perf_counter() - start)
+    return Slopes(losses, table, len(references.items))
 
 
 class _Totals:

@@ -61,6 +61,9 @@ def count_layers(names: Iterable[str]) -> int:
     return 1 + max((layer for layer in layers if layer is not None), default=-1)
 
 
+OUTSIDE_LAYERS = r"^(?!(?:.*\.)?\d+\.)"  # matches names without a numbered part
+
+
 class LayerGroup(Strict):
     """A named set of tensors that share coefficients; a tensor belongs if every selector given takes it.
 

@@ -109,8 +109,8 @@ def find_references(
 
     Prompts, few-shot examples, chat template and tokens are those of the evaluation: lm-eval builds
     them here, too. Of a question with choices all are taken, and of a text to be scored the text. A
-    reply to be generated is the reply in `replies` that scores best or, where that does no better, the
-    item's answer as the examples show it (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
+    reply to be generated is the reply in `replies` that scores best or, where that does worse, the item's
+    answer as the examples show it (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
     of the best score that any of them has in its task, the answer being scored as a reply is. So items
     without an answer, such as those of the scorer `regex`, have a reference where some model shows one.
 

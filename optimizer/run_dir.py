@@ -37,7 +37,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from optimizer.config import Grain, StudyConfig
+from optimizer.config import StudyConfig
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Measurement, Score
@@ -106,13 +106,12 @@ class Candidate(Strict):
 class WarmStart(Strict):
     """What following the slopes led to, and what it cost.
 
-    `points` are points of the space descended in, whose grain is `grain`; where there are none, `reason`
-    says why. `full_evaluations` counts forward passes of one item, a backward pass as two, in evaluations
-    of the search split.
+    `points` are points of the space descended in; where there are none, `reason` says why.
+    `full_evaluations` counts forward passes of one item, a backward pass as two, in evaluations of the
+    search split.
     """
 
     points: tuple[dict[str, float], ...] = ()
-    grain: Grain = "search_space"
     reason: str | None = None
     full_evaluations: float = 0.0
     seconds: float = 0.0

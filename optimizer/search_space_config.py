@@ -10,10 +10,8 @@ from pydantic import ConfigDict, Field, model_validator
 from optimizer.config import Grain
 from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter, full_options
-from optimizer.recipe import LayerGroup, Role, assign_groups, count_layers
+from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, Role, assign_groups, count_layers
 from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys
-
-_OUTSIDE = r"^(?!(?:.*\.)?\d+\.)"  # no numbered part in the name
 
 
 class Range(Strict):
@@ -138,18 +136,26 @@ def read_search_space(path: Path) -> SearchSpaceConfig:
 
 
 def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
-    """Return a search space with the same ranges, but those of single groups, and with smaller groups."""
+    """Return a search space of groups with smaller ones, whose ranges are those of where they come from."""
     if grain == "search_space":
         return config
-    groups = [SpaceGroup(name="outside", match=_OUTSIDE)]
+    groups = [LayerGroup(name="outside", match=OUTSIDE_LAYERS)]
     for i in range(count_layers(tensor_names)):
         if grain == "layers":
-            groups.append(SpaceGroup(name=f"layer{i}", layers=(i, i)))
+            groups.append(LayerGroup(name=f"layer{i}", layers=(i, i)))
         else:
-            groups.append(SpaceGroup(name=f"attention{i}", layers=(i, i), roles=("attention",)))
             others: tuple[Role, ...] = ("embeddings", "mlp", "norms", "head")
-            groups.append(SpaceGroup(name=f"mlp{i}", layers=(i, i), roles=others))
-    return config.model_copy(update={"groups": tuple(groups), "anchors": None})
+            groups.append(LayerGroup(name=f"attention{i}", layers=(i, i), roles=("attention",)))
+            groups.append(LayerGroup(name=f"mlp{i}", layers=(i, i), roles=others))
+    coarse = assign_groups(layer_groups(config, tensor_names), tensor_names)
+    coarse_of = {group.name: coarse[name].name for name, group in assign_groups(groups, tensor_names).items()}
+    ranges = {group.name: group.ranges for group in config.groups}
+    finer_groups = [
+        SpaceGroup.model_validate({**group.model_dump(exclude_none=True), **ranges[coarse_of[group.name]]})
+        for group in groups
+        if group.name in coarse_of
+    ]
+    return config.model_copy(update={"groups": tuple(finer_groups)})
 
 
 def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list[LayerGroup]:
@@ -175,7 +181,7 @@ def _anchor_groups(n_layers: int) -> list[LayerGroup]:
         raise MergetuneError("`anchors` needs a model with numbered layers. Use `groups` instead.")
     layers = [LayerGroup(name=f"layer{i}", layers=(i, i)) for i in range(n_layers)]
     return [
-        LayerGroup(name="before", roles=("embeddings",), match=_OUTSIDE),
+        LayerGroup(name="before", roles=("embeddings",), match=OUTSIDE_LAYERS),
         *layers,
-        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=_OUTSIDE),
+        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=OUTSIDE_LAYERS),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from optimizer.recipe import LayerGroup, MergeRecipe, Source, assign_groups, tensor_place
+from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, MergeRecipe, Source, assign_groups, tensor_place
 
 if TYPE_CHECKING:  # reports read sensitivities, and need no torch for it
     from optimizer.engines.transformers_engine import TransformersEngine
@@ -30,7 +30,7 @@ COLUMNS = [
 ]
 COEFFICIENT = ["group", "parameter", "expert"]  # the columns that name a coefficient of layer groups
 
-_OUTSIDE = LayerGroup(name="outside", match=r"^(?!(.*\.)?\d+\.)")  # no numbered part in the name
+_OUTSIDE = LayerGroup(name="outside", match=OUTSIDE_LAYERS)
 
 
 def measure_sensitivity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
 from optimizer.engines.engine import EngineKind
-from optimizer.errors import MergetuneError, TrialError
+from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
 from optimizer.front_space import FrontSpace
@@ -25,13 +26,17 @@ from optimizer.merging.inputs import Inputs
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
-from optimizer.run_dir import HoldoutUse, RunDir, log_to
+from optimizer.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig, finer
 from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
 from optimizer.warm_start import start_search
+
+_TRIAL = "trial-"  # begins the names of what the sampler proposed
+
+log = logging.getLogger("mergetune")
 
 
 def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind | None = None) -> Path:
@@ -66,9 +71,10 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
-                if plan.config.budget.trials > 0:
-                    searched = start_search(bench, plan.config.warm_start, space, fine)
-                    _search(plan, searched, bench, interrupts)
+                budget = plan.config.budget
+                n_trials = budget.trials if _spent_s(run) < budget.hours * 3600 else 0
+                searched = start_search(bench, plan.config.warm_start, space, fine, n_trials)
+                _search(plan, searched, bench, interrupts)
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
                 _confirm(bench, finalists, [uniform_name(len(inputs.experts)), soup])
@@ -96,15 +102,13 @@ def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupt
     """Ask, merge, evaluate, tell, until the budget is spent."""
     run, suite = bench.run, plan.suite.config
     known = run.candidates()
-    n_trials = sum(candidate.kind == "trial" for candidate in known)
+    n_trials = _last_number(known)
     sampler = make_sampler(plan.config.sampler, len(space.distributions), plan.config.seed + len(known))
     directions = [objective.direction for objective in suite.objectives.values()]
     search = open_search(run.path / "study.db", directions, sampler)
     catch_up(search, known, space.distributions, bench.outcome)
     budget = plan.config.budget
-    spent_s = sum(candidate.cost.total_s for candidate in known)
-    if (start := run.warm_start()) is not None:
-        spent_s += start.seconds
+    spent_s = _spent_s(run)
     started, seconds_per_trial = time.monotonic(), None
     last = budget.trials if space.distributions else 1  # with nothing to search one trial says it all
     for number in range(n_trials + 1, last + 1):
@@ -117,7 +121,7 @@ def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupt
             break
         bench.progress.at_work(_standing(bench, number, budget.trials, seconds_per_trial))
         trial = search.ask(dict(space.distributions))
-        name = f"trial-{number:04d}"
+        name = f"{_TRIAL}{number:04d}"
         trial.set_user_attr(CANDIDATE, name)
         try:
             recipe = space.recipe(trial.params)
@@ -133,6 +137,18 @@ def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupt
         for guard, excess in constraints.items():
             trial.set_constraint(guard, excess)
         search.tell(trial, values)
+
+
+def _last_number(known: Sequence[Candidate]) -> int:
+    """Return the number of the last trial, which may be greater than how many were measured."""
+    names = [candidate.name for candidate in known if candidate.kind == "trial"]
+    return max([len(names), *(int(name.removeprefix(_TRIAL)) for name in names if name.startswith(_TRIAL))])
+
+
+def _spent_s(run: RunDir) -> float:
+    """Return the seconds that went into measuring candidates and following slopes."""
+    start = run.warm_start()
+    return sum(candidate.cost.total_s for candidate in run.candidates()) + (start.seconds if start else 0)
 
 
 def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Sequence[str]) -> None:
@@ -165,7 +181,8 @@ def _take_slopes(bench: Bench, chosen: Recommendation) -> None:
     assert candidate is not None  # measured before
     try:
         bench.measure_sensitivity(candidate.recipe)
-    except (MergetuneError, RuntimeError) as error:  # torch has many reasons for the last
+    except Exception as error:  # whatever it is, the report and the merged model are still to come
+        log.exception("no sensitivity")
         bench.progress.say(f"no sensitivity: {error}")
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("mergetune")
 
 
 def start_search(
-    bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace
+    bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace, n_trials: int
 ) -> SearchSpace | FrontSpace:
     """Follow the slopes and measure where they lead, unless that was done; returns the space to search.
 
@@ -31,24 +31,27 @@ def start_search(
         config: whether to follow slopes at all.
         space: the study's search space.
         fine: the space to descend in, of the grain that `config` names.
+        n_trials: how many points may be measured.
 
     Raises:
         MergetuneError: it was asked for and cannot be done.
     """
     found = bench.run.warm_start()
+    if found is None and n_trials == 0:
+        return space
     if found is None:
         found = _follow_slopes(bench, config, fine)
         bench.run.write_warm_start(found)
     if not found.points:
         return space
     if config.grain == "search_space":
-        _measure(bench, space, found.points)
+        _measure(bench, space, found.points[:n_trials])
         return space
     around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
     for candidate in bench.run.candidates():
         if candidate.kind == "baseline" and candidate.params is not None:
             bench.run.write_candidate(candidate.model_copy(update={"params": None}), None)
-    _measure(bench, around, [around.corner(number) for number in range(len(found.points))])
+    _measure(bench, around, [around.corner(number) for number in range(len(found.points))][:n_trials])
     return around
 
 
@@ -63,22 +66,20 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
         return WarmStart(reason="`warm_start: none`.")
     began = time.perf_counter()
     try:
-        found = _descend(bench, config, space)
-    except (MergetuneError, RuntimeError) as error:  # torch has many reasons for the last
+        found = _descend(bench, space)
+    except Exception as error:  # transformers and torch have many ways to say that they cannot
         if config.kind == "gradient":
             raise MergetuneError(f"`warm_start: gradient` cannot be done: {error}") from error
-        log.info("no warm start", exc_info=True)
-        bench.progress.say(f"warm start: none; {error}")
-        return WarmStart(reason=str(error))
+        log.exception("no warm start")
+        found = WarmStart(reason=str(error))
     found = found.model_copy(update={"seconds": time.perf_counter() - began})
-    bench.progress.say(
-        f"warm start: {len(found.points)} points by slopes for the cost of {found.full_evaluations:.1f} full "
-        f"evaluations, {found.seconds:.1f} s"
-    )
+    what = f"none; {found.reason}" if found.reason else f"{len(found.points)} points by slopes"
+    cost = f"the cost of {found.full_evaluations:.1f} full evaluations, {found.seconds:.1f} s"
+    bench.progress.say(f"warm start: {what}, for {cost}" if found.full_evaluations else f"warm start: {what}")
     return found
 
 
-def _descend(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
+def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     if not space.smooth_shares():
         raise MergetuneError(f"`{space.config.method}` has no coefficient here that losses have a slope in.")
     suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
@@ -95,8 +96,6 @@ def _descend(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmS
         lacking = [reason for name, reason in references.missing.items() if name in suite.objectives]
         if lacking:
             raise MergetuneError(" ".join(lacking))
-        for reason in references.missing.values():
-            bench.progress.say(f"warning: slopes are followed without watching a guard: {reason}")
         ground = Ground(engine, bench.inputs.merger, space, references, suite, known, n_items)
         found = descend(
             ground,
@@ -105,7 +104,7 @@ def _descend(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmS
         )
     return WarmStart(
         points=tuple(point.params for point in found.points),
-        grain=config.grain,
+        reason=None if found.points else "No point on the way was better than where it began.",
         full_evaluations=found.n_passes / n_items,
     )
 

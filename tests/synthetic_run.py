@@ -215,12 +215,13 @@ def measure(plan: Plan, name: str, lambdas: Lambdas, split: Split) -> Measuremen
     )
 
 
-def sensitivity_frame(scales: Mapping[str, float]) -> pd.DataFrame:
+def sensitivity_frame(scales: Mapping[str, float], digests: Mapping[str, str] = {}) -> pd.DataFrame:
     """Measure slopes at points of these scales: persona's upper layers harm the tool calls."""
     rng = np.random.default_rng(3)
     return pd.DataFrame(
         {
             "point": point,
+            "digest": digests.get(point, point),
             "score_name": score,
             "fold": fold,
             "n_items": 3,

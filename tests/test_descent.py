@@ -112,6 +112,49 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
     assert found.links.keys() == {"first", "second"}
 
 
+def test_a_guard_turns_the_descent_and_an_emphasis_the_stretch(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    ground = ground_of(engine, inputs, space_of(inputs))
+    config = replace(CONFIG, fewest=4, first_steps=6)
+    free = replace(ground, suite=SUITE.model_copy(update={"guards": {}}))
+    without = replace(
+        free, references=References(tuple(i for i in ground.references.items if i.score_name != "guard"))
+    )
+    watched, unwatched = (descend(each, START, config).points[0] for each in (ground, without))
+    assert losses_at(ground, watched.params)["guard"] < losses_at(ground, unwatched.params)["guard"]
+    ends = {}
+    for name in ("first", "second"):
+        suite = SUITE.model_dump(by_alias=True, exclude_none=True)
+        suite["objectives"][name]["weight"] = 50.0
+        own = replace(without, suite=SuiteConfig.model_validate(suite | {"guards": {}}))
+        ends[name] = descend(own, START, replace(config, next_steps=0)).points[0].losses
+    assert ends["first"]["first"] < ends["second"]["first"]
+    assert ends["second"]["second"] < ends["first"]["second"]
+
+
+def test_an_objective_that_no_known_model_is_better_at_does_not_rule(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    ground = ground_of(engine, inputs, space_of(inputs))
+    same = Score(0.0, 0.1, 9)
+    known = {
+        name: replace(each, scores={**each.scores, "second": same}) for name, each in ground.known.items()
+    }
+    links = descend(replace(ground, known=known), START, replace(CONFIG, first_steps=1, next_steps=0)).links
+    losses = losses_at(ground, START)
+    assert links["second"].odds(losses["second"]) < links["first"].odds(losses["first"])
+
+
+def test_one_objective_takes_one_stretch(inputs: Inputs, engine: TransformersEngine) -> None:
+    ground = ground_of(engine, inputs, space_of(inputs))
+    suite = SUITE.model_copy(update={"objectives": {"first": SUITE.objectives["first"]}, "guards": {}})
+    (point,) = descend(
+        replace(ground, suite=suite, references=ground.references.only("first")), START, CONFIG
+    ).points
+    assert point.losses.keys() == {"first"}
+
+
 def test_the_same_descent_gives_the_same_points(inputs: Inputs, engine: TransformersEngine) -> None:
     config, ground = replace(CONFIG, first_steps=2, next_steps=1), ground_of(engine, inputs, space_of(inputs))
     assert descend(ground, START, config) == descend(ground, START, config)

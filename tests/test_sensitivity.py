@@ -40,6 +40,7 @@ from optimizer.report import gather
 from optimizer.report.page import render
 from optimizer.report.sensitivity import layer_gains
 from optimizer.run_dir import RunDir
+from optimizer.selection import choose
 from optimizer.sensitivity import (
     anchor_points,
     fold_facts,
@@ -348,7 +349,17 @@ def test_the_run_directory_keeps_it(tmp_path: Path) -> None:
 def test_the_report_shows_maps_and_conflicts_of_each_point(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Plan(n_trials=3, holdout=False))
     assert gather(run).sensitivity is None
-    run.write_sensitivity(sensitivity_frame({"base": 1.0, "average": 0.6, "recommended": 0.1}))
+    choice = choose(run)
+    assert choice is not None
+    assert choice.recommendation is not None
+    candidate = run.candidate(choice.recommendation.name)
+    assert candidate is not None
+    scales = {"base": 1.0, "average": 0.6, "recommended": 0.1}
+    run.write_sensitivity(sensitivity_frame(scales))  # at a merge that was recommended once
+    before = gather(run).sensitivity
+    assert before is not None
+    assert [each.point for each in before.points] == ["average", "base"]
+    run.write_sensitivity(sensitivity_frame(scales, {"recommended": candidate.recipe.digest}))
     data = gather(run)
     found = data.sensitivity
     assert found is not None

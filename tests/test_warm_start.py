@@ -65,13 +65,16 @@ def test_the_holdout_is_not_seen_by_the_descent(
     items = found.items()
     held_out = set(items[items["split"] == "holdout"]["prompt"])
     study = study_of(tmp_path, tiny_base, tiny_experts)
+    n_changed = 0
     for file in tmp_path.glob("*.jsonl"):  # other answers to the same questions, where they are held out
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
             if any(row["prompt"] in prompt for prompt in held_out):
                 row |= {"answer": 1 - row["answer"]} if "answer" in row else {"patterns": ["zzz"]}
+                n_changed += 1
         file.write_text("\n".join(json.dumps(row) for row in rows))
     run(study, tmp_path / "run")
+    assert n_changed == len(held_out) < len(items["prompt"].unique())
     again, before = RunDir(tmp_path / "run").warm_start(), found.warm_start()
     assert again is not None
     assert before is not None
@@ -109,7 +112,7 @@ def test_a_finer_grain_searches_around_what_it_found(
 def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
 ) -> None:
-    changes = {"search_space": "passthrough_layer_groups", "budget": {"trials": 1}}
+    changes: dict[str, Any] = {"budget": {"trials": 1}}
     fixed = {"description": "test", "method": "ties", "lambda": 1.0, "groups": [{"name": "all"}]}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(fixed))
     changes["search_space"] = str(tmp_path / "space.yaml")
@@ -119,6 +122,30 @@ def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
     asked = study_of(tmp_path / "asked", tiny_base, tiny_experts, warm_start="gradient", **changes)
     with pytest.raises(MergetuneError, match="`warm_start: gradient` cannot be done: `ties` has no"):
         run(asked, tmp_path / "other")
+
+
+def test_points_that_are_lost_are_measured_again_and_no_more_than_the_budget_allows(
+    finished: tuple[RunDir, str], tmp_path: Path
+) -> None:
+    found, _ = finished
+    shutil.copytree(found.path, tmp_path / "run")
+    for file in (tmp_path / "run" / "candidates").glob("trial-*"):
+        file.unlink()
+    for file in (tmp_path / "run" / "candidates").glob("gradient-2.*"):
+        file.unlink()
+    shorter = yaml.safe_load((tmp_path / "run" / "study.yaml").read_text()) | {"budget": {"trials": 2}}
+    (tmp_path / "shorter.yaml").write_text(yaml.safe_dump(shorter))
+    run(tmp_path / "shorter.yaml", tmp_path / "run")
+    again, before = RunDir(tmp_path / "run").candidate("gradient-2"), found.candidate("gradient-2")
+    assert again is not None
+    assert before is not None
+    assert again.recipe == before.recipe
+    run(
+        study_of(tmp_path / "one", Path(shorter["base"]), shorter["experts"], budget={"trials": 1}),
+        tmp_path / "a",
+    )
+    names = [each.name for each in RunDir(tmp_path / "a").candidates() if each.kind == "trial"]
+    assert names == ["gradient-1"]
 
 
 def test_a_finer_grain_needs_layer_groups(
@@ -150,6 +177,17 @@ def test_a_finer_space_takes_each_tensor_once(inputs: Inputs, grain: Any) -> Non
     assert set(assign_groups(groups, inputs.base.names)) == set(inputs.base.names)
     assert len(groups) == {"layers": 3, "attention_mlp": 5}[grain]
     assert finer(COARSE, "search_space", inputs.base.names) == COARSE
+
+
+def test_a_finer_space_keeps_the_ranges_of_single_groups(inputs: Inputs) -> None:
+    groups = [
+        {"name": "still", "match": r"^(?!.*layers\.)", "lambda": 0.0},
+        {"name": "moved", "match": r"layers\.", "lambda": {"low": 0.0, "high": 1.0}},
+    ]
+    config = COARSE.model_validate({"description": "test", "method": "task_arithmetic", "groups": groups})
+    space = bound(finer(config, "layers", inputs.base.names), inputs)
+    assert {key.split(".")[1] for key in space.distributions} == {"layer0", "layer1"}
+    assert {each.high for each in space.distributions.values()} == {1.0}
 
 
 def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:

@@ -95,7 +95,14 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         del self._weights, self._lm
-        gc.collect()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what nothing uses any more, on a GPU as well: another process may need it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _decode_greedily(generation: Any) -> None:

@@ -15,7 +15,7 @@ from optimizer.recipe import MergeRecipe, RecipeGroup
 
 ALL = ""  # stands for the expert where one coefficient is for all of them
 
-_CHUNK = 1 << 18  # entries; the graph of a chunk holds several times as many numbers
+_CPU_CHUNK, _CUDA_CHUNK = 1 << 18, 1 << 24  # entries; a chunk's graph holds several times as many numbers
 
 
 def coefficient_slopes(
@@ -25,7 +25,7 @@ def coefficient_slopes(
 
     ∂W/∂c is taken by autograd through the merge itself, so that every method has it: with masks,
     thresholds and elected signs held as they are, the weights are smooth in `lambda`, `t` and `scale`.
-    Products are taken in float32 (float64 where the base is) and added up in float64.
+    Products are taken and added up in float32 (float64 where the base is), those of parts in float64.
 
     Args:
         piece: the tensor in the base and in the experts, on the gradient's device.
@@ -89,7 +89,8 @@ def _chunks(step: Step, piece: Piece, gradient: Tensor) -> Iterator[tuple[Tensor
         yield merged_entries(piece.base, sources, *rule, numbers), gradient
         return
     base, whole, *vectors = (each.reshape(-1) for each in (piece.base, gradient, *sources))
-    for begin in range(0, len(base), _CHUNK):
-        span = slice(begin, begin + _CHUNK)
+    size = _CUDA_CHUNK if gradient.is_cuda else _CPU_CHUNK
+    for begin in range(0, len(base), size):
+        span = slice(begin, begin + size)
         here = numbers._replace(start=signed(begin % 2**32))
         yield merged_entries(base[span], [each[span] for each in vectors], *rule, here), whole[span]

@@ -23,7 +23,7 @@ from optimizer.report.verdict import Verdict, judge
 from optimizer.resampling import Hypervolume
 from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from optimizer.selection import PLAUSIBLE, Recommendation, Scores
-from optimizer.sensitivity import single_layers
+from optimizer.sensitivity import RECOMMENDED, single_layers
 from optimizer.suite import Split, SuiteConfig
 
 Role = Literal["base", "expert", "average", "merge"]
@@ -178,7 +178,7 @@ def gather(run: RunDir) -> ReportData:
         hypervolume=_hypervolume(entries, suite) if anchored else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
         depth=tuple(_depth(run, chosen, complete)),
-        sensitivity=_sensitivity(run, candidates),
+        sensitivity=_sensitivity(run, chosen, candidates),
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
         confirmation=confirmed_by,
         noise=noise,
@@ -264,11 +264,18 @@ def _depth(run: RunDir, chosen: Recommendation | None, candidates: Sequence[Cand
     return coefficients_over_depth(recipe, model["tensors"])
 
 
-def _sensitivity(run: RunDir, candidates: Sequence[Candidate]) -> Sensitivity | None:
-    """Gather the sensitivity, by the layer groups of the search space; before a trial, by single layers."""
+def _sensitivity(
+    run: RunDir, chosen: Recommendation | None, candidates: Sequence[Candidate]
+) -> Sensitivity | None:
+    """Gather the sensitivity, by the layer groups of the search space; before a trial, by single layers.
+
+    What was taken at a merge that is no longer the recommended one is left out.
+    """
     frame = run.sensitivity()
     if frame is None:
         return None
+    digests = [c.recipe.digest for c in candidates if chosen is not None and c.name == chosen.name]
+    frame = frame[(frame["point"] != RECOMMENDED) | frame["digest"].isin(digests)]
     searched = [candidate.recipe.groups for candidate in candidates if candidate.kind == "trial"]
     return sensitivity(frame, searched[0] if searched else single_layers(frame["tensor"]))
 
