@@ -16,10 +16,9 @@ from optimizer.evaluate import Documents, Evaluator
 from optimizer.merging.inputs import Inputs
 from optimizer.recipe import MergeRecipe
 from optimizer.references import References, find_references
-from optimizer.sensitivity import anchor_points, measure_sensitivity
+from optimizer.sensitivity import N_ITEMS, anchor_points, measure_sensitivity
 from optimizer.suite import Suite
 
-N_ITEMS = 12  # of each score
 _CANDIDATES = 48  # documents of each task among which items with an answer are looked for
 
 
@@ -50,7 +49,7 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
             )
         say(f"slopes on up to {N_ITEMS} items of {', '.join(references.by_score)} …")
         points = anchor_points(inputs.base_source, inputs.expert_sources)
-        return measure_sensitivity(engine, inputs.merger, points, references, n_items=N_ITEMS)
+        return measure_sensitivity(engine, inputs.merger, points, references)
 
 
 def _references(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # reports read sensitivities, and need no torch for it
     from optimizer.merging.merger import Merger
     from optimizer.references import References
 
+N_ITEMS = 12  # of each score
 BASE, AVERAGE, RECOMMENDED = "base", "average", "recommended"  # the points' names
 COLUMNS = [
     "point",
@@ -39,7 +40,7 @@ def measure_sensitivity(
     points: Mapping[str, MergeRecipe],
     references: References,
     *,
-    n_items: int = 12,
+    n_items: int = N_ITEMS,
     folds: int = 4,
 ) -> pd.DataFrame:
     """Return the slope of every objective's and guard's loss with respect to every tensor's coefficients.
