@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer import pareto
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.gradients import PASSES, slopes
 from optimizer.losses import mean_losses
@@ -21,39 +21,43 @@ from optimizer.score_link import TINY, ScoreLink, fit_link
 from optimizer.search_space import SearchSpace, nearest_in
 from optimizer.selection import Scores, reference_name
 from optimizer.suite import SuiteConfig
+from optimizer.surrogate import Surrogate, minimized
 
 Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
+Weights = Mapping[str, float]  # of the objectives
 
-_NEW = 0.3  # of the newest step in the running mean of a loss
+_LITTLE = 0.1  # of the loss at which half of a gain is kept; below, less loss is worth little
+_SURE = 0.05  # nats; for a guard the same
 
 
 @dataclass(frozen=True)
 class DescentConfig:
     """How far and how carefully to descend; nothing here depends on the models.
 
-    A lambda's natural unit is 1, one whole expert, and Adam's steps are as long as its rate whatever
-    the slopes' scale is: so one rate fits all. It falls linearly to zero over the steps.
+    A lambda's natural unit is 1, one whole expert: so one reach fits all.
 
     Attributes:
-        full_evaluations: the cost to aim at, in evaluations of the search split; it settles how many items
-            of each score a step looks at.
+        full_evaluations: the cost to stay within, in evaluations of the search split; it settles how many
+            items of each score a step looks at.
         fewest: but not fewer than this many.
         most: nor more.
         apart: items of each score that choose among the points and are never descended on.
         first_steps: steps with the objectives' own weights.
-        next_steps: steps that lead from there to each other weighting.
-        rate: the first step's length.
+        next_steps: steps with each other weighting.
+        reach: how far a step may change a coefficient.
+        caution: standard deviations by which a loss that was not seen is taken to be worse than expected.
         emphasis: how many times more one objective counts than by its own weight, in its own weighting.
     """
 
-    full_evaluations: float = 4.0
+    full_evaluations: float = 3.0
     fewest: int = 2
     most: int = 16
     apart: int = 4
-    first_steps: int = 8
-    next_steps: int = 3
-    rate: float = 0.2
+    first_steps: int = 5
+    next_steps: int = 2
+    reach: float = 0.5
+    caution: float = 1.0
     emphasis: float = 4.0
 
 
@@ -98,7 +102,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Descent:
-    """Points that no other one betters in every objective's loss, nor the start, and what they cost.
+    """Points that are better than the start, each for a weighting of its own, and what they cost.
 
     Attributes:
         points: the points, that of the objectives' own weights first if it is among them.
@@ -120,12 +124,14 @@ def descend(
 ) -> Descent:
     """Follow the slopes from a point of the search space to points along the front.
 
-    What falls is log(Σ wₖ oₖ + Σ eⱼ). oₖ = (Lₖ / hₖ)^sₖ are the odds of failure that an objective's loss
-    lets one expect, learned from the losses and scores of models measured before: a smooth maximum, and so
-    near to the rule by which a study recommends. eⱼ = max(0, Lⱼ − L'ⱼ) / L̄'ⱼ is a guard's excess, L'ⱼ being
-    what its reference loses on the same items and L̄'ⱼ what it loses on those kept apart. The objectives'
-    own weights come first; from there one stretch leads to each weighting that emphasizes one objective.
-    Densities stay as at the start.
+    Each step looks at the losses of some items and at their slopes. All steps teach one surrogate for each
+    score, of log L, and the next step goes where these expect the least, within reach of where a step was.
+    What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ = (Lₖ / hₖ)^sₖ are the odds of failure that an objective's
+    loss lets one expect, learned from the losses and scores of models measured before: a smooth maximum, and
+    so near to the rule by which a study recommends. eⱼ = max(0, Lⱼ / L'ⱼ − 1) is a guard's excess, L'ⱼ being
+    what its reference loses on the same items. The objectives' own weights come first, then by turns
+    weightings that each emphasize one objective; at the end every weighting has its point, wherever the
+    surrogates expect it. Densities stay as at the start.
 
     Args:
         ground: the models, the search space and the items.
@@ -140,6 +146,38 @@ def descend(
     return _Walk(ground, config, on_step).walk(start)
 
 
+class _Seen:
+    """What the steps saw of one score: log(L + least), its slopes, and the surrogate that they teach."""
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._points: list[Tensor] = []
+        self._values: list[float] = []
+        self._slopes: list[Tensor] = []
+        self._surrogate: Surrogate | None = None
+
+    def value(self, loss: float, allowed: float | None) -> float:
+        """Return log(L + least), for a guard less that of its reference."""
+        return math.log(loss + self._least) - (0 if allowed is None else math.log(allowed + self._least))
+
+    def add(self, point: Tensor, loss: float, slope: Tensor, allowed: float | None) -> None:
+        """Learn from one step."""
+        self._points.append(point)
+        self._values.append(self.value(loss, allowed))
+        self._slopes.append(slope / (loss + self._least))
+        self._surrogate = Surrogate(
+            torch.stack(self._points),
+            torch.tensor(self._values, dtype=torch.float64),
+            torch.stack(self._slopes),
+            self._surrogate.hyperparameters if self._surrogate else None,
+        )
+
+    def expected(self, point: Tensor, caution: float) -> Tensor:
+        """Return the value at a point, cautiously."""
+        assert self._surrogate is not None  # a step was taken
+        return self._surrogate.upper(point, caution)
+
+
 class _Walk:
     """One descent under way."""
 
@@ -147,38 +185,57 @@ class _Walk:
         self._ground, self._config, self._on_step = ground, config, on_step
         self._shares = ground.space.smooth_shares()
         self._keys = list(dict.fromkeys(share.key for share in self._shares))
+        ranges = [ground.space.distributions[key] for key in self._keys]
+        self._low = torch.tensor([each.low for each in ranges]).double()
+        self._high = torch.tensor([each.high for each in ranges]).double()
         self._apart, rest = ground.references.parts(config.apart)
         self._objectives = [name for name in ground.suite.objectives if name in rest.by_score]
-        self._others = self._objectives if len(self._objectives) > 1 else []
-        self._n_steps = config.first_steps + len(self._others) * config.next_steps
-        self._n_done = self._n_passes = 0
-        self._links, self._scales = self._learn()
-        batches = rest.cut(self._step_size(rest))[: self._n_steps]
+        self._guards = [name for name in ground.suite.guards if name in rest.by_score]
+        self._weightings = self._all_weightings()
+        own, *others = self._weightings
+        self._schedule = [own] * config.first_steps + others * config.next_steps
+        self._n_passes = 0
+        self._links, self._apart_allowed = self._learn()
+        leasts = {name: _LITTLE * link.half for name, link in self._links.items()}
+        self._seen = {name: _Seen(leasts.get(name, _SURE)) for name in (*self._objectives, *self._guards)}
+        batches = rest.cut(self._step_size(rest))[: len(self._schedule)]
         self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in batches])
 
     def walk(self, start: Params) -> Descent:
-        weights = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
         begin = self._measured(start)
-        points = [first := self._stretch(begin, weights, self._config.first_steps)]
-        for name in self._others:
-            own = {**weights, name: weights[name] * self._config.emphasis}
-            points.append(self._stretch(first, own, self._config.next_steps))
-        every = [*points, begin]
-        gains = np.array([[-point.losses[name] for name in self._objectives] for point in every])
-        kept = {str(every[i].params): every[i] for i in sorted(pareto.front(gains))}
-        kept.pop(str(begin.params), None)  # measured before
+        at = torch.tensor([start[key] for key in self._keys]).double()
+        visited: list[Tensor] = []
+        for step, weights in enumerate(self._schedule, start=1):
+            if visited:
+                at = self._least(weights, {visited[-1], self._best(visited, weights)}, self._config.reach)
+            self._look({**start, **self._named(at)}, at)
+            visited.append(at)
+            self._on_step(step, len(self._schedule))
+        kept: dict[str, Point] = {}
+        for weights in self._weightings:
+            end = self._measured(
+                {**start, **self._named(self._least(weights, [self._best(visited, weights)]))}
+            )
+            if self._so_far(end, weights) < self._so_far(begin, weights):
+                kept[str(end.params)] = end
         return Descent(tuple(kept.values()), self._n_passes, self._links)
+
+    def _all_weightings(self) -> list[Weights]:
+        """Return the objectives' own weights, and those that emphasize one of several."""
+        own = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
+        others = self._objectives if len(self._objectives) > 1 else []
+        return [own, *({**own, name: own[name] * self._config.emphasis} for name in others)]
 
     def _step_size(self, items: References) -> int:
         """Return how many items of each score a step may look at, for what is left to spend."""
-        to_come = (2 + len(self._others)) * len(self._apart.items)
+        to_come = (1 + len(self._weightings)) * len(self._apart.items)
         left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
-        passes_of_one = PASSES * len(items.by_score) + len(self._scales)  # and the guards' references
-        n_items = round(left / (self._n_steps * passes_of_one))
+        passes_of_one = PASSES * len(items.by_score) + len(self._guards)  # and their references
+        n_items = int(left / (len(self._schedule) * passes_of_one))
         return min(max(n_items, self._config.fewest), self._config.most)
 
-    def _learn(self) -> tuple[dict[str, ScoreLink], dict[str, float]]:
-        """Learn from models measured before what an objective's loss is worth, and how large a guard's is."""
+    def _learn(self) -> tuple[dict[str, ScoreLink], Losses]:
+        """Learn from models measured before what an objective's loss is worth, and what a guard may lose."""
         known, suite = self._ground.known, self._ground.suite
         losses = {name: self._losses(each.recipe, self._apart) for name, each in known.items()}
         links = {}
@@ -189,38 +246,69 @@ class _Walk:
             gain = float(np.ptp(values))
             shares = (values - values.min()) / gain if gain else np.ones_like(values)
             links[name] = fit_link([own[name] for own in losses.values()], shares.tolist())
-        scales = {
-            name: max(losses[reference_name(guard)][name], TINY)
-            for name, guard in suite.guards.items()
-            if name in self._apart.by_score
-        }
-        return links, scales
+        allowed = {name: losses[reference_name(suite.guards[name])][name] for name in self._guards}
+        return links, allowed
 
     def _allowed(self, items: References) -> Losses:
         """Return what each guard's reference loses on these items."""
         guards = self._ground.suite.guards
         allowed: dict[str, float] = {}
-        for name in self._scales:
+        for name in self._guards:
             reference = self._ground.known[reference_name(guards[name])]
             allowed |= self._losses(reference.recipe, items.only(name))
         return allowed
 
-    def _stretch(self, begin: Point, weights: Mapping[str, float], n_steps: int) -> Point:
-        """Take some steps with one weighting."""
-        ranges = [self._ground.space.distributions[key] for key in self._keys]
-        low, high = (torch.tensor([getattr(each, end) for each in ranges]) for end in ("low", "high"))
-        values = torch.tensor([begin.params[key] for key in self._keys], requires_grad=True)
-        adam = torch.optim.Adam([values], betas=(0.8, 0.95))
-        level = dict(begin.losses)
-        for step in range(n_steps):
-            adam.param_groups[0]["lr"] = self._config.rate * (1 - step / n_steps)
-            values.grad = self._slope({**begin.params, **self._named(values)}, weights, level)
-            adam.step()
-            with torch.no_grad():
-                values.copy_(values.clamp(low, high))
-            self._n_done += 1
-            self._on_step(self._n_done, self._n_steps)
-        return self._measured({**begin.params, **self._named(values)})
+    def _look(self, params: Params, at: Tensor) -> None:
+        """Learn from the losses and slopes at a point, on the next items."""
+        recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
+        found = slopes(self._ground.engine, self._ground.merger, recipe, items)
+        self._n_passes += found.n_passes
+        table = found.by_group(recipe.groups)
+        for name, seen in self._seen.items():
+            own = table[table["score_name"] == name].set_index(["group", "parameter", "expert"])["slope"]
+            total = dict.fromkeys(self._keys, 0.0)
+            for share in self._shares:
+                total[share.key] += share.weight * own.get((share.group, share.parameter, share.expert), 0.0)
+            slope = torch.tensor(list(total.values())).double()
+            seen.add(at, found.losses[name], slope, allowed.get(name))
+
+    def _least(self, weights: Weights, begins: Collection[Tensor], reach: float = math.inf) -> Tensor:
+        """Return where the least is expected, cautiously, within reach of one of these points."""
+
+        def falls(at: Tensor) -> Tensor:
+            return self._falls(self._expected(at, self._config.caution), weights)
+
+        found = [
+            minimized(
+                falls, begin, (begin - reach).clamp(min=self._low), (begin + reach).clamp(max=self._high)
+            )
+            for begin in begins
+        ]
+        return min(found, key=lambda each: each[0])[1]
+
+    def _best(self, points: Sequence[Tensor], weights: Weights) -> Tensor:
+        """Return the point where the least is expected."""
+        return min(points, key=lambda point: float(self._falls(self._expected(point, 0.0), weights)))
+
+    def _expected(self, at: Tensor, caution: float) -> dict[str, Tensor]:
+        return {name: seen.expected(at, caution) for name, seen in self._seen.items()}
+
+    def _so_far(self, point: Point, weights: Weights) -> float:
+        """Return how far it fell at a point, on the items that were kept apart."""
+        allowed = self._apart_allowed
+        values = {
+            name: seen.value(point.losses[name], allowed.get(name)) for name, seen in self._seen.items()
+        }
+        return float(self._falls({name: torch.tensor(value) for name, value in values.items()}, weights))
+
+    def _falls(self, values: Mapping[str, Tensor], weights: Weights) -> Tensor:
+        """Return what is to fall."""
+        total = torch.tensor(TINY).double()
+        for name, weight in weights.items():
+            total = total + weight / sum(weights.values()) * self._links[name].odds(values[name].exp())
+        for name in self._guards:
+            total = total + torch.expm1(values[name]).clamp(min=0)
+        return total.log()
 
     def _measured(self, params: Params) -> Point:
         space = self._ground.space
@@ -229,39 +317,6 @@ class _Walk:
 
     def _named(self, values: Tensor) -> Params:
         return dict(zip(self._keys, values.tolist(), strict=True))
-
-    def _slope(self, params: Params, weights: Mapping[str, float], level: dict[str, float]) -> Tensor:
-        """Return the slope of what falls, on the next items: (n_coefficients,).
-
-        The few items of a step say little of how large a loss is; `level`, its running mean, does.
-        """
-        recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
-        found = slopes(self._ground.engine, self._ground.merger, recipe, items)
-        self._n_passes += found.n_passes
-        for name, loss in found.losses.items():
-            level[name] += _NEW * (loss - level[name])
-        excess = {name: found.losses[name] - most for name, most in allowed.items()}
-        factors = self._factors(level, weights, excess)
-        table = found.by_group(recipe.groups)
-        falls = table["slope"] * table["score_name"].map(factors)
-        by_place = falls.groupby([table["group"], table["parameter"], table["expert"]]).sum().to_dict()
-        total = dict.fromkeys(self._keys, 0.0)
-        for share in self._shares:
-            place = (share.group, share.parameter, share.expert)
-            total[share.key] += share.weight * by_place.get(place, 0.0)
-        return torch.tensor(list(total.values()))
-
-    def _factors(self, level: Losses, weights: Mapping[str, float], excess: Losses) -> dict[str, float]:
-        """Return the derivative of what falls with respect to each loss."""
-        total, own = TINY, {}
-        for name, weight in weights.items():
-            share = weight / sum(weights.values())
-            total += share * self._links[name].odds(level[name])
-            own[name] = share * self._links[name].odds_slope(level[name])
-        for name, scale in self._scales.items():
-            total += max(excess[name], 0) / scale
-            own[name] = 1 / scale if excess[name] > 0 else 0.0
-        return {name: slope / total for name, slope in own.items()}
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
         self._ground.engine.load(recipe)

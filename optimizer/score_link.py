@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import optimize, special
+from torch import Tensor
 
 from optimizer.resampling import Floats
 
@@ -28,17 +30,13 @@ class ScoreLink:
     half: float
     steepness: float
 
-    def odds(self, loss: float) -> float:
+    def odds(self, loss: Tensor) -> Tensor:
         """Return the odds of failure at a loss."""
-        return float((max(loss, TINY) / self.half) ** self.steepness)
-
-    def odds_slope(self, loss: float) -> float:
-        """Return the derivative of the odds with respect to the loss."""
-        return self.steepness * self.odds(loss) / max(loss, TINY)
+        return (loss.clamp(min=TINY) / self.half) ** self.steepness
 
     def share(self, loss: float) -> float:
         """Return the share of the gain that a loss lets one expect: in (0, 1)."""
-        return 1 / (1 + self.odds(loss))
+        return 1 / (1 + float(self.odds(torch.tensor(loss))))
 
 
 def fit_link(losses: Sequence[float], shares: Sequence[float]) -> ScoreLink:

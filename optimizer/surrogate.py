@@ -1,0 +1,149 @@
+"""Surrogate: what losses and slopes seen at a few points tell of the loss at others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scipy import optimize
+from torch import Tensor
+
+from optimizer.resampling import Floats
+
+_N_STEPS = 20  # at most, of a fit
+_LEAST = 1e-9  # of slopes' sizes, and of variances
+_SPAN = 1e-6  # directions of which the points span less, relative to the longest, count as none
+_CONSTANT = 4.0  # prior variance of the mean, in that of the process
+
+# Prior of the hyperparameters, all log-normal. With few slopes seen, their size sets the scale of all others.
+_LENGTH = 0.5  # median, in √n_coefficients
+_VALUE_NOISE, _SLOPE_NOISE = 0.5, 0.7  # medians, in the amplitude's and in the slopes' root mean square
+_SPREADS = (1.0, 0.5, 1.0, 0.7)  # of the logs
+
+
+class Surrogate:
+    """A Gaussian process that is conditioned on noisy values and noisy slopes.
+
+    (Rasmussen and Williams 2006, section 9.4; Solak et al. 2003.) The kernel is an RBF with one length scale,
+    above an unknown constant. Amplitude, length scale and the noises of values and slopes are fitted by
+    their posterior density.
+
+    n points span at most n − 1 directions. Along all others their coordinates are equal, so that the slopes
+    there are independent of values, of slopes along the span and of each other: instead of one matrix of
+    n (1 + d) rows it takes one of n (1 + n) and one of n, and many coefficients cost little.
+
+    Args:
+        points: (n_points, n_coefficients), float64.
+        values: (n_points,).
+        slopes: (n_points, n_coefficients).
+        hyperparameters: where the fit begins: those of a surrogate with fewer points; by default the
+            prior's medians.
+    """
+
+    def __init__(
+        self, points: Tensor, values: Tensor, slopes: Tensor, hyperparameters: Tensor | None = None
+    ) -> None:
+        self._origin, self._mean = points[0], values.mean()
+        moved = points - self._origin
+        _, sizes, directions = torch.linalg.svd(moved, full_matrices=False)
+        self._span = directions[sizes > _SPAN * max(float(sizes[0]), _SPAN)]  # (n_span, n_coefficients)
+        self._points = moved @ self._span.T
+        along = slopes @ self._span.T
+        self._seen = torch.cat([values - self._mean, along.flatten()])
+        self._across = slopes - along @ self._span
+        self._n_across = points.shape[1] - len(self._span)
+        self._prior = _medians(slopes)
+        self.hyperparameters = self._fit(self._prior if hyperparameters is None else hyperparameters)
+        self._factor, self._factor_across = self._factors(self.hyperparameters)
+        self._weights = _solve(self._factor, self._seen[:, None])[:, 0]
+        self._weights_across = _solve(self._factor_across, self._across)
+
+    def upper(self, point: Tensor, caution: float) -> Tensor:
+        """Return the expected value at a point, and `caution` times its standard deviation above that."""
+        amplitude, length, *_ = self.hyperparameters.exp()
+        moved = point - self._origin
+        along = self._span @ moved
+        across = moved - along @ self._span
+        apart = along - self._points
+        kernel = amplitude**2 * torch.exp(-(apart.square().sum(1) + across.square().sum()) / (2 * length**2))
+        row = torch.cat([kernel + _CONSTANT * amplitude**2, (kernel[:, None] * apart / length**2).flatten()])
+        row_across = kernel / length**2
+        mean = self._mean + row @ self._weights + row_across @ self._weights_across @ across
+        known = row @ _solve(self._factor, row[:, None])[:, 0]
+        known_across = across.square().sum() * (
+            row_across @ _solve(self._factor_across, row_across[:, None])[:, 0]
+        )
+        variance = (1 + _CONSTANT) * amplitude**2 - known - known_across
+        found: Tensor = mean + caution * variance.clamp(min=_LEAST).sqrt()
+        return found
+
+    def _fit(self, begin: Tensor) -> Tensor:
+        reach = 3 * torch.tensor(_SPREADS)
+        return minimized(self._cost, begin, self._prior - reach, self._prior + reach, _N_STEPS)[1]
+
+    def _cost(self, theta: Tensor) -> Tensor:
+        """Return −log of the posterior density of hyperparameters, but for a constant."""
+        factor, across = self._factors(theta)
+        paid = self._seen @ _solve(factor, self._seen[:, None])[:, 0]
+        paid = paid + (self._across * _solve(across, self._across)).sum()
+        size = factor.diagonal().log().sum() + self._n_across * across.diagonal().log().sum()
+        prior = ((theta - self._prior) / torch.tensor(_SPREADS)).square().sum()
+        cost: Tensor = paid / 2 + size + prior / 2
+        return cost
+
+    def _factors(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the covariances' Cholesky factors: of values and slopes along the span, of slopes across."""
+        amplitude, length, value_noise, slope_noise = theta.exp()
+        n_points, n_span = self._points.shape
+        apart = self._points[:, None] - self._points  # (n_points, n_points, n_span)
+        kernel = amplitude**2 * torch.exp(-apart.square().sum(-1) / (2 * length**2))
+        scaled = apart / length**2
+        values = kernel + _CONSTANT * amplitude**2
+        mixed = (kernel[..., None] * scaled).flatten(1)
+        eye = torch.eye(n_span, dtype=kernel.dtype) / length**2
+        slopes = kernel[..., None, None] * (eye - scaled[..., :, None] * scaled[..., None, :])
+        slopes = slopes.transpose(1, 2).reshape(n_points * n_span, n_points * n_span)
+        whole = torch.cat([torch.cat([values, mixed], 1), torch.cat([mixed.T, slopes], 1)])
+        noise = torch.cat([value_noise.expand(n_points), slope_noise.expand(n_points * n_span)])
+        whole = whole + torch.diag(noise.square())
+        across = kernel / length**2 + torch.diag(slope_noise.square().expand(n_points))
+        return torch.linalg.cholesky(whole), torch.linalg.cholesky(across)
+
+
+def minimized(
+    function: Callable[[Tensor], Tensor], begin: Tensor, low: Tensor, high: Tensor, n_steps: int = 100
+) -> tuple[float, Tensor]:
+    """Return a smooth function's least value between bounds and where that is, as L-BFGS-B finds it.
+
+    Args:
+        function: from (n,) to a scalar; torch takes its derivative.
+        begin: where the search begins, (n,), float64; so are the bounds.
+        low: the lower bounds.
+        high: the upper bounds.
+        n_steps: the most steps.
+    """
+
+    def at(values: Floats) -> tuple[float, Floats]:
+        point = torch.tensor(values, requires_grad=True)
+        value = function(point)
+        (slope,) = torch.autograd.grad(value, point)
+        return float(value.detach()), slope.numpy()
+
+    bounds = optimize.Bounds(low.numpy(), high.numpy())
+    options: Any = {"maxiter": n_steps}
+    found = optimize.minimize(at, begin.numpy(), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return float(found.fun), torch.from_numpy(found.x)
+
+
+def _medians(slopes: Tensor) -> Tensor:
+    """Return the prior's medians: the logs of amplitude, length scale, value noise and slope noise."""
+    size = max(float(slopes.square().mean().sqrt()), _LEAST)
+    length = _LENGTH * math.sqrt(slopes.shape[1])
+    amplitude = size * length  # what makes slopes of that size likely
+    return torch.tensor([amplitude, length, _VALUE_NOISE * amplitude, _SLOPE_NOISE * size]).double().log()
+
+
+def _solve(factor: Tensor, columns: Tensor) -> Tensor:
+    return torch.cholesky_solve(columns, factor)
