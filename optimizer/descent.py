@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +20,15 @@ from optimizer.score_link import TINY, ScoreLink, fit_link
 from optimizer.search_space import SearchSpace, nearest_in
 from optimizer.selection import Scores, reference_name
 from optimizer.suite import SuiteConfig
-from optimizer.surrogate import Surrogate, minimized
+from optimizer.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
 
 Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
 Weights = Mapping[str, float]  # of the objectives
 
-_LITTLE = 0.1  # of the loss at which half of a gain is kept; below, less loss is worth little
-_SURE = 0.05  # nats; for a guard the same
+_SURE = 0.05  # nats; so little more loss of a guard is none
+_ROUGH = 1.0  # how far off log-odds are where no score tells them
+_UNEVEN = 0.5  # how far off the log of a guard's loss over its reference's is on a few items
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Ground:
         space: what may change, and within which ranges.
         references: what to say to items of the search split.
         suite: the suite's file.
-        known: models measured before, by candidate name: the base, the experts, and merges.
+        known: models measured before, by candidate name: the base, the experts, and merges; their losses tell
+            what a loss is worth.
+        scored: points of the space with the scores measured there.
         n_items: the items of the search split, one full evaluation.
     """
 
@@ -89,6 +91,7 @@ class Ground:
     references: References
     suite: SuiteConfig
     known: Mapping[str, Known]
+    scored: Sequence[tuple[Params, Scores]]
     n_items: int
 
 
@@ -124,14 +127,16 @@ def descend(
 ) -> Descent:
     """Follow the slopes from a point of the search space to points along the front.
 
-    Each step looks at the losses of some items and at their slopes. All steps teach one surrogate for each
-    score, of log L, and the next step goes where these expect the least, within reach of where a step was.
-    What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ = (Lₖ / hₖ)^sₖ are the odds of failure that an objective's
-    loss lets one expect, learned from the losses and scores of models measured before: a smooth maximum, and
-    so near to the rule by which a study recommends. eⱼ = max(0, Lⱼ / L'ⱼ − 1) is a guard's excess, L'ⱼ being
-    what its reference loses on the same items. The objectives' own weights come first, then by turns
-    weightings that each emphasize one objective; at the end every weighting has its point, wherever the
-    surrogates expect it. Densities stay as at the start.
+    What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ are the odds that an objective's gain is not kept, and eⱼ a
+    guard's excess, max(0, Lⱼ / L'ⱼ − 1) with L'ⱼ for what its reference loses on the same items: a smooth
+    maximum, and so near to the rule by which a study recommends.
+
+    A surrogate of log o for each objective knows it from the scores of points that were measured before, and
+    its slope, at each step, from some items: log o = s log(L / h), a law learned from models whose losses and
+    scores are known. Another one knows log(L / L') of each guard. The next step goes where they expect the
+    least, within reach of the last and of the best one. The objectives' own weights come first, then by turns
+    weightings that emphasize one objective; at the end every weighting has its point, wherever the surrogates
+    expect it. Densities stay as at the start.
 
     Args:
         ground: the models, the search space and the items.
@@ -147,28 +152,28 @@ def descend(
 
 
 class _Seen:
-    """What the steps saw of one score: log(L + least), its slopes, and the surrogate that they teach."""
+    """What is known of one score's value over the coefficients, and the surrogate that this teaches."""
 
-    def __init__(self, least: float) -> None:
-        self._least = least
-        self._points: list[Tensor] = []
-        self._values: list[float] = []
+    def __init__(self) -> None:
+        self._points: dict[str, list[Tensor]] = {"values": [], "slopes": []}
+        self._values: list[tuple[float, float]] = []
         self._slopes: list[Tensor] = []
         self._surrogate: Surrogate | None = None
 
-    def value(self, loss: float, allowed: float | None) -> float:
-        """Return log(L + least), for a guard less that of its reference."""
-        return math.log(loss + self._least) - (0 if allowed is None else math.log(allowed + self._least))
+    def add_value(self, point: Tensor, value: float, noise: float) -> None:
+        self._points["values"].append(point)
+        self._values.append((value, noise))
 
-    def add(self, point: Tensor, loss: float, slope: Tensor, allowed: float | None) -> None:
-        """Learn from one step."""
-        self._points.append(point)
-        self._values.append(self.value(loss, allowed))
-        self._slopes.append(slope / (loss + self._least))
+    def add_slope(self, point: Tensor, slope: Tensor) -> None:
+        self._points["slopes"].append(point)
+        self._slopes.append(slope)
+
+    def learn(self) -> None:
+        """Teach the surrogate all that was added."""
+        values, noise = torch.tensor(self._values).double().T
         self._surrogate = Surrogate(
-            torch.stack(self._points),
-            torch.tensor(self._values, dtype=torch.float64),
-            torch.stack(self._slopes),
+            SeenValues(torch.stack(self._points["values"]), values, noise),
+            SeenSlopes(torch.stack(self._points["slopes"]), torch.stack(self._slopes)),
             self._surrogate.hyperparameters if self._surrogate else None,
         )
 
@@ -191,19 +196,19 @@ class _Walk:
         self._apart, rest = ground.references.parts(config.apart)
         self._objectives = [name for name in ground.suite.objectives if name in rest.by_score]
         self._guards = [name for name in ground.suite.guards if name in rest.by_score]
+        self._seen = {name: _Seen() for name in (*self._objectives, *self._guards)}
         self._weightings = self._all_weightings()
         own, *others = self._weightings
         self._schedule = [own] * config.first_steps + others * config.next_steps
         self._n_passes = 0
         self._links, self._apart_allowed = self._learn()
-        leasts = {name: _LITTLE * link.half for name, link in self._links.items()}
-        self._seen = {name: _Seen(leasts.get(name, _SURE)) for name in (*self._objectives, *self._guards)}
         batches = rest.cut(self._step_size(rest))[: len(self._schedule)]
         self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in batches])
 
     def walk(self, start: Params) -> Descent:
         begin = self._measured(start)
-        at = torch.tensor([start[key] for key in self._keys]).double()
+        self._recall(begin)
+        at = self._point(start)
         visited: list[Tensor] = []
         for step, weights in enumerate(self._schedule, start=1):
             if visited:
@@ -216,7 +221,7 @@ class _Walk:
             end = self._measured(
                 {**start, **self._named(self._least(weights, [self._best(visited, weights)]))}
             )
-            if self._so_far(end, weights) < self._so_far(begin, weights):
+            if self._fell(end, weights) < self._fell(begin, weights):
                 kept[str(end.params)] = end
         return Descent(tuple(kept.values()), self._n_passes, self._links)
 
@@ -236,18 +241,35 @@ class _Walk:
 
     def _learn(self) -> tuple[dict[str, ScoreLink], Losses]:
         """Learn from models measured before what an objective's loss is worth, and what a guard may lose."""
-        known, suite = self._ground.known, self._ground.suite
+        known = self._ground.known
         losses = {name: self._losses(each.recipe, self._apart) for name, each in known.items()}
         links = {}
         for name in self._objectives:
-            values = np.array(
-                [suite.objectives[name].sign * each.scores[name].value for each in known.values()]
-            )
-            gain = float(np.ptp(values))
-            shares = (values - values.min()) / gain if gain else np.ones_like(values)
-            links[name] = fit_link([own[name] for own in losses.values()], shares.tolist())
-        allowed = {name: losses[reference_name(suite.guards[name])][name] for name in self._guards}
-        return links, allowed
+            shares = [self._share(name, each.scores) for each in known.values()]
+            links[name] = fit_link([own[name] for own in losses.values()], shares)
+        guards = self._ground.suite.guards
+        return links, {name: losses[reference_name(guards[name])][name] for name in self._guards}
+
+    def _share(self, name: str, scores: Scores) -> float:
+        """Return the share that scores keep of the gain between the worst and the best known."""
+        sign = self._ground.suite.objectives[name].sign
+        values = [sign * each.scores[name].value for each in self._ground.known.values()]
+        gain = max(values) - min(values)
+        return min(max((sign * scores[name].value - min(values)) / gain, 0.0), 1.0) if gain else 1.0
+
+    def _recall(self, begin: Point) -> None:
+        """Learn from the scores of points measured before that differ from the start in nothing else."""
+        fixed = {key: value for key, value in begin.params.items() if key not in self._keys}
+        for name in self._objectives:
+            for params, scores in self._ground.scored:
+                if fixed.items() <= params.items():
+                    n_items, share = scores[name].n_items, self._share(name, scores)
+                    kept = (share * n_items + 0.5) / (n_items + 1)  # never none and never all
+                    noise = ((n_items + 1) * kept * (1 - kept)) ** -0.5
+                    self._seen[name].add_value(self._point(params), math.log(1 / kept - 1), noise)
+            if all(params != begin.params for params, _ in self._ground.scored):
+                log_odds = self._links[name].log_odds(begin.losses[name])
+                self._seen[name].add_value(self._point(begin.params), log_odds, _ROUGH)
 
     def _allowed(self, items: References) -> Losses:
         """Return what each guard's reference loses on these items."""
@@ -265,12 +287,18 @@ class _Walk:
         self._n_passes += found.n_passes
         table = found.by_group(recipe.groups)
         for name, seen in self._seen.items():
+            loss = found.losses[name]
             own = table[table["score_name"] == name].set_index(["group", "parameter", "expert"])["slope"]
-            total = dict.fromkeys(self._keys, 0.0)
+            slope = dict.fromkeys(self._keys, 0.0)
             for share in self._shares:
-                total[share.key] += share.weight * own.get((share.group, share.parameter, share.expert), 0.0)
-            slope = torch.tensor(list(total.values())).double()
-            seen.add(at, found.losses[name], slope, allowed.get(name))
+                slope[share.key] += share.weight * own.get((share.group, share.parameter, share.expert), 0.0)
+            if name in allowed:
+                seen.add_value(at, _excess(loss, allowed[name]), _UNEVEN)
+                factor = 1 / (loss + _SURE)
+            else:
+                factor = self._links[name].log_odds_slope(loss)
+            seen.add_slope(at, factor * torch.tensor(list(slope.values())).double())
+            seen.learn()
 
     def _least(self, weights: Weights, begins: Collection[Tensor], reach: float = math.inf) -> Tensor:
         """Return where the least is expected, cautiously, within reach of one of these points."""
@@ -293,22 +321,23 @@ class _Walk:
     def _expected(self, at: Tensor, caution: float) -> dict[str, Tensor]:
         return {name: seen.expected(at, caution) for name, seen in self._seen.items()}
 
-    def _so_far(self, point: Point, weights: Weights) -> float:
-        """Return how far it fell at a point, on the items that were kept apart."""
-        allowed = self._apart_allowed
-        values = {
-            name: seen.value(point.losses[name], allowed.get(name)) for name, seen in self._seen.items()
-        }
+    def _fell(self, end: Point, weights: Weights) -> float:
+        """Return what is to fall at a point, on the items that were kept apart."""
+        values = {name: self._links[name].log_odds(end.losses[name]) for name in self._objectives}
+        values |= {name: _excess(end.losses[name], self._apart_allowed[name]) for name in self._guards}
         return float(self._falls({name: torch.tensor(value) for name, value in values.items()}, weights))
 
     def _falls(self, values: Mapping[str, Tensor], weights: Weights) -> Tensor:
         """Return what is to fall."""
         total = torch.tensor(TINY).double()
         for name, weight in weights.items():
-            total = total + weight / sum(weights.values()) * self._links[name].odds(values[name].exp())
+            total = total + weight / sum(weights.values()) * values[name].exp()
         for name in self._guards:
             total = total + torch.expm1(values[name]).clamp(min=0)
         return total.log()
+
+    def _point(self, params: Params) -> Tensor:
+        return torch.tensor([params[key] for key in self._keys]).double()
 
     def _measured(self, params: Params) -> Point:
         space = self._ground.space
@@ -322,3 +351,8 @@ class _Walk:
         self._ground.engine.load(recipe)
         self._n_passes += len(items.items)
         return mean_losses(self._ground.engine.model, items)
+
+
+def _excess(loss: float, allowed: float) -> float:
+    """Return the log of a guard's loss over its reference's."""
+    return math.log((loss + _SURE) / (allowed + _SURE))

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy import optimize, special
-from torch import Tensor
 
 from optimizer.resampling import Floats
 
 TINY = 1e-6  # nats; a loss below is none
-_STEEPNESS, _SPREAD = 1.5, 0.5  # prior of the steepness: log-normal, with this spread of its log
+_LITTLE = 0.1  # of the loss at which half of a gain is kept
+_STEEPNESS, _SPREAD = 1.5, 1.0  # prior of the steepness: log-normal, with this spread of its log
 _WEIGHT = 8  # how many items each model counts as: a link is a rough law, however many were scored
 
 
@@ -30,13 +29,17 @@ class ScoreLink:
     half: float
     steepness: float
 
-    def odds(self, loss: Tensor) -> Tensor:
-        """Return the odds of failure at a loss."""
-        return (loss.clamp(min=TINY) / self.half) ** self.steepness
+    def log_odds(self, loss: float) -> float:
+        """Return the log of the odds of failure at a loss."""
+        return self.steepness * math.log(max(loss, TINY) / self.half)
+
+    def log_odds_slope(self, loss: float) -> float:
+        """Return its derivative with respect to the loss; where little fails, as if a little more did."""
+        return self.steepness / max(loss, _LITTLE * self.half)
 
     def share(self, loss: float) -> float:
         """Return the share of the gain that a loss lets one expect: in (0, 1)."""
-        return 1 / (1 + float(self.odds(torch.tensor(loss))))
+        return float(special.expit(-self.log_odds(loss)))
 
 
 def fit_link(losses: Sequence[float], shares: Sequence[float]) -> ScoreLink:
@@ -62,6 +65,6 @@ def fit_link(losses: Sequence[float], shares: Sequence[float]) -> ScoreLink:
         return float(prior / 2 - _WEIGHT * paid.sum())
 
     found = optimize.minimize(
-        cost, [centre, math.log(_STEEPNESS)], method="L-BFGS-B", bounds=[(None, None), (-2, 2)]
+        cost, [centre, math.log(_STEEPNESS)], method="L-BFGS-B", bounds=[(None, None), (-2, 3)]
     )
     return ScoreLink(math.exp(found.x[0]), math.exp(found.x[1]))

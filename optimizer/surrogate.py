@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +20,56 @@ _CONSTANT = 4.0  # prior variance of the mean, in that of the process
 
 # Prior of the hyperparameters, all log-normal. With few slopes seen, their size sets the scale of all others.
 _LENGTH = 0.5  # median, in √n_coefficients
-_VALUE_NOISE, _SLOPE_NOISE = 0.5, 0.7  # medians, in the amplitude's and in the slopes' root mean square
+_SLOPE_NOISE = 0.7  # median, in the slopes' root mean square
 _SPREADS = (1.0, 0.5, 1.0, 0.7)  # of the logs
+
+
+@dataclass(frozen=True)
+class SeenValues:
+    """Values: points (n_values, n_coefficients), values and their expected noise (n_values,), float64."""
+
+    points: Tensor
+    values: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class SeenSlopes:
+    """Slopes: points and slopes, both (n_points, n_coefficients), float64."""
+
+    points: Tensor
+    slopes: Tensor
 
 
 class Surrogate:
     """A Gaussian process that is conditioned on noisy values and noisy slopes.
 
     (Rasmussen and Williams 2006, section 9.4; Solak et al. 2003.) The kernel is an RBF with one length scale,
-    above an unknown constant. Amplitude, length scale and the noises of values and slopes are fitted by
-    their posterior density.
+    above an unknown constant. Amplitude, length scale, a factor of the values' noise and the slopes' noise
+    are fitted by their posterior density.
 
     n points span at most n − 1 directions. Along all others their coordinates are equal, so that the slopes
-    there are independent of values, of slopes along the span and of each other: instead of one matrix of
-    n (1 + d) rows it takes one of n (1 + n) and one of n, and many coefficients cost little.
+    there are independent of all else: more coefficients than points cost little.
 
     Args:
-        points: (n_points, n_coefficients), float64.
-        values: (n_points,).
-        slopes: (n_points, n_coefficients).
-        hyperparameters: where the fit begins: those of a surrogate with fewer points; by default the
+        values: seen at points.
+        slopes: seen at points, the same or others.
+        hyperparameters: where the fit begins: those of a surrogate that saw less; by default the
             prior's medians.
     """
 
-    def __init__(
-        self, points: Tensor, values: Tensor, slopes: Tensor, hyperparameters: Tensor | None = None
-    ) -> None:
-        self._origin, self._mean = points[0], values.mean()
-        moved = points - self._origin
+    def __init__(self, values: SeenValues, slopes: SeenSlopes, hyperparameters: Tensor | None = None) -> None:
+        self._origin, self._mean, self._noise = slopes.points[0], values.values.mean(), values.noise
+        moved = torch.cat([values.points, slopes.points]) - self._origin
         _, sizes, directions = torch.linalg.svd(moved, full_matrices=False)
         self._span = directions[sizes > _SPAN * max(float(sizes[0]), _SPAN)]  # (n_span, n_coefficients)
         self._points = moved @ self._span.T
-        along = slopes @ self._span.T
-        self._seen = torch.cat([values - self._mean, along.flatten()])
-        self._across = slopes - along @ self._span
-        self._n_across = points.shape[1] - len(self._span)
-        self._prior = _medians(slopes)
+        self._n_values = len(values.points)
+        along = slopes.slopes @ self._span.T
+        self._seen = torch.cat([values.values - self._mean, along.flatten()])
+        self._across = slopes.slopes - along @ self._span
+        self._n_across = slopes.points.shape[1] - len(self._span)
+        self._prior = _medians(slopes.slopes)
         self.hyperparameters = self._fit(self._prior if hyperparameters is None else hyperparameters)
         self._factor, self._factor_across = self._factors(self.hyperparameters)
         self._weights = _solve(self._factor, self._seen[:, None])[:, 0]
@@ -68,12 +83,17 @@ class Surrogate:
         across = moved - along @ self._span
         apart = along - self._points
         kernel = amplitude**2 * torch.exp(-(apart.square().sum(1) + across.square().sum()) / (2 * length**2))
-        row = torch.cat([kernel + _CONSTANT * amplitude**2, (kernel[:, None] * apart / length**2).flatten()])
-        row_across = kernel / length**2
-        mean = self._mean + row @ self._weights + row_across @ self._weights_across @ across
+        of_values, of_slopes = kernel[: self._n_values], kernel[self._n_values :] / length**2
+        row = torch.cat(
+            [
+                of_values + _CONSTANT * amplitude**2,
+                (of_slopes[:, None] * apart[self._n_values :]).flatten(),
+            ]
+        )
+        mean = self._mean + row @ self._weights + of_slopes @ self._weights_across @ across
         known = row @ _solve(self._factor, row[:, None])[:, 0]
         known_across = across.square().sum() * (
-            row_across @ _solve(self._factor_across, row_across[:, None])[:, 0]
+            of_slopes @ _solve(self._factor_across, of_slopes[:, None])[:, 0]
         )
         variance = (1 + _CONSTANT) * amplitude**2 - known - known_across
         found: Tensor = mean + caution * variance.clamp(min=_LEAST).sqrt()
@@ -96,19 +116,19 @@ class Surrogate:
     def _factors(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the covariances' Cholesky factors: of values and slopes along the span, of slopes across."""
         amplitude, length, value_noise, slope_noise = theta.exp()
-        n_points, n_span = self._points.shape
+        n, (n_points, n_span) = self._n_values, self._points.shape
         apart = self._points[:, None] - self._points  # (n_points, n_points, n_span)
         kernel = amplitude**2 * torch.exp(-apart.square().sum(-1) / (2 * length**2))
         scaled = apart / length**2
-        values = kernel + _CONSTANT * amplitude**2
-        mixed = (kernel[..., None] * scaled).flatten(1)
+        values = kernel[:n, :n] + _CONSTANT * amplitude**2
+        mixed = (kernel[..., None] * scaled)[:n, n:].flatten(1)
         eye = torch.eye(n_span, dtype=kernel.dtype) / length**2
         slopes = kernel[..., None, None] * (eye - scaled[..., :, None] * scaled[..., None, :])
-        slopes = slopes.transpose(1, 2).reshape(n_points * n_span, n_points * n_span)
+        slopes = slopes[n:, n:].transpose(1, 2).flatten(0, 1).flatten(1)
         whole = torch.cat([torch.cat([values, mixed], 1), torch.cat([mixed.T, slopes], 1)])
-        noise = torch.cat([value_noise.expand(n_points), slope_noise.expand(n_points * n_span)])
+        noise = torch.cat([value_noise * self._noise, slope_noise.expand(len(slopes))])
         whole = whole + torch.diag(noise.square())
-        across = kernel / length**2 + torch.diag(slope_noise.square().expand(n_points))
+        across = kernel[n:, n:] / length**2 + torch.diag(slope_noise.square().expand(n_points - n))
         return torch.linalg.cholesky(whole), torch.linalg.cholesky(across)
 
 
@@ -138,11 +158,11 @@ def minimized(
 
 
 def _medians(slopes: Tensor) -> Tensor:
-    """Return the prior's medians: the logs of amplitude, length scale, value noise and slope noise."""
+    """Return the prior's medians: the logs of amplitude, length scale, value noise's factor, slope noise."""
     size = max(float(slopes.square().mean().sqrt()), _LEAST)
     length = _LENGTH * math.sqrt(slopes.shape[1])
     amplitude = size * length  # what makes slopes of that size likely
-    return torch.tensor([amplitude, length, _VALUE_NOISE * amplitude, _SLOPE_NOISE * size]).double().log()
+    return torch.tensor([amplitude, length, 1.0, _SLOPE_NOISE * size]).double().log()
 
 
 def _solve(factor: Tensor, columns: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from optimizer import selection
 from optimizer.baselines import baselines, uniform_name
@@ -83,7 +83,8 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     if not space.smooth_shares():
         raise MergetuneError(f"`{space.config.method}` has no coefficient here that losses have a slope in.")
     suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
-    start_name, start = _start(bench, space)
+    points = _points(bench, space)
+    start_name, start = _start(bench, space, points)
     names = {selection.BASE, *map(selection.expert_name, bench.inputs.expert_sources)}
     names |= {uniform_name(len(bench.inputs.experts)), start_name}
     known = {
@@ -96,7 +97,8 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
         lacking = [reason for name, reason in references.missing.items() if name in suite.objectives]
         if lacking:
             raise MergetuneError(" ".join(lacking))
-        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, n_items)
+        scored = [(params, bench.scores[name]) for name, params in points.items()]
+        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, scored, n_items)
         found = descend(
             ground,
             start,
@@ -109,13 +111,17 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     )
 
 
-def _start(bench: Bench, space: SearchSpace) -> tuple[str, Params]:
-    """Return the best baseline that is a point of the space and its point; else the middle of all ranges."""
+def _points(bench: Bench, space: SearchSpace) -> dict[str, Params]:
+    """Return the baselines that were measured and are points of the space, by name."""
     inputs = bench.inputs
     listed = baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
-    points = {
+    return {
         each.name: each.params for each in listed if each.params is not None and each.name in bench.scores
     }
+
+
+def _start(bench: Bench, space: SearchSpace, points: Mapping[str, Params]) -> tuple[str, Params]:
+    """Return the best merge of these and its point; else the middle of all ranges."""
     anchors = {name: own for name, own in bench.scores.items() if not selection.is_merge(name)}
     merges = {name: bench.scores[name] for name in points if selection.is_merge(name)}
     best = selection.recommend(anchors | merges, bench.evaluator.suite.config)

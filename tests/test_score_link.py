@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-import torch
 
 from optimizer.score_link import ScoreLink, fit_link
 
@@ -18,11 +19,13 @@ def test_a_law_is_found_again_from_its_own_scores(half: float, steepness: float)
     assert found.steepness == pytest.approx(steepness, rel=0.2)
 
 
-def test_half_of_the_gain_is_kept_at_even_odds() -> None:
-    link = ScoreLink(0.4, 1.7)
+def test_the_slope_of_the_odds_is_their_derivative() -> None:
+    link, step = ScoreLink(0.4, 1.7), 1e-6
+    numeric = (link.log_odds(0.9 + step) - link.log_odds(0.9 - step)) / (2 * step)
+    assert link.log_odds_slope(0.9) == pytest.approx(numeric, rel=1e-6)
     assert link.share(0.4) == pytest.approx(0.5)
-    assert link.odds(torch.tensor([0.4, 0.8])).tolist() == pytest.approx([1.0, 2**1.7])
     assert 0 < link.share(1e9) < link.share(0.0) < 1
+    assert math.isfinite(link.log_odds_slope(0.0))
 
 
 def test_two_models_are_enough_and_half_lies_between_them() -> None:

@@ -8,7 +8,7 @@ import torch
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 from torch import Tensor
 
-from optimizer.surrogate import Surrogate, minimized
+from optimizer.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
 
 STEP = 1e-3  # of two values that stand for a slope
 
@@ -33,8 +33,9 @@ def random_points(n_points: int, n_coefficients: int, seed: int = 0) -> Tensor:
 def test_slopes_tell_what_differences_of_values_tell(n_coefficients: int) -> None:
     points = random_points(5, n_coefficients)
     values, slopes = with_slopes(points)
-    found = Surrogate(points, values, slopes)
-    amplitude, length, value_noise, slope_noise = found.hyperparameters.exp().tolist()
+    noises = torch.linspace(0.1, 0.3, 5).double()
+    found = Surrogate(SeenValues(points, values, noises), SeenSlopes(points, slopes))
+    amplitude, length, factor, slope_noise = found.hyperparameters.exp().tolist()
     kernel = ConstantKernel(amplitude**2) * RBF(length) + ConstantKernel(4 * amplitude**2)
     steps = STEP * torch.eye(n_coefficients).double()
     places = [points, *((points[:, None] + step).flatten(0, 1) for step in (steps, -steps))]
@@ -44,7 +45,7 @@ def test_slopes_tell_what_differences_of_values_tell(n_coefficients: int) -> Non
     seen[:n_values, :n_values] = np.eye(n_values)
     seen[n_values:, n_values : n_values + n_slopes] = np.eye(n_slopes) / (2 * STEP)
     seen[n_values:, n_values + n_slopes :] = -np.eye(n_slopes) / (2 * STEP)
-    noise = np.repeat([value_noise**2, slope_noise**2], [n_values, n_slopes])
+    noise = np.concatenate([(factor * noises.numpy()) ** 2, np.full(n_slopes, slope_noise**2)])
     covariance = seen @ kernel(at) @ seen.T + np.diag(noise)
     mean = float(values.mean())
     observed = np.concatenate([values.numpy() - mean, slopes.numpy().flatten()])
@@ -57,9 +58,11 @@ def test_slopes_tell_what_differences_of_values_tell(n_coefficients: int) -> Non
 
 
 def test_slopes_foretell_values_that_were_not_seen() -> None:
-    points = random_points(12, 20)
-    values, slopes = with_slopes(points)
-    found = Surrogate(points, values, slopes)
+    points, valued = random_points(12, 20), random_points(3, 20, seed=2)
+    _, slopes = with_slopes(points)
+    found = Surrogate(
+        SeenValues(valued, smooth(valued), torch.full((3,), 0.1).double()), SeenSlopes(points, slopes)
+    )
     others = random_points(30, 20, seed=1)
     missed = torch.stack([found.upper(point, 0.0) for point in others]) - smooth(others)
     assert missed.square().mean() < 0.1 * smooth(others).var()
@@ -70,7 +73,8 @@ def test_it_finds_how_noisy_slopes_are(noise: float) -> None:
     points = random_points(15, 8)
     values, slopes = with_slopes(points)
     noisy = slopes + noise * torch.randn(slopes.shape, generator=torch.Generator().manual_seed(2)).double()
-    *_, found = Surrogate(points, values, noisy).hyperparameters.exp().tolist()
+    seen = SeenValues(points, values, torch.full((15,), 0.1).double())
+    *_, found = Surrogate(seen, SeenSlopes(points, noisy)).hyperparameters.exp().tolist()
     assert noise / 2 < found < noise * 2
 
 
@@ -78,7 +82,8 @@ def test_one_point_and_equal_points_are_enough() -> None:
     point = random_points(1, 3)
     values, slopes = with_slopes(point)
     for n_points in (1, 3):
-        found = Surrogate(point.repeat(n_points, 1), values.repeat(n_points), slopes.repeat(n_points, 1))
+        seen = SeenValues(point.repeat(n_points, 1), values.repeat(n_points), torch.ones(n_points).double())
+        found = Surrogate(seen, SeenSlopes(point.repeat(n_points, 1), slopes.repeat(n_points, 1)))
         assert float(found.upper(point[0], 0.0)) == pytest.approx(float(values[0]), abs=1e-6)
         ahead = point[0] + 0.1 * slopes[0]
         assert found.upper(ahead, 0.0) > found.upper(point[0], 0.0)
