@@ -26,6 +26,7 @@ Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
 Weights = Mapping[str, float]  # of the objectives
 
+_CLEARLY = math.log(2)  # worse than the start on items kept apart, which are few
 _SURE = 0.05  # nats; so little more loss of a guard is none
 _ROUGH = 1.0  # how far off log-odds are where no score tells them
 _UNEVEN = 0.5  # how far off the log of a guard's loss over its reference's is on a few items
@@ -42,7 +43,7 @@ class DescentConfig:
             items of each score a step looks at.
         fewest: but not fewer than this many.
         most: nor more.
-        apart: items of each score that choose among the points and are never descended on.
+        apart: items of each score that tell whether a point is worse than the start; never descended on.
         first_steps: steps with the objectives' own weights.
         next_steps: steps with each other weighting.
         reach: how far a step may change a coefficient.
@@ -54,11 +55,11 @@ class DescentConfig:
     fewest: int = 2
     most: int = 16
     apart: int = 4
-    first_steps: int = 5
+    first_steps: int = 3
     next_steps: int = 2
     reach: float = 0.5
     caution: float = 1.0
-    emphasis: float = 4.0
+    emphasis: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Descent:
-    """Points that are better than the start, each for a weighting of its own, and what they cost.
+    """Points that are not clearly worse than the start, each for its own weighting, and what they cost.
 
     Attributes:
         points: the points, that of the objectives' own weights first if it is among them.
@@ -221,7 +222,7 @@ class _Walk:
             end = self._measured(
                 {**start, **self._named(self._least(weights, [self._best(visited, weights)]))}
             )
-            if self._fell(end, weights) < self._fell(begin, weights):
+            if self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
                 kept[str(end.params)] = end
         return Descent(tuple(kept.values()), self._n_passes, self._links)
 
