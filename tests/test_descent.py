@@ -115,7 +115,8 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
 
 
 def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: TransformersEngine) -> None:
-    ground = ground_of(engine, inputs, space_of(inputs))
+    kept = dict.fromkeys(SUITE.scores, Score(1.0, 0.0, 1000))
+    ground = replace(ground_of(engine, inputs, space_of(inputs)), scored=[(START, kept)])
     config = replace(CONFIG, fewest=4, first_steps=6)
     free = replace(ground, suite=SUITE.model_copy(update={"guards": {}}))
     without = replace(
