@@ -1,10 +1,10 @@
-"""Descent: a few steps along the slopes, from one weighting of the objectives to the next."""
+"""Descent: a few steps to where slopes lead, and the points along the front that they foretell."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,12 +112,10 @@ class Descent:
         points: the points, that of the objectives' own weights first if it is among them.
         n_passes: the cost in forward passes of one item; divided by a split's items it is in full
             evaluations.
-        links: what each objective's loss was taken to be worth.
     """
 
     points: tuple[Point, ...]
     n_passes: int
-    links: Mapping[str, ScoreLink]
 
 
 def descend(
@@ -213,18 +211,17 @@ class _Walk:
         visited: list[Tensor] = []
         for step, weights in enumerate(self._schedule, start=1):
             if visited:
-                at = self._least(weights, {visited[-1], self._best(visited, weights)}, self._config.reach)
+                at = self._least(weights, [visited[-1], self._best(visited, weights)], self._config.reach)
             self._look({**start, **self._named(at)}, at)
             visited.append(at)
             self._on_step(step, len(self._schedule))
         kept: dict[str, Point] = {}
         for weights in self._weightings:
-            end = self._measured(
-                {**start, **self._named(self._least(weights, [self._best(visited, weights)]))}
-            )
+            least = self._least(weights, [self._best(visited, weights)])
+            end = self._measured({**start, **self._named(least)})
             if self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
                 kept[str(end.params)] = end
-        return Descent(tuple(kept.values()), self._n_passes, self._links)
+        return Descent(tuple(kept.values()), self._n_passes)
 
     def _all_weightings(self) -> list[Weights]:
         """Return the objectives' own weights, and those that emphasize one of several."""
@@ -301,7 +298,7 @@ class _Walk:
             seen.add_slope(at, factor * torch.tensor(list(slope.values())).double())
             seen.learn()
 
-    def _least(self, weights: Weights, begins: Collection[Tensor], reach: float = math.inf) -> Tensor:
+    def _least(self, weights: Weights, begins: Sequence[Tensor], reach: float = math.inf) -> Tensor:
         """Return where the least is expected, cautiously, within reach of one of these points."""
 
         def falls(at: Tensor) -> Tensor:

@@ -37,10 +37,6 @@ class ScoreLink:
         """Return its derivative with respect to the loss; where little fails, as if a little more did."""
         return self.steepness / max(loss, _LITTLE * self.half)
 
-    def share(self, loss: float) -> float:
-        """Return the share of the gain that a loss lets one expect: in (0, 1)."""
-        return float(special.expit(-self.log_odds(loss)))
-
 
 def fit_link(losses: Sequence[float], shares: Sequence[float]) -> ScoreLink:
     """Fit the law to models whose loss and share of the gain are both known.
