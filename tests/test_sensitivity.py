@@ -22,7 +22,7 @@ from test_study import write_study
 from transformers import AutoModelForCausalLM
 
 from optimizer.analysis.conflict_words import findings, with_error
-from optimizer.analysis.conflicts import CLEAR, Conflict, conflicts, sensitivity_as_data
+from optimizer.analysis.conflicts import CLEAR, Conflict, conflicts, layer_gains, sensitivity_as_data
 from optimizer.analysis.tables import sensitivity_tables
 from optimizer.cli import app
 from optimizer.engines.completions import Scoring
@@ -38,7 +38,6 @@ from optimizer.recipe import LayerGroup, MergeRecipe
 from optimizer.references import Reference, References
 from optimizer.report import gather
 from optimizer.report.page import render
-from optimizer.report.sensitivity import layer_gains
 from optimizer.run_dir import RunDir
 from optimizer.selection import choose
 from optimizer.sensitivity import (

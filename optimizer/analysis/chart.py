@@ -11,11 +11,11 @@ import pandas as pd
 
 from optimizer.analysis.advice import Verdict
 from optimizer.analysis.conflict_words import TITLES
+from optimizer.analysis.conflicts import layer_gains
+from optimizer.analysis.heat_maps import heat_maps
 from optimizer.analysis.task_vectors import PartStatistics, TaskVectorStatistics
 from optimizer.errors import MergetuneError
-from optimizer.report.heat_maps import heat_maps
-from optimizer.report.sensitivity import layer_gains
-from optimizer.report.style import EXPERTS, INK, ORANGE, SKY, WHITE, themed
+from optimizer.theme import EXPERTS, INK, ORANGE, SKY, WHITE, themed
 
 Format = Literal["svg", "png", "html"]
 _OPTIONS: dict[Format, dict[str, Any]] = {"svg": {}, "png": {"scale_factor": 2}, "html": {"inline": True}}

@@ -13,7 +13,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer.recipe import LayerGroup
-from optimizer.sensitivity import COEFFICIENT, fold_facts, fold_slopes, n_passes, slopes_by_group
+from optimizer.sensitivity import (
+    COEFFICIENT,
+    fold_facts,
+    fold_slopes,
+    n_passes,
+    single_layers,
+    slopes_by_group,
+)
 
 Kind = Literal["none", "unclear", "partial", "strong"]
 Vector = NDArray[np.float64]
@@ -124,6 +131,37 @@ def conflicts(frame: pd.DataFrame, groups: Iterable[LayerGroup]) -> tuple[Confli
         pairs = (_compare(str(point), one, two) for one, two in itertools.combinations(at_point, 2))
         found += sorted(pairs, key=lambda conflict: -conflict.share)
     return tuple(found)
+
+
+def layer_gains(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the gains of single layers: a row per point, score, layer and coefficient.
+
+    Columns: point, score_name, layer (`outside` for all that lies outside them), coefficient (the
+    expert, or the parameter that is one for all), gain and stderr in nats per unit, is_clear: whether
+    it lies beyond two standard errors, and opposed: the other scores that the coefficient clearly pulls
+    the other way, in words.
+    """
+    layers = single_layers(frame["tensor"].unique())
+    rows = slopes_by_group(frame, layers)
+    opposed: dict[tuple[str, str, str, str], list[str]] = {}
+    for each in conflicts(frame, layers):
+        one, two = each.first.score_name, each.second.score_name
+        for place in each.places:
+            for own, other in ((one, two), (two, one)):
+                opposed.setdefault((each.point, own, place.group, place.expert), []).append(other)
+    keys = rows[["point", "score_name", "group", "expert"]].itertuples(index=False, name=None)
+    return pd.DataFrame(
+        {
+            "point": rows["point"],
+            "score_name": rows["score_name"],
+            "layer": rows["group"],
+            "coefficient": rows["expert"].where(rows["expert"] != "", rows["parameter"]),
+            "gain": -rows["slope"],
+            "stderr": rows["stderr"],
+            "is_clear": rows["slope"].abs() > CLEAR * rows["stderr"],
+            "opposed": [", ".join(opposed.get(key, [])) for key in keys],
+        }
+    )
 
 
 def sensitivity_as_data(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> dict[str, object]:

@@ -11,19 +11,8 @@ import pandas as pd
 from optimizer.report.data import Entry, ReportData
 from optimizer.report.labels import Label, place_labels
 from optimizer.report.metric import Metric
-from optimizer.report.style import (
-    BLUE,
-    BROKEN,
-    BROKEN_BASELINE,
-    GREY,
-    INK,
-    MARKS,
-    OTHER,
-    RECOMMENDED,
-    WHITE,
-    Axis,
-    mark_of,
-)
+from optimizer.report.style import BROKEN, BROKEN_BASELINE, MARKS, OTHER, RECOMMENDED, Axis, mark_of
+from optimizer.theme import BLUE, GREY, INK, WHITE
 
 
 def canvas(data: ReportData) -> tuple[int, int]:

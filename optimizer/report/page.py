@@ -14,12 +14,13 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
-from optimizer.report import charts, heat_maps, study_charts
+from optimizer.analysis.heat_maps import heat_maps
+from optimizer.report import charts, study_charts
 from optimizer.report.data import Entry, ReportData, gather
 from optimizer.report.insights import MIN_TRIALS
-from optimizer.report.style import themed
 from optimizer.run_dir import Candidate, RunDir
 from optimizer.templates import render_page
+from optimizer.theme import themed
 from optimizer.yaml_io import write_text
 
 _COLUMNS = 3  # of charts in the picture for slides
@@ -122,7 +123,7 @@ def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
         "depth": study_charts.depth_panels(data),
         "cost": [study_charts.cost(data)] if data.entries else [],
         **{
-            f"sensitivity:{each.point}": heat_maps.heat_maps(each.layers)
+            f"sensitivity:{each.point}": heat_maps(each.layers)
             for each in (data.sensitivity.points if data.sensitivity else ())
         },
     }

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from optimizer.analysis.conflict_words import TITLES, Finding, evidence, findings
-from optimizer.analysis.conflicts import CLEAR, Conflict, conflicts
+from optimizer.analysis.conflicts import Conflict, conflicts, layer_gains
 from optimizer.recipe import LayerGroup
-from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED, single_layers, slopes_by_group
+from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED
 
 _ORDER = (RECOMMENDED, AVERAGE, BASE)  # what the reader cares for most comes first
 
@@ -58,37 +58,6 @@ def sensitivity(frame: pd.DataFrame | None, groups: Iterable[LayerGroup]) -> Sen
         if (frame["point"] == point).any()
     )
     return Sensitivity(points, evidence(frame))
-
-
-def layer_gains(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the gains of single layers: a row per point, score, layer and coefficient.
-
-    Columns: point, score_name, layer (`outside` for all that lies outside them), coefficient (the
-    expert, or the parameter that is one for all), gain and stderr in nats per unit, is_clear: whether
-    it lies beyond two standard errors, and opposed: the other scores that the coefficient clearly pulls
-    the other way, in words.
-    """
-    layers = single_layers(frame["tensor"].unique())
-    rows = slopes_by_group(frame, layers)
-    opposed: dict[tuple[str, str, str, str], list[str]] = {}
-    for each in conflicts(frame, layers):
-        one, two = each.first.score_name, each.second.score_name
-        for place in each.places:
-            for own, other in ((one, two), (two, one)):
-                opposed.setdefault((each.point, own, place.group, place.expert), []).append(other)
-    keys = rows[["point", "score_name", "group", "expert"]].itertuples(index=False, name=None)
-    return pd.DataFrame(
-        {
-            "point": rows["point"],
-            "score_name": rows["score_name"],
-            "layer": rows["group"],
-            "coefficient": rows["expert"].where(rows["expert"] != "", rows["parameter"]),
-            "gain": -rows["slope"],
-            "stderr": rows["stderr"],
-            "is_clear": rows["slope"].abs() > CLEAR * rows["stderr"],
-            "opposed": [", ".join(opposed.get(key, [])) for key in keys],
-        }
-    )
 
 
 def _point(point: str, layers: pd.DataFrame, found: list[Conflict]) -> PointSensitivity:

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from optimizer.report.data import ReportData
-from optimizer.report.style import BLUE, EXPERTS, GREY, ORANGE, YELLOW
+from optimizer.theme import BLUE, EXPERTS, GREY, ORANGE, YELLOW
 
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12

@@ -1,7 +1,4 @@
-"""How the charts look: colours, marks, axes and theme.
-
-Colours are Okabe & Ito's, which colour-blind readers can tell apart; marks differ in shape as well.
-"""
+"""How the report's charts look: marks, which differ in shape as well as in colour, and axes."""
 
 from __future__ import annotations
 
@@ -12,11 +9,8 @@ import altair as alt
 
 from optimizer.report.data import Entry
 from optimizer.selection import PLAUSIBLE, SOLID
+from optimizer.theme import BLUE, INK, LIGHT, ORANGE, WHITE
 
-Drawing = alt.LayerChart | alt.ConcatChart
-ORANGE, BLUE, SKY, GREEN = "#D55E00", "#0072B2", "#56B4E9", "#009E73"
-YELLOW, PINK, GREY, INK, WHITE = "#E69F00", "#CC79A7", "#A6A6A6", "#222222", "#FFFFFF"
-LIGHT = "#CCCCCC"
 _STAR = (
     "M0,-1L0.225,-0.309L0.951,-0.309L0.363,0.118L0.588,0.809L0,0.382"
     "L-0.588,0.809L-0.363,0.118L-0.951,-0.309L-0.225,-0.309Z"
@@ -38,7 +32,6 @@ class Mark:
 BROKEN = Mark("merge, breaks a guard", WHITE, LIGHT, "circle", 55, 1.0)
 OTHER = Mark("other merge", LIGHT, LIGHT, "circle", 55, 1.0)
 BROKEN_BASELINE = Mark("baseline, breaks a guard", WHITE, INK, "diamond", 120, 1.5)
-EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
 BASELINE = Mark("base, expert, average", INK, INK, "diamond", 120, 1.5)
 FRONT = Mark("on the front (p ≥ 50%)", BLUE, BLUE, "circle", 80, 2.0)
 PERHAPS = Mark("perhaps on the front (p ≥ 10%)", WHITE, BLUE, "circle", 80, 1.5)
@@ -90,34 +83,3 @@ def mark_of(entry: Entry) -> Mark:
     if entry.probability >= PLAUSIBLE:
         return FRONT if entry.probability >= SOLID else PERHAPS
     return OTHER if entry.feasible else BROKEN
-
-
-def themed(chart: Drawing) -> Drawing:
-    """Give a finished chart the report's fonts, grid and legend."""
-    styled: Drawing = (
-        chart.configure(font="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif")
-        .configure_view(stroke=None)
-        .configure_axis(
-            gridColor="#ECECEC",
-            domainColor="#999999",
-            tickColor="#999999",
-            labelFontSize=12,
-            titleFontSize=13,
-            titleFontWeight=500,
-            titlePadding=10,
-            labelColor="#444444",
-            titleColor=INK,
-        )
-        .configure_legend(
-            orient="top",
-            title=None,
-            labelFontSize=12,
-            labelLimit=260,
-            columns=2,
-            columnPadding=14,
-            symbolSize=150,
-            symbolStrokeWidth=1.5,
-        )
-        .configure_title(fontSize=14, fontWeight=600, anchor="start")
-    )
-    return styled

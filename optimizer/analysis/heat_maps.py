@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from optimizer.analysis.conflict_words import with_error
-from optimizer.report.style import BLUE, INK, ORANGE, WHITE
+from optimizer.theme import BLUE, INK, ORANGE, WHITE
 
 _ROWS = (5, 24)  # pixels of a layer's row, at least and at most
 _HEIGHT = 370  # unless the rows would become too low or too high

@@ -1,0 +1,45 @@
+"""What all charts have in common: colours, fonts, grid and legend.
+
+Colours are Okabe & Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import altair as alt
+
+Drawing = alt.LayerChart | alt.ConcatChart
+ORANGE, BLUE, SKY, GREEN = "#D55E00", "#0072B2", "#56B4E9", "#009E73"
+YELLOW, PINK, GREY, INK, WHITE = "#E69F00", "#CC79A7", "#A6A6A6", "#222222", "#FFFFFF"
+LIGHT = "#CCCCCC"
+EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
+
+
+def themed(chart: Drawing) -> Drawing:
+    """Give a finished chart its fonts, grid and legend."""
+    styled: Drawing = (
+        chart.configure(font="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif")
+        .configure_view(stroke=None)
+        .configure_axis(
+            gridColor="#ECECEC",
+            domainColor="#999999",
+            tickColor="#999999",
+            labelFontSize=12,
+            titleFontSize=13,
+            titleFontWeight=500,
+            titlePadding=10,
+            labelColor="#444444",
+            titleColor=INK,
+        )
+        .configure_legend(
+            orient="top",
+            title=None,
+            labelFontSize=12,
+            labelLimit=260,
+            columns=2,
+            columnPadding=14,
+            symbolSize=150,
+            symbolStrokeWidth=1.5,
+        )
+        .configure_title(fontSize=14, fontWeight=600, anchor="start")
+    )
+    return styled
