@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import build_llama, fine_tune, train_adapter
+
+from optimizer.engines.engine import EngineConfig
+from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.merging.inputs import Inputs, open_inputs
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +27,20 @@ def tiny_experts(tiny_base: Path) -> dict[str, Path]:
         "a": fine_tune(tiny_base, tiny_base.parent / "tiny-expert-a", seed=1, std=0.002),
         "b": fine_tune(tiny_base, tiny_base.parent / "tiny-expert-b", seed=2, std=0.004),
     }
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
+    """The tiny models, open to be merged."""
+    return open_inputs(tiny_base, tiny_experts)
+
+
+@pytest.fixture(scope="module")
+def engine(inputs: Inputs) -> Iterator[TransformersEngine]:
+    """An engine of a module's own, for recipes of its `inputs`."""
+    engine = TransformersEngine(EngineConfig(device="cpu"), inputs.base.folder, inputs.merger)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,10 @@ import torch
 
 from optimizer.descent import DescentConfig, Ground, Known, descend
 from optimizer.engines.completions import Scoring
-from optimizer.engines.engine import EngineConfig
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.evaluate import Score
 from optimizer.losses import mean_losses
-from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.merging.inputs import Inputs
 from optimizer.recipe import MergeRecipe
 from optimizer.references import Reference, References
 from optimizer.search_space import SearchSpace
@@ -35,18 +32,6 @@ SUITE = SuiteConfig.model_validate(
 CONFIG = DescentConfig(full_evaluations=0.0, fewest=2, apart=2, first_steps=4, next_steps=2)
 GROUPS = [{"name": "layers", "match": r"layers\."}, {"name": "rest", "match": r"^(?!.*layers\.)"}]
 START = {"lambda.layers.a": 0.5, "lambda.layers.b": 0.5, "lambda.rest.a": 0.5, "lambda.rest.b": 0.5}
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
-    return open_inputs(tiny_base, tiny_experts)
-
-
-@pytest.fixture(scope="module")
-def engine(inputs: Inputs) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(EngineConfig(device="cpu"), inputs.base.folder, inputs.merger)
-    yield engine
-    engine.close()
 
 
 def space_of(inputs: Inputs, method: str = "task_arithmetic", **ranges: Any) -> SearchSpace:

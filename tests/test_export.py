@@ -19,11 +19,6 @@ from optimizer.merging.merger import Merger
 from optimizer.recipe import MergeRecipe
 
 
-@pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
-    return open_inputs(tiny_base, tiny_experts)
-
-
 def recipe(
     inputs: Inputs,
     method: str,

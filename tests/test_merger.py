@@ -25,11 +25,6 @@ from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import read_search_space
 
 
-@pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
-    return open_inputs(tiny_base, tiny_experts)
-
-
 def recipe(inputs: Inputs, method: str, *groups: dict[str, Any], seed: int = 0) -> MergeRecipe:
     sources = {"base": inputs.base_source, "experts": inputs.expert_sources}
     return MergeRecipe.model_validate({"method": method, **sources, "groups": groups, "seed": seed})

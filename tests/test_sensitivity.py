@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +70,6 @@ REFERENCES = References(
         *texts_of("two", "t3", 6, seed=3),
     )
 )
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
-    return open_inputs(tiny_base, tiny_experts)
-
-
-@pytest.fixture(scope="module")
-def engine(inputs: Inputs) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(EngineConfig(device="cpu"), inputs.base.folder, inputs.merger)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from test_study import run, write_study
 
 from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
-from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.merging.inputs import Inputs
 from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
 from optimizer.run_dir import RunDir
 from optimizer.search_space import SearchSpace
@@ -154,11 +154,6 @@ def test_a_finer_grain_needs_layer_groups(
     grain = {"warm_start": {"grain": "layers"}, "search_space": "task_arithmetic_anchors"}
     with pytest.raises(MergetuneError, match="needs a search space of layer groups"):
         run(study_of(tmp_path, tiny_base, tiny_experts, **grain), tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_base: Path, tiny_experts: dict[str, Path]) -> Inputs:
-    return open_inputs(tiny_base, tiny_experts)
 
 
 def bound(config: SearchSpaceConfig, inputs: Inputs) -> SearchSpace:
