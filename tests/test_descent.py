@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from optimizer.descent import DescentConfig, Ground, Known, descend
 from optimizer.engines.completions import Scoring
 from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.errors import TrialError
 from optimizer.evaluate import Score
 from optimizer.losses import mean_losses
 from optimizer.merging.inputs import Inputs
@@ -139,6 +143,28 @@ def test_an_objective_that_no_known_model_is_better_at_does_not_rule(
     )
     assert alone["first"] <= together["first"]
     assert alone["second"] > together["second"]
+
+
+def test_a_loss_that_is_not_finite_is_said(
+    inputs: Inputs, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground = ground_of(engine, inputs, space_of(inputs))
+    monkeypatch.setattr(engine.model, "forward", overflowing(engine.model.forward))
+    with pytest.raises(TrialError, match=r"`first` has no finite loss \(nan\).*float32"):
+        descend(ground, START, CONFIG)
+
+
+def overflowing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model whose logits overflow where it learns."""
+
+    @functools.wraps(forward)
+    def overflow(*args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            found.logits = found.logits * math.inf
+        return found
+
+    return overflow
 
 
 def test_one_objective_takes_one_weighting(inputs: Inputs, engine: TransformersEngine) -> None:
