@@ -5,7 +5,8 @@
 
 `small`: Llamas trained from scratch, a base and three experts for each seed (`small_skills.py`). The
 descent's settings were chosen on seeds 0 and 1.
-`smollm2`: the two experts of examples/taskmaster; the seed is the study's.
+`smollm2`: the two experts of examples/taskmaster; the seed is the study's, and the descent does not depend on
+it. Its search split helped to choose the descent's settings; its holdout split did not.
 
 Every arm is a study of its own: `sampler` without gradients, `gradient` with points found by descent before
 the sampler goes on from them; `gradient alone` is the latter before its first trial, and `baselines` are what
