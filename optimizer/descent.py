@@ -155,25 +155,22 @@ class _Seen:
     """What is known of one score's value over the coefficients, and the surrogate that this teaches."""
 
     def __init__(self) -> None:
-        self._points: dict[str, list[Tensor]] = {"values": [], "slopes": []}
-        self._values: list[tuple[float, float]] = []
-        self._slopes: list[Tensor] = []
+        self._values: list[tuple[Tensor, float, float]] = []
+        self._slopes: list[tuple[Tensor, Tensor]] = []
         self._surrogate: Surrogate | None = None
 
     def add_value(self, point: Tensor, value: float, noise: float) -> None:
-        self._points["values"].append(point)
-        self._values.append((value, noise))
+        self._values.append((point, value, noise))
 
     def add_slope(self, point: Tensor, slope: Tensor) -> None:
-        self._points["slopes"].append(point)
-        self._slopes.append(slope)
+        self._slopes.append((point, slope))
 
     def learn(self) -> None:
         """Teach the surrogate all that was added."""
-        values, noise = torch.tensor(self._values).double().T
+        points, values, noises = zip(*self._values, strict=True)
         self._surrogate = Surrogate(
-            SeenValues(torch.stack(self._points["values"]), values, noise),
-            SeenSlopes(torch.stack(self._points["slopes"]), torch.stack(self._slopes)),
+            SeenValues(torch.stack(points), torch.tensor(values).double(), torch.tensor(noises).double()),
+            SeenSlopes(*map(torch.stack, zip(*self._slopes, strict=True))),
             self._surrogate.hyperparameters if self._surrogate else None,
         )
 
@@ -244,12 +241,12 @@ class _Walk:
         losses = {name: self._losses(each.recipe, self._apart) for name, each in known.items()}
         links = {}
         for name in self._objectives:
-            shares = [self._share(name, each.scores) for each in known.values()]
+            shares = [self._kept_share(name, each.scores) for each in known.values()]
             links[name] = fit_link([own[name] for own in losses.values()], shares)
         guards = self._ground.suite.guards
         return links, {name: losses[reference_name(guards[name])][name] for name in self._guards}
 
-    def _share(self, name: str, scores: Scores) -> float:
+    def _kept_share(self, name: str, scores: Scores) -> float:
         """Return the share that scores keep of the gain between the worst and the best known."""
         sign = self._ground.suite.objectives[name].sign
         values = [sign * each.scores[name].value for each in self._ground.known.values()]
@@ -259,14 +256,15 @@ class _Walk:
     def _recall(self, begin: Point) -> None:
         """Learn from the scores of points measured before that differ from the start in nothing else."""
         fixed = {key: value for key, value in begin.params.items() if key not in self._keys}
+        is_scored = any(params == begin.params for params, _ in self._ground.scored)
         for name in self._objectives:
             for params, scores in self._ground.scored:
                 if fixed.items() <= params.items():
-                    n_items, share = scores[name].n_items, self._share(name, scores)
+                    n_items, share = scores[name].n_items, self._kept_share(name, scores)
                     kept = (share * n_items + 0.5) / (n_items + 1)  # never none and never all
                     noise = ((n_items + 1) * kept * (1 - kept)) ** -0.5
                     self._seen[name].add_value(self._point(params), math.log(1 / kept - 1), noise)
-            if all(params != begin.params for params, _ in self._ground.scored):
+            if not is_scored:
                 log_odds = self._links[name].log_odds(begin.losses[name])
                 self._seen[name].add_value(self._point(begin.params), log_odds, _ROUGH)
 

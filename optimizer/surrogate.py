@@ -64,6 +64,7 @@ class Surrogate:
         _, sizes, directions = torch.linalg.svd(moved, full_matrices=False)
         self._span = directions[sizes > _SPAN * max(float(sizes[0]), _SPAN)]  # (n_span, n_coefficients)
         self._points = moved @ self._span.T
+        self._apart = self._points[:, None] - self._points  # (n_points, n_points, n_span)
         self._n_values = len(values.points)
         along = slopes.slopes @ self._span.T
         self._seen = torch.cat([values.values - self._mean, along.flatten()])
@@ -117,14 +118,13 @@ class Surrogate:
         """Return the covariances' Cholesky factors: of values and slopes along the span, of slopes across."""
         amplitude, length, value_noise, slope_noise = theta.exp()
         n, (n_points, n_span) = self._n_values, self._points.shape
-        apart = self._points[:, None] - self._points  # (n_points, n_points, n_span)
-        kernel = amplitude**2 * torch.exp(-apart.square().sum(-1) / (2 * length**2))
-        scaled = apart / length**2
+        kernel = amplitude**2 * torch.exp(-self._apart.square().sum(-1) / (2 * length**2))
+        scaled = self._apart[:, n:] / length**2  # from what was seen to where slopes were
         values = kernel[:n, :n] + _CONSTANT * amplitude**2
-        mixed = (kernel[..., None] * scaled)[:n, n:].flatten(1)
-        eye = torch.eye(n_span, dtype=kernel.dtype) / length**2
-        slopes = kernel[..., None, None] * (eye - scaled[..., :, None] * scaled[..., None, :])
-        slopes = slopes[n:, n:].transpose(1, 2).flatten(0, 1).flatten(1)
+        mixed = (kernel[:n, n:, None] * scaled[:n]).flatten(1)
+        eye, between = torch.eye(n_span, dtype=kernel.dtype) / length**2, scaled[n:]
+        slopes = kernel[n:, n:, None, None] * (eye - between[..., :, None] * between[..., None, :])
+        slopes = slopes.transpose(1, 2).flatten(0, 1).flatten(1)
         whole = torch.cat([torch.cat([values, mixed], 1), torch.cat([mixed.T, slopes], 1)])
         noise = torch.cat([value_noise * self._noise, slope_noise.expand(len(slopes))])
         whole = whole + torch.diag(noise.square())
