@@ -297,3 +297,11 @@ def choose(run: RunDir) -> Choice | None:
     smoothing = smooth(candidates, measured, items, run.study.seed)
     recommendation = recommend(smoothing.scores, suite, measured if smoothing.smoothers else None)
     return Choice(measured, smoothing, noisy_front(items, suite), recommendation)
+
+
+def best_baseline(run: RunDir, choice: Choice) -> str | None:
+    """Return the merge that would be recommended had there been no search, by the same scores and rule."""
+    baselines = {candidate.name for candidate in run.candidates() if candidate.kind == "baseline"}
+    scores = {name: own for name, own in choice.smoothing.scores.items() if name in baselines}
+    found = recommend(scores, run.study.suite_config)
+    return found.name if found else None

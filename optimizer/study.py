@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +77,8 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                 _search(plan, searched, bench, interrupts)
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
-                _confirm(bench, finalists, [uniform_name(len(inputs.experts)), soup])
+                unsearched = selection.best_baseline(run, choice) if choice else None
+                _confirm(bench, finalists, {uniform_name(len(inputs.experts)), soup, unsearched})
                 if plan.config.warm_start.kind != "none" and choice and choice.recommendation:
                     _take_slopes(bench, choice.recommendation)
             except BaseException as error:
@@ -151,7 +152,7 @@ def _spent_s(run: RunDir) -> float:
     return sum(candidate.cost.total_s for candidate in run.candidates()) + (start.seconds if start else 0)
 
 
-def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Sequence[str]) -> None:
+def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Collection[str | None]) -> None:
     """Measure the finalists on the holdout split, with what they are compared to.
 
     They are written down before any is measured there.

@@ -22,6 +22,7 @@ from helpers import fine_tune
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimizer import selection
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Evaluator
@@ -199,6 +200,15 @@ def test_the_finalists_are_written_down_before_the_holdout_is_used(finished: Run
     assert {*use.finalists, "base", "expert-a"} <= finished.all_scores("holdout").keys()
     first_look = min(file.stat().st_mtime for file in finished.path.glob("candidates/*.holdout.parquet"))
     assert (finished.path / "holdout.json").stat().st_mtime <= first_look
+
+
+def test_the_best_average_is_confirmed_as_well_as_the_plain_one(finished: RunDir) -> None:
+    kinds = {candidate.name: candidate.kind for candidate in finished.candidates()}
+    search = {name: own for name, own in finished.all_scores("search").items() if kinds[name] == "baseline"}
+    best = selection.recommend(search, finished.study.suite_config)
+    assert best is not None
+    assert best.name != "average-0.5"
+    assert {best.name, "average-0.5"} <= finished.all_scores("holdout").keys()
 
 
 def test_a_second_use_of_the_holdout_is_written_down(finished: RunDir, tmp_path: Path) -> None:
