@@ -13,9 +13,9 @@ from optimizer.cli import app
 from optimizer.config import StudyConfig
 from optimizer.library import presets
 from optimizer.method_table import METHODS, MethodName
-from optimizer.search_space_config import read_search_space
-from optimizer.suite import SuiteConfig
-from optimizer.yaml_io import validate
+from optimizer.search_space_config import SearchSpaceConfig, read_search_space
+from optimizer.suite import SuiteConfig, read_suite
+from optimizer.yaml_io import Strict, validate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,11 +25,29 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_every_yaml_block_is_a_valid_study_or_suite() -> None:
+def test_every_yaml_block_is_valid() -> None:
+    by_key: dict[str, type[Strict]] = {
+        "objectives": SuiteConfig,
+        "method": SearchSpaceConfig,
+        "experts": StudyConfig,
+    }
     for text in blocks("yaml"):
         data = yaml.safe_load(text)
-        validate(data, SuiteConfig if "objectives" in data else StudyConfig, "README.md")
-    assert len(blocks("yaml")) >= 2
+        schema = next(schema for key, schema in by_key.items() if key in data)
+        validate(data, schema, "README.md")
+    assert len(blocks("yaml")) >= 3
+
+
+@pytest.mark.parametrize(
+    ("scorer", "line"),
+    zip(["exact", "contains", "regex", "json", "choice"], blocks("jsonl")[0].splitlines(), strict=True),
+)
+def test_every_line_of_items_suits_its_scorer(scorer: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text(line)
+    task = {"items": "items.jsonl", "scorer": scorer}
+    suite = {"description": "", "chat_template": False, "objectives": {"skill": {"tasks": [task]}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    assert read_suite(tmp_path / "suite.yaml").items["items.jsonl"]
 
 
 def test_every_command_exists_and_is_listed() -> None:
@@ -53,7 +71,8 @@ def test_every_search_space_is_in_the_table(path: Path) -> None:
 def test_every_method_is_in_the_table(name: MethodName) -> None:
     method = METHODS[name]
     options = ", ".join(f"`{option.name}`" for option in method.options) or "–"
-    assert f"| `{name}` | {method.summary} | {method.coefficients} | {options} |" in README
+    summary = method.summary.replace("|", "\\|")
+    assert f"| `{name}` | {summary} | {method.coefficients} | {options} |" in README
 
 
 def test_every_option_is_explained_with_its_choices() -> None:
