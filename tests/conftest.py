@@ -55,6 +55,14 @@ def tiny_adapter(tiny_base: Path) -> Path:
     )
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hub, for `cache_model`; the Hub itself is out of reach."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
 @pytest.fixture(scope="session")
 def tiny_tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama whose head is its embedding matrix."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of a model on the Hub
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "What is the capital of France? The capital of France is Paris.",
@@ -102,6 +105,20 @@ def train_adapter(
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     adapter.to(dtype or model.dtype).save_pretrained(folder)
     return folder
+
+
+def cache_model(hub_cache: Path, name: str, model: Path, commit: str = COMMIT) -> Path:
+    """Put a model directory into the Hub's cache as a download of `name` leaves it; returns the snapshot."""
+    place = hub_cache / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / commit
+    for folder in (snapshot, place / "blobs", place / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    for file in model.iterdir():
+        blob = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copyfile(file, place / "blobs" / blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs", blob))
+    return snapshot
 
 
 def merge_at(inputs: Inputs, **lambdas: float) -> dict[str, torch.Tensor]:

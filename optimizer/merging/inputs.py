@@ -20,7 +20,7 @@ from optimizer.merging.compatibility import (
 from optimizer.merging.extended_base import extend_base, find_speaker, settled_tokens
 from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import match_tokens
-from optimizer.models import find_model
+from optimizer.models import find_model, reference_to
 from optimizer.recipe import MergeRecipe, Source
 from optimizer.yaml_io import Strict
 
@@ -77,12 +77,21 @@ class Inputs:
     @property
     def base_source(self) -> Source:
         """The base, as recipes name it."""
-        return Source(path=str(self.base.folder), digest=self.base.digest)
+        return Source(path=reference_to(self.base.folder), digest=self.base.digest)
 
     @property
     def expert_sources(self) -> dict[str, Source]:
         """The experts, as recipes name them."""
-        return {expert.name: Source(path=str(expert.folder), digest=expert.digest) for expert in self.experts}
+        return {
+            expert.name: Source(path=reference_to(expert.folder), digest=expert.digest)
+            for expert in self.experts
+        }
+
+    def named_in(self, recipe: MergeRecipe) -> MergeRecipe:
+        """Return a recipe of these models that names them so that it can stand in any folder."""
+        sources = self.expert_sources
+        experts = {name: sources[name] for name in recipe.experts}
+        return recipe.model_copy(update={"base": self.base_source, "experts": experts})
 
     @property
     def changed(self) -> dict[str, tuple[str, ...]]:
