@@ -12,7 +12,7 @@ from optimizer.errors import MergetuneError
 from optimizer.leakage import read_training_texts
 from optimizer.library import find
 from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.models import check_reference, find_model
+from optimizer.models import check_reference, find_model, reference_to
 from optimizer.run_dir import RunDir, StudyRecord
 from optimizer.search import check_sampler
 from optimizer.search_space_config import SearchSpaceConfig, read_search_space
@@ -92,12 +92,12 @@ class Plan:
         return open_inputs(base, experts, self.config.vocabulary, run.extended_base)
 
     def record(self, inputs: Inputs) -> StudyRecord:
-        """Return what the run directory keeps of the study: absolute paths, digests of inputs."""
+        """Return what the run directory keeps of the study: hub ids pinned, absolute paths, digests."""
         sources = {"base": inputs.base_source, **inputs.expert_sources}
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
             **self.config.model_dump(exclude={"base", "experts", "training_data", "search_space", "suite"}),
-            base=str(inputs.given or inputs.base.folder),
+            base=reference_to(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
             training_data={
                 name: tuple(map(str, paths))

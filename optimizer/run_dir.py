@@ -1,6 +1,6 @@
 """The run directory: all that a study learned, each file written whole or not at all.
 
-study.yaml        the study file, paths made absolute; it can be run again as it is
+study.yaml        the study file, hub ids pinned, paths made absolute; it can be run again as it is
 record.json       the same with the suite's rules and the digests of all inputs
 versions.json     the engine, and versions of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
@@ -31,16 +31,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from optimizer.config import StudyConfig
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Measurement, Score
+from optimizer.models import reference_to
 from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
 from optimizer.yaml_io import Strict, write_text, write_yaml
@@ -50,15 +51,20 @@ _EARLY = re.compile(r"lock|base|\.base\..*")
 
 _FREE = {"budget", "finalists", "training_data"}  # may change when a study goes on
 
+# A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
+_Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
+
 CandidateKind = Literal["baseline", "trial"]
 
 
 class StudyRecord(StudyConfig):
-    """The study as it was resolved: absolute paths, and what its inputs held."""
+    """The study as it was resolved: hub ids pinned, absolute paths, and what its inputs held."""
 
     suite_name: str
     suite_config: SuiteConfig
     digests: dict[str, str]  # of the suite, the search space, the base and each expert
+    base: _Reference
+    experts: dict[str, _Reference]
 
 
 class Cost(Strict):
