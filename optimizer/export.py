@@ -15,6 +15,7 @@ from optimizer.merging.adapter import is_adapter
 from optimizer.merging.inputs import Inputs, open_recipe
 from optimizer.merging.vocabulary import MatchedExpert
 from optimizer.merging.writer import write_model
+from optimizer.models import DEMO_MODEL, model_name, reference_to
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
 from optimizer.yaml_io import to_yaml
 
@@ -30,11 +31,12 @@ def write_merged(
     """Write the merge of `recipe` as a model directory, whole or not at all.
 
     Beside the model stand `recipe.yaml`, a model card and, where mergekit can express the recipe,
-    `mergekit.yaml`.
+    `mergekit.yaml`. They name the models that were opened, whatever the recipe's paths start from.
 
     Raises:
         MergetuneError: the disk is full, or the recipe does not fit the models.
     """
+    recipe = inputs.named_in(recipe)
     notes = {
         "README.md": model_card(folder.name, recipe, inputs, scores or {}),
         "recipe.yaml": to_yaml(recipe),
@@ -49,7 +51,7 @@ def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[
     template = Template((shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8"))
     card: str = template.render(
         title=title,
-        base_model=inputs.base.config.get("_name_or_path") or inputs.base.folder.name,
+        base_model=model_name(inputs.given or inputs.base.folder, inputs.base.config),
         sources={"base": recipe.base, **recipe.experts},
         scores=scores,
         recipe=recipe,
@@ -69,10 +71,11 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     if shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
-    base = recipe.base.path
+    base = _mergekit_name(inputs.base.folder)
+    names = [_mergekit_name(expert.folder) for expert in inputs.experts]
     models = [
-        {"model": f"{base}+{expert.folder}" if is_adapter(expert.folder) else str(expert.folder)}
-        for expert in inputs.experts
+        {"model": f"{base}+{name}" if is_adapter(expert.folder) else name}
+        for expert, name in zip(inputs.experts, names, strict=True)
     ]
     config: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.method == "slerp":
@@ -87,6 +90,12 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     config |= {"parameters": outer} if outer else {}
     config |= {"dtype": "float32", "out_dtype": _dtype(inputs)}
     return yaml.safe_dump(config, sort_keys=False)
+
+
+def _mergekit_name(folder: Path) -> str:
+    """Return what mergekit finds a model by: `owner/name@commit` or a directory."""
+    reference = reference_to(folder)
+    return str(folder) if reference == DEMO_MODEL else reference
 
 
 def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import COMMIT, cache_model
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from optimizer.export import mergekit_yaml, write_merged
+from optimizer.errors import MergetuneError
+from optimizer.export import merge_recipe, mergekit_yaml, write_merged
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
+from optimizer.model_under_test import LocalModel, open_model
+from optimizer.models import DEMO_MODEL, find_model
 from optimizer.recipe import MergeRecipe
 
 
@@ -136,3 +140,101 @@ def test_the_card_names_recipe_and_sources(inputs: Inputs, tmp_path: Path) -> No
     assert header["tags"] == ["merge", "mergetune"]
     assert MergeRecipe.read(tmp_path / "out" / "recipe.yaml") == wanted
     assert (tmp_path / "out" / "mergekit.yaml").exists()
+
+
+class TestHubIds:
+    @pytest.fixture
+    def written(
+        self,
+        hub_cache: Path,
+        tiny_base: Path,
+        tiny_experts: dict[str, Path],
+        tiny_adapter: Path,
+        tmp_path: Path,
+    ) -> Path:
+        """A merge of a base, a fine-tune and an adapter from the Hub, and a fine-tune that is not there."""
+        cache_model(hub_cache, "acme/base", tiny_base)
+        cache_model(hub_cache, "acme/a", tiny_experts["a"], commit="a" * 40)
+        cache_model(hub_cache, "acme/lora", tiny_adapter, commit="f" * 40)
+        names = {"a": "acme/a", "b": str(tiny_experts["b"]), "lora": "acme/lora@main"}
+        experts = {name: find_model(reference, tmp_path) for name, reference in names.items()}
+        inputs = open_inputs(find_model("acme/base", tmp_path), experts)
+        lambdas = {"lambda": {"a": 0.5, "b": 0.25, "lora": 1.0}}
+        sources = inputs.base_source, inputs.expert_sources
+        write_merged(tmp_path / "out", MergeRecipe.of_one_group("task_arithmetic", *sources, lambdas), inputs)
+        return tmp_path / "out"
+
+    def test_the_recipe_names_them_pinned(self, written: Path, tiny_experts: dict[str, Path]) -> None:
+        recipe = MergeRecipe.read(written / "recipe.yaml")
+        assert recipe.base.path == f"acme/base@{COMMIT}"
+        assert {name: source.path for name, source in recipe.experts.items()} == {
+            "a": f"acme/a@{'a' * 40}",
+            "b": str(tiny_experts["b"]),
+            "lora": f"acme/lora@{'f' * 40}",
+        }
+
+    def test_the_card_names_the_base_as_the_hub_links_it(self, written: Path) -> None:
+        card = (written / "README.md").read_text()
+        assert yaml.safe_load(card.split("---")[1])["base_model"] == "acme/base"
+        assert "snapshots" not in card
+
+    def test_mergekit_reads_ids_and_commits(self, written: Path, tiny_experts: dict[str, Path]) -> None:
+        config = MergeConfiguration.model_validate(yaml.safe_load((written / "mergekit.yaml").read_text()))
+        assert config.base_model is not None
+        assert (config.base_model.model.path, config.base_model.model.revision) == ("acme/base", COMMIT)
+        assert config.models is not None
+        a, b, lora = (each.model for each in config.models)
+        assert (a.model.path, a.model.revision) == ("acme/a", "a" * 40)
+        assert (b.model.path, b.model.revision) == (str(tiny_experts["b"]), None)
+        assert lora.model == config.base_model.model
+        assert lora.lora is not None
+        assert (lora.lora.path, lora.lora.revision) == ("acme/lora", "f" * 40)
+
+    def test_the_recipe_gives_the_same_bits_where_the_cache_is_elsewhere(
+        self, written: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub_cache.rename(tmp_path / "elsewhere")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+        merge_recipe(written / "recipe.yaml", tmp_path / "again")
+        assert Checkpoint(tmp_path / "again").digest == Checkpoint(written).digest
+        assert (tmp_path / "again" / "recipe.yaml").read_text() == (written / "recipe.yaml").read_text()
+        tested = open_model(str(written / "recipe.yaml"))
+        assert isinstance(tested, LocalModel)
+        assert tested.folder.is_relative_to(tmp_path / "elsewhere")
+
+    def test_a_snapshot_that_is_not_cached_is_named(
+        self, written: Path, hub_cache: Path, tmp_path: Path
+    ) -> None:
+        (hub_cache / "models--acme--a").rename(tmp_path / "gone")
+        with pytest.raises(MergetuneError, match=f"`acme/a@{'a' * 40}` .* cannot be fetched"):
+            merge_recipe(written / "recipe.yaml", tmp_path / "again")
+
+
+def test_mergekit_gets_the_demo_model_by_its_directory(
+    tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = tmp_path / "mergetune" / DEMO_MODEL
+    place.parent.mkdir()
+    place.symlink_to(tiny_base)
+    inputs = open_inputs(place, {"a": tiny_experts["a"]})
+    assert inputs.base_source.path == DEMO_MODEL  # mergekit knows no such name
+    text = mergekit_yaml(
+        recipe(inputs, "task_arithmetic", {"lambda": {"a": 1}}, {"lambda": {"a": 1}}), inputs
+    )
+    assert text is not None
+    assert yaml.safe_load(text)["base_model"] == str(place)
+
+
+def test_a_recipe_with_relative_paths_is_written_so_that_it_works_from_its_place(
+    inputs: Inputs, tiny_base: Path, tmp_path: Path
+) -> None:
+    wanted = recipe(inputs, "task_arithmetic", {"lambda": both(0.1, 0.2)}, {"lambda": both(0.3, 0.4)})
+    data = wanted.model_dump(by_alias=True, exclude_none=True)
+    (tmp_path / "models").symlink_to(tiny_base.parent)
+    data["base"] = {"path": f"models/{tiny_base.name}"}
+    data["experts"]["a"] = {"path": f"./models/{inputs.experts[0].folder.name}"}
+    (tmp_path / "relative.yaml").write_text(yaml.safe_dump(data))
+    merge_recipe(tmp_path / "relative.yaml", tmp_path / "out")
+    assert MergeRecipe.read(tmp_path / "out" / "recipe.yaml") == wanted
+    merge_recipe(tmp_path / "out" / "recipe.yaml", tmp_path / "again")

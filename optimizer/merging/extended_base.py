@@ -23,6 +23,7 @@ from optimizer.merging.tokenizer_files import (
 )
 from optimizer.merging.vocabulary import check_rows, own_tensor
 from optimizer.merging.writer import Layout, layout_of, write_model
+from optimizer.models import model_name
 
 # Stands in an extended base: what it was made of, and the row of every token that was added.
 MARKER = "extended_vocabulary.json"
@@ -180,7 +181,7 @@ def _write(folder: Path, parts: _Parts, tokenizer: _Tokenizer, origin: Mapping[s
             changed = read_json(generation) | {"eos_token_id": tokenizer.end}
             notes[generation.name] = json.dumps(changed, indent=2)
     config = _changed_config(parts.base.config, values)
-    config["_name_or_path"] = parts.base.config.get("_name_or_path") or parts.base.folder.name
+    config["_name_or_path"] = model_name(parts.base.folder, parts.base.config)
     tensors = _extend_tensors(parts, tokenizer.rows, layout)
     write_model(folder, tensors, parts.base, notes, config=config, layout=layout)
 
