@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
@@ -16,6 +17,7 @@ from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 from optimizer import pareto, selection
 from optimizer.config import read_study
 from optimizer.evaluate import Score
+from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe
 from optimizer.report import ReportData, gather, write_report
 from optimizer.report.charts import points
@@ -414,6 +416,30 @@ def test_every_recipe_of_the_front_is_written(page: Path, data: ReportData) -> N
     for entry in data.front:
         recipe = MergeRecipe.read(page.parent / "recipes" / f"{entry.name}.yaml")
         assert recipe == entry.candidate.recipe
+
+
+def test_recipes_and_title_name_the_models_as_the_study_does(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(n_trials=3))
+    known = {"base": "acme/base@0123", "experts": {"tools": "acme/tools@4567", "persona": "/models/persona"}}
+    text = json.loads((run.path / "record.json").read_text()) | known
+    (run.path / "record.json").write_text(json.dumps(text))
+    page = write_report(RunDir(run.path))
+    assert "fine-tunes of acme/base</h1>" in page.read_text(encoding="utf-8")
+    for file in (page.parent / "recipes").glob("*.yaml"):
+        recipe = MergeRecipe.read(file)
+        named = {"base": recipe.base.path, "experts": {k: v.path for k, v in recipe.experts.items()}}
+        assert named == known
+
+
+def test_recipes_find_the_extended_base_of_a_run_that_was_moved(
+    simulate: Callable[[Plan], RunDir], tmp_path: Path
+) -> None:
+    run = simulate(Plan(n_trials=3))
+    run.extended_base.mkdir()
+    moved = run.path.rename(tmp_path / "moved")
+    recipes = write_report(RunDir(moved)).parent / "recipes"
+    bases = {find_model(MergeRecipe.read(file).base.path, recipes) for file in recipes.glob("*.yaml")}
+    assert bases == {moved / "base"}
 
 
 def test_no_temporary_file_is_left(page: Path) -> None:

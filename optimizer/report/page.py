@@ -15,10 +15,12 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from optimizer.analysis.heat_maps import heat_maps
+from optimizer.models import short_name
+from optimizer.recipe import MergeRecipe, Source
 from optimizer.report import charts, study_charts
 from optimizer.report.data import Entry, ReportData, gather
 from optimizer.report.insights import MIN_TRIALS
-from optimizer.run_dir import Candidate, RunDir
+from optimizer.run_dir import Candidate, RunDir, StudyRecord
 from optimizer.templates import render_page
 from optimizer.theme import themed
 from optimizer.yaml_io import write_text
@@ -35,7 +37,7 @@ def write_report(run: RunDir) -> Path:
     table = candidate_table(data)
     write_text(folder / "trials.csv", table.to_csv(index=False))
     write_text(folder / "front.csv", table[table["on_front"]].to_csv(index=False))
-    _write_recipes(data, folder / "recipes")
+    _write_recipes(data, folder / "recipes", run.extended_base)
     write_text(folder / "index.html", render(data))
     return folder / "index.html"
 
@@ -55,7 +57,7 @@ def render(data: ReportData) -> str:
         min_trials=MIN_TRIALS,
         duration=duration,
         quote=shlex.quote,
-        name_of=lambda path: Path(path).name,
+        name_of=short_name,
     )
 
 
@@ -155,15 +157,30 @@ def _write_pictures(data: ReportData, folder: Path) -> None:
     write_text(folder / "pareto.svg", drawing.getvalue())
 
 
-def _write_recipes(data: ReportData, folder: Path) -> None:
-    """Write the recipes that the table of the front links to, and no longer any other."""
+def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:
+    """Write the recipes that the table of the front links to, and no longer any other.
+
+    They name the models as the study does, but what lies in the run directory relative to their own
+    folder, since it moves with them.
+    """
     folder.mkdir(exist_ok=True)
+    base = str(Path("../..", extended_base.name)) if extended_base.is_dir() else data.study.base
     shown = {entry.name: entry for entry in data.listed}
     for stale in folder.glob("*.yaml"):
         if stale.stem not in shown:
             stale.unlink()
     for name, entry in shown.items():
-        entry.candidate.recipe.write(folder / f"{name}.yaml")
+        _named(entry.candidate.recipe, data.study, base).write(folder / f"{name}.yaml")
+
+
+def _named(recipe: MergeRecipe, study: StudyRecord, base: str) -> MergeRecipe:
+    """Return a recipe with this base, and the experts where the study has them."""
+
+    def named(source: Source, path: str) -> Source:
+        return source.model_copy(update={"path": path})
+
+    experts = {name: named(source, study.experts[name]) for name, source in recipe.experts.items()}
+    return recipe.model_copy(update={"base": named(recipe.base, base), "experts": experts})
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
