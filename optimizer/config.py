@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.yaml_io import Strict, read_yaml
+from optimizer.engines.engine import EngineConfig, EngineKind
+from optimizer.errors import MergetuneError
+from optimizer.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 
 VocabularyRule = Literal["refuse", "base", "mean"]
 Grain = Literal["search_space", "layers", "attention_mlp"]
@@ -71,17 +71,12 @@ class StudyConfig(Strict):
     search_space: str
     suite: str
     vocabulary: VocabularyRule = "refuse"
-    engine: EngineConfig = EngineConfig()
+    engine: Annotated[EngineConfig, KindAlone] = EngineConfig()
     budget: Budget = Budget()
-    sampler: SamplerConfig = SamplerConfig()
-    warm_start: WarmStartConfig = WarmStartConfig()
+    sampler: Annotated[SamplerConfig, KindAlone] = SamplerConfig()
+    warm_start: Annotated[WarmStartConfig, KindAlone] = WarmStartConfig()
     finalists: int = Field(3, ge=1)
     seed: int = Field(0, ge=0)
-
-    @field_validator("sampler", "warm_start", mode="before")
-    @classmethod
-    def _kind_alone(cls, given: object) -> object:
-        return {"kind": given} if isinstance(given, str) else given
 
     @field_validator("training_data", mode="before")
     @classmethod
@@ -95,12 +90,7 @@ class StudyConfig(Strict):
     def _of_experts(
         cls, data: dict[str, tuple[str, ...]], info: ValidationInfo
     ) -> dict[str, tuple[str, ...]]:
-        experts = info.data.get("experts", data)  # absent where it is itself in error
-        for name in data:
-            if name not in experts:
-                raise PydanticCustomError(
-                    "unknown_key", "unknown key {key}", {"key": name, "valid": sorted(experts)}
-                )
+        refuse_unknown(data, info.data.get("experts", data))  # absent where it is itself in error
         return data
 
     @model_validator(mode="after")
@@ -109,6 +99,32 @@ class StudyConfig(Strict):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"an expert's name must be letters, digits, `-` and `_`, but got `{name}`")
         return self
+
+
+class _EngineFile(Strict):
+    """A file whose `engine` alone is read, such as a study file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    engine: Annotated[EngineConfig, KindAlone]
+
+
+def engine_options(given: str, batch_size: int | None = None) -> EngineConfig:
+    """Return the options that `--engine` and `--batch-size` give: a kind, or the `engine` of a file.
+
+    Raises:
+        MergetuneError: it is neither, or the file's `engine` breaks a rule.
+    """
+    if given.endswith((".yaml", ".yml")):
+        config = read_yaml(Path(given), _EngineFile).engine
+        return config if batch_size is None else config.model_copy(update={"batch_size": batch_size})
+    kinds: dict[str, EngineKind] = {kind: kind for kind in get_args(EngineKind)}
+    if given not in kinds:
+        raise MergetuneError(
+            f"--engine must be {', '.join(kinds)} or a YAML file with `engine`, but got `{given}`."
+            f"{nearest(given, kinds)}"
+        )
+    return EngineConfig(kind=kinds[given], batch_size=batch_size)
 
 
 def read_study(path: Path) -> StudyConfig:

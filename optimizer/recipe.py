@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
-from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys, write_yaml
+from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
 
 Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
 
@@ -103,7 +103,9 @@ class RecipeGroup(LayerGroup):
     @model_validator(mode="before")
     @classmethod
     def _has_known_keys(cls, data: object) -> object:
-        return refuse_unknown_keys(cls, data, PARAMETER_NAMES)
+        if isinstance(data, dict):
+            refuse_unknown(data, (*cls.model_fields, *PARAMETER_NAMES))
+        return data
 
     @property
     def coefficients(self) -> Mapping[str, dict[str, float] | float]:
@@ -140,10 +142,14 @@ class MergeRecipe(Strict):
     options: dict[str, str] | None = None
     seed: int = 0
 
+    @field_validator("options")
+    @classmethod
+    def _are_of_method(cls, options: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+        return check_options(options, info)
+
     @model_validator(mode="after")
     def _is_complete(self) -> MergeRecipe:
         check_expert_count(self.method, len(self.experts))
-        full_options(self.method, self.options or {})
         for group in self.groups:
             _check_coefficients(group, self.method, list(self.experts))
         return self
@@ -177,6 +183,17 @@ class MergeRecipe(Strict):
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; reading it back gives an equal recipe."""
         write_yaml(path, self)
+
+
+def check_options(options: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+    """Return options if they are those of the method, as a validator of a field after `method` does."""
+    method: MethodName | None = info.data.get("method")  # absent where it is itself in error
+    if method is not None and options:
+        if not METHODS[method].options:
+            raise ValueError(f"`{method}` has no options; leave them out")
+        refuse_unknown(options, [option.name for option in METHODS[method].options])
+        full_options(method, options)
+    return options
 
 
 def check_expert_count(method: MethodName, count: int) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from optimizer.config import Grain
 from optimizer.errors import MergetuneError
-from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter, full_options
-from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, Role, assign_groups, count_layers
-from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown_keys
+from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter
+from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, Role, assign_groups, check_options, count_layers
+from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown
 
 
 class Range(Strict):
@@ -41,7 +41,9 @@ class Ranges(Strict):
     @model_validator(mode="before")
     @classmethod
     def _has_known_keys(cls, data: object) -> object:
-        return refuse_unknown_keys(cls, data, PARAMETER_NAMES)
+        if isinstance(data, dict):
+            refuse_unknown(data, (*cls.model_fields, *PARAMETER_NAMES))
+        return data
 
     @property
     def ranges(self) -> Mapping[str, Coefficient]:
@@ -102,10 +104,15 @@ class SearchSpaceConfig(Ranges):
     options: dict[str, str] | None = None
     groups: tuple[SpaceGroup, ...] = ()
     anchors: int | None = Field(None, ge=2)
+    _file: str = PrivateAttr("the search space")  # for messages
+
+    @field_validator("options")
+    @classmethod
+    def _are_of_method(cls, options: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+        return check_options(options, info)
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> SearchSpaceConfig:
-        full_options(self.method, self.options or {})
         for scope in (self, *self.groups):
             for name, coefficient in scope.ranges.items():
                 parameter = METHODS[self.method].parameter(name)
@@ -132,7 +139,9 @@ def _ends(coefficient: Coefficient) -> tuple[float, ...]:
 
 def read_search_space(path: Path) -> SearchSpaceConfig:
     """Read a search space from YAML; raises `MergetuneError` as `read_yaml` does."""
-    return read_yaml(path, SearchSpaceConfig)
+    config = read_yaml(path, SearchSpaceConfig)
+    config._file = str(path)
+    return config
 
 
 def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
@@ -171,7 +180,10 @@ def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list
     else:
         resolved = [group.resolve(n_layers) for group in config.groups]
         groups = [group for group in resolved if group is not None]
-    assign_groups(groups, tensor_names)
+    try:
+        assign_groups(groups, tensor_names)
+    except MergetuneError as error:
+        raise MergetuneError(f"{config._file}: {error}") from error
     return groups
 
 

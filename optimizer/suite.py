@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from optimizer.errors import MergetuneError
 from optimizer.scorers import Scorer
-from optimizer.yaml_io import Regex, Strict, read_yaml
+from optimizer.yaml_io import KindAlone, Regex, Strict, read_yaml, validate
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
@@ -27,7 +27,7 @@ class TaskConfig(Strict):
     """
 
     items: str | None = None
-    scorer: Scorer | None = None
+    scorer: Annotated[Scorer | None, KindAlone] = None
     system: str = ""
     max_new_tokens: int = Field(64, gt=0)
     stop: tuple[str, ...] = ()
@@ -37,11 +37,6 @@ class TaskConfig(Strict):
     filter: str | None = None
     limit: int | None = Field(None, gt=0)
     num_fewshot: int | None = Field(None, ge=0)
-
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def _kind_alone(cls, scorer: object) -> object:
-        return {"kind": scorer} if isinstance(scorer, str) else scorer
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> TaskConfig:
@@ -186,13 +181,18 @@ def _read_items(path: Path, scorer: Scorer, score: str) -> tuple[Item, ...]:
 
 def _read_item(line: str, place: str, scorer: Scorer) -> Item:
     try:
-        item = Item.model_validate(json.loads(line))
+        data = json.loads(line)
     except json.JSONDecodeError as error:
         raise MergetuneError(f"{place}: is not JSON: {error}.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        raise MergetuneError(f"{place}: `{key}`: {first['msg']}.") from error
+    if not isinstance(data, dict):
+        raise MergetuneError(
+            f'{place}: must be one JSON object, such as {{"prompt": "…", "answer": "…"}}, but is {line:.80}.'
+        )
+    if "prompt" not in data:
+        turns = " Conversations are not read: an item is one turn." if "messages" in data else ""
+        keys = f"has `{'`, `'.join(data)}`" if data else "is empty"
+        raise MergetuneError(f"{place}: `prompt` is missing; the line {keys}.{turns}")
+    item = validate(data, Item, place)
     if scorer.kind == "choice":
         if len(item.choices) < 2 or item.answer not in range(len(item.choices)):
             raise MergetuneError(

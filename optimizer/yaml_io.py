@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import types
 import typing
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from optimizer.errors import MergetuneError
@@ -20,7 +20,22 @@ from optimizer.errors import MergetuneError
 class Strict(BaseModel):
     """Base of everything a user writes in YAML: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_absent(cls, data: object) -> object:
+        """Leave out a mapping or a list that is empty, as `guards:` with nothing after it."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or not _has_parts(cls, key)}
+
+
+def _has_parts(model: type[BaseModel], key: str) -> bool:
+    """Say whether a key may be left out and holds a mapping or a list."""
+    field = model.model_fields.get(key)
+    default = field.get_default(call_default_factory=True) if field else None
+    return isinstance(default, (dict, tuple, BaseModel))
 
 
 def _check_regex(pattern: str) -> str:
@@ -31,9 +46,27 @@ def _check_regex(pattern: str) -> str:
     return pattern
 
 
+def _as_mapping(given: object) -> object:
+    return {"kind": given} if isinstance(given, str) else given
+
+
 Regex = Annotated[str, AfterValidator(_check_regex)]
+KindAlone = BeforeValidator(_as_mapping)  # `engine: vllm` is `engine: {kind: vllm}`
 
 M = TypeVar("M", bound=BaseModel)
+
+# What a file is, the keys that tell so, and what is to be done with it.
+_FILES = (
+    ("a study file", {"base", "experts", "search_space", "suite"}, "`mergetune run` takes it"),
+    ("a recipe", {"method", "base", "experts", "groups"}, "`mergetune merge` writes its model"),
+    ("a suite", {"description", "chat_template", "objectives"}, "`--suite` and a study's `suite` take it"),
+    ("a search space", {"description", "method"}, "a study's `search_space` takes it"),
+    (
+        "a configuration of mergekit (`merge_method`)",
+        {"merge_method"},
+        "merge it with mergekit and give the directory",
+    ),
+)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -43,9 +76,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            is_plain = isinstance(key, Hashable)
+            if not is_plain or key in seen:
+                wrong = "is given twice" if is_plain else "must be plain text"
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given twice", key_node.start_mark
+                    None, None, f"the key `{key}` {wrong}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -55,19 +90,22 @@ def read_yaml(path: Path, model: type[M]) -> M:
     """Read `path` as a `model`.
 
     Raises:
-        MergetuneError: the file is missing, is not YAML, or breaks a rule of `model`; the message
-            names the file, the path of each offending key and, for a misspelling, the valid key.
+        MergetuneError: the file is missing, is not YAML, is of another kind, or breaks a rule of `model`;
+            the message names the file, the path of each offending key and, for a misspelling, the valid key.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MergetuneError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise MergetuneError(f"{path}: must be text in UTF-8, but is not: {error}.") from error
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise MergetuneError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise MergetuneError(f"{path}: must hold `key: value` pairs, but holds {_shown(data)}.")
+        raise MergetuneError(f"{path}: must hold `key: value` pairs, {_received(data)}.")
+    _check_kind(data, model, path)
     return validate(data, model, str(path))
 
 
@@ -76,13 +114,14 @@ def validate(data: object, model: type[M], origin: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(detail, model) for detail in error.errors() if not _is_other_branch(detail)]
-        raise MergetuneError(f"{origin}:\n  " + "\n  ".join(dict.fromkeys(lines))) from error
+        lines = _explain(error, data, model)
+        between = " " if len(lines) == 1 else "\n  "
+        raise MergetuneError(f"{origin}:{between}{between.join(lines)}") from error
 
 
 def to_yaml(model: BaseModel) -> str:
     """Return `model` as YAML, without the keys that are unset."""
-    data = model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    data = model.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -98,7 +137,7 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def nearest(word: str, valid: typing.Iterable[str]) -> str:
+def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean …?"` for the nearest valid word, or the list of all of them."""
     words = sorted(valid)
     close = difflib.get_close_matches(word, words, n=1)
@@ -107,83 +146,113 @@ def nearest(word: str, valid: typing.Iterable[str]) -> str:
     return f" Valid: {', '.join(words)}." if words else ""
 
 
-def refuse_unknown_keys(model: type[BaseModel], data: object, also: typing.Iterable[str]) -> object:
-    """Return `data` if its keys are those of `model` or among `also`, as a validator does.
-
-    For models whose further keys a table names.
-    """
-    valid = {*_keys(model), *also}
-    for key in data if isinstance(data, dict) else ():
-        if key not in valid:
-            context = {"key": key, "valid": sorted(valid)}
-            raise PydanticCustomError("unknown_key", "unknown key {key}", context)
-    return data
+def refuse_unknown(keys: Iterable[object], valid: Iterable[str]) -> None:
+    """Raise, as a validator does, for the first key that is none of the `valid` ones, which a table names."""
+    words = sorted(valid)
+    for key in keys:
+        if key not in words:
+            raise PydanticCustomError("unknown_key", "unknown key {key}", {"key": key, "valid": words})
 
 
-def _explain(detail: Any, model: type[BaseModel]) -> str:
-    location = [part for part in detail["loc"] if not _is_union_branch(part)]
-    path = ".".join(str(part) for part in location) or "(the whole file)"
-    if detail["type"] == "extra_forbidden":
-        owner = _model_at(model, location[:-1])
-        return f"`{path}`: unknown key.{nearest(str(location[-1]), _keys(owner))}"
-    if detail["type"] == "unknown_key":
-        prefix = "" if not location else f"{path}."
-        key = detail["ctx"]["key"]
-        return f"`{prefix}{key}`: unknown key.{nearest(str(key), detail['ctx']['valid'])}"
+def _check_kind(data: dict[Any, Any], model: type[BaseModel], path: Path) -> None:
+    """Refuse a file that has all keys of another kind, and not those that a `model` must have."""
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    if data.keys() >= set(required) or model.model_config.get("extra") == "ignore":
+        return
+    for what, keys, remedy in _FILES:
+        if data.keys() >= keys:
+            raise MergetuneError(
+                f"{path}: is {what}; {remedy}. Needed here is a file with `{'`, `'.join(required)}`."
+            )
+
+
+_Place = tuple[Any, ...]  # keys and indices from the top of a file
+
+
+def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> list[str]:
+    """Return a line for each place with a mistake; one inside a value says more than what it breaks."""
+    places: dict[_Place, list[Any]] = {}
+    for detail in error.errors():
+        places.setdefault(_place(detail, data), []).append(detail)
+    outer = {place[:length] for place in places for length in range(len(place))}
+    return [_sentence(place, details, model) for place, details in places.items() if place not in outer]
+
+
+def _place(detail: Any, data: Any) -> _Place:
+    """Return where a mistake is: pydantic's path without what no file has, such as a union's branch."""
+    found: list[Any] = []
+    for part in detail["loc"]:
+        is_key = isinstance(data, dict) and part in data
+        if is_key or (isinstance(data, list) and part in range(len(data))):
+            found.append(part)
+            data = data[part]
     if detail["type"] == "missing":
-        return f"`{path}`: required key is missing."
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error" and " but " in message:  # the rule's own message has the value
-        return f"`{path}`: {message}."
-    return f"`{path}`: {message}, but got {_shown(detail['input'])}."
+        found.append(detail["loc"][-1])
+    if detail["type"] == "unknown_key":
+        found.append(detail["ctx"]["key"])
+    return tuple(found)
 
 
-def _is_other_branch(detail: Any) -> bool:
-    """Say whether a mapping was only refused because a plain value would have been allowed too."""
-    return isinstance(detail["input"], dict) and detail["type"] in {"float_type", "string_type"}
+def _sentence(place: _Place, details: list[Any], model: type[BaseModel]) -> str:
+    """Say what is wrong at a place; several details are those of a union's branches, none of which fits."""
+    detail, path = details[0], ".".join(map(str, place))
+    if detail["type"] == "missing":
+        return f"`{path}`: is required, but missing."
+    if detail["type"] in ("extra_forbidden", "unknown_key"):
+        valid = detail.get("ctx", {}).get("valid") or _keys(_model_at(model, place[:-1]))
+        return f"`{path}`: unknown key.{nearest(str(place[-1]), valid)}"
+    types = [_type_wanted(each, _model_at(model, place)) for each in details]
+    if None in types:  # a branch of the right type
+        detail = details[types.index(None)]
+        rule = _rule(detail, place)
+    else:
+        rule = f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
+    is_said = " but " in rule or (detail["type"] == "value_error" and isinstance(detail["input"], dict))
+    received = "" if is_said else f", {_received(detail['input'])}"
+    return f"{f'`{path}`: ' if path else ''}{rule}{received}."
 
 
-def _is_union_branch(part: object) -> bool:
-    """Pydantic puts the name of a union's branch (`Range`, `float`, `list[str]`) in the path."""
-    return isinstance(part, str) and (part in {"float", "str", "int"} or part[:1].isupper() or "[" in part)
+_TYPES = {
+    **{"dict": "`name: value` pairs", "tuple": "a list", "list": "a list", "string": "text"},
+    **{"int": "a whole number", "float": "a number", "bool": "true or false"},
+}
 
 
-def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
-    found: type[BaseModel] | None = model
-    for part in location:
-        if found is None:
-            return None
-        if not isinstance(part, str):
-            continue
-        fields = {info.alias or name: info for name, info in found.model_fields.items()}
-        if part in fields:
-            found = _nested_model(fields[part].annotation)
-    return found
+def _type_wanted(detail: Any, model: type[BaseModel] | None) -> str | None:
+    """Return what a value should have been, None where its type is right and another rule is broken."""
+    match = re.fullmatch(r"(\w+?)_(type|parsing|from_float)", detail["type"])
+    if match and match[1] == "model":
+        return f"`key: value` pairs ({', '.join(_keys(model))})"
+    return _TYPES.get(match[1]) if match else None
 
 
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
+def _rule(detail: Any, place: _Place) -> str:
+    if detail["type"] == "too_short":
+        return f"must name at least one {str(place[-1]).removesuffix('s')}"
+    return re.sub(r"^\w+ should ", "must ", str(detail["msg"]).removeprefix("Value error, "))
+
+
+def _received(value: object, limit: int = 80) -> str:
+    if value is None or value in ("", [], {}):
+        return "but is empty"
+    text = repr(value)
+    return f"but got {text if len(text) <= limit else text[: limit - 1] + '…'}"
+
+
+def _model_at(annotation: Any, place: _Place) -> type[BaseModel] | None:
+    """Return the model that a place inside an annotation holds, if any."""
+    arguments = typing.get_args(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (
-        typing.Union,
-        types.UnionType,
-        list,
-        tuple,
-        dict,
-        typing.Annotated,
-    ):
-        for argument in typing.get_args(annotation):
-            if (found := _nested_model(argument)) is not None:
-                return found
-    return None
+        if not place:
+            return annotation
+        if place[0] in annotation.model_fields:
+            return _model_at(annotation.model_fields[place[0]].annotation, place[1:])
+        return _model_at(typing.get_type_hints(annotation)["__pydantic_extra__"], place)
+    if typing.get_origin(annotation) in (dict, list, tuple):
+        values = arguments[-1] if typing.get_origin(annotation) is dict else arguments[0]
+        return _model_at(values, place[1:]) if place else None
+    return next((found for each in arguments if (found := _model_at(each, place))), None)  # a union
 
 
 def _keys(model: type[BaseModel] | None) -> list[str]:
-    if model is None:
-        return []
-    return [info.alias or name for name, info in model.model_fields.items()]
-
-
-def _shown(value: object, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return list(model.model_fields) if model else []

@@ -54,7 +54,7 @@ def test_the_digest_is_that_of_the_weights_not_of_their_place() -> None:
         ({"groups": [{"name": "all", "lambda": {"a": 0.5}}]}, "lambda.*for a, b, but is for a"),
         ({"groups": [{"name": "all", "lambda": 0.5}]}, "for a, b, but is for all of them"),
         ({"method": "slerp", "groups": [{"name": "all", "t": {"a": 0.5}}]}, "must be one number"),
-        ({"options": {"rescale": "l1"}}, "`task_arithmetic` has no option `rescale`"),
+        ({"options": {"rescale": "l1"}}, "`task_arithmetic` has no options"),
         (
             {
                 "method": "ties",
@@ -150,11 +150,21 @@ def test_a_tensor_in_two_groups_is_named_with_both() -> None:
         assign_groups(groups, NAMES)
 
 
-def test_a_recipe_file_with_a_misspelt_key_names_the_right_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("groups:", "group:", r"recipe\.yaml:(?s:.*)`group`: unknown key\. Did you mean `groups`"),
+        ("lambda:", "lamda:", r"`groups\.0\.lamda`: unknown key\. Did you mean `lambda`"),
+        ("normalize:", "normalise:", r"`options\.normalise`: unknown key\. Did you mean `normalize`"),
+        ("path:", "pth:", r"`base\.pth`: unknown key\. Did you mean `path`"),
+    ],
+)
+def test_a_recipe_file_with_a_misspelt_key_names_the_right_one(
+    tmp_path: Path, right: str, wrong: str, message: str
+) -> None:
     path = tmp_path / "recipe.yaml"
-    build().write(path)
-    path.write_text(path.read_text().replace("groups:", "group:"))
-    with pytest.raises(
-        MergetuneError, match=r"recipe\.yaml:(?s:.*)`group`: unknown key. Did you mean `groups`"
-    ):
+    pairs = {"lambda": {"a": 0.5, "b": 0.5}, "density": {"a": 0.5, "b": 0.5}}
+    build(method="ties", options={"normalize": "count"}, groups=[{"name": "all", **pairs}]).write(path)
+    path.write_text(path.read_text().replace(right, wrong))
+    with pytest.raises(MergetuneError, match=message):
         MergeRecipe.read(path)

@@ -165,7 +165,16 @@ def test_constant_points_are_those_inside_the_space() -> None:
         ),
         ({"groups": [{"name": "x", "lamda": 1}]}, r"`groups\.0\.lamda`: unknown key. Did you mean `lambda`"),
         ({"lamda": 1, "anchors": 3}, r"`lamda`: unknown key. Did you mean `lambda`"),
-        ({"method": "ties", "options": {"rescale": "l1"}, "anchors": 3}, "`ties` has no option `rescale`"),
+        (
+            {"method": "ties", "options": {"rescale": "l1"}, "anchors": 3},
+            r"`options\.rescale`: unknown key\. Valid: normalize",
+        ),
+        ({"options": {"rescale": "l1"}, "anchors": 3}, "`task_arithmetic` has no options"),
+        (
+            {"anchors": 3, "lambda": [0, 1]},
+            r"`lambda`: must be `key: value` pairs \(low, high, step, shared\) or a number, but got \[0, 1\]",
+        ),
+        ({"anchors": 3, "lambda": {"low": 0, "hgh": 1}}, r"`lambda\.hgh`: unknown key\. Did you mean `high`"),
         ({"method": "slerp", "groups": [{"name": "x", "t": {"low": 0, "high": 2}}]}, r"`t` ∈ \[0, 1\]"),
         ({"method": "tis", "anchors": 3}, "`method`"),
         ({"groups": [{"name": "x", "roles": ["mlp"]}]}, r"none takes model\.embed_tokens\.weight"),
@@ -178,6 +187,14 @@ def test_constant_points_are_those_inside_the_space() -> None:
 def test_a_wrong_search_space_is_refused_with_the_reason(data: dict[str, Any], message: str) -> None:
     with pytest.raises(MergetuneError, match=message):
         space(**data)
+
+
+def test_groups_that_overlap_are_refused_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "overlap.yaml"
+    groups = "[{name: all}, {name: lower, depth: [0, 0.5]}]"
+    path.write_text(f"description: x\nmethod: task_arithmetic\ngroups: {groups}\n")
+    with pytest.raises(MergetuneError, match=r"overlap\.yaml: .* falls into `all` and `lower`"):
+        SearchSpace(read_search_space(path), BASE, EXPERTS, CHANGED, NAMES)
 
 
 def test_coefficients_that_touch_nothing_are_not_searched() -> None:

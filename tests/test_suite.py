@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,16 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
     ("line", "scorer", "message"),
     [
         ('{"prompt": "x", "answer": ', "exact", r"items\.jsonl, line 2: is not JSON"),
-        ('{"question": "x", "answer": "y"}', "exact", r"items\.jsonl, line 2: `prompt`"),
-        ('["x"]', "exact", r"items\.jsonl, line 2"),
+        (
+            '{"question": "x", "answer": "y"}',
+            "exact",
+            "`prompt` is missing; the line has `question`, `answer`",
+        ),
+        ('{"messages": []}', "exact", "has `messages`. Conversations are not read: an item is one turn"),
+        ("{}", "exact", "`prompt` is missing; the line is empty"),
+        ('["x"]', "exact", r'items\.jsonl, line 2: must be one JSON object.*but is \["x"\]'),
+        ('{"prompt": 3, "answer": "y"}', "exact", "line 2: `prompt`: must be text, but got 3"),
+        ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
         ('{"prompt": "x"}', "json", r"items\.jsonl, line 2: the scorer `json` needs `answer`"),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choice", "line 2: the scorer `choice` needs two"),
         (
@@ -91,8 +100,34 @@ def test_a_task_that_cannot_be_meant_is_refused(tmp_path: Path, task: dict[str, 
 def test_a_suite_without_objectives_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text("description: x\nchat_template: false\nobjectives: {}\n")
-    with pytest.raises(MergetuneError, match="objectives"):
+    with pytest.raises(MergetuneError, match="`objectives`: must name at least one objective, but is empty"):
         read_suite(path)
+
+
+def test_guards_and_lists_may_be_left_empty(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, ['{"prompt": "x", "answer": "y", "choices": null}'], stop=None)
+    path.write_text(f"{path.read_text()}\nguards:\n")
+    suite = read_suite(path)
+    assert suite.config.guards == {}
+    assert suite.items["items.jsonl"][0].choices == ()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            {"scorer": "exakt"},
+            r"`objectives\.skill\.tasks\.0\.scorer`: must be 'exact', .*, but got 'exakt'\.",
+        ),
+        ({"max_tokens": 5}, r"`objectives\.skill\.tasks\.0\.max_tokens`: unknown key\..*"),
+        ({"scorer": {"kind": "exact", "patterns": ["x"]}}, ".*`patterns` belongs to the scorer `regex`.*"),
+    ],
+)
+def test_a_mistake_in_a_task_is_one_line(tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    path = write_suite(tmp_path, ['{"prompt": "x", "answer": "y"}'], **task)
+    with pytest.raises(MergetuneError) as caught:
+        read_suite(path)
+    assert re.fullmatch(f"{re.escape(str(path))}: {message}", str(caught.value))
 
 
 def test_the_digest_follows_the_items(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""What users write, read strictly: each mistake is one line that names its place and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import Field
+
+from optimizer.config import StudyConfig
+from optimizer.errors import MergetuneError
+from optimizer.recipe import MergeRecipe
+from optimizer.search_space_config import SearchSpaceConfig
+from optimizer.suite import SuiteConfig
+from optimizer.yaml_io import _FILES, Strict, read_yaml, validate
+
+
+class Part(Strict):
+    low: float
+    size: int = Field(1, gt=0)
+
+
+class Whole(Strict):
+    parts: dict[str, Part | float] = Field(min_length=1)
+    names: tuple[str, ...] = ()
+    layers: tuple[int, int] | None = None
+    is_on: bool = False
+
+
+def mistakes(**data: Any) -> list[str]:
+    """Return the lines of the error."""
+    with pytest.raises(MergetuneError) as caught:
+        validate({"parts": {"a": 1}, **data}, Whole, "file.yaml")
+    first, _, rest = str(caught.value).partition(":")
+    assert first == "file.yaml"
+    return [line.strip() for line in rest.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        ({"parts": {}}, ["`parts`: must name at least one part, but is empty."]),
+        ({"parts": 3}, ["`parts`: must be `name: value` pairs, but got 3."]),
+        (
+            {"parts": {"a": "x"}},
+            ["`parts.a`: must be `key: value` pairs (low, size) or a number, but got 'x'."],
+        ),
+        (
+            {"parts": {"a": {"lwo": 1}}},
+            ["`parts.a.low`: is required, but missing.", "`parts.a.lwo`: unknown key. Did you mean `low`?"],
+        ),
+        (
+            {"parts": {"Part": {"low": 1, "size": 0}}},
+            ["`parts.Part.size`: must be greater than 0, but got 0."],
+        ),
+        ({"parts": {"a": {"low": 1, "size": 1.5}}}, ["`parts.a.size`: must be a whole number, but got 1.5."]),
+        ({"names": "x"}, ["`names`: must be a list, but got 'x'."]),
+        ({"names": ["x", 3]}, ["`names.1`: must be text, but got 3."]),
+        ({"layers": [1]}, ["`layers.1`: is required, but missing."]),
+        ({"is_on": "maybe"}, ["`is_on`: must be true or false, but got 'maybe'."]),
+        ({"is_on": None}, ["`is_on`: must be true or false, but is empty."]),
+        (
+            {"part": {}, "nmaes": []},
+            ["`part`: unknown key. Did you mean `parts`?", "`nmaes`: unknown key. Did you mean `names`?"],
+        ),
+    ],
+)
+def test_each_mistake_is_one_line_in_plain_words(data: dict[str, Any], lines: list[str]) -> None:
+    assert mistakes(**data) == lines
+
+
+def test_a_list_that_is_left_empty_is_absent() -> None:
+    assert validate({"parts": {"a": 1}, "names": None}, Whole, "file.yaml").names == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold `key: value` pairs, but is empty"),
+        (b"- parts", r"must hold `key: value` pairs, but got \['parts'\]"),
+        (b"parts: [", "is not valid YAML"),
+        (b"parts: {a: 1}\nparts: {a: 2}", "the key `parts` is given twice"),
+        (b"parts: {{ value }}", "the key .* must be plain text"),
+        (b"\xff\xfe\x00", "must be text in UTF-8"),
+    ],
+)
+def test_a_file_that_holds_no_pairs_is_explained(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "file.yaml").write_bytes(content)
+    with pytest.raises(MergetuneError, match=rf"file\.yaml: (?s:.*){message}"):
+        read_yaml(tmp_path / "file.yaml", Whole)
+    with pytest.raises(MergetuneError, match=r"absent\.yaml: cannot be read"):
+        read_yaml(tmp_path / "absent.yaml", Whole)
+
+
+SCHEMAS: dict[str, type[Strict]] = {
+    "a study file": StudyConfig,
+    "a recipe": MergeRecipe,
+    "a suite": SuiteConfig,
+    "a search space": SearchSpaceConfig,
+}
+
+
+@pytest.mark.parametrize(("what", "keys"), [(what, keys) for what, keys, _ in _FILES])
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, what: str, keys: set[str]) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump(dict.fromkeys(keys, "x")))
+    if what in SCHEMAS:  # the table has the very keys that such a file must have
+        assert keys == {name for name, field in SCHEMAS[what].model_fields.items() if field.is_required()}
+    for other, schema in SCHEMAS.items():
+        with pytest.raises(MergetuneError) as caught:
+            read_yaml(path, schema)
+        assert (f"is {what}" in str(caught.value)) == (other != what)
+
+
+def test_a_file_with_a_key_too_many_is_still_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: ties\nbase: {path: b}\nexperts: {}\ngroups: []\ndescription: x\n")
+    with pytest.raises(MergetuneError, match="`description`: unknown key"):
+        read_yaml(path, MergeRecipe)
