@@ -47,9 +47,16 @@ _out = Console(soft_wrap=True)
 _err = Console(stderr=True, soft_wrap=True)
 
 Study = Annotated[Path, typer.Argument(help="The study file.", metavar="STUDY.yaml")]
-Engine = Annotated[Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")]
-Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.")]
-_TESTED = "A directory, a hub id, an adapter, a recipe (.yaml), or a server: http://host:port[#name]."
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="auto (vLLM where it can run), transformers, vllm, or a YAML file with all options in `engine`, "
+        "such as a study file.",
+        metavar="KIND|FILE.yaml",
+    ),
+]
+Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.", metavar="BASE")]
+_TESTED = "A directory, a hub id, an adapter, a recipe (.yaml) or a server: http://host:port or …:port#name."
 Tested = Annotated[str, typer.Argument(help=_TESTED, metavar="MODEL")]
 Suite = Annotated[str, typer.Option(help="A suite: a preset's name or a path.")]
 Base = Annotated[str | None, typer.Option(help="The base of an adapter.")]
@@ -58,7 +65,7 @@ Tokenizer = Annotated[
     typer.Option(help="For the log-likelihoods of a server: the tokenizer's directory or hub id."),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Items at a time; for a server requests under way (32).")
+    int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
 
 
@@ -99,7 +106,9 @@ def run(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
-    engine: Engine = "auto",
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")
+    ] = "auto",
 ) -> None:
     """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
     from optimizer.library import shared_folder
@@ -110,19 +119,28 @@ def demo(
 @app.command()
 def inspect(
     base: Model,
-    experts: Annotated[list[str], typer.Argument(help="Fine-tunes of the base: as BASE.")],
+    experts: Annotated[
+        list[str],
+        typer.Argument(
+            help="Fine-tunes of BASE, given like it, or adapters; as NAME=EXPERT where paths end alike.",
+            metavar="EXPERT",
+        ),
+    ],
     search_space: Annotated[
         str, typer.Option(help="The search space whose layer groups the tables use.")
     ] = "task_arithmetic_layer_groups",
     chart: Annotated[
-        Path | None, typer.Option(help="Draw the figures, too: a file ending in .svg, .png or .html.")
+        Path | None, typer.Option(help="Also draw the figures, to a file ending in .svg, .png or .html.")
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="Measure where these skills conflict: a suite, a preset's name or a path."),
+        typer.Option(help="Measure where the skills of this suite conflict: a preset's name or a path."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="With --suite: items at a time where experts reply.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --suite: where the model runs, such as cpu or cuda:1.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -140,19 +158,18 @@ def inspect(
         from optimizer.analysis.chart import check_chart_path, write_chart
 
         check_chart_path(chart)
-    if batch_size is not None and suite is None:
-        raise MergetuneError(f"--batch-size {batch_size} goes with --suite. Name a suite, or leave it out.")
+    for option, value in (("--batch-size", batch_size), ("--device", device)):
+        if value is not None and suite is None:
+            raise MergetuneError(f"{option} {value} goes with --suite. Name a suite, or leave it out.")
     folder = Path()
     skills = read_suite(find("evals", suite, folder)) if suite is not None else None
     space = read_search_space(find("search_spaces", search_space, folder))
-    found = {Path(reference).name: find_model(reference, folder) for reference in experts}
-    if len(found) < len(experts):
-        raise MergetuneError("The experts' last path components must differ: they are the names.")
+    found = {name: find_model(reference, folder) for name, reference in _named(experts).items()}
     inputs = open_inputs(find_model(base, folder), found)
     groups = layer_groups(space, inputs.base.names)
     statistics = task_vector_statistics(inputs, groups)
     verdict = judge(statistics)
-    frame = _probe(inputs, skills, batch_size) if skills is not None else None
+    frame = _probe(inputs, skills, batch_size, device) if skills is not None else None
     if chart is not None:
         write_chart(statistics, verdict, chart, frame)
     if as_json:
@@ -170,8 +187,10 @@ def inspect(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.")],
-    out: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
+    ],
+    out: Annotated[Path, typer.Argument(help="The model directory to write.", metavar="OUT")],
 ) -> None:
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
     from optimizer.export import merge_recipe
@@ -195,21 +214,21 @@ def soup(
         str | None, typer.Option(help="Choose greedily by this suite: a preset's name or a path.")
     ] = None,
     split: Annotated[
-        Literal["search", "holdout", "all"], typer.Option(help="The suite's items to choose on.")
+        Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items to choose on.")
     ] = "search",
     engine: Engine = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Items at a time.")] = None,
     run: Annotated[
         Path | None, typer.Option(help="Where the suite's measurements are kept. Default: OUT.soup.")
     ] = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
-    from optimizer.engines.engine import EngineConfig
+    from optimizer.config import engine_options
     from optimizer.run_dir import RunDir
     from optimizer.soup import make_soup
     from optimizer.soup_plan import SoupPlan
 
-    config = EngineConfig(kind=engine, batch_size=batch_size)
+    config = engine_options(engine, batch_size)
     plan = SoupPlan.read(out, models, base, last, suite, split, config)
     tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
     if tasting is not None:
@@ -240,7 +259,7 @@ def evaluate(
     from contextlib import closing
     from dataclasses import asdict
 
-    from optimizer.engines.engine import EngineConfig
+    from optimizer.config import engine_options
     from optimizer.evaluate import Evaluator, Measurement
     from optimizer.library import find
     from optimizer.meter import Meter
@@ -248,8 +267,8 @@ def evaluate(
     from optimizer.run_dir import write_parquet
     from optimizer.suite import read_suite
 
+    config = engine_options(engine, batch_size)
     evaluator = Evaluator(read_suite(find("evals", suite, Path())))
-    config = EngineConfig(kind=engine, batch_size=batch_size)
     with closing(Meter(open_model(model, base, tokenizer), config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
     if out is not None:
@@ -265,15 +284,15 @@ def evaluate(
 @app.command()
 def check(
     suite: Suite,
-    candidate: Annotated[str | None, typer.Argument(help=_TESTED)] = None,
+    candidate: Annotated[str | None, typer.Argument(help=_TESTED, metavar="CANDIDATE")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="What CANDIDATE may not be worse than; named like it.")
+        str | None, typer.Option(help="The model that CANDIDATE may not be worse than; given like it.")
     ] = None,
     measured: Annotated[
         list[Path] | None,
         typer.Option(
             "--from",
-            help="Given twice, measurements to compare instead: CANDIDATE's, then the baseline's.",
+            help="Compare measurements instead. Give it twice: CANDIDATE's, then the baseline's.",
         ),
     ] = None,
     base: Base = None,
@@ -287,10 +306,14 @@ def check(
         bool, typer.Option(help="Measure the baseline twice, and count what differs as noise.")
     ] = True,
     alpha: Annotated[
-        float, typer.Option(min=0.0001, max=0.4999, help="How often PASS, and FAIL, may be wrong.")
+        float,
+        typer.Option(
+            min=0.0001, max=0.4999, help="The largest probability of a wrong PASS, and of a wrong FAIL."
+        ),
     ] = 0.05,
     training: Annotated[
-        list[Path] | None, typer.Option(help="A file that a model was trained on: are items in it?")
+        list[Path] | None,
+        typer.Option(help="A file that a model was trained on, to look for the suite's items in."),
     ] = None,
     engine: Engine = "auto",
     batch_size: BatchSize = None,
@@ -303,11 +326,11 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Is CANDIDATE worse than a baseline by over a margin? Exits 0 pass, 1 fail, 2 inconclusive."""
+    """Is CANDIDATE worse than the baseline by more than the margin? Exits 0 pass, 1 fail, 2 inconclusive."""
     from optimizer.check.judge import EXIT
     from optimizer.check.outputs import as_data, as_table, write_outputs
     from optimizer.check.run import CheckOptions, check_models, check_stored
-    from optimizer.engines.engine import EngineConfig
+    from optimizer.config import engine_options
     from optimizer.library import find
     from optimizer.measurement_store import MeasurementStore, default_store
     from optimizer.model_under_test import open_model
@@ -315,7 +338,7 @@ def check(
     from optimizer.suite import read_suite
 
     deployed = read_suite(find("evals", suite, Path()))
-    config = EngineConfig(kind=engine, batch_size=batch_size)
+    config = engine_options(engine, batch_size)
     options = CheckOptions(split, alpha, fast, noise_floor, config, tuple(training or ()))
     if measured:
         if candidate or baseline or len(measured) != 2:
@@ -403,11 +426,28 @@ def _print_inspection(statistics: TaskVectorStatistics, verdict: Verdict) -> Non
             _out.print(f"- {sentence}", highlight=False, markup=False)
 
 
-def _probe(inputs: Inputs, suite: EvalSuite, batch_size: int | None) -> pd.DataFrame:
+def _named(experts: Sequence[str]) -> dict[str, str]:
+    """Return the reference of each expert by its name: NAME of NAME=EXPERT, else the end of its path."""
+    named: dict[str, str] = {}
+    for expert in experts:
+        name, _, reference = expert.partition("=")
+        if not name or not reference or "/" in name or Path(expert).is_dir():
+            name, reference = Path(expert).name, expert
+        if name in named:
+            raise MergetuneError(
+                f"Experts must have distinct names, but {named[name]} and {reference} are both `{name}`. "
+                f"Name one, such as other={reference}."
+            )
+        named[name] = reference
+    return named
+
+
+def _probe(inputs: Inputs, suite: EvalSuite, batch_size: int | None, device: str | None) -> pd.DataFrame:
     from optimizer.engines.engine import EngineConfig
     from optimizer.probe import probe
 
-    return probe(inputs, suite, EngineConfig(kind="transformers", batch_size=batch_size), _remark)
+    config = EngineConfig(kind="transformers", batch_size=batch_size, device=device or "auto")
+    return probe(inputs, suite, config, _remark)
 
 
 def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> None:

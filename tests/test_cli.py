@@ -64,6 +64,8 @@ def test_an_error_is_one_message_and_debug_gives_the_traceback(tmp_path: Path) -
         ({"experts": {"a": "absent"}}, ["absent: there is no such model directory"]),
         ({"serach_space": "x"}, ["study.yaml", "`serach_space`: unknown key", "Did you mean `search_space`"]),
         ({"engine": {"kind": "transformer"}}, ["`engine.kind`", "'transformer'"]),
+        ({"engine": "vlm"}, ["`engine`: must be 'auto', 'transformers' or 'vllm', but got 'vlm'"]),
+        ({"budget": 40}, ["`budget`: must be `key: value` pairs (trials, hours), but got 40"]),
         ({"engine": {"batchsize": 3}}, ["`engine.batchsize`: unknown key", "Did you mean `batch_size`"]),
         (
             {"search_space": "task_aritmetic"},
@@ -88,6 +90,20 @@ def test_a_broken_study_file_is_explained_before_any_work(
     for message in messages:
         assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_whose_paths_end_alike_are_told_apart_by_name(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    for name, expert in tiny_experts.items():
+        shutil.copytree(expert, tmp_path / f"lr={name}" / "final")
+    alike = ["lr=a/final", "lr=b/final"]  # directories, though there is a `=` in them
+    done = mergetune("inspect", tiny_base, *alike, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "lr=a/final and lr=b/final are both `final`. Name one, such as other=lr=b/final" in done.stderr
+    done = mergetune("inspect", tiny_base, alike[0], f"other={alike[1]}", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["experts"]) == {"final", "other"}
 
 
 def truncate(folder: Path) -> None:
@@ -161,6 +177,23 @@ def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tin
     done = mergetune("eval", tiny_adapter, "--base", tiny_base, *suite, "--split", "search", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "parity" in done.stdout
+
+
+def test_all_options_of_the_engine_come_from_a_file(tmp_path: Path, tiny_base: Path) -> None:
+    study = write_study(tmp_path, tiny_base, {}, engine={"kind": "transformers", "max_length": 128})
+    given = ["--suite", "./suite.yaml", "--engine", study.name]
+    done = mergetune("eval", tiny_base, *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "engine: transformers, as asked for" in done.stderr
+    study.write_text("engine: {kind: vllm, tensor_paralel_size: 2}")
+    for command in (
+        ["eval", tiny_base],
+        ["check", tiny_base, "--baseline", tiny_base],
+        ["soup", "out", "a", "b"],
+    ):
+        done = mergetune(*command, *given, cwd=tmp_path)
+        assert done.returncode == 3
+        assert "`engine.tensor_paralel_size`: unknown key. Did you mean `tensor_parallel_size`" in done.stderr
 
 
 def test_report_and_merge_work_on_a_run(
