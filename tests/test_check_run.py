@@ -223,21 +223,73 @@ def test_auto_falls_back_for_both_models(tiny_base: Path, suite: Suite, tmp_path
     assert any("transformers for both, since vLLM did not start" in line for line in said)
 
 
-def test_the_pytest_example_judges_each_score(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+def run_example(folder: Path, candidate: Path, baseline: Path, suite: str | Path) -> str:
+    """Run the example of a gate in pytest as a user does; returns its last line."""
     example = shared_folder("examples") / "check" / "test_merge.py"
     environment = os.environ | {
-        **{"CANDIDATE": str(tiny_base), "BASELINE": str(tiny_base), "SUITE": str(suite.path)},
-        **{"XDG_CACHE_HOME": str(tmp_path), "PYTEST_ADDOPTS": ""},
+        **{"CANDIDATE": str(candidate), "BASELINE": str(baseline), "SUITE": str(suite)},
+        **{"OPTIONS": "--engine transformers", "XDG_CACHE_HOME": str(folder), "PYTEST_ADDOPTS": ""},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", str(example)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_pytest_example_judges_each_score(
+    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
+) -> None:
+    assert "1 passed" in run_example(tmp_path, tiny_base, tiny_base, suite.path)
+    assert "1 failed" in run_example(tmp_path, damaged, tiny_base, suite.path)
+    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
+    few = write_suite(tmp_path, answers[:12])
+    assert "1 skipped" in run_example(tmp_path, tiny_base, tiny_base, few.path)
+
+
+def test_the_pytest_example_fails_where_only_a_task_does(
+    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
+) -> None:
+    """What the candidate loses on one task it gains on the other, so that the score stays."""
+    evaluator = Evaluator(suite)
+    with closing(Meter(open_model(str(damaged)), ENGINE, evaluator, None, print)) as meter:
+        replies = meter.measure(evaluator.documents("all"))["response"]
+    tasks = []
+    for name, answers in (
+        ("lost", [item.answer for item in suite.items["items.jsonl"]]),
+        ("gained", replies),
+    ):
+        lines = [
+            json.dumps({"prompt": f"Count to {i}.", "answer": answer}) for i, answer in enumerate(answers)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        tasks.append({"items": f"{name}.jsonl", "scorer": "exact", "max_new_tokens": 4})
+    both = write_suite(tmp_path, ["?"], objectives={"counting": {"margin": 0.1, "tasks": tasks}})
+    options = [
+        "--suite",
+        both.path,
+        "--engine",
+        "transformers",
+        "--store",
+        tmp_path / "mergetune/measurements",
+    ]
+    done = mergetune("check", damaged, "--baseline", tiny_base, *options, "--json")
+    verdicts = {row["name"]: row["verdict"] for row in json.loads(done.stdout)["rows"]}
+    assert (done.returncode, verdicts["counting"]) == (1, "pass"), verdicts
+    assert "1 failed" in run_example(tmp_path, damaged, tiny_base, both.path)
+
+
+def test_the_pytest_example_takes_the_name_of_a_preset(tmp_path: Path) -> None:
+    last = run_example(tmp_path, tmp_path / "absent", tmp_path / "absent", "taskmaster_deploy")
+    assert "3 errors" in last  # a test for each score, of models that are not there
 
 
 def test_the_workflow_calls_check_as_it_is() -> None:
     file = shared_folder("examples") / "check" / "github-actions.yml"
-    steps = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]["check"]["steps"]
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["check"]["steps"]
     (command,) = [step["run"] for step in steps if "mergetune check" in step.get("run", "")]
     documented = mergetune("check", "--help").stdout
     assert all(word in documented for word in command.split() if word.startswith("--"))
+    (shown,) = [step for step in steps if "summary.md" in step.get("run", "")]
+    assert "hashFiles('check/summary.md') != ''" in shown["if"]  # an error leaves none
+    assert workflow["permissions"] == {"contents": "read", "checks": "write"}
