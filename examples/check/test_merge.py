@@ -3,7 +3,7 @@
 CANDIDATE=next BASELINE=deployed SUITE=deploy.yaml pytest test_merge.py
 
 Further options of `mergetune check` go into OPTIONS, such as OPTIONS="--engine transformers". Where the items
-cannot tell, a test is skipped and the job stays green: `pytest -rs` lists the skips, and `mergetune check` itself
+cannot tell, a test is skipped and the job stays green: `pytest -rs` lists the skips; `mergetune check` itself
 exits with 2.
 """
 
