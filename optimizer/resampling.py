@@ -4,8 +4,7 @@ The words of every function here:
 
 - Scores of several models stand in the same order of items, and greater is better: negate what is to be
   minimized. A score is the mean over its tasks of the mean over their items.
-- `strata`, (n_items,): the task of each item. `clusters`, (n_items,): what items share, such as a passage;
-  a cluster lies within one stratum. Without them there is one stratum, and every item stands alone.
+- `strata`, (n_items,): the task of each item; without them there is one stratum.
 - `level` is two-sided.
 """
 
@@ -73,47 +72,45 @@ class Hypervolume:
     interval: Interval
 
 
-@dataclass(frozen=True)
-class Design:
-    """How the items were drawn: independent units (items, or clusters of items) within strata (tasks)."""
-
-    item_stratum: Indices  # (n_items,)
-    unit: Indices  # (n_items,) the unit of each item
-    unit_stratum: Indices  # (n_units,)
-    n_units: Indices  # (n_strata,) units of each stratum
-
-
 def bootstrap_scores(
     scores: Floats,
     strata: Labels | None = None,
-    clusters: Labels | None = None,
     *,
     n_resamples: int = N_RESAMPLES,
     seed: Seed = 0,
 ) -> Floats:
     """Resample the items of `scores`, (n_items, n_candidates), the same ones for every candidate.
 
-    A stratum of G units draws G − 1 of them with replacement: the variance is then unbiased however small
-    the strata (McCarthy & Snowden 1985; Rao & Wu 1988). A stratum of one unit shows no spread. Objectives
+    A stratum of n items draws n − 1 of them with replacement: the variance is then unbiased however small
+    the strata (McCarthy & Snowden 1985; Rao & Wu 1988). A stratum of one item shows no spread. Objectives
     have items of their own: pass one `Generator` to the calls of all, else their resamples are the same.
 
     Returns:
         The scores of each resample, (n_resamples, n_candidates).
 
     Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+        ValueError: shapes differ, or a score is not finite.
     """
-    scores = checked(scores, 2)
-    return resample(scores, design_of(len(scores), strata, clusters), n_resamples, seed)
+    rng, scores = np.random.default_rng(seed), checked(scores, 2)
+    stratum = stratum_of(strata, len(scores))
+    sizes = np.bincount(stratum)
+    resampled = np.zeros((n_resamples, scores.shape[1]))
+    for i, size in enumerate(sizes.tolist()):
+        own = scores[stratum == i]
+        rows = max(1, _COUNTS_AT_ONCE // size)
+        for start in range(0, n_resamples, rows):
+            counts = _counts(rng, min(rows, n_resamples - start), size)
+            resampled[start : start + rows] += counts @ own / max(size - 1, 1) / len(sizes)
+    return resampled
 
 
 def score_means(scores: Floats, strata: Labels | None = None) -> Floats:
     """Return the scores of candidates, (n_candidates,), from (n_items, n_candidates)."""
     scores = checked(scores, 2)
-    return np.asarray(stratum_means(scores, design_of(len(scores), strata, None)).mean(axis=0))
+    return np.asarray(stratum_means(scores, stratum_of(strata, len(scores))).mean(axis=0))
 
 
-def score_covariance(scores: Floats, strata: Labels | None = None, clusters: Labels | None = None) -> Floats:
+def score_covariance(scores: Floats, strata: Labels | None = None) -> Floats:
     """Return the covariance of the scores of candidates, (n_candidates, n_candidates), from their items.
 
     What `bootstrap_scores` tends to with many resamples: candidates covary since they answer the same items.
@@ -121,17 +118,16 @@ def score_covariance(scores: Floats, strata: Labels | None = None, clusters: Lab
     Args:
         scores: (n_items, n_candidates).
         strata: the task of each item.
-        clusters: what items share.
 
     Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+        ValueError: shapes differ, or a score is not finite.
     """
     scores = checked(scores, 2)
-    design = design_of(len(scores), strata, clusters)
-    units = influences(scores, design)
-    n_units = design.n_units[design.unit_stratum].astype(np.float64)  # (n_units,)
-    units *= np.sqrt(n_units / np.maximum(n_units - 1, 1))[:, None]  # a stratum of one unit has influence 0
-    return np.asarray(units.T @ units)
+    stratum = stratum_of(strata, len(scores))
+    sizes = np.bincount(stratum)[stratum].astype(np.float64)  # (n_items,)
+    found = influences(scores, stratum)
+    found *= np.sqrt(sizes / np.maximum(sizes - 1, 1))[:, None]  # a stratum of one item has influence 0
+    return np.asarray(found.T @ found)
 
 
 def percentile_interval(resampled: Floats, level: float = 0.95) -> Interval:
@@ -179,52 +175,29 @@ def hypervolume_interval(
     return Hypervolume(observed, float(mirrored.mean()), percentile_interval(mirrored, level))
 
 
-def design_of(n_items: int, strata: Labels | None, clusters: Labels | None) -> Design:
-    """Return the design of so many items; raises `ValueError` as `bootstrap_scores` does."""
-    item_stratum = np.zeros(n_items, dtype=np.intp) if strata is None else _codes(strata, n_items)
-    unit = np.arange(n_items) if clusters is None else _codes(clusters, n_items)
-    unit_stratum = np.zeros(unit.max() + 1, dtype=np.intp)
-    unit_stratum[unit] = item_stratum
-    if (torn := unit_stratum[unit] != item_stratum).any():
-        raise ValueError(
-            f"a cluster must lie within one stratum, but that of item {int(np.argmax(torn))} lies in two: "
-            "join these strata, or name the cluster differently in each."
-        )
-    return Design(item_stratum, unit, unit_stratum, np.bincount(unit_stratum))
+def stratum_of(strata: Labels | None, n_items: int) -> Indices:
+    """Number the stratum of each item, (n_items,); raises `ValueError` where the labels are not as many."""
+    if strata is None:
+        return np.zeros(n_items, dtype=np.intp)
+    if np.shape(strata) != (n_items,):
+        raise ValueError(f"strata must label {n_items} items, but have shape {np.shape(strata)}.")
+    return np.unique(np.asarray(strata), return_inverse=True)[1]
 
 
-def influences(scores: Floats, design: Design) -> Floats:
-    """Return what each unit adds to the scores of (n_items, n_candidates): (n_units, n_candidates)."""
-    sizes = np.bincount(design.item_stratum)
-    deviations = scores - stratum_means(scores, design)[design.item_stratum]
+def influences(scores: Floats, stratum: Indices) -> Floats:
+    """Return what each item adds to the scores of (n_items, n_candidates), in the same shape."""
+    sizes = np.bincount(stratum)
+    deviations = scores - stratum_means(scores, stratum)[stratum]
     deviations[np.abs(deviations) < 1e-12 * np.abs(scores).max()] = 0.0  # rounding is no spread
-    found = np.zeros((len(design.unit_stratum), scores.shape[1]))
-    np.add.at(found, design.unit, deviations / (len(sizes) * sizes[design.item_stratum])[:, None])
-    return found
+    return np.asarray(deviations / (len(sizes) * sizes[stratum])[:, None])
 
 
-def stratum_means(scores: Floats, design: Design) -> Floats:
+def stratum_means(scores: Floats, stratum: Indices) -> Floats:
     """Return the mean of each stratum's items: (n_strata, n_candidates)."""
-    sums = np.zeros((len(design.n_units), scores.shape[1]))
-    np.add.at(sums, design.item_stratum, scores)
-    return np.asarray(sums / np.bincount(design.item_stratum)[:, None])
-
-
-def resample(scores: Floats, design: Design, n_resamples: int, seed: Seed) -> Floats:
-    """Do what `bootstrap_scores` does, for a design that is known already."""
-    rng = np.random.default_rng(seed)
-    sums = np.zeros((len(design.unit_stratum), scores.shape[1]))  # (n_units, n_candidates)
-    np.add.at(sums, design.unit, scores)
-    sizes = np.bincount(design.unit).astype(np.float64)
-    resampled = np.zeros((n_resamples, scores.shape[1]))
-    for stratum, n_units in enumerate(design.n_units.tolist()):
-        own = design.unit_stratum == stratum
-        rows = max(1, _COUNTS_AT_ONCE // n_units)
-        for start in range(0, n_resamples, rows):
-            counts = _counts(rng, min(rows, n_resamples - start), n_units)
-            means = (counts @ sums[own]) / (counts @ sizes[own])[:, None]
-            resampled[start : start + rows] += means / len(design.n_units)
-    return resampled
+    sizes = np.bincount(stratum)
+    sums = np.zeros((len(sizes), scores.shape[1]))
+    np.add.at(sums, stratum, scores)
+    return np.asarray(sums / sizes[:, None])
 
 
 def checked(scores: Floats, n_dims: int) -> Floats:
@@ -236,10 +209,10 @@ def checked(scores: Floats, n_dims: int) -> Floats:
     return scores
 
 
-def _counts(rng: np.random.Generator, rows: int, n_units: int) -> Floats:
-    """How often each unit is drawn, a row per resample: (rows, n_units)."""
-    drawn = rng.integers(n_units, size=(rows, max(n_units - 1, 1))) + n_units * np.arange(rows)[:, None]
-    return np.bincount(drawn.ravel(), minlength=rows * n_units).reshape(rows, n_units).astype(np.float64)
+def _counts(rng: np.random.Generator, rows: int, n_items: int) -> Floats:
+    """How often each item is drawn, a row per resample: (rows, n_items)."""
+    drawn = rng.integers(n_items, size=(rows, max(n_items - 1, 1))) + n_items * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * n_items).reshape(rows, n_items).astype(np.float64)
 
 
 def _hypervolumes(resampled: Floats, reference: Sequence[float]) -> Floats:
@@ -251,11 +224,3 @@ def _hypervolumes(resampled: Floats, reference: Sequence[float]) -> Floats:
     first, second = (np.take_along_axis(above[:, :, k], order, axis=1) for k in (0, 1))
     widths = first - np.pad(first[:, 1:], ((0, 0), (0, 1)))
     return np.asarray((widths * np.maximum.accumulate(second, axis=1)).sum(axis=1), dtype=np.float64)
-
-
-def _codes(labels: Labels, n_items: int) -> Indices:
-    if np.shape(labels) != (n_items,):
-        raise ValueError(
-            f"strata and clusters must label {n_items} items, but have shape {np.shape(labels)}."
-        )
-    return np.unique(np.asarray(labels), return_inverse=True)[1]

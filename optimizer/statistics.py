@@ -16,16 +16,16 @@ from scipy import optimize, stats
 
 from optimizer.resampling import (
     N_RESAMPLES,
-    Design,
     Floats,
+    Indices,
     Interval,
     Labels,
     Seed,
+    bootstrap_scores,
     checked,
-    design_of,
     influences,
-    resample,
     stratum_means,
+    stratum_of,
 )
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -59,7 +59,7 @@ class NonInferiority:
     Attributes:
         interval: of level 1 − 2α, so that each bound is a one-sided bound at 1 − α.
         verdict: "pass" where the lower bound is above −margin, "fail" where the upper bound is below it.
-        method: "tango" for binary scores without clusters, else "bootstrap".
+        method: "tango" for binary scores, else "bootstrap".
         items_to_decide: items of the same mix that would decide, with the power asked for, if the true
             difference is the estimate. None where it is decided, or where no number would do.
         minimum_detectable_effect: the smallest margin at which a candidate equal to the baseline passes,
@@ -76,43 +76,46 @@ class NonInferiority:
     minimum_detectable_effect: float
 
 
-def paired_difference(
-    candidate: Floats, baseline: Floats, strata: Labels | None = None, clusters: Labels | None = None
-) -> PairedDifference:
-    """Return the mean difference of scores, each (n_items,), with its paired, clustered standard error.
+def paired_difference(candidate: Floats, baseline: Floats, strata: Labels | None = None) -> PairedDifference:
+    """Return the mean difference of scores, each (n_items,), with its paired standard error.
 
-    SE² = G / (G − 1) · Σ_c (Σ_{i∈c} (dᵢ − d̄))² / n² (Miller 2024, arXiv 2411.00640, "clustered" and
-    "paired"), with the factor of G clusters, so that clusters of one item change nothing. Over strata, a
-    mean has the mean's variance (Cochran 1977, ch. 5), and degrees of freedom after Satterthwaite (1946).
-    The standard error is infinite where a stratum has a single item or cluster.
+    SE² = Σ (dᵢ − d̄)² / (n · (n − 1)) (Miller 2024, arXiv 2411.00640, "paired"). Over strata, a mean has the
+    mean's variance (Cochran 1977, ch. 5), and degrees of freedom after Satterthwaite (1946). The standard
+    error is infinite where a stratum has a single item.
 
     Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+        ValueError: shapes differ, or a score is not finite.
     """
     difference = _differences(candidate, baseline)
-    return _paired(difference, design_of(len(difference), strata, clusters))
+    return _paired(difference, stratum_of(strata, len(difference)))
 
 
 def bca_interval(
-    candidate: Floats,
-    baseline: Floats,
+    difference: Floats,
     strata: Labels | None = None,
-    clusters: Labels | None = None,
     level: float = 0.95,
     *,
     n_resamples: int = N_RESAMPLES,
     seed: Seed = 0,
 ) -> Interval:
-    """Return the BCa bootstrap interval of the mean difference of scores, each (n_items,).
+    """Return the BCa bootstrap interval of the mean of differences, (n_items,).
 
-    Follows the skewness of the differences, such as a few large losses (Efron 1987; Efron & Tibshirani
-    1993, eqs. 14.9-14.15), with the resamples of `bootstrap_scores`.
+    Follows their skewness, such as that of a few large losses (Efron 1987; Efron & Tibshirani 1993,
+    eqs. 14.9-14.15), with the resamples of `bootstrap_scores`.
 
     Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+        ValueError: shapes differ, or a difference is not finite.
     """
-    difference = _differences(candidate, baseline)
-    return _bca(difference, design_of(len(difference), strata, clusters), level, n_resamples, seed)
+    stratum = stratum_of(strata, len(difference))
+    resampled = bootstrap_scores(difference[:, None], stratum, n_resamples=n_resamples, seed=seed)[:, 0]
+    mean, parts = _mean(difference, stratum), _influences(difference, stratum)
+    below = ((resampled < mean).mean() + (resampled <= mean).mean()) / 2  # ties: half
+    bias = stats.norm.ppf(np.clip(below, 1 / n_resamples, 1 - 1 / n_resamples))
+    squares = (parts**2).sum()
+    acceleration = (parts**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
+    shifted = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    lower, upper = np.quantile(resampled, stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    return Interval(float(lower), float(upper), level)
 
 
 def mcnemar_midp(candidate: Floats, baseline: Floats) -> float:
@@ -163,7 +166,6 @@ def non_inferiority(
     baseline: Floats,
     margin: float,
     strata: Labels | None = None,
-    clusters: Labels | None = None,
     *,
     alpha: float = 0.05,
     power: float = 0.8,
@@ -173,19 +175,18 @@ def non_inferiority(
 ) -> NonInferiority:
     """Decide whether a candidate is worse than a baseline by less than a margin.
 
-    Binary scores without clusters have Tango's interval. Others have, at each bound, the wider of the BCa
-    bootstrap, which knows of skewness, and the t interval, which knows of small n.
+    Binary scores have Tango's interval. Others have, at each bound, the wider of the BCa bootstrap, which
+    knows of skewness, and the t interval, which knows of small n.
 
-    Equal scores on few items are no certainty: where fewer than 10 units of a stratum, and fewer than half,
+    Equal scores on few items are no certainty: where fewer than 10 items of a stratum, and fewer than half,
     differ from its median one, no bound is nearer to the estimate than −ln α · score_range / n, what n
-    units without a difference allow (rule of three; Hanley & Lippman-Hand 1983).
+    items without a difference allow (rule of three; Hanley & Lippman-Hand 1983).
 
     Args:
         candidate: scores, (n_items,).
         baseline: scores of the same items, (n_items,).
         margin: ≥ 0.
         strata: the task of each item.
-        clusters: what items share.
         alpha: the error of "pass", and that of "fail".
         power: what `items_to_decide` and `minimum_detectable_effect` are for.
         noise: a variance to add, from `noise_variance`.
@@ -193,31 +194,30 @@ def non_inferiority(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: margin < 0, alpha ∉ (0, 0.5), shapes differ, a score is not finite, or a cluster lies in
-            two strata.
+        ValueError: margin < 0, alpha ∉ (0, 0.5), shapes differ, or a score is not finite.
     """
     if margin < 0 or not 0 < alpha < 0.5:
         raise ValueError(f"margin ≥ 0 and 0 < alpha < 0.5 must hold, but got {margin} and {alpha}.")
     difference = _differences(candidate, baseline)
-    design = design_of(len(difference), strata, clusters)
-    mean, binary, n_items = _paired(difference, design), _is_binary(candidate, baseline), len(difference)
+    stratum = stratum_of(strata, len(difference))
+    mean, binary, n_items = _paired(difference, stratum), _is_binary(candidate, baseline), len(difference)
     if binary:
         score_range = 1.0
     elif score_range is None:  # scores that are all equal do not say how far one can be off
         score_range = float(np.ptp([candidate, baseline])) or math.inf
-    method: Literal["tango", "bootstrap"] = "tango" if binary and clusters is None else "bootstrap"
+    method: Literal["tango", "bootstrap"] = "tango" if binary else "bootstrap"
     if method == "tango":
-        interval = _by_tango(difference, design, 1 - 2 * alpha)
+        interval = _by_tango(difference, stratum, 1 - 2 * alpha)
     else:
-        bca = _bca(difference, design, 1 - 2 * alpha, N_RESAMPLES, seed)
+        bca = bca_interval(difference, stratum, 1 - 2 * alpha, n_resamples=N_RESAMPLES, seed=seed)
         interval = _hull(bca, mean.interval(1 - 2 * alpha))
-    unseen = _unseen_weight(difference, design) * score_range
+    unseen = _unseen_weight(difference, stratum) * score_range
     least = -math.log(alpha) * unseen
     near = min(least, score_range)
     floor = Interval(mean.estimate - near, mean.estimate + near, interval.level)
     interval = widen(_hull(interval, floor), mean.estimate, noise)
     verdict = _verdict(interval, margin)
-    # Where few differ, planned as if one unit at least had differed by the whole range.
+    # Where few differ, planned as if one item at least had differed by the whole range.
     variance = n_items * max(mean.stderr, unseen) ** 2
     smallest = max(minimum_detectable_effect(n_items, variance + n_items * noise, alpha, power), least)
     items = None
@@ -226,9 +226,7 @@ def non_inferiority(
     return NonInferiority(mean.estimate, interval, margin, verdict, method, n_items, items, smallest)
 
 
-def noise_variance(
-    first: Floats, second: Floats, strata: Labels | None = None, clusters: Labels | None = None
-) -> float:
+def noise_variance(first: Floats, second: Floats, strata: Labels | None = None) -> float:
     """Return the variance of a difference that two measurements of one model, (n_items,), show: A/A test.
 
     The larger of the squared mean difference, as of a shift of a whole run, and its squared standard error,
@@ -237,9 +235,9 @@ def noise_variance(
     0 where the runs agree on every item.
 
     Raises:
-        ValueError: shapes differ, a score is not finite, or a cluster lies in two strata.
+        ValueError: shapes differ, or a score is not finite.
     """
-    difference = paired_difference(first, second, strata, clusters)
+    difference = paired_difference(first, second, strata)
     stderr = difference.stderr if math.isfinite(difference.stderr) else 0.0
     return max(difference.estimate**2, stderr**2)
 
@@ -282,40 +280,29 @@ def minimum_detectable_effect(
     return z * math.sqrt(variance / n_items)
 
 
-def _paired(difference: Floats, design: Design) -> PairedDifference:
-    estimate, units, n_units = _mean(difference, design), _influences(difference, design), design.n_units
-    if n_units.min() < 2:
+def _paired(difference: Floats, stratum: Indices) -> PairedDifference:
+    estimate, sizes = _mean(difference, stratum), np.bincount(stratum)
+    if sizes.min() < 2:
         return PairedDifference(estimate, math.inf, 1.0)
-    variances = np.bincount(design.unit_stratum, units**2) * n_units / (n_units - 1)  # (n_strata,)
+    squares = _influences(difference, stratum) ** 2
+    variances = np.bincount(stratum, squares) * sizes / (sizes - 1)  # (n_strata,)
     total = float(variances.sum())
-    shares = variances / total if total > 0 else n_units / n_units.sum()
-    return PairedDifference(estimate, math.sqrt(total), float(1 / (shares**2 / (n_units - 1)).sum()))
+    shares = variances / total if total > 0 else sizes / sizes.sum()
+    return PairedDifference(estimate, math.sqrt(total), float(1 / (shares**2 / (sizes - 1)).sum()))
 
 
-def _mean(difference: Floats, design: Design) -> float:
-    return float(stratum_means(difference[:, None], design).mean())
+def _mean(difference: Floats, stratum: Indices) -> float:
+    return float(stratum_means(difference[:, None], stratum).mean())
 
 
-def _influences(difference: Floats, design: Design) -> Floats:
-    return influences(difference[:, None], design)[:, 0]
+def _influences(difference: Floats, stratum: Indices) -> Floats:
+    return influences(difference[:, None], stratum)[:, 0]
 
 
-def _by_tango(difference: Floats, design: Design, level: float) -> Interval:
-    wins = np.bincount(design.item_stratum, difference > 0)
-    losses = np.bincount(design.item_stratum, difference < 0)
-    return tango_interval(wins, losses, design.n_units, level)
-
-
-def _bca(difference: Floats, design: Design, level: float, n_resamples: int, seed: Seed) -> Interval:
-    resampled = resample(difference[:, None], design, n_resamples, seed)[:, 0]
-    mean, units = _mean(difference, design), _influences(difference, design)
-    below = ((resampled < mean).mean() + (resampled <= mean).mean()) / 2  # ties: half
-    bias = stats.norm.ppf(np.clip(below, 1 / n_resamples, 1 - 1 / n_resamples))
-    squares = (units**2).sum()
-    acceleration = (units**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
-    shifted = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    lower, upper = np.quantile(resampled, stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
-    return Interval(float(lower), float(upper), level)
+def _by_tango(difference: Floats, stratum: Indices, level: float) -> Interval:
+    wins = np.bincount(stratum, difference > 0)
+    losses = np.bincount(stratum, difference < 0)
+    return tango_interval(wins, losses, np.bincount(stratum), level)
 
 
 def _hull(first: Interval, second: Interval) -> Interval:
@@ -328,15 +315,14 @@ def _verdict(interval: Interval, margin: float) -> Verdict:
     return "fail" if interval.upper < -margin else "inconclusive"
 
 
-def _unseen_weight(difference: Floats, design: Design) -> float:
-    """Weight of a unit where few differ, largest over such strata: what an unseen kind of item can weigh."""
-    means = np.bincount(design.unit, difference) / np.bincount(design.unit)  # (n_units,)
-    weights = [0.0]
-    for stratum, n_units in enumerate(design.n_units.tolist()):
-        own = means[design.unit_stratum == stratum]
+def _unseen_weight(difference: Floats, stratum: Indices) -> float:
+    """Weight of an item where few differ, largest over such strata: what an unseen kind of item can weigh."""
+    weights, sizes = [0.0], np.bincount(stratum).tolist()
+    for i, size in enumerate(sizes):
+        own = difference[stratum == i]
         n_differ = (~np.isclose(own, np.median(own), rtol=1e-9, atol=1e-12)).sum()
-        if n_differ < min(10, n_units / 2):
-            weights.append(1 / (len(design.n_units) * n_units))
+        if n_differ < min(10, size / 2):
+            weights.append(1 / (len(sizes) * size))
     return max(weights)
 
 
