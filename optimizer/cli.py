@@ -67,6 +67,17 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
+_OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
+    "candidate": "CANDIDATE",
+    "baseline": "--baseline",
+    "base": "--base",
+    "tokenizer": "--tokenizer",
+    "fast": "--fast",
+    "noise_floor": "--noise-floor",
+    "engine": "--engine",
+    "batch_size": "--batch-size",
+    "store": "--store",
+}
 
 
 class _Ended(Exception):  # noqa: N818  # no error
@@ -268,6 +279,8 @@ def evaluate(
     from optimizer.suite import read_suite
 
     config = engine_options(engine, batch_size)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(read_suite(find("evals", suite, Path())))
     with closing(Meter(open_model(model, base, tokenizer), config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
@@ -283,6 +296,7 @@ def evaluate(
 
 @app.command()
 def check(
+    context: typer.Context,
     suite: Suite,
     candidate: Annotated[str | None, typer.Argument(help=_TESTED, metavar="CANDIDATE")] = None,
     baseline: Annotated[
@@ -341,8 +355,14 @@ def check(
     config = engine_options(engine, batch_size)
     options = CheckOptions(split, alpha, fast, noise_floor, config, tuple(training or ()))
     if measured:
-        if candidate or baseline or len(measured) != 2:
-            raise MergetuneError("Give --from twice, and neither CANDIDATE nor --baseline.")
+        if len(measured) != 2:
+            raise MergetuneError("Give --from twice: the candidate's measurement, then the baseline's.")
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        if unused := ", ".join(f"`{text}`" for name, text in _OF_MODELS.items() if name in given):
+            raise MergetuneError(
+                f"--from compares what was measured, so that {unused} has no use: leave it out."
+            )
         checked = check_stored(measured[0], measured[1], deployed, options)
     elif candidate is None or baseline is None:
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")

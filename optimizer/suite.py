@@ -166,7 +166,7 @@ def split_of(content: str, holdout: float) -> Split:
 
 def _read_items(path: Path, scorer: Scorer, score: str) -> tuple[Item, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # other separators may stand within a text
     except (OSError, UnicodeDecodeError) as error:
         raise MergetuneError(f"{path}: cannot be read ({error}); `{score}` needs it.") from error
     items = [
@@ -204,4 +204,8 @@ def _read_item(line: str, place: str, scorer: Scorer) -> Item:
             raise MergetuneError(f"{place}: the scorer `regex` needs `patterns`, here or in the suite.")
     elif item.answer is None:
         raise MergetuneError(f"{place}: the scorer `{scorer.kind}` needs `answer`.")
+    elif scorer.kind == "contains" and item.answer in ("", [], [""]):
+        raise MergetuneError(
+            f"{place}: `answer` must not be empty, for every reply contains that, but is {item.answer!r}."
+        )
     return item

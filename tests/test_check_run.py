@@ -189,6 +189,7 @@ def test_wrong_calls_are_errors_and_no_verdicts(tiny_base: Path, suite: Suite, t
     wrong: dict[str, list[str | Path]] = {
         "Name CANDIDATE and --baseline": ["check", tiny_base],
         "Give --from twice": ["check", "--from", "a.parquet"],
+        "`--fast`, `--batch-size`": ["check", "--from", "a", "--from", "b", "--fast", "--batch-size", "8"],
         "must be a measurement": ["check", "--from", "wrong.parquet", "--from", "wrong.parquet"],
         "there is no such recipe": ["check", "no.yaml", "--baseline", tiny_base],
     }

@@ -168,10 +168,10 @@ def test_an_expert_of_another_size_and_an_adapter_of_another_base_are_refused(
 def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tiny_adapter: Path) -> None:
     write_study(tmp_path, tiny_base, {})
     suite = ["--suite", "./suite.yaml", "--engine", "transformers"]
-    done = mergetune("eval", tiny_base, *suite, "--json", "--out", "scores.parquet", cwd=tmp_path)
+    done = mergetune("eval", tiny_base, *suite, "--json", "--out", "out/scores.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parity"]["n_items"] == 16
-    assert (tmp_path / "scores.parquet").exists()
+    assert (tmp_path / "out" / "scores.parquet").exists()
     done = mergetune("eval", tiny_adapter, *suite, cwd=tmp_path)
     assert (done.returncode, "--base" in done.stderr) == (3, True)
     done = mergetune("eval", tiny_adapter, "--base", tiny_base, *suite, "--split", "search", cwd=tmp_path)

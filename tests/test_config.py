@@ -39,6 +39,12 @@ def test_other_keys_may_not_be_left_empty(key: str) -> None:
         study(**{key: None})
 
 
+@pytest.mark.parametrize("name", ["base", "suite", "search_space"])
+def test_an_expert_may_not_be_called_what_a_study_calls_something_else(name: str) -> None:
+    with pytest.raises(MergetuneError, match=f"an expert cannot be called `{name}`"):
+        study(experts={name: "x"})
+
+
 def test_engine_names_a_kind_or_a_file_with_all_options(tmp_path: Path) -> None:
     assert engine_options("vllm", 8) == EngineConfig(kind="vllm", batch_size=8)
     file = tmp_path / "study.yaml"

@@ -52,6 +52,8 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
         ('{"prompt": "x"}', "json", r"items\.jsonl, line 2: the scorer `json` needs `answer`"),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choice", "line 2: the scorer `choice` needs two"),
+        ('{"prompt": "x", "answer": ""}', "contains", "line 2: `answer` must not be empty"),
+        ('{"prompt": "x", "answer": []}', "contains", "line 2: `answer` must not be empty"),
         (
             '{"prompt": "x", "choices": ["a", "b"], "answer": 2}',
             "choice",
@@ -69,6 +71,12 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, scorer: Any, message:
     good = {"prompt": "x", "answer": 0, "choices": ["a", "b"], "patterns": ["x"]}
     with pytest.raises(MergetuneError, match=message):
         read_suite(write_suite(tmp_path, [json.dumps(good), line], scorer))
+
+
+def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
+    prompt = "one\u2028two\x85three"
+    line = json.dumps({"prompt": prompt, "answer": "x"}, ensure_ascii=False)
+    assert read_suite(write_suite(tmp_path, [line])).items["items.jsonl"][0].prompt == prompt
 
 
 def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
