@@ -31,9 +31,7 @@ class TransformersEngine:
 
         from optimizer.engines.quiet_hflm import QuietHFLM
 
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _usable(config.device)
         tokenizer = AutoTokenizer.from_pretrained(base)
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
         model.to(device).eval()
@@ -103,6 +101,20 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _usable(device: str) -> str:
+    """Return the device that computes, CUDA for `auto` where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MergetuneError(
+            f"The device `{device}` cannot compute here ({reason}). Give `auto`, or `cpu`."
+        ) from error
+    return device
 
 
 def _decode_greedily(generation: Any) -> None:
