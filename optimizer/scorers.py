@@ -66,7 +66,7 @@ def parse_json(reply: str) -> object:
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", reply, re.DOTALL)
     try:
         return json.loads(fenced.group(1) if fenced else reply)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also of a number of more digits than Python reads
         return _NOT_JSON
 
 

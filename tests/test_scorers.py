@@ -43,6 +43,10 @@ def test_regex_scores_the_share_of_patterns_found() -> None:
     assert scorer.score("You can. Ready?", None, ["tax", "10 minutes"]) == 0.5
 
 
+def test_more_digits_than_python_reads_are_a_wrong_answer() -> None:
+    assert Scorer(kind="json").score("9" * 5000, 9) == 0
+
+
 def test_json_of_not_a_number_is_no_number() -> None:
     assert not json_equal(parse_json("NaN"), 1)
 
