@@ -67,8 +67,9 @@ class Meter:
         wanted = self._evaluator.keys(documents)
         known = self._known(wanted)
         missing = wanted[~wanted["key"].isin(known["key"])]
-        measured = [self._measure(part) for part in _parts(missing)]
-        known = pd.concat([known, *measured])
+        once = missing.drop_duplicates("key")  # an item may stand in several scores
+        known = pd.concat([known, *(self._measure(part) for part in _parts(once))])
+        self.n_measured += len(missing)
         rows = wanted.merge(known, on="key", how="left", validate="many_to_one")
         return rows[[*ITEM_KEYS, "score", "response"]]
 
@@ -82,10 +83,9 @@ class Meter:
         documents = {str(task): list(own["document"]) for task, own in rows.groupby("task", sort=False)}
         found = self._evaluator.measure_documents(self._started(), documents).items
         answers = rows.merge(found, on=["task", "item"])[["key", "score", "response"]]
-        self.n_measured += len(answers)
         if self._store is not None:
             self._store.add(self._name, answers)
-        return answers.drop_duplicates("key")
+        return answers
 
     def _started(self) -> LM:
         if self._lm is None:
