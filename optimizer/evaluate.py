@@ -73,7 +73,7 @@ class Evaluator:
     """A suite made ready once a study: its lm-eval tasks are built and its items split.
 
     Raises:
-        MergetuneError: a task is unknown or its data cannot be had, or a split is empty.
+        MergetuneError: a task is unknown or its data cannot be had, or has fewer than two items in a split.
     """
 
     def __init__(self, suite: Suite) -> None:
@@ -180,10 +180,12 @@ class Evaluator:
         splits: list[Split] = ["search", "holdout"] if self.suite.config.holdout else ["search"]
         for name, bound in self._tasks.items():
             for split in splits:
-                if not bound.indices(split):
+                if (n_items := len(bound.indices(split))) < 2:
                     raise MergetuneError(
-                        f"{self.suite.path}: the {split} split of `{name}` is empty: {len(bound.item_ids)} "
-                        f"items were split by `holdout: {self.suite.config.holdout}`. Add items or change it."
+                        f"{self.suite.path}: a task needs two items in each split, for one has no spread, "
+                        f"but `{name}` has {n_items} in the {split} split: {len(bound.item_ids)} items were "
+                        f"split by `holdout: {self.suite.config.holdout}`. Add items, or change `holdout` or "
+                        "`limit`."
                     )
 
 
@@ -290,7 +292,10 @@ def _target_text(task: Task, doc: Any) -> str:
 
 
 def _mean_over_tasks(rows: pd.DataFrame) -> Score:
-    """Mean of the tasks' means; standard error of that mean, the tasks being strata."""
+    """Mean of the tasks' means; standard error of that mean, the tasks being strata.
+
+    It is infinite where a task has a single item.
+    """
     by_task = rows.groupby("task")["score"].agg(["mean", "var", "size"])
-    variance = (by_task["var"].fillna(0.0) / by_task["size"]).sum() / len(by_task) ** 2
+    variance = (by_task["var"].fillna(math.inf) / by_task["size"]).sum() / len(by_task) ** 2
     return Score(float(by_task["mean"].mean()), math.sqrt(variance), len(rows))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from lm_eval.api.model import LM
@@ -15,7 +17,7 @@ from lm_eval.api.model import LM
 from optimizer.engines.engine import Engine, EngineConfig
 from optimizer.engines.start import start_engine
 from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
+from optimizer.evaluate import Evaluator, Measurement
 from optimizer.suite import read_suite
 
 
@@ -150,10 +152,17 @@ def test_an_unknown_lm_eval_task_names_the_nearest(folder: Path) -> None:
         evaluator(folder, own={"lm_eval": "arc_esy"})
 
 
-def test_an_empty_split_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(("holdout", "found"), [(0.0, "1 in the search"), (0.5, "[01] in the search")])
+def test_a_split_needs_two_items_of_each_task(folder: Path, holdout: float, found: str) -> None:
     (folder / "one.jsonl").write_text('{"prompt": "only", "answer": "x"}\n')
-    with pytest.raises(MergetuneError, match=r"split of .* is empty"):
-        evaluator(folder, words={"items": "one.jsonl", "scorer": "exact"})
+    with pytest.raises(MergetuneError, match=rf"`words:one\.jsonl` has {found} split: 1 items were split"):
+        evaluator(folder, holdout, words={"items": "one.jsonl", "scorer": "exact"})
+
+
+def test_a_task_of_one_item_leaves_the_error_unknown() -> None:
+    items = pd.DataFrame({"score_name": "s", "task": ["a", "a", "b"], "score": [0.0, 1.0, 1.0]})
+    score = Measurement(items, 0.0).scores()["s"]
+    assert (score.value, score.stderr) == (0.75, math.inf)
 
 
 def test_a_score_that_is_no_number_fails_the_trial(folder: Path) -> None:
