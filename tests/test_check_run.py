@@ -207,6 +207,40 @@ def test_measurements_of_other_items_are_refused(tiny_base: Path, suite: Suite, 
         check_stored(tmp_path / "part.parquet", tmp_path / "whole.parquet", suite, CheckOptions())
 
 
+def test_stored_measurements_are_compared_on_the_items_held_out(
+    tiny_base: Path, suite: Suite, tmp_path: Path
+) -> None:
+    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
+    halved = write_suite(tmp_path, answers, holdout=0.5)
+    whole = checked(tiny_base, tiny_base, halved, tmp_path / "store", split="all", has_noise_floor=False)
+    file = tmp_path / "whole.parquet"
+    whole.baseline.to_parquet(file)
+
+    def n_items(split: Any) -> int:
+        return check_stored(file, file, halved, CheckOptions(split)).check.n_items
+
+    assert n_items("all") == 150
+    assert n_items(None) == n_items("holdout") == 150 - n_items("search") < 150
+    held_out = whole.baseline.merge(Evaluator(halved).items())
+    held_out[held_out["split"] == "holdout"].to_parquet(file)
+    with pytest.raises(MergetuneError, match="holds no item of the search split"):
+        n_items("search")
+    held_out.assign(item="x").to_parquet(file)
+    with pytest.raises(MergetuneError, match="150 of its 150 items are none of the suite's"):
+        n_items("all")
+
+
+def test_training_files_of_one_name_are_both_looked_at(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
+    for folder, number in (("a", 3), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.txt").write_text(f"Count to {number}.")
+    files = tuple(tmp_path / folder / "train.txt" for folder in ("a", "b"))
+    found = checked(tiny_base, tiny_base, suite, tmp_path, has_noise_floor=False, training=files)
+    assert [str(file) in warning for file, warning in zip(files, found.check.warnings, strict=False)] == [
+        *(True, True)
+    ]
+
+
 def test_the_store_forgets_nothing_when_two_write(tmp_path: Path) -> None:
     store = MeasurementStore(tmp_path)
     for keys in (["a", "b"], ["b", "c"]):

@@ -70,7 +70,7 @@ def check_models(
             measured before is in the store.
     """
     evaluator, split = Evaluator(suite), _split(suite, options)
-    items = _items(evaluator, split)
+    items = _in_split(evaluator.items(), split)
     warnings = _warnings(items, options.training)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -148,10 +148,9 @@ def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOp
     Raises:
         MergetuneError: a file is no measurement, or they are not of the same items of this suite.
     """
-    items = _items(Evaluator(suite), options.split or "all")
-    first, second = _read(candidate), _read(baseline)
-    if options.split is not None:
-        first, second = (frame.merge(items[ITEM_KEYS], on=ITEM_KEYS) for frame in (first, second))
+    split, items = _split(suite, options), Evaluator(suite).items()
+    first, second = (_read(file, items, split) for file in (candidate, baseline))
+    items = _in_split(items, split)
     check = judge(
         first,
         second,
@@ -183,15 +182,13 @@ def _settled(
     return settled
 
 
-def _items(evaluator: Evaluator, split: CheckSplit) -> pd.DataFrame:
-    """Return the suite's items of a split, with prompts and targets."""
-    items = evaluator.items()
+def _in_split(items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
     return items if split == "all" else items[items["split"] == split]
 
 
 def _warnings(items: pd.DataFrame, training: Sequence[Path]) -> tuple[str, ...]:
     """Say which of the items that are checked on stand in training data, or twice."""
-    texts = {file.stem: read_training_texts(file) for file in training}
+    texts = {str(file): read_training_texts(file) for file in training}
     return find_leaks(items, texts).warnings()
 
 
@@ -200,12 +197,25 @@ def _count(n_measured: int, n_items: int, repeat: int) -> str:
     return f"{n_measured} items measured{' once more' if repeat else ''}{known}"
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path, items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
+    """Read what was measured on a split of the suite's items."""
     columns = [*ITEM_KEYS, "score", "response"]
     try:
-        return pd.read_parquet(file, columns=columns)
+        found = pd.read_parquet(file, columns=columns)
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise MergetuneError(
             f"{file}: must be a measurement (Parquet with {', '.join(columns)}), such as "
             f"`mergetune eval --out` writes, but cannot be read: {error}"
         ) from error
+    placed = found.merge(items[[*ITEM_KEYS, "split"]], on=ITEM_KEYS, how="left")
+    if unknown := int(placed["split"].isna().sum()):
+        raise MergetuneError(
+            f"{file}: must be a measurement of this suite, but {unknown} of its {len(found)} items are none "
+            "of the suite's: the suite has changed since, or it was another. Measure the model again."
+        )
+    kept = _in_split(placed, split)[columns]
+    if kept.empty:
+        raise MergetuneError(
+            f"{file}: holds no item of the {split} split. Say with --split which items to compare."
+        )
+    return kept
