@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,11 @@ log = logging.getLogger("mergetune")
 
 
 def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequence[str] = ()) -> None:
-    """Keep what the report needs beside the measurements."""
+    """Keep what the report needs beside the measurements.
+
+    Raises:
+        MergetuneError: what was measured here is of other items.
+    """
     run.write_items(evaluator.items())
     run.write_json("warnings.json", [*inputs.warnings, *leaks])
     run.write_json(
@@ -66,10 +71,16 @@ class Bench:
         self._broken_in_a_row = 0
         progress.at_work("starting the engine …")
         self.engine: Engine | None
+        known = run.versions()
         self.engine, self._config = start_chosen(
-            engine, inputs.base.folder, inputs, run.path, run.engine_kind(), progress.say
+            engine, inputs.base.folder, inputs, run.path, known.get("engine"), progress.say
         )
-        run.write_versions(self._config.kind, _versions(self._config.kind))
+        versions = _versions(self._config.kind)
+        changed = [name for name, now in versions.items() if known.get(name, now) != now]
+        if changed:
+            others = ", ".join(f"{name} {known[name]} (now {versions[name]})" for name in changed)
+            progress.say(f"warning: what was measured here before was measured with {others}.")
+        run.write_versions(self._config.kind, versions)
 
     def measure(
         self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
@@ -87,8 +98,11 @@ class Bench:
             "holdout_cost": Cost() if known is None else known.holdout_cost,
         }
 
+        began = time.perf_counter()
+
         def fail(reason: str) -> Candidate:
-            failed = Candidate.model_validate({**fields, "state": "failed", "reason": reason})
+            cost = Cost(lost_s=time.perf_counter() - began)
+            failed = Candidate.model_validate({**fields, "state": "failed", "reason": reason, "cost": cost})
             self.run.write_candidate(failed, None)
             self.progress.say(candidate_line(name, None, 0.0, reason))
             return failed
@@ -122,7 +136,7 @@ class Bench:
         )
 
     def confirm(self, candidate: Candidate) -> None:
-        """Score a candidate on the holdout split, unless that was done before."""
+        """Score a candidate on the holdout split, unless that was done before; says why if it cannot be."""
         if self.run.measurement(candidate.name, "holdout") is not None:
             return
         self.progress.at_work(f"holdout: {candidate.name}")
@@ -130,7 +144,12 @@ class Bench:
         def say(reason: str) -> None:
             self.progress.say(f"holdout: {candidate_line(candidate.name, None, 0.0, reason)}")
 
-        cost, measurement, _ = self._score(candidate.recipe, "holdout", say)
+        try:
+            cost, measurement, _ = self._score(candidate.recipe, "holdout", say)
+        except (TrialError, torch.OutOfMemoryError) as error:
+            log.exception("%s failed on the holdout split", candidate.name)
+            say(str(error))
+            return
         self.run.write_measurement(candidate.name, "holdout", measurement)
         self.run.write_candidate(candidate.model_copy(update={"holdout_cost": cost}), None)
         line = candidate_line(candidate.name, measurement.scores(), cost.total_s, "")
@@ -202,10 +221,11 @@ class Bench:
     ) -> tuple[Cost, Measurement, tuple[str, ...]]:
         """Merge, load and score, once more where the engine breaks; returns its faults, too."""
         faults: tuple[str, ...] = ()
+        began, lost_s = time.perf_counter(), 0.0
         while True:
             try:
                 engine = self._living()
-                time = engine.load(recipe)
+                loaded = engine.load(recipe)
                 measurement = self.evaluator.measure(engine.lm, split)
             except EngineError as fault:
                 log.exception("the engine broke")
@@ -215,12 +235,14 @@ class Bench:
                 self._restart(str(fault))
                 if len(faults) == _ATTEMPTS:
                     raise
+                lost_s = time.perf_counter() - began
                 continue
             self._broken_in_a_row = 0
             cost = Cost(
-                merge_s=time.merge_s,
-                load_s=time.load_s,
+                merge_s=loaded.merge_s,
+                load_s=loaded.load_s,
                 evaluate_s=measurement.seconds,
+                lost_s=lost_s,
                 n_items=len(measurement.items),
             )
             return cost, measurement, faults

@@ -9,7 +9,7 @@ import pandas as pd
 from filelock import FileLock
 
 from optimizer.library import cache_folder
-from optimizer.run_dir import write_parquet
+from optimizer.run_dir import readable, write_parquet
 
 
 def no_answers() -> pd.DataFrame:
@@ -36,7 +36,8 @@ class MeasurementStore:
     def read(self, model: str) -> pd.DataFrame:
         """Return what is known of a model: key, score, response."""
         file = self._file(model)
-        return pd.read_parquet(file) if file.is_file() else no_answers()
+        with readable(file):
+            return pd.read_parquet(file) if file.is_file() else no_answers()
 
     def add(self, model: str, answers: pd.DataFrame) -> None:
         """Keep further answers of a model: key, score, response."""

@@ -4,6 +4,7 @@ study.yaml        the study file, hub ids pinned, paths made absolute; it can be
 record.json       the same with the suite's rules and the digests of all inputs
 versions.json     the engine, and versions of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
+model.json        the base's layers and tensors, and the norms of the task vectors
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
@@ -11,6 +12,7 @@ warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
 holdout.json      when the holdout split was used, and for which finalists
+lock              held by the process that is at work here
 run.log           what happened, with times
 engine.log        what vLLM said
 self_test.json    how exactly vLLM follows a swap of weights
@@ -29,7 +31,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,8 +47,8 @@ from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
 from optimizer.yaml_io import Strict, write_text, write_yaml
 
-# What may be there before the record is; `.base.…` was being written when a run was killed.
-_EARLY = re.compile(r"lock|base|\.base\..*")
+# What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
+_EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
 _FREE = {"budget", "finalists", "training_data"}  # may change when a study goes on
 
@@ -68,11 +69,15 @@ class StudyRecord(StudyConfig):
 
 
 class Cost(Strict):
-    """Where a candidate's time went, in seconds, and how many items it was scored on."""
+    """Where a candidate's time went, in seconds, and how many items it was scored on.
+
+    `lost_s` went into attempts that broke, and into the engine's new starts after them.
+    """
 
     merge_s: float = 0.0
     load_s: float = 0.0
     evaluate_s: float = 0.0
+    lost_s: float = 0.0
     n_items: int = 0
 
     def plus(self, other: Cost) -> Cost:
@@ -81,13 +86,14 @@ class Cost(Strict):
             merge_s=self.merge_s + other.merge_s,
             load_s=self.load_s + other.load_s,
             evaluate_s=self.evaluate_s + other.evaluate_s,
+            lost_s=self.lost_s + other.lost_s,
             n_items=self.n_items + other.n_items,
         )
 
     @property
     def total_s(self) -> float:
-        """Return merging, loading and evaluation together."""
-        return self.merge_s + self.load_s + self.evaluate_s
+        """Return all seconds together."""
+        return self.merge_s + self.load_s + self.evaluate_s + self.lost_s
 
 
 class Candidate(Strict):
@@ -140,12 +146,15 @@ class RunDir:
 
     path: Path
 
-    @cached_property
+    @property
     def study(self) -> StudyRecord:
         """Return the study as resolved; raises `MergetuneError` where this is no run directory."""
         if not self._record_file.is_file():
             raise MergetuneError(f"{self.path}: is no run directory (it has no record.json).")
-        return StudyRecord.model_validate_json(self._record_file.read_text(encoding="utf-8"))
+        with readable(
+            self._record_file, "Put it back, or run the study.yaml beside it into a new directory."
+        ):
+            return StudyRecord.model_validate_json(self._record_file.read_text(encoding="utf-8"))
 
     @contextmanager
     def claim(self, study: StudyRecord) -> Iterator[None]:
@@ -156,7 +165,7 @@ class RunDir:
                 of something else.
         """
         self.check_own()
-        (self.path / "candidates").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
             lock.acquire()
@@ -165,9 +174,10 @@ class RunDir:
         try:
             if self._record_file.exists():
                 self._check_same(study)
+            write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
             runnable = study.model_dump(include=set(StudyConfig.model_fields))
             write_yaml(self.path / "study.yaml", StudyConfig.model_validate(runnable))
-            write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
+            (self.path / "candidates").mkdir(exist_ok=True)
             yield
         finally:
             lock.release()
@@ -187,16 +197,13 @@ class RunDir:
 
     def candidates(self) -> list[Candidate]:
         """Return the candidates in the order measured."""
-        files = (self.path / "candidates").glob("*.json")
-        found = [Candidate.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+        found = map(_read_candidate, (self.path / "candidates").glob("*.json"))
         return sorted(found, key=lambda candidate: candidate.number)
 
     def candidate(self, name: str) -> Candidate | None:
         """Return one candidate, None where there is none of this name."""
         file = self._file(name, "json")
-        if not file.is_file():
-            return None
-        return Candidate.model_validate_json(file.read_text(encoding="utf-8"))
+        return _read_candidate(file) if file.is_file() else None
 
     def write_measurement(self, name: str, split: Split, measurement: Measurement) -> None:
         """Keep the per-item scores of a candidate on one split."""
@@ -204,8 +211,7 @@ class RunDir:
 
     def measurement(self, name: str, split: Split) -> pd.DataFrame | None:
         """Return the per-item scores of a candidate on one split, None where it was not measured."""
-        file = self._file(name, f"{split}.parquet")
-        return pd.read_parquet(file) if file.is_file() else None
+        return _read_table(self._file(name, f"{split}.parquet"))
 
     def scores(self, name: str, split: Split) -> dict[str, Score] | None:
         """Return the scores of a candidate on one split, None where it was not measured."""
@@ -223,8 +229,9 @@ class RunDir:
 
     def warm_start(self) -> WarmStart | None:
         """Return what following the slopes led to, None before that was tried."""
-        found = self.read_json("warm_start.json")
-        return None if found is None else WarmStart.model_validate(found)
+        with readable(self.path / "warm_start.json"):
+            found = self.read_json("warm_start.json")
+            return None if found is None else WarmStart.model_validate(found)
 
     def write_noise(self, measurement: Measurement) -> None:
         """Keep the second measurement of the base on the search split."""
@@ -232,8 +239,7 @@ class RunDir:
 
     def noise(self) -> pd.DataFrame | None:
         """Return the per-item scores of the base's second measurement, None before there is one."""
-        file = self.path / "noise.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
+        return _read_table(self.path / "noise.parquet")
 
     def write_sensitivity(self, frame: pd.DataFrame) -> None:
         """Keep the slopes of every score; see `measure_sensitivity`."""
@@ -241,8 +247,7 @@ class RunDir:
 
     def sensitivity(self) -> pd.DataFrame | None:
         """Return the slopes of every score, None where they were not measured."""
-        file = self.path / "sensitivity.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
+        return _read_table(self.path / "sensitivity.parquet")
 
     def add_holdout_use(self, use: HoldoutUse) -> None:
         """Write down that the holdout split is about to be used."""
@@ -251,15 +256,28 @@ class RunDir:
 
     def holdout_uses(self) -> tuple[HoldoutUse, ...]:
         """Return the uses of the holdout split in their order; more than one is one too many."""
-        return tuple(HoldoutUse.model_validate(use) for use in self.read_json("holdout.json") or ())
+        with readable(self.path / "holdout.json"):
+            return tuple(HoldoutUse.model_validate(use) for use in self.read_json("holdout.json") or ())
 
     def write_items(self, items: pd.DataFrame) -> None:
-        """Keep the suite's items."""
+        """Keep the suite's items.
+
+        Raises:
+            MergetuneError: others are here, which what was measured belongs to.
+        """
+        known = _read_table(self.path / "items.parquet")
+        if known is not None and (was := _rows(known)) != (now := _rows(items)):
+            raise MergetuneError(
+                f"{self.path}: the suite's items have changed since the run began: {len(was - now)} are gone "
+                f"or asked otherwise, {len(now - was)} are new. What was measured cannot be compared with "
+                "what would be. Take a new run directory, or take the change back."
+            )
         write_parquet(self.path / "items.parquet", items)
 
     def items(self) -> pd.DataFrame:
         """Return the suite's items: score_name, task, item, split, prompt, target."""
-        return pd.read_parquet(self.path / "items.parquet")
+        with readable(self.path / "items.parquet"):
+            return pd.read_parquet(self.path / "items.parquet")
 
     def write_json(self, name: str, data: Any) -> None:
         """Write one of the small JSON files."""
@@ -268,12 +286,12 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """Read one of the small JSON files; None where it is missing."""
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        with readable(file):
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def engine_kind(self) -> EngineKind | None:
-        """Return the engine that the study was begun with, None before that."""
-        versions: dict[str, Any] = self.read_json("versions.json") or {}
-        return versions.get("engine")
+    def versions(self) -> dict[str, Any]:
+        """Return what `write_versions` kept last; empty before that."""
+        return self.read_json("versions.json") or {}
 
     def write_versions(self, kind: EngineKind, versions: Mapping[str, str]) -> None:
         """Keep the engine that measures, and the versions of the libraries that numbers depend on."""
@@ -300,11 +318,27 @@ class RunDir:
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
+        if not changed:  # experts are summed in their order, and a trial's values have the objectives'
+            moved = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
+            changed = [f"  {now}: stands where {was} stood" for was, now in moved[:1]]
         if changed:
             raise MergetuneError(
                 f"{self.path}: holds another study; only `{'`, `'.join(sorted(_FREE))}` may change when it "
                 "goes on.\n" + "\n".join(changed) + "\nGive a new run directory, or take the changes back."
             )
+
+
+@contextmanager
+def readable(
+    path: Path,
+    remedy: str = "Delete it and run again: what it held is lost, or measured anew where it is needed.",
+) -> Iterator[None]:
+    """Name the file, and what to do, in the error of a block that reads it and finds it broken."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # those of pydantic, json and pyarrow are
+        reason = " ".join(str(error).split())
+        raise MergetuneError(f"{path}: cannot be read ({reason:.150}). {remedy}") from error
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:
@@ -327,6 +361,20 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+def _read_candidate(file: Path) -> Candidate:
+    with readable(file):
+        return Candidate.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+def _read_table(file: Path) -> pd.DataFrame | None:
+    with readable(file):
+        return pd.read_parquet(file) if file.is_file() else None
+
+
+def _rows(items: pd.DataFrame) -> set[tuple[str, ...]]:
+    return set(map(tuple, items.astype(str).to_numpy().tolist()))
 
 
 def _flat(data: Any, path: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from optimizer import baselines, selection
 from optimizer.baselines import average_name
 from optimizer.bench import Bench, write_facts
+from optimizer.errors import MergetuneError
 from optimizer.evaluate import Evaluator, Measurement
 from optimizer.export import write_merged
 from optimizer.merging.inputs import Inputs
@@ -226,9 +227,11 @@ def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Spli
             candidate = Candidate(name=name, number=number, kind="baseline", recipe=recipe)
             bench.run.write_candidate(candidate, None)
         bench.confirm(candidate)
-    found = [bench.run.measurement(name, split) for split in splits]
-    items = pd.concat([items for items in found if items is not None], ignore_index=True)
-    return Measurement(items, 0.0).scores()
+    frames = {split: bench.run.measurement(name, split) for split in splits}
+    found = [items for items in frames.values() if items is not None]
+    if len(found) < len(frames):
+        raise MergetuneError(f"`{name}` cannot be measured; {bench.run.path / 'run.log'} says why.")
+    return Measurement(pd.concat(found, ignore_index=True), 0.0).scores()
 
 
 def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:

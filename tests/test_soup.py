@@ -24,7 +24,8 @@ from test_study import run, write_study
 from optimizer import selection
 from optimizer.baselines import average_name, is_soup
 from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.evaluate import Evaluator
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.recipe import MergeRecipe
 from optimizer.report import gather, write_report
@@ -315,6 +316,18 @@ def test_a_greedy_soup_is_chosen_measured_once_and_written(
     assert "expert-v1 " not in printed
     after = {name: (tmp_path / "out.soup" / "candidates" / name).stat().st_mtime_ns for name in files}
     assert after == files
+
+
+def test_what_cannot_be_measured_on_the_split_chosen_on_is_an_error(
+    tmp_path: Path, variants: list[Path], suite_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TrialError("out of range")
+
+    monkeypatch.setattr(Evaluator, "measure", fail)
+    with pytest.raises(MergetuneError, match=r"`expert-v0` cannot be measured; .*run\.log says why"):
+        soup_of(tmp_path / "out", variants[:2], suite=str(suite_file), split="holdout")
+    assert "out of range" in (tmp_path / "out.soup" / "run.log").read_text()
 
 
 def test_splits_are_measured_once_and_scored_together(

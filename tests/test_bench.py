@@ -1,0 +1,88 @@
+"""The bench on tiny real models: what breaks, what that costs, and what a run goes on with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_study import write_study
+
+from optimizer.bench import Bench, write_facts
+from optimizer.engines.engine import EngineConfig
+from optimizer.errors import EngineError
+from optimizer.evaluate import Evaluator
+from optimizer.merging.inputs import Inputs, open_inputs
+from optimizer.progress import Progress
+from optimizer.recipe import MergeRecipe
+from optimizer.run_dir import Candidate, RunDir
+from optimizer.suite import read_suite
+
+
+@pytest.fixture(scope="module")
+def half(tiny_half: dict[str, Path]) -> Inputs:
+    return open_inputs(tiny_half["base"], {"a": tiny_half["a"]})
+
+
+@contextmanager
+def benched(inputs: Inputs, folder: Path, printed: io.StringIO) -> Iterator[Bench]:
+    """Lend a bench in the run directory `folder`/run."""
+    write_study(folder, inputs.base.folder, {})
+    evaluator, run = Evaluator(read_suite(folder / "suite.yaml")), RunDir(folder / "run")
+    (run.path / "candidates").mkdir(parents=True, exist_ok=True)
+    write_facts(run, inputs, evaluator)
+    progress = Progress(Console(file=printed, width=200))
+    with closing(Bench(EngineConfig(kind="transformers"), inputs, evaluator, run, progress)) as bench:
+        yield bench
+
+
+def at(inputs: Inputs, value: float) -> MergeRecipe:
+    lambdas = {"lambda": {"a": value}}
+    return MergeRecipe.of_one_group("task_arithmetic", inputs.base_source, inputs.expert_sources, lambdas)
+
+
+FAR = 1e9  # beyond what float16 holds
+
+
+def test_what_fails_keeps_its_seconds(half: Inputs, tmp_path: Path) -> None:
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        failed = bench.measure("trial", "trial-0001", at(half, FAR), None)
+    assert failed.state == "failed"
+    assert failed.cost.total_s == failed.cost.lost_s > 0
+    assert bench.run.candidates() == [failed]
+
+
+def test_what_cannot_be_confirmed_is_said_and_no_error(half: Inputs, tmp_path: Path) -> None:
+    printed = io.StringIO()
+    with benched(half, tmp_path, printed) as bench:
+        bench.confirm(Candidate(name="far", number=0, kind="trial", recipe=at(half, FAR)))
+        bench.confirm(Candidate(name="near", number=1, kind="trial", recipe=at(half, 1.0)))
+    assert "holdout: far              failed: " in printed.getvalue()
+    assert bench.run.all_scores("holdout").keys() == {"near"}
+
+
+def test_a_second_attempt_counts_what_the_first_took(
+    half: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(recipe: MergeRecipe) -> None:
+        raise EngineError("gone")
+
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        monkeypatch.setattr(bench.engine, "load", break_down)
+        found = bench.measure("trial", "trial-0001", at(half, 1.0), None)
+    cost = found.cost
+    assert (found.state, found.faults) == ("complete", ("gone",))
+    assert cost.total_s > cost.lost_s > 0
+
+
+def test_other_versions_than_before_are_said(half: Inputs, tmp_path: Path) -> None:
+    printed = io.StringIO()
+    with benched(half, tmp_path, printed) as bench:
+        bench.run.write_versions("transformers", {**bench.run.versions(), "torch": "0.1"})
+    assert "warning" not in printed.getvalue()
+    with benched(half, tmp_path, printed):
+        pass
+    assert "was measured with torch 0.1 (now " in printed.getvalue()

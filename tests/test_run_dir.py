@@ -1,0 +1,113 @@
+"""Run directories: cut at any moment, broken, gone on with, and of another study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_run import Plan, write_run
+
+from optimizer.config import Budget
+from optimizer.errors import MergetuneError
+from optimizer.measurement_store import MeasurementStore
+from optimizer.run_dir import RunDir, StudyRecord
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return write_run(tmp_path / "run", Plan(n_trials=2, n_items=8, noise=0.1))
+
+
+def claim(run: RunDir, record: StudyRecord) -> None:
+    with run.claim(record):
+        pass
+
+
+def test_a_cut_before_anything_was_kept_leaves_a_directory_that_can_be_used(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = RunDir(tmp_path / "cut")
+    make = Path.mkdir
+
+    def stop(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if path.name == "candidates":
+            raise KeyboardInterrupt
+        make(path, mode, parents, exist_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", stop)
+        with pytest.raises(KeyboardInterrupt):
+            claim(cut, run.study)
+    claim(cut, run.study)
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "lock").touch()
+    (early / "record.json.4711.tmp").write_text('{"base')
+    claim(RunDir(early), run.study)
+    (early / "record.json").unlink()
+    with pytest.raises(MergetuneError, match="holds other files"):
+        claim(RunDir(early), run.study)
+
+
+def test_a_record_that_changes_is_seen_at_once(run: RunDir) -> None:
+    assert run.study.budget.trials != 7
+    claim(run, run.study.model_copy(update={"budget": Budget(trials=7)}))
+    assert run.study.budget.trials == 7
+
+
+def test_another_order_of_experts_or_objectives_is_another_study(run: RunDir) -> None:
+    """Trials hold their values in the order of the objectives, and experts are summed in theirs."""
+    study = run.study
+    turned = {"experts": dict(reversed(study.experts.items()))}
+    with pytest.raises(MergetuneError, match=r"experts\.persona: stands where experts\.tools stood"):
+        claim(run, study.model_copy(update=turned))
+    suite = study.suite_config
+    config = suite.model_copy(update={"objectives": dict(reversed(suite.objectives.items()))})
+    with pytest.raises(MergetuneError, match=r"suite_config\.objectives\.persona.* stands where"):
+        claim(run, study.model_copy(update={"suite_config": config}))
+    claim(run, study)
+
+
+def test_other_items_are_refused_and_the_same_ones_are_not(run: RunDir) -> None:
+    items = run.items()
+    run.write_items(items.sample(frac=1, random_state=0))
+    for column in ("item", "split", "prompt"):
+        other = items.copy()
+        other.loc[:2, column] = "another"
+        with pytest.raises(MergetuneError, match=r"items have changed .* 3 are gone .* 3 are new"):
+            run.write_items(other)
+    assert set(run.items()["item"]) == set(items["item"])
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("record.json", lambda run: run.study),
+        ("candidates/base.json", RunDir.candidates),
+        ("candidates/base.json", lambda run: run.candidate("base")),
+        ("candidates/base.search.parquet", lambda run: run.scores("base", "search")),
+        ("holdout.json", RunDir.holdout_uses),
+        ("noise.parquet", RunDir.noise),
+        ("items.parquet", RunDir.items),
+        ("warnings.json", lambda run: run.read_json("warnings.json")),
+    ],
+)
+def test_a_broken_file_is_named_with_the_remedy(
+    run: RunDir, file: str, read: Callable[[RunDir], object]
+) -> None:
+    read(run)
+    path = run.path / file
+    path.write_bytes(path.read_bytes()[:-20])
+    remedy = "study.yaml beside it" if file == "record.json" else "Delete it and run again"
+    with pytest.raises(MergetuneError, match=rf"{file}: cannot be read .*{remedy}"):
+        read(run)
+
+
+def test_a_broken_file_of_the_store_is_named_too(tmp_path: Path) -> None:
+    store = MeasurementStore(tmp_path)
+    store.add("model", pd.DataFrame({"key": ["a"], "score": [1.0], "response": [""]}))
+    (tmp_path / "model.parquet").write_text("no parquet")
+    with pytest.raises(MergetuneError, match=r"model\.parquet: cannot be read .*Delete it"):
+        store.read("model")
