@@ -16,7 +16,8 @@ from optimizer.run_dir import Candidate
 from optimizer.suite import Direction
 from optimizer.yaml_io import nearest
 
-CANDIDATE = "candidate"  # user attribute of a trial: the name of its candidate
+# User attributes of a trial: the name of its candidate, and why there is none where its point has no recipe.
+CANDIDATE, REFUSED = "candidate", "refused"
 
 # A GP learns a smooth landscape from few trials; beyond this many dimensions it no longer does
 # (Optuna's documentation gives its budget as 10 to 100 trials).
@@ -51,13 +52,38 @@ def make_sampler(config: SamplerConfig, n_dimensions: int, seed: int) -> optuna.
         raise MergetuneError(f"`sampler`: {found.__name__} refuses its options: {error}") from error
 
 
+def try_sampler(
+    config: SamplerConfig, directions: Sequence[Direction], distributions: Mapping[str, BaseDistribution]
+) -> None:
+    """Ask a sampler for a trial after two others, in memory, before any work is done for it.
+
+    Raises:
+        MergetuneError: it cannot search so many objectives, or such ranges.
+    """
+    sampler = make_sampler(config, len(distributions), seed=0)
+    _quiet()
+    search = optuna.create_study(directions=list(directions), sampler=sampler)
+    for end in ("low", "high"):
+        params = {name: getattr(each, end) for name, each in distributions.items()}
+        search.add_trial(
+            optuna.trial.create_trial(
+                values=[0.0] * len(directions), params=params, distributions=dict(distributions)
+            )
+        )
+    try:
+        search.ask(dict(distributions))
+    except Exception as error:  # samplers have many ways to say that they cannot
+        raise MergetuneError(
+            f"`sampler`: {type(sampler).__name__} cannot search this study ({error}). Take another one, or "
+            "`auto`."
+        ) from error
+
+
 def open_search(
     storage: Path, directions: Sequence[Direction], sampler: optuna.samplers.BaseSampler
 ) -> optuna.Study:
     """Open the Optuna study in an SQLite file, new or going on."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    optuna.logging.disable_default_handler()  # its warnings go to the run's log
-    optuna.logging.enable_propagation()
+    _quiet()
     return optuna.create_study(
         storage=f"sqlite:///{storage}",
         study_name="mergetune",
@@ -65,6 +91,22 @@ def open_search(
         sampler=sampler,
         load_if_exists=True,
     )
+
+
+def tell(search: optuna.Study, trial: optuna.Trial | int, values: Sequence[float] | None) -> bool:
+    """Tell a trial's values, None where it failed; returns False where that was the last of a grid."""
+    try:
+        search.tell(trial, values, TrialState.FAIL if values is None else None)
+    except RuntimeError as error:  # so a sampler that has proposed every point ends a loop of Optuna's own
+        if "Study.stop" not in str(error):
+            raise
+        return False
+    return True
+
+
+def refused(search: optuna.Study) -> set[str]:
+    """Return the names of the trials whose points have no recipe."""
+    return {trial.user_attrs[CANDIDATE] for trial in search.get_trials() if REFUSED in trial.user_attrs}
 
 
 def catch_up(
@@ -86,7 +128,7 @@ def catch_up(
     """
     on_disk = {candidate.name for candidate in candidates}
     for trial in search.get_trials(states=[TrialState.RUNNING]):
-        search.tell(trial.number, state=TrialState.FAIL)
+        tell(search, trial.number, None)
         if trial.user_attrs.get(CANDIDATE) not in on_disk and trial.params:
             search.enqueue_trial(trial.params)
     told = {trial.user_attrs.get(CANDIDATE) for trial in search.get_trials(states=[TrialState.COMPLETE])}
@@ -103,6 +145,13 @@ def catch_up(
                 user_attrs={CANDIDATE: candidate.name},
             )
         )
+
+
+def _quiet() -> None:
+    """Send Optuna's warnings to the run's log."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
 
 
 def _sampler_class(config: SamplerConfig, n_dimensions: int) -> type[optuna.samplers.BaseSampler]:

@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from optuna.trial import TrialState
+from optuna.trial import Trial
 from rich.console import Console
 
 from optimizer import pareto, selection
@@ -27,11 +27,21 @@ from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
 from optimizer.run_dir import Candidate, HoldoutUse, RunDir, log_to
-from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
+from optimizer.search import (
+    CANDIDATE,
+    REFUSED,
+    catch_up,
+    make_sampler,
+    open_search,
+    refused,
+    tell,
+    try_sampler,
+)
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig, finer
 from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
+from optimizer.suite import Direction
 from optimizer.warm_start import start_search
 
 _TRIAL = "trial-"  # begins the names of what the sampler proposed
@@ -53,6 +63,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     space = _bound(plan.space, inputs, plan.config.seed)
     finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
     fine = _bound(finer_space, inputs, plan.config.seed)
+    try_sampler(plan.config.sampler, _directions(plan), space.distributions)
     evaluator = Evaluator(plan.suite)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
@@ -71,8 +82,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
-                budget = plan.config.budget
-                n_trials = budget.trials if _spent_s(run) < budget.hours * 3600 else 0
+                n_trials = plan.config.budget.trials if _spent_s(run) < _hours_s(plan) else 0
                 searched = start_search(bench, plan.config.warm_start, space, fine, n_trials)
                 _search(plan, searched, bench, interrupts)
                 choice = selection.choose(run)
@@ -99,55 +109,71 @@ def _bound(config: SearchSpaceConfig, inputs: Inputs, seed: int) -> SearchSpace:
     )
 
 
+def _directions(plan: Plan) -> list[Direction]:
+    return [objective.direction for objective in plan.suite.config.objectives.values()]
+
+
 def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupts: Interrupts) -> None:
     """Ask, merge, evaluate, tell, until the budget is spent."""
-    run, suite = bench.run, plan.suite.config
-    known = run.candidates()
-    n_trials = _last_number(known)
+    run, known, n_allowed = bench.run, bench.run.candidates(), plan.config.budget.trials
     sampler = make_sampler(plan.config.sampler, len(space.distributions), plan.config.seed + len(known))
-    directions = [objective.direction for objective in suite.objectives.values()]
-    search = open_search(run.path / "study.db", directions, sampler)
-    catch_up(search, known, space.distributions, bench.outcome)
-    budget = plan.config.budget
-    spent_s = _spent_s(run)
+    search = open_search(run.path / "study.db", _directions(plan), sampler)
+    n_trials, spent_s = _last_number(known, refused(search)), _spent_s(run)
+    last = n_allowed if space.distributions else min(n_allowed, 1)  # with nothing to search one says it all
+    due = range(n_trials + 1, last + 1)
+    if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
+        catch_up(search, known, space.distributions, bench.outcome)
     started, seconds_per_trial = time.monotonic(), None
-    last = budget.trials if space.distributions else 1  # with nothing to search one trial says it all
-    for number in range(n_trials + 1, last + 1):
+    for number in due:
         interrupts.check()
-        elapsed_s = time.monotonic() - started
         if number > n_trials + 1:
-            seconds_per_trial = elapsed_s / (number - n_trials - 1)
-        if spent_s + elapsed_s > budget.hours * 3600:
-            bench.progress.say(f"The budget of {budget.hours} hours is spent.")
+            seconds_per_trial = (time.monotonic() - started) / (number - n_trials - 1)
+        if spent_s >= _hours_s(plan):
+            bench.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
             break
-        bench.progress.at_work(_standing(bench, number, budget.trials, seconds_per_trial))
+        bench.progress.at_work(_standing(bench, number, last, seconds_per_trial))
         trial = search.ask(dict(space.distributions))
-        name = f"{_TRIAL}{number:04d}"
-        trial.set_user_attr(CANDIDATE, name)
-        try:
-            recipe = space.recipe(trial.params)
-        except TrialError as error:  # such as shares that sum to 0
-            bench.progress.say(f"{name} failed: {error}")
-            search.tell(trial, state=TrialState.FAIL)
-            continue
-        candidate = bench.measure("trial", name, recipe, trial.params)
-        if candidate.state == "failed":
-            search.tell(trial, state=TrialState.FAIL)
-            continue
-        values, constraints = bench.outcome(candidate)
-        for guard, excess in constraints.items():
-            trial.set_constraint(guard, excess)
-        search.tell(trial, values)
+        candidate = _measure(bench, space, trial, f"{_TRIAL}{number:04d}")
+        values = None
+        if candidate is not None:
+            spent_s += candidate.cost.total_s
+        if candidate is not None and candidate.state == "complete":
+            values, constraints = bench.outcome(candidate)
+            for guard, excess in constraints.items():
+                trial.set_constraint(guard, excess)
+        if not tell(search, trial, values):
+            bench.progress.say("The sampler has proposed every point that there is.")
+            break
 
 
-def _last_number(known: Sequence[Candidate]) -> int:
+def _measure(bench: Bench, space: SearchSpace | FrontSpace, trial: Trial, name: str) -> Candidate | None:
+    """Measure a trial's point; None where it has no recipe, such as where shares sum to 0."""
+    trial.set_user_attr(CANDIDATE, name)
+    try:
+        recipe = space.recipe(trial.params)
+    except TrialError as error:
+        bench.progress.say(f"{name} failed: {error}")
+        trial.set_user_attr(REFUSED, str(error))
+        return None
+    return bench.measure("trial", name, recipe, trial.params)
+
+
+def _last_number(known: Sequence[Candidate], refused: Collection[str]) -> int:
     """Return the number of the last trial, which may be greater than how many were measured."""
-    names = [candidate.name for candidate in known if candidate.kind == "trial"]
+    names = [*(candidate.name for candidate in known if candidate.kind == "trial"), *refused]
     return max([len(names), *(int(name.removeprefix(_TRIAL)) for name in names if name.startswith(_TRIAL))])
 
 
+def _hours_s(plan: Plan) -> float:
+    """Return the seconds that may go into what `_spent_s` counts."""
+    return plan.config.budget.hours * 3600
+
+
 def _spent_s(run: RunDir) -> float:
-    """Return the seconds that went into measuring candidates and following slopes."""
+    """Return the seconds that went into measuring candidates, failed ones too, and following slopes.
+
+    Only what is on disk counts, so that a study that goes on ends where it would have ended.
+    """
     start = run.warm_start()
     return sum(candidate.cost.total_s for candidate in run.candidates()) + (start.seconds if start else 0)
 

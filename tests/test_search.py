@@ -14,7 +14,7 @@ from optimizer.config import SamplerConfig
 from optimizer.errors import MergetuneError
 from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import Candidate
-from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search
+from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search, tell, try_sampler
 
 SPACE: dict[str, BaseDistribution] = {"lambda.all.a": FloatDistribution(0, 2)}
 
@@ -76,6 +76,39 @@ def test_samplers_by_size_of_the_space_and_by_name(config: Any, dimensions: int,
 def test_a_wrong_sampler_is_refused_with_the_remedy(config: Any, message: str) -> None:
     with pytest.raises(MergetuneError, match=message):
         make_sampler(SamplerConfig.model_validate(config), 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_objectives"),
+    [
+        ({"kind": "CmaEsSampler"}, 2),
+        ({"kind": "BruteForceSampler"}, 1),
+        ({"kind": "GridSampler", "search_space": {"another": [0.5]}}, 1),
+    ],
+)
+def test_a_sampler_that_cannot_search_the_study_is_refused(config: Any, n_objectives: int) -> None:
+    sampler = SamplerConfig.model_validate(config)
+    with pytest.raises(MergetuneError, match=f"{config['kind']} cannot search this study .* Take another"):
+        try_sampler(sampler, ["maximize"] * n_objectives, SPACE)
+
+
+@pytest.mark.parametrize("kind", ["auto", "TPESampler", "NSGAIISampler", "QMCSampler"])
+def test_samplers_that_can_are_not(kind: str) -> None:
+    for space in (SPACE, {}):
+        try_sampler(SamplerConfig(kind=kind), ["maximize"], space)
+
+
+def test_a_grid_that_was_searched_ends_the_search(tmp_path: Path) -> None:
+    space = {"lambda.all.a": FloatDistribution(0, 1, step=0.5)}
+    sampler = SamplerConfig.model_validate({"kind": "BruteForceSampler"})
+    try_sampler(sampler, ["maximize", "maximize"], space)
+    study = open_search(tmp_path / "study.db", ["maximize"], make_sampler(sampler, 1, seed=0))
+    assert [tell(study, study.ask(dict(space)), values) for values in ([1.0], None, [0.5])] == [
+        *(True, True, False)
+    ]
+    assert [trial.state for trial in study.trials] == [
+        *(TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE)
+    ]
 
 
 def test_measured_candidates_are_told_once(tmp_path: Path) -> None:

@@ -289,9 +289,54 @@ def test_ctrl_c_ends_with_a_report_and_the_study_goes_on(tmp_path: Path, models:
 
 
 def test_the_budget_of_hours_ends_the_search(tmp_path: Path, models: dict[str, Path]) -> None:
-    printed = run(study_of(tmp_path, models, budget={"trials": 1000, "hours": 0.0001}), tmp_path / "run")
-    assert "The budget of 0.0001 hours is spent" in printed
+    study = study_of(tmp_path, models, budget={"trials": 1000, "hours": 0.0006}, sampler="RandomSampler")
+    printed = run(study, tmp_path / "run")
+    assert "The budget of 0.0006 hours is spent" in printed
     assert (tmp_path / "run" / "best").is_dir()
+    before = RunDir(tmp_path / "run").candidates()
+    assert "The budget of 0.0006 hours is spent" in run(study, tmp_path / "run")
+    assert RunDir(tmp_path / "run").candidates() == before
+    assert len(RunDir(tmp_path / "run").holdout_uses()) == 1
+
+
+def test_a_point_without_a_recipe_is_not_asked_for_again(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    space = {"description": "test", "method": "linear", "lambda": {"low": 0, "high": 1}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space | {"groups": [{"name": "all"}]}))
+    grid = {"lambda.all.a": [0.0], "lambda.all.b": [0.0]}
+    study = write_study(
+        tmp_path / "study",
+        tiny_base,
+        tiny_experts,
+        search_space=str(tmp_path / "space.yaml"),
+        sampler={"kind": "GridSampler", "search_space": grid},
+    )
+    printed = run(study, tmp_path / "run")
+    assert "trial-0001 failed: " in printed
+    assert "The sampler has proposed every point that there is." in printed
+    budget = yaml.safe_load(study.read_text()) | {"budget": {"trials": 1}}
+    study.write_text(yaml.safe_dump(budget))
+    assert "trial-0001" not in run(study, tmp_path / "run")
+
+
+def test_with_nothing_to_search_no_trial_is_measured_where_none_is_allowed(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    space = {"description": "test", "method": "linear", "lambda": 1.0, "groups": [{"name": "all"}]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    changes = {"search_space": str(tmp_path / "space.yaml"), "budget": {"trials": 0}}
+    study = write_study(tmp_path / "study", tiny_base, {"a": tiny_experts["a"]}, **changes)
+    assert "trial-" not in run(study, tmp_path / "run")
+
+
+def test_a_sampler_that_cannot_search_the_study_is_refused_before_any_work(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    study = study_of(tmp_path, models, sampler="CmaEsSampler")
+    with pytest.raises(MergetuneError, match="CmaEsSampler cannot search this study"):
+        run(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_candidate_that_cannot_be_measured_fails_and_the_search_goes_on(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from test_study import run, write_study
@@ -107,6 +108,16 @@ def test_a_finer_grain_searches_around_what_it_found(
     longer = yaml.safe_load(study.read_text()) | {"budget": {"trials": 5}}
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
     assert "trial-0005" in run(tmp_path / "longer.yaml", tmp_path / "longer")
+
+
+def test_before_the_first_trial_the_sampler_is_told_nothing(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    """The space around the points is not known then, and baselines in another one would confuse it."""
+    changes: dict[str, Any] = {"warm_start": {"grain": "layers"}, "budget": {"trials": 0}}
+    run(study_of(tmp_path, tiny_base, tiny_experts, **changes), tmp_path / "run")
+    found = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
+    assert found.trials == []
 
 
 def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
