@@ -1,6 +1,7 @@
 """What all charts have in common: colours, fonts, grid and legend.
 
-Colours are Okabe & Ito's, which colour-blind readers can tell apart.
+Colours are Okabe & Ito's, and those of what helps and harms ColorBrewer's PRGn: colour-blind readers can
+tell them apart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import altair as alt
 Drawing = alt.LayerChart | alt.ConcatChart
 ORANGE, BLUE, SKY, GREEN = "#D55E00", "#0072B2", "#56B4E9", "#009E73"
 YELLOW, PINK, GREY, INK, WHITE = "#E69F00", "#CC79A7", "#A6A6A6", "#222222", "#FFFFFF"
-LIGHT = "#CCCCCC"
+LIGHT, PALE = "#CCCCCC", "#F1F1F1"
+HELPS, HELPS_A_LITTLE = "#1B7837", "#D9F0D3"
+HARMS, HARMS_A_LITTLE = "#762A83", "#E7D4E8"
 EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
 
 

@@ -238,10 +238,14 @@ def test_cosine_pull_and_shares_are_what_the_formulas_give() -> None:
 @pytest.mark.parametrize(
     ("two", "kind", "says"),
     [
-        ([1.0, -1.0], "strong", "conflict: 100% of what they pull at"),
+        ([1.0, -1.0], "strong", "conflict: 100% of the gradient conflicts"),
         ([1.0, 1.0], "partial", "conflict in part: 50% of"),
-        ([-1.0, 1.0], "none", "Little or nothing is opposed between"),
-        ([-1.0, -0.05], "none", "Little or nothing is opposed between"),  # too little is at stake
+        ([-1.0, 1.0], "none", "Little or nothing conflicts by layer groups between"),
+        (
+            [-1.0, -0.05],
+            "none",
+            "Little or nothing conflicts by layer groups between",
+        ),  # too little is at stake
     ],
 )
 def test_the_kind_follows_what_is_opposed(two: list[float], kind: str, says: str) -> None:
@@ -353,6 +357,9 @@ def test_the_report_shows_maps_and_conflicts_of_each_point(tmp_path: Path) -> No
     page = render(data)
     assert "<h2>Sensitivity</h2>" in page
     assert "12 of <code>tool_calls</code>" in page
+    assert "Green: raising this expert" in page
+    assert "grey: within two standard errors of zero" in page
+    assert "The sentences judge whole\n  layer groups" in page
     worst = found.points[1].conflicts[0]
     assert (worst.first.score_name, worst.second.score_name) == ("tool_calls", "persona")
     assert worst.kind == "partial"

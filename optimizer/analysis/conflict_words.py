@@ -12,8 +12,8 @@ from optimizer.analysis.conflicts import Conflict, Kind, Place, Slope
 from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED, fold_facts
 
 HOW_TO_READ = (
-    "A gain is by how many nats the loss on a score's reference replies falls for each unit that the "
-    "coefficient is raised, at the margin; below zero, raising it harms."
+    "A gain is how far the loss on a score's reference replies falls per unit of a coefficient (λ), locally, "
+    "in nats; below zero, raising it harms."
 )
 TITLES = {
     BASE: "At the base",
@@ -25,21 +25,21 @@ _MOST_PLACES = 2
 _LIMITS = {
     BASE: "Slopes at the base say what the first bit of each task vector does, not what all of it does.",
     RECOMMENDED: (
-        "At a good merge opposed pulls are the rule: on the front nothing helps one objective without "
-        "harming another. They show where the trade-off lies, not that merging failed."
+        "At a good merge conflicting gradients are the rule: on the front nothing helps one objective "
+        "without harming another. They show where the trade-off lies, not that merging failed."
     ),
 }
 _ADVICE: Mapping[Kind, str] = {
     "unclear": "Too few items to tell whether merging works; more of them, or a study, would.",
-    "none": "Nothing that is clear here speaks against merging: the same coefficients serve these scores.",
+    "none": "By layer groups, too little conflicts clearly to speak against merging.",
     "partial": (
-        "Merge, with coefficients by layer group: each score can have its way where the other has little "
-        "at stake, and gives up what they are opposed in."
+        "Merge, with coefficients by layer group: each score can gain where little is at stake for the "
+        "other, and has to give way where they conflict."
     ),
     "strong": (
         "Most of what one of them would gain from here the other would lose, and no coefficient of these "
-        "layer groups serves both. Finer groups may part them; if a study finds no merge that keeps both, "
-        "retrain one model on the data of both."
+        "layer groups serves both. Finer groups may separate them; if a study finds no merge that keeps "
+        "both, retrain one model on the data of both."
     ),
 }
 
@@ -100,8 +100,7 @@ def _opposed(conflict: Conflict) -> Finding:
     shown, n_more = conflict.places[:_MOST_PLACES], len(conflict.places) - _MOST_PLACES
     more = [f"And {n_more} more, where less is at stake."] if n_more > 0 else []
     return Finding(
-        f"{_pair(conflict)} {how}: {conflict.share:.0%} of what they pull at is opposed "
-        f"({_cosine(conflict)}).",
+        f"{_pair(conflict)} {how}: {conflict.share:.0%} of the gradient conflicts ({_cosine(conflict)}).",
         (*(_place(place, one, two) for place in shown), *more),
     )
 
@@ -112,8 +111,8 @@ def _place(place: Place, one: str, two: str) -> str:
         helped, harmed = harmed, helped
     what = f"More of `{place.expert}`" if place.expert else f"A higher `{place.parameter}`"
     return (
-        f"{what} in `{place.group}` helps `{helped[0]}` ({_gain(helped[1], ' nats per unit')} of its pull) "
-        f"and harms `{harmed[0]}` ({_gain(harmed[1])})."
+        f"{what} in `{place.group}` helps `{helped[0]}` ({_gain(helped[1], ' nats per unit')} of its "
+        f"gradient) and harms `{harmed[0]}` ({_gain(harmed[1])})."
     )
 
 
@@ -125,10 +124,13 @@ def _others(found: Sequence[Conflict]) -> Iterator[str]:
     """Name the pairs without a conflict, those that are too noisy apart."""
     calm = [f"{_pair(each)} ({each.share:.0%}, {_cosine(each)})" for each in found if each.kind == "none"]
     if calm:
-        yield f"Little or nothing is opposed between {', '.join(calm)}."
+        yield f"Little or nothing conflicts by layer groups between {', '.join(calm)}."
     noisy = [f"{_pair(each)} ({_cosine(each)})" for each in found if each.kind == "unclear"]
     if noisy:
-        yield f"Too noisy to tell: {', '.join(noisy)}. Most of a pull lies within two standard errors."
+        yield (
+            f"Too noisy to tell by layer groups: {', '.join(noisy)}. At least one gradient lies mostly "
+            "within two standard errors."
+        )
 
 
 def _pair(conflict: Conflict) -> str:

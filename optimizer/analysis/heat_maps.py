@@ -1,4 +1,7 @@
-"""The heat maps of sensitivity: what raising each coefficient gains, layer by layer."""
+"""The heat maps of sensitivity: what raising each coefficient gains, layer by layer.
+
+Coloured is only what lies beyond two standard errors, from a tint that is seen even where it is small.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,11 @@ import altair as alt
 import pandas as pd
 
 from optimizer.analysis.conflict_words import with_error
-from optimizer.theme import BLUE, INK, ORANGE, WHITE
+from optimizer.theme import HARMS, HARMS_A_LITTLE, HELPS, HELPS_A_LITTLE, INK, PALE, WHITE
 
 _ROWS = (5, 24)  # pixels of a layer's row, at least and at most
 _HEIGHT = 370  # unless the rows would become too low or too high
 _FEW = 14  # layers that all have their numbers; of more, every fifth has
-_PALE = 0.3
-_LEGEND = "(datum.value > 0 ? 'helps ' : 'harms ') + format(abs(datum.value), '.2~g')"
 
 
 def heat_maps(layers: pd.DataFrame) -> list[alt.LayerChart]:
@@ -48,29 +49,38 @@ def _heat_map(score: str, rows: pd.DataFrame) -> alt.LayerChart:
             alt.Tooltip("layer:N"),
             alt.Tooltip("coefficient:N"),
             alt.Tooltip("text:N", title="gain, nats per unit"),
-            alt.Tooltip("opposed:N", title="harms or is harmed"),
+            alt.Tooltip("opposed:N", title="conflicts with"),
         ],
     )
-    colour = alt.Color(
-        "gain:Q",
-        title=None,
-        scale=alt.Scale(domain=[-most, 0, most], range=[ORANGE, WHITE, BLUE], interpolate="rgb"),
-        legend=alt.Legend(
-            orient="bottom",
-            gradientLength=160,
-            gradientThickness=10,
-            values=[-most, most],
-            labelExpr=_LEGEND,
-        ),
+    cells = encoded.mark_rect(stroke=WHITE, strokeWidth=0.5).encode(
+        color=alt.condition("datum.is_clear", _colour(most), alt.value(PALE))
     )
-    strength = alt.condition("datum.is_clear", alt.value(1.0), alt.value(_PALE))
-    cells = encoded.mark_rect(stroke="#E4E4E4", strokeWidth=0.5).encode(color=colour, opacity=strength)
     dots = (
         encoded.transform_filter("datum.opposed != ''").mark_point(shape="diamond", filled=True, size=26)
     ).encode(color=alt.value(INK))
     height = min(max(_HEIGHT, low), high)
     title = alt.TitleParams(score, frame="group")  # above the cells, not above the names beside them
     return alt.LayerChart(layer=[cells, dots]).properties(height=height, title=title)
+
+
+def _colour(most: float) -> alt.Color:
+    little = most / 1000
+    return alt.Color(
+        "gain:Q",
+        title=None,
+        scale=alt.Scale(
+            domain=[-most, -little, little, most],
+            range=[HARMS, HARMS_A_LITTLE, HELPS_A_LITTLE, HELPS],
+            interpolate="rgb",
+        ),
+        legend=alt.Legend(
+            orient="bottom",
+            gradientLength=160,
+            gradientThickness=10,
+            values=[-most, most],
+            format="+.2~g",
+        ),
+    )
 
 
 def _labelled(layers: list[str]) -> list[str]:

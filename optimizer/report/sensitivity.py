@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from optimizer.analysis.conflict_words import TITLES, Finding, evidence, findings
+from optimizer.analysis.conflict_words import HOW_TO_READ, TITLES, Finding, evidence, findings
 from optimizer.analysis.conflicts import Conflict, conflicts, layer_gains
 from optimizer.recipe import LayerGroup
 from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED
@@ -36,9 +36,10 @@ class PointSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the report says of sensitivity: the points, and how many items it rests on."""
+    """What the report says of sensitivity: the points, what a gain is, and how many items it rests on."""
 
     points: tuple[PointSensitivity, ...]
+    how_to_read: str
     evidence: str
 
 
@@ -57,7 +58,7 @@ def sensitivity(frame: pd.DataFrame | None, groups: Iterable[LayerGroup]) -> Sen
         for point in _ORDER
         if (frame["point"] == point).any()
     )
-    return Sensitivity(points, evidence(frame))
+    return Sensitivity(points, HOW_TO_READ, evidence(frame))
 
 
 def _point(point: str, layers: pd.DataFrame, found: list[Conflict]) -> PointSensitivity:
