@@ -459,6 +459,15 @@ def test_charts_show_every_candidate_with_scores_and_coefficients(data: ReportDa
 
 
 @pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "100.0% (51 of 51)"), (0.0, "0.0% (0 of 51)"), (0.5, "50.0% ± 0.0")]
+)
+def test_a_score_on_which_all_items_agree_is_not_given_an_error_of_zero(value: float, text: str) -> None:
+    metric = Metric("persona", "objective", 1, percent=True)
+    assert metric.text(Score(value, 0.0, 51)) == text
+    assert metric.change(Score(0.0, 0.0, 51)) == "+0.0 points on all 51 items"
+
+
+@pytest.mark.parametrize(
     ("percent", "text", "change"),
     [(True, "71.3% ± 2.1", "−71.3 ± 2.1 points"), (False, "0.713 ± 0.021", "−0.713 ± 0.021")],
 )

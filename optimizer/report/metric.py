@@ -30,13 +30,20 @@ class Metric:
         return f"{value:.1%}" if self.percent else f"{value:.3f}"
 
     def text(self, score: Score) -> str:
-        """Write a score with its standard error: `71.3% ± 2.1`."""
+        """Write a score with its standard error, or with its count where all items agree.
+
+        `71.3% ± 2.1`, but `100.0% (51 of 51)`: an error of 0 would say more than the items do.
+        """
+        if self.percent and score.value in (0.0, 1.0) and _is_unanimous(score):
+            return f"{self.number(score.value)} ({score.value * score.n_items:.0f} of {score.n_items})"
         return f"{self.number(score.value)} ± {self._error(score)}"
 
     def change(self, difference: Score) -> str:
         """Write a difference of two scores with its standard error: `+2.1 ± 1.3 points`."""
-        text = f"{self.signed(difference.value)} ± {self._error(difference)}"
-        return f"{text} points" if self.percent else text
+        unit = " points" if self.percent else ""
+        if difference.value == 0 and _is_unanimous(difference):
+            return f"{self.signed(0.0)}{unit} on all {difference.n_items} items"
+        return f"{self.signed(difference.value)} ± {self._error(difference)}{unit}"
 
     def signed(self, difference: float) -> str:
         """Write a difference alone, with its sign: `+2.1`."""
@@ -51,6 +58,11 @@ class Metric:
         if score.n_items < 2:
             return "?"  # one item has no spread
         return f"{100 * score.stderr:.1f}" if self.percent else f"{score.stderr:.3f}"
+
+
+def _is_unanimous(score: Score) -> bool:
+    """Say whether all items agree."""
+    return score.n_items > 1 and score.stderr == 0
 
 
 def metrics_of(suite: SuiteConfig, measured: Iterable[dict[str, Score]]) -> tuple[Metric, ...]:
