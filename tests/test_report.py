@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
+from markupsafe import escape
+from synthetic_run import EXPERTS, N_LAYERS, Plan, sensitivity_frame, write_run
 
 from optimizer import pareto, selection
 from optimizer.config import read_study
@@ -21,11 +23,13 @@ from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe
 from optimizer.report import ReportData, gather, write_report
 from optimizer.report.charts import points
-from optimizer.report.insights import MIN_TRIALS, Influence
+from optimizer.report.insights import MIN_TRIALS, Influence, changes, parameter_name
 from optimizer.report.labels import Label, place_labels
 from optimizer.report.metric import Metric
 from optimizer.report.page import duration, render
+from optimizer.report.study_charts import hypervolume, importance
 from optimizer.report.style import FRONT, PERHAPS, mark_of
+from optimizer.report.verdict import Verdict, judge
 from optimizer.run_dir import RunDir
 
 ATTACK = "</script><script>alert(1)</script>"
@@ -212,6 +216,71 @@ def test_depth_gives_every_layer_its_coefficient_and_splits_parts_that_differ(da
     assert outside == {"model.embed_tokens", "model.norm", "lm_head"}
 
 
+def test_coefficients_that_touch_nothing_are_left_out(simulate: Callable[[Plan], RunDir]) -> None:
+    """As of adapters: none changes what is outside the layers or a norm, and one leaves the MLPs alone."""
+    run = simulate(Plan(n_trials=3, n_items=20, holdout=False))
+    model = run.read_json("model.json")
+    layers = [name for name in model["tensors"] if re.search(r"attn|mlp", name)]
+    changed = {"tools": [name for name in layers if "attn" in name], "persona": layers}
+    run.write_json("model.json", {**model, "changed": changed})
+    data = gather(run)
+    assert {value.part for value in data.depth} == {"attention", "mlp"}
+    assert {value.expert for value in data.depth if value.part == "mlp"} == {"persona"}
+    assert data.unchanged == ("embeddings", "norms", "head")
+    trial = next(entry for entry in data.entries if entry.name == "trial-0001")
+    assert [line.partition(":")[0] for line in trial.coefficients] == [
+        *("early", "middle", "late-attention", "late-mlp")
+    ]
+    assert trial.coefficients[-1].startswith("late-mlp: persona ")
+    assert "no expert touches them: embeddings, norms, head." in render(data)
+
+
+def test_what_is_changed_is_told_by_the_slopes_where_a_run_did_not_write_it_down(
+    simulate: Callable[[Plan], RunDir],
+) -> None:
+    run = simulate(Plan(n_trials=3, n_items=20, holdout=False))
+    assert gather(run).unchanged == ()
+    frame = sensitivity_frame({"base": 1.0})
+    run.write_sensitivity(frame[~frame["tensor"].str.contains("norm")])
+    data = gather(run)
+    assert data.unchanged == ("norms",)
+    assert "model.norm" not in {value.part for value in data.depth}
+
+
+def test_the_report_says_why_the_search_stopped(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(n_trials=4, n_items=20))
+    spent_s = sum(candidate.cost.total_s for candidate in run.candidates())
+
+    def stopped(trials: int, seconds: float) -> str:
+        budget = run.study.budget.model_copy(update={"trials": trials, "hours": seconds / 3600})
+        with run.claim(run.study.model_copy(update={"budget": budget})):
+            return gather(run).stopped
+
+    assert stopped(4, 2 * spent_s) == "all trials were done"
+    assert stopped(9, 2 * spent_s) == ""
+    assert stopped(9, 0.9 * spent_s) == f"the budget of {0.9 * spent_s / 3600:g} hours was spent"
+    assert "The search ended when the budget of" in render(gather(run))
+
+
+def test_items_that_are_scored_by_patterns_show_them_and_no_empty_target(
+    finished: RunDir, data: ReportData
+) -> None:
+    own, expert = (finished.measurement(name, "search") for name in ("average-1", "base"))
+    assert own is not None
+    assert expert is not None
+    items = finished.items()
+    items.loc[items["score_name"] == "persona", "target"] = "null"
+    patterns = {"persona:items.jsonl": (r"\d minutes", "!")}
+    found = changes(own, {"base": expert}, data.metrics, items, patterns)
+    examples = {one.metric.name: (*one.gained, *one.lost) for one in found}
+    assert {(e.target, e.patterns) for e in examples["persona"]} == {(None, (r"\d minutes", "!"))}
+    assert all(e.target.startswith("answer") and not e.patterns for e in examples["tool_calls"] if e.target)
+    html = render(replace(data, changes=tuple(found)))
+    assert "<dd>\\d minutes\n!</dd>" in html
+    assert "<dd>None</dd>" not in html
+    assert "<dd>null</dd>" not in html
+
+
 def test_importance_finds_the_expert_that_a_score_depends_on(data: ReportData) -> None:
     def share(found: tuple[Influence, ...], expert: str) -> float:
         return sum(one.share for one in found if one.parameter.endswith(expert))
@@ -229,11 +298,11 @@ def test_importance_finds_the_expert_that_a_score_depends_on(data: ReportData) -
 
 def test_the_verdict_compares_to_the_best_expert_of_each_objective(data: ReportData) -> None:
     assert data.verdict.split == "holdout"
-    experts = {one.metric.name: one.expert for one in data.verdict.comparisons}
-    assert experts == {"tool_calls": "expert-tools", "persona": "expert-persona"}
+    against = {one.metric.name: one.against for one in data.verdict.comparisons}
+    assert against == {"tool_calls": "expert-tools", "persona": "expert-persona", "general": "base"}
     for one in data.verdict.comparisons:
-        assert one.difference.value == pytest.approx(one.own.value - one.best.value)
-        assert one.difference.stderr < math.hypot(one.own.stderr, one.best.stderr)  # paired
+        assert one.difference.value == pytest.approx(one.own.value - one.other.value)
+        assert one.difference.stderr < math.hypot(one.own.stderr, one.other.stderr)  # paired
 
 
 def test_a_merge_that_is_clearly_ahead_is_said_to_beat_the_experts(
@@ -241,14 +310,99 @@ def test_a_merge_that_is_clearly_ahead_is_said_to_beat_the_experts(
 ) -> None:
     data = gather(simulate(Plan(n_items=100, n_baselines=3, n_trials=5)))
     assert data.verdict.level == "good"
-    assert "beats every expert" in data.verdict.headline
+    assert "beats every expert." in data.verdict.headline
 
 
-def test_no_merge_beats_your_experts_is_an_answer(simulate: Callable[[Plan], RunDir]) -> None:
+def test_a_merge_that_does_not_beat_the_experts_is_said_not_to(simulate: Callable[[Plan], RunDir]) -> None:
     verdict = gather(simulate(Plan(objectives=("persona",), n_trials=5))).verdict
     assert verdict.level == "none"
-    assert verdict.headline == "No merge beats your experts."
-    assert "expert-persona" in verdict.sentences[0]
+    assert verdict.headline.endswith("the best merge of the search, does not beat your experts.")
+    assert verdict.sentences[1].startswith("Deploy `expert-persona`")
+
+
+def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, int, int]) -> Verdict:
+    """Judge `trial` by these right answers out of 100 to tool_calls, persona and general; `_` is `-`."""
+    known = {"base": (0, 0, 80), "expert_tools": (90, 0, 80), "expert_persona": (0, 90, 80)} | scores
+    frames = {
+        name.replace("_", "-"): pd.DataFrame(
+            {"score_name": metric.name, "task": metric.name, "item": str(i), "score": float(i < count)}
+            for metric, count in zip(data.metrics, counts, strict=True)
+            for i in range(100)
+        )
+        for name, counts in known.items()
+    }
+    chosen = selection.Recommendation("trial", "", keeps_guards=True)
+    return judge(chosen, frames, data.metrics, data.study.suite_config, "holdout", averages)
+
+
+def test_the_headline_claims_nothing_of_what_was_not_measured_on_its_split(data: ReportData) -> None:
+    measured = {"trial": (85, 85, 80), "average_0.5": (40, 40, 80), "average_1": (50, 50, 80)}
+    every = _judged(data, ("average-0.5", "average-1"), **measured)
+    assert every.headline.endswith("`trial` beats every expert and every plain average.")
+    some = _judged(data, ("average-0.5", "average-1", "average-0.8"), **measured)
+    assert some.headline.endswith("every expert and the plain averages `average-0.5` and `average-1`.")
+    del measured["average_1"]
+    one = _judged(data, ("average-0.5", "average-1", "soup-a+b"), **measured)
+    assert one.headline.endswith("beats every expert and the plain average `average-0.5`.")
+
+
+def test_what_breaks_a_guard_is_left_out_of_the_comparison_and_named(data: ReportData) -> None:
+    verdict = _judged(data, (), trial=(85, 85, 80), expert_persona=(0, 90, 70))
+    assert verdict.headline.endswith("`trial` beats every expert that keeps the guards.")
+    left_out = "`expert-persona` is left out of the comparison: on the held-out items it breaks a guard."
+    assert verdict.sentences[-1] == left_out
+    assert not any(one.is_broken for one in verdict.comparisons)
+    without = _judged(data, (), trial=(85, 85, 80), expert_persona=(0, 90, 70), expert_tools=(90, 0, 70))
+    assert without.headline.endswith("`trial` beats the base model.")
+
+
+def test_a_merge_that_breaks_a_guard_on_the_holdout_is_said_to(data: ReportData) -> None:
+    verdict = _judged(data, (), trial=(85, 85, 74))
+    assert verdict.level == "mixed"
+    assert verdict.headline.endswith("but on the held-out items it breaks `general`.")
+    assert [one.metric.name for one in verdict.comparisons if one.is_broken] == ["general"]
+
+
+def test_every_figure_of_the_verdict_says_which_split_it_is_of(
+    finished: RunDir, data: ReportData, simulate: Callable[[Plan], RunDir]
+) -> None:
+    chosen, suite = data.recommended, finished.study.suite_config
+    assert chosen is not None
+    kept = selection.retained_gains(
+        {e.name: e.holdout for e in data.entries if e.holdout}, chosen.holdout, suite
+    )
+    assert data.verdict.sentences[0].startswith(
+        f"On the held-out items it keeps {kept['tool_calls']:.0%} on `tool_calls`, {kept['persona']:.0%} on"
+    )
+    assert f"It was chosen by the search split alone. {chosen_reason(data)}" in render(data)
+    searched = gather(simulate(Plan(n_trials=4, n_items=20, holdout=False))).verdict
+    assert searched.sentences[0].startswith("On the search split it keeps ")
+
+
+def chosen_reason(data: ReportData) -> str:
+    assert data.recommendation is not None
+    return str(escape(data.recommendation.reason))
+
+
+def test_the_guard_stands_beside_the_objectives_with_its_paired_error(
+    finished: RunDir, data: ReportData
+) -> None:
+    html = render(data)
+    summary = html[: html.index("<h2>Scores")]
+    assert "guard: at most 5.0 points worse" in summary
+    (guard,) = (one for one in data.verdict.comparisons if one.metric.name == "general")
+    assert guard.metric.change(guard.difference) in summary
+    own, base = (finished.measurement(name, "search") for name in ("average-1", "base"))
+    assert own is not None
+    assert base is not None
+    both = own.merge(base, on=["score_name", "task", "item"])
+    gaps = (both["score_x"] - both["score_y"])[both["score_name"] == "general"]
+    entry = next(entry for entry in data.entries if entry.name == "average-1")
+    change = entry.guard_changes["search"]["general"]
+    assert change.value == pytest.approx(gaps.mean())
+    assert change.stderr == pytest.approx(gaps.std() / math.sqrt(len(gaps)))
+    word = "broken" if entry.excess["general"] > 0 else "kept"
+    assert f"{guard.metric.change(change)}: {word}" in html
 
 
 def test_a_broken_guard_is_said_first(simulate: Callable[[Plan], RunDir]) -> None:
@@ -257,10 +411,10 @@ def test_a_broken_guard_is_said_first(simulate: Callable[[Plan], RunDir]) -> Non
         if entry.feasible and entry.role in {"average", "merge"}:
             (run.path / "candidates" / f"{entry.name}.json").unlink()
     data = gather(run)
-    assert data.verdict.headline == "No merge keeps every guard."
+    assert data.verdict.headline == "No merge keeps every guard on the search split."
     assert data.recommended not in data.front
     html = render(data)
-    assert "broken by" in html
+    assert ": broken</small>" in html
     assert "Best merge: <strong>" in html
 
 
@@ -456,6 +610,49 @@ def test_charts_show_every_candidate_with_scores_and_coefficients(data: ReportDa
     assert re.fullmatch(r"\d+\.\d% ± \d+\.\d", str(frame.loc["base", "m0_text"]))
     assert data.recommendation is not None
     assert frame["mark"].iloc[-1] == "recommended"  # drawn on top
+
+
+def _specs(chart: Any, key: str) -> list[Any]:
+    """Return all values of a key in a chart's specification."""
+
+    def walk(node: Any) -> list[Any]:
+        if isinstance(node, list):
+            return [found for each in node for found in walk(each)]
+        if not isinstance(node, dict):
+            return []
+        return [value for name, value in node.items() if name == key] + walk(list(node.values()))
+
+    return walk(chart.to_dict())
+
+
+def test_the_hypervolume_stays_below_the_top_of_its_chart_and_has_no_digit_too_many(
+    data: ReportData, page: Path
+) -> None:
+    (domain,) = {tuple(y["scale"]["domain"]) for y in _specs(hypervolume(data), "y")}
+    assert domain[1] > 1.1 * max(data.hypervolume)
+    assert data.volume is not None
+    assert f"at the end is {data.volume.observed:.3g}." in page.read_text(encoding="utf-8")
+
+
+def test_importance_charts_share_their_scale_and_name_coefficients_in_words(data: ReportData) -> None:
+    drawn = [importance(data, name) for name in data.influences]
+    shares = [one.share for found in data.influences.values() for one in found]
+    assert {tuple(x["scale"]["domain"]) for chart in drawn for x in _specs(chart, "x")} == {(0, max(shares))}
+    assert "persona in late-mlp" in str(drawn[0].to_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lambda.mlp1.persona", "persona in mlp1"),
+        ("lambda.mlp1", "lambda in mlp1"),
+        ("density.layers.0-9.tools", "density of tools in layers.0-9"),
+        ("toward.2", "toward gradient-3"),
+        ("times.early.tools", "factor of tools in early"),
+    ],
+)
+def test_coefficients_are_named_in_words(key: str, words: str) -> None:
+    assert parameter_name(key, EXPERTS) == words
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
+
 from optimizer import pareto, selection
 from optimizer.report.confirmation import Confirmation, Noise, confirmation, measured_noise
 from optimizer.report.insights import (
+    Changed,
     Changes,
     DepthValue,
     Influence,
     changes,
-    coefficients,
     coefficients_over_depth,
     influences,
+    recipe_lines,
+    unchanged_roles,
 )
 from optimizer.report.metric import Metric, metrics_of
 from optimizer.report.sensitivity import Sensitivity, sensitivity
-from optimizer.report.verdict import Verdict, judge
+from optimizer.report.verdict import Verdict, difference, judge
 from optimizer.resampling import Hypervolume
 from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from optimizer.selection import PLAUSIBLE, Recommendation, Scores
@@ -27,24 +31,29 @@ from optimizer.sensitivity import RECOMMENDED, single_layers
 from optimizer.suite import Split, SuiteConfig
 
 Role = Literal["base", "expert", "average", "merge"]
-
-_MANY_GROUPS = 8
+_SPLITS: tuple[Split, Split] = ("search", "holdout")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured candidate: its scores by split, and by how much it breaks each guard (≤ 0: kept)."""
+    """A measured candidate: its scores by split, and by how much it breaks each guard (≤ 0: kept).
+
+    `guard_changes` are the paired differences from what the guards refer to, by split, where they are
+    shown; `coefficients` says the recipe, a line per layer group.
+    """
 
     candidate: Candidate
     search: Scores
     holdout: Scores
     excess: Mapping[str, float]
     holdout_excess: Mapping[str, float]
+    guard_changes: Mapping[Split, Scores]
     on_front: bool
     recommended: bool
     smoothed: Scores
     probability: float  # of being on the front
     finalist: bool
+    coefficients: tuple[str, ...]
 
     @property
     def shown(self) -> bool:
@@ -75,11 +84,6 @@ class Entry:
         """Say whether every guard is kept on the search split."""
         return all(excess <= 0 for excess in self.excess.values())
 
-    @property
-    def coefficients(self) -> tuple[str, ...]:
-        """Write the recipe, a line per layer group: `early: tools 0.70, persona 0.30`."""
-        return recipe_lines(self.candidate)
-
 
 @dataclass(frozen=True)
 class ReportData:
@@ -92,11 +96,13 @@ class ReportData:
     failed: tuple[Candidate, ...]
     recommendation: Recommendation | None
     verdict: Verdict
+    stopped: str  # why the search did; empty where it may not have
     warnings: tuple[str, ...]
     n_items: Mapping[str, int]  # by split
     hypervolume: tuple[float, ...]  # after each entry
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
     depth: tuple[DepthValue, ...]
+    unchanged: tuple[str, ...]  # roles of tensors that no expert changes
     sensitivity: Sensitivity | None
     changes: tuple[Changes, ...]
     confirmation: Confirmation
@@ -143,6 +149,8 @@ def gather(run: RunDir) -> ReportData:
     noise = measured_noise(run, metrics)
     confirmed_by = confirmation(run, choice, holdout, metrics, noise)
     front = selection.front(search, suite) if anchored else []
+    slopes = run.sensitivity()
+    tensors, changed = _tensors(run, slopes)
     entries = tuple(
         Entry(
             candidate,
@@ -150,11 +158,13 @@ def gather(run: RunDir) -> ReportData:
             holdout.get(candidate.name, {}),
             _excess(candidate.name, search, suite),
             _excess(candidate.name, holdout, suite),
+            _guard_changes(run, candidate, chosen, metrics, noise),
             candidate.name in front,
             chosen is not None and candidate.name == chosen.name,
             choice.smoothing.scores[candidate.name] if choice else search[candidate.name],
             choice.front.probability[candidate.name] if choice else 0.0,
             candidate.name in confirmed_by.finalists,
+            recipe_lines(candidate, tensors, changed),
         )
         for candidate in candidates
         if candidate.name in search
@@ -173,12 +183,14 @@ def gather(run: RunDir) -> ReportData:
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
         verdict=_verdict(run, chosen, entries, metrics, split, noise),
+        stopped=_stopped(run, candidates),
         warnings=tuple(run.read_json("warnings.json") or ()),
         n_items=_count_items(search, holdout),
         hypervolume=_hypervolume(entries, suite) if anchored else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
-        depth=tuple(_depth(run, chosen, complete)),
-        sensitivity=_sensitivity(run, chosen, candidates),
+        depth=tuple(_depth(tensors, changed, chosen, complete)),
+        unchanged=unchanged_roles(tensors, changed),
+        sensitivity=_sensitivity(slopes, chosen, candidates),
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
         confirmation=confirmed_by,
         noise=noise,
@@ -191,34 +203,36 @@ def gather(run: RunDir) -> ReportData:
     )
 
 
-def recipe_lines(candidate: Candidate) -> tuple[str, ...]:
-    """Write a recipe's coefficients, a line per layer group.
-
-    Where the groups are many (a group per layer, between anchors) the point of the search space
-    says the same in fewer words.
-    """
-    recipe = candidate.recipe
-    if len(recipe.groups) > _MANY_GROUPS and candidate.params:
-        return tuple(f"{name} {value:.2f}" for name, value in candidate.params.items())
-    lines: dict[str, list[str]] = {}
-    for group in recipe.groups:
-        named = [
-            f"{'' if parameter == 'lambda' else parameter + ' '}{expert} {value:.2f}"
-            for parameter, values in coefficients(recipe, group).items()
-            for expert, value in values.items()
-        ]
-        lines.setdefault(", ".join(named), []).append(group.name)
-    if len(lines) == 1:
-        return tuple(lines)
-    return tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
-
-
 def _excess(name: str, measured: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
     """Return the guard violations of a candidate; empty where it or a reference was not measured."""
     try:
         return selection.guard_violations(measured[name], measured, suite)
     except KeyError:
         return {}
+
+
+def _guard_changes(
+    run: RunDir,
+    candidate: Candidate,
+    chosen: Recommendation | None,
+    metrics: Sequence[Metric],
+    noise: Noise | None,
+) -> dict[Split, Scores]:
+    """Compare a baseline or the recommended merge with what the guards refer to, item by item."""
+    is_shown = candidate.kind == "baseline" or (chosen is not None and candidate.name == chosen.name)
+    guards = [m for m in metrics if m.kind == "guard" and m.reference != candidate.name and is_shown]
+    variances = noise.variances if noise else {}
+    found: dict[Split, Scores] = {}
+    for split in _SPLITS:
+        names = {candidate.name, *(guard.reference for guard in guards)}
+        frames = {name: run.measurement(name, split) for name in names}
+        known = {name: frame for name, frame in frames.items() if frame is not None}
+        found[split] = {
+            guard.name: difference(known[candidate.name], known[guard.reference], guard, variances)
+            for guard in guards
+            if {candidate.name, guard.reference} <= known.keys()
+        }
+    return found
 
 
 def _verdict(
@@ -256,22 +270,49 @@ def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, .
     return tuple(volumes)
 
 
-def _depth(run: RunDir, chosen: Recommendation | None, candidates: Sequence[Candidate]) -> list[DepthValue]:
+def _tensors(run: RunDir, slopes: pd.DataFrame | None) -> tuple[Sequence[str], Changed | None]:
+    """Return the base's tensors, and those that each expert changes, where that is known.
+
+    Runs of earlier versions did not write down what is changed: there it is what slopes were taken of.
+    """
     model = run.read_json("model.json")
-    if chosen is None or model is None:
+    if model is None:
+        return (), None
+    changed = model.get("changed")
+    if changed is None and slopes is not None:
+        changed = slopes.groupby("expert")["tensor"].unique()
+    return model["tensors"], changed if changed is None else {e: frozenset(own) for e, own in changed.items()}
+
+
+def _stopped(run: RunDir, candidates: Sequence[Candidate]) -> str:
+    """Say why the search stopped; empty where it need not have."""
+    budget, start = run.study.budget, run.warm_start()
+    numbers = [int(c.name.rpartition("-")[2]) for c in candidates if c.kind == "trial"]
+    if 0 < budget.trials <= max(numbers, default=0):
+        return "all trials were done"
+    spent_s = _total([c.cost for c in candidates]).total_s + (start.seconds if start else 0.0)
+    return f"the budget of {budget.hours:g} hours was spent" if spent_s >= budget.hours * 3600 else ""
+
+
+def _depth(
+    tensors: Sequence[str],
+    changed: Changed | None,
+    chosen: Recommendation | None,
+    candidates: Sequence[Candidate],
+) -> list[DepthValue]:
+    if chosen is None or not tensors:
         return []
     recipe = next(c.recipe for c in candidates if c.name == chosen.name)
-    return coefficients_over_depth(recipe, model["tensors"])
+    return coefficients_over_depth(recipe, tensors, changed)
 
 
 def _sensitivity(
-    run: RunDir, chosen: Recommendation | None, candidates: Sequence[Candidate]
+    frame: pd.DataFrame | None, chosen: Recommendation | None, candidates: Sequence[Candidate]
 ) -> Sensitivity | None:
     """Gather the sensitivity, by the layer groups of the search space; before a trial, by single layers.
 
     What was taken at a merge that is no longer the recommended one is left out.
     """
-    frame = run.sensitivity()
     if frame is None:
         return None
     digests = [c.recipe.digest for c in candidates if chosen is not None and c.name == chosen.name]
@@ -293,7 +334,13 @@ def _changes(
     names = [n for n in map(selection.expert_name, run.study.experts) if n in measured]
     frames = {name: run.measurement(name, split) for name in names}
     experts = {name: frame for name, frame in frames.items() if frame is not None}
-    return changes(own, experts, metrics, run.items())
+    patterns = {
+        f"{name}:{task.items}": task.scorer.patterns
+        for name, score in run.study.suite_config.scores.items()
+        for task in score.tasks
+        if task.scorer is not None
+    }
+    return changes(own, experts, metrics, run.items(), patterns)
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -12,14 +12,22 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from optimizer.evaluate import Score
+from optimizer.method_table import METHODS
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
 from optimizer.report.metric import Metric
 from optimizer.report.verdict import paired
 from optimizer.run_dir import Candidate
+from optimizer.selection import GRADIENT
 
 MIN_TRIALS = 20
 _N_TOP = 5  # PED-ANOVA wants at least so many trials in the best part (optuna's documentation)
 N_EXAMPLES = 8
+_MANY_GROUPS = 8
+
+_NO_ANSWER = "null"  # the target of an item that has none
+
+Changed = Mapping[str, frozenset[str]]  # by expert, the tensors that it changes
+Coefficients = dict[str, dict[str, float]]  # by parameter and expert
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,14 @@ class DepthValue:
 
 @dataclass(frozen=True)
 class Example:
-    """One item on which the recommended merge and an expert score differently."""
+    """One item on which the recommended merge and an expert score differently.
+
+    `target` is None where the item has no answer; `patterns` are those that the score is the share met of.
+    """
 
     prompt: str
-    target: str
+    target: str | None
+    patterns: tuple[str, ...]
     own_response: str
     own_score: float
     expert_response: str
@@ -88,25 +100,75 @@ def influences(
     return tuple(Influence(name, share, float(ranks[name])) for name, share in shares.items())
 
 
-def coefficients_over_depth(recipe: MergeRecipe, tensors: Sequence[str]) -> list[DepthValue]:
+def coefficients_over_depth(
+    recipe: MergeRecipe, tensors: Sequence[str], changed: Changed | None
+) -> list[DepthValue]:
     """Return each coefficient of a recipe in every layer, for every part of a layer that differs.
 
     Parts with the same coefficients in all layers are put together; tensors outside the layers come
-    with their own names.
+    with their own names. Coefficients without effect are left out; see `coefficients`.
     """
-    inside: dict[str, dict[int, RecipeGroup]] = {}
+    inside: dict[str, dict[int, Coefficients]] = {}
     values = []
     for name, group in assign_groups(recipe.groups, tensors).items():
-        layer = tensor_place(name).layer
+        layer, own = tensor_place(name).layer, coefficients(recipe, group, [name], changed)
         if layer is None:
-            values += _depth_values(recipe, group, name.removesuffix(".weight"), None)
+            values += _depth_values(own, name.removesuffix(".weight"), None)
         else:
             suffix = re.split(rf"(?:^|\.){layer}\.", name, maxsplit=1)[1]
-            inside.setdefault(suffix, {})[layer] = group
-    for part, groups in _merge_parts(inside).items():
-        for layer, group in sorted(groups.items()):
-            values += _depth_values(recipe, group, part, layer)
+            inside.setdefault(suffix, {})[layer] = own
+    for part, layers in _merge_parts(inside).items():
+        for layer, own in sorted(layers.items()):
+            values += _depth_values(own, part, layer)
     return values
+
+
+def recipe_lines(candidate: Candidate, tensors: Sequence[str], changed: Changed | None) -> tuple[str, ...]:
+    """Write a recipe's coefficients, a line per layer group: `early: tools 0.70, persona 0.30`.
+
+    Where the groups are many (a group per layer, between anchors) the point of the search space
+    says the same in fewer words. Coefficients without effect are left out; see `coefficients`.
+    """
+    recipe = candidate.recipe
+    if len(recipe.groups) > _MANY_GROUPS and candidate.params:
+        return tuple(
+            f"{parameter_name(key, recipe.experts)} {value:.2f}" for key, value in candidate.params.items()
+        )
+    group_of = assign_groups(recipe.groups, tensors)
+    lines: dict[str, list[str]] = {}
+    for group in recipe.groups:
+        own = [name for name, taker in group_of.items() if taker is group]
+        named = [
+            f"{'' if parameter == 'lambda' else parameter + ' '}{expert} {value:.2f}"
+            for parameter, values in coefficients(recipe, group, own, changed).items()
+            for expert, value in values.items()
+        ]
+        if named:
+            lines.setdefault(", ".join(named), []).append(group.name)
+    if len(lines) == 1:
+        return tuple(lines)
+    return tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
+
+
+def unchanged_roles(tensors: Sequence[str], changed: Changed | None) -> tuple[str, ...]:
+    """Return the roles none of whose tensors is changed by an expert, as far as that is known."""
+    if changed is None:
+        return ()
+    touched = {tensor_place(name).role for names in changed.values() for name in names}
+    roles = dict.fromkeys(tensor_place(name).role for name in tensors)
+    return tuple(role for role in roles if role is not None and role not in touched)
+
+
+def parameter_name(key: str, experts: Iterable[str]) -> str:
+    """Write a key of the search space in words: `lambda.mlp1.persona` is `persona in mlp1`."""
+    parameter, _, place = key.partition(".")
+    if parameter == "toward":  # see FrontSpace; the first point of the descent is the origin
+        return f"toward {GRADIENT}{int(place) + 1}"
+    expert = next((name for name in experts if place.endswith(f".{name}")), "")
+    what = "factor" if parameter == "times" else parameter
+    if expert:
+        what = expert if parameter == "lambda" else f"{what} of {expert}"
+    return f"{what} in {place.removesuffix(f'.{expert}')}"
 
 
 def changes(
@@ -114,9 +176,12 @@ def changes(
     experts: Mapping[str, pd.DataFrame],
     metrics: Sequence[Metric],
     items: pd.DataFrame,
+    patterns: Mapping[str, tuple[str, ...]],
 ) -> list[Changes]:
-    """Compare the recommended merge to every expert, item by item."""
-    texts = items.set_index(["task", "item"])[["prompt", "target"]]
+    """Compare the recommended merge to every expert, item by item; `patterns` are those of tasks."""
+    texts = items.set_index(["task", "item"])[["prompt", "target"]].astype(object)
+    texts.loc[texts["target"] == _NO_ANSWER, "target"] = None
+    texts["patterns"] = [patterns.get(task, ()) for task, _ in texts.index]
     found = []
     for expert, frame in experts.items():
         both = paired(own, frame).join(texts, on=["task", "item"])
@@ -144,34 +209,45 @@ def _ped_anova(points: pd.DataFrame, losses: pd.Series[float]) -> dict[str, floa
     return dict(get_param_importances(study, evaluator=evaluator))
 
 
-def _depth_values(recipe: MergeRecipe, group: RecipeGroup, part: str, layer: int | None) -> list[DepthValue]:
+def _depth_values(own: Coefficients, part: str, layer: int | None) -> list[DepthValue]:
     return [
         DepthValue(parameter, expert, part, layer, value)
-        for parameter, values in coefficients(recipe, group).items()
+        for parameter, values in own.items()
         for expert, value in values.items()
     ]
 
 
-def coefficients(recipe: MergeRecipe, group: RecipeGroup) -> dict[str, dict[str, float]]:
-    """Return a group's coefficients by parameter and expert.
+def coefficients(
+    recipe: MergeRecipe, group: RecipeGroup, tensors: Sequence[str], changed: Changed | None
+) -> Coefficients:
+    """Return a group's coefficients by parameter and expert, those that have an effect on its tensors.
 
-    A position `t` counts as the last expert's; what else is one for all goes under `all`.
+    A coefficient is without effect where no expert that it concerns changes any of them; all have one
+    where it is not known what is changed (None). A position `t` counts as the last expert's; what else
+    is one for all goes under `all`.
     """
     last = list(recipe.experts)[-1]
-    return {
+    found = {
         name: given if isinstance(given, dict) else {last if name == "t" else "all": given}
         for name, given in group.coefficients.items()
     }
+    if changed is None:
+        return found
+    touching = {expert for expert, names in changed.items() if not names.isdisjoint(tensors)}
+    if touching and METHODS[recipe.method].is_joint:
+        return found
+    counted = {*touching, "all"} if touching else set()
+    left = {name: {e: own[e] for e in own if e in counted} for name, own in found.items()}
+    return {name: own for name, own in left.items() if own}
 
 
 def _merge_parts(
-    inside: Mapping[str, dict[int, RecipeGroup]],
-) -> dict[str, dict[int, RecipeGroup]]:
+    inside: Mapping[str, dict[int, Coefficients]],
+) -> dict[str, dict[int, Coefficients]]:
     """Put together the parts of a layer that have the same coefficients everywhere; norms come last."""
     alike: dict[str, list[str]] = {}
-    for suffix, groups in sorted(inside.items(), key=lambda i: tensor_place(i[0]).role == "norms"):
-        values = {layer: g.coefficients for layer, g in sorted(groups.items())}
-        alike.setdefault(repr(values), []).append(suffix)
+    for suffix, layers in sorted(inside.items(), key=lambda i: tensor_place(i[0]).role == "norms"):
+        alike.setdefault(repr(sorted(layers.items())), []).append(suffix)
     return {_part_name(suffixes, inside): inside[suffixes[0]] for suffixes in alike.values()}
 
 
@@ -187,5 +263,5 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
 
 
 def _examples(rows: pd.DataFrame) -> tuple[Example, ...]:
-    fields = ["prompt", "target", "response", "own", "response_other", "score_other"]
+    fields = ["prompt", "target", "patterns", "response", "own", "response_other", "score_other"]
     return tuple(Example(*row) for row in rows[fields].head(N_EXAMPLES).itertuples(index=False, name=None))

@@ -6,10 +6,12 @@ import altair as alt
 import pandas as pd
 
 from optimizer.report.data import ReportData
-from optimizer.theme import BLUE, EXPERTS, GREY, ORANGE, YELLOW
+from optimizer.report.insights import parameter_name
+from optimizer.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
 
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12
+_HEADROOM = 1.15  # above the highest line, where the chart's menu is
 
 
 def hypervolume(data: ReportData) -> alt.LayerChart:
@@ -28,8 +30,12 @@ def hypervolume(data: ReportData) -> alt.LayerChart:
             axis=alt.Axis(format="d", tickMinStep=1),
             scale=alt.Scale(domain=[1, max(2, len(frame))], nice=False),
         ),
-        y=alt.Y("volume:Q", title="hypervolume over the base"),
-        tooltip=["name:N", alt.Tooltip("volume:Q", format=".4f")],
+        y=alt.Y(
+            "volume:Q",
+            title="hypervolume over the base",
+            scale=alt.Scale(domain=[0, _HEADROOM * (frame["volume"].max() or 1.0)], nice=True),
+        ),
+        tooltip=["name:N", alt.Tooltip("volume:Q", format=".3g")],
     )
     area = encoded.mark_area(interpolate="step-after", color=BLUE, opacity=0.12)
     line = encoded.mark_line(interpolate="step-after", color=BLUE, strokeWidth=2)
@@ -37,11 +43,12 @@ def hypervolume(data: ReportData) -> alt.LayerChart:
 
 
 def importance(data: ReportData, objective: str) -> alt.LayerChart:
-    """Draw how much each parameter explains, coloured by which way it works."""
+    """Draw how much each parameter explains, coloured by which way it works; one scale for all objectives."""
+    most = max(one.share for every in data.influences.values() for one in every)
     found = sorted(data.influences[objective], key=lambda one: -one.share)[:_N_PARAMETERS]
     frame = pd.DataFrame(
         {
-            "parameter": [one.parameter for one in found],
+            "parameter": [parameter_name(one.parameter, data.study.experts) for one in found],
             "share": [one.share for one in found],
             "correlation": [one.correlation for one in found],
             "effect": [_effect(one.correlation) for one in found],
@@ -51,14 +58,19 @@ def importance(data: ReportData, objective: str) -> alt.LayerChart:
         alt.Chart(frame)
         .mark_bar(height={"band": 0.7})
         .encode(
-            x=alt.X("share:Q", title="share of importance", axis=alt.Axis(format="%", tickCount=5)),
+            x=alt.X(
+                "share:Q",
+                title="share of importance",
+                axis=alt.Axis(format="%", tickCount=5),
+                scale=alt.Scale(domain=[0, most], nice=True),
+            ),
             y=alt.Y("parameter:N", title=None, sort="-x", axis=alt.Axis(labelLimit=240)),
             color=alt.Color(
                 "effect:N",
                 title=None,
                 scale=alt.Scale(
                     domain=["more is better", "less is better", "no clear direction"],
-                    range=[BLUE, ORANGE, GREY],
+                    range=[HELPS, HARMS, GREY],
                 ),
                 legend=alt.Legend(columns=2),
             ),
@@ -148,7 +160,7 @@ def _depth_panel(rows: pd.DataFrame, title: str, domain: list[float], experts: l
                 axis=alt.Axis(format="d", tickMinStep=1),
                 scale=alt.Scale(domain=[0, max(1, int(rows["layer"].max()))], nice=False),
             ),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=domain)),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=domain, nice=True)),
             color=alt.Color(
                 "expert:N",
                 title=None,

@@ -24,14 +24,20 @@ CLEAR = 0.95  # share of the resamples in which one must be ahead to be called c
 
 @dataclass(frozen=True)
 class Comparison:
-    """The recommended merge against the best expert of one objective, paired by item."""
+    """The recommended merge against an objective's best expert or a guard's reference, paired by item."""
 
     metric: Metric
     own: Score
     base: Score
-    expert: str
-    best: Score
+    against: str
+    other: Score
     difference: Score
+
+    @property
+    def is_broken(self) -> bool:
+        """Say whether it is a guard, and broken."""
+        worse = self.metric.sign * (self.other.value - self.own.value)
+        return self.metric.kind == "guard" and worse > self.metric.margin
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,17 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(own=both["score"], score=both["score"] - both["score_other"])
 
 
+def difference(
+    first: pd.DataFrame, second: pd.DataFrame, metric: Metric, noise: Mapping[str, float]
+) -> Score:
+    """Return the difference first − second of one score, paired by item.
+
+    `noise` holds variances that two measurements of one model show, by score: they widen the error.
+    """
+    found = Measurement(paired(first, second), 0.0).scores()[metric.name]
+    return replace(found, stderr=math.hypot(found.stderr, math.sqrt(noise.get(metric.name, 0.0))))
+
+
 def judge(
     chosen: Recommendation | None,
     frames: Mapping[str, pd.DataFrame],
@@ -80,25 +97,35 @@ def judge(
         metrics: the suite's objectives and guards.
         suite: the suite's file.
         split: where `frames` were measured.
-        averages: the names of the plain averages, the soups and the usual defaults.
-        noise: variances that two measurements of one model show, by score: added to the differences'.
+        averages: the names of the plain averages, the soups and the usual defaults, measured on this
+            split or not.
+        noise: see `difference`.
     """
     if chosen is None:
         return Verdict("mixed", "No merge has been measured yet.", (), split)
     scores = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
     losses = _resampled_losses(frames, scores, suite)
     point = {name: _worst_loss(scores, name, suite) for name in scores}
+    broken = {name: _broken_guards(scores, name, suite) for name in scores}
     rivals = [
         Rival(name, point[name], _share_ahead(losses[chosen.name], losses[name]))
         for name in scores
-        if name != chosen.name and _keeps_guards(scores, name, suite)
+        if name != chosen.name and not broken[name]
     ]
-    level, headline, sentences = _words(chosen, point[chosen.name], rivals, averages)
+    where = "on the held-out items" if split == "holdout" else "on the search split"
+    level, headline, found = _words(chosen, point[chosen.name], rivals, scores, averages)
     if level == "good" and len(suite.objectives) > 1:
         headline = f"As one model for all objectives, {headline}"
-    if chosen.keeps_guards and not _keeps_guards(scores, chosen.name, suite):
+    if chosen.keeps_guards and broken[chosen.name]:
         level = "mixed" if level == "good" else level
-        headline = f"{headline.rstrip('.')}, but it breaks a guard on the held-out items."
+        headline = f"{headline.rstrip('.')}, but {where} it breaks {_listed(broken[chosen.name])}."
+    kept = _shares(selection.retained_gains(scores, scores[chosen.name], suite))
+    sentences = [
+        f"{where.capitalize()} it keeps {kept} of the best expert's gain over the base: its worst loss "
+        f"is {point[chosen.name]:.0%}.",
+        *found,
+        *_left_out([name for name, guards in broken.items() if guards and name != chosen.name], where),
+    ]
     return Verdict(
         level,
         headline,
@@ -111,66 +138,108 @@ def judge(
 
 
 def _words(
-    chosen: Recommendation, own: float, rivals: Sequence[Rival], averages: Collection[str]
+    chosen: Recommendation,
+    own: float,
+    rivals: Sequence[Rival],
+    measured: Collection[str],
+    averages: Collection[str],
 ) -> tuple[Literal["good", "mixed", "none"], str, list[str]]:
-    """Choose the headline and the sentence of the figures behind it."""
+    """Choose the headline and the sentences of the figures behind it.
+
+    What the headline says of others rests on `rivals`: `measured` on this split, and keeping every guard.
+    """
     if not chosen.keeps_guards:
-        return "none", "No merge keeps every guard.", []
+        return "none", "No merge keeps every guard on the search split.", []
     expert = _best([rival for rival in rivals if rival.name not in averages])
     average = _best([rival for rival in rivals if rival.name in averages])
     if expert and expert.worst_loss <= own:
         whose = "the base model" if expert.name == selection.BASE else "your experts"
         return (
             "none",
-            f"No merge beats {whose}.",
+            f"`{chosen.name}`, the best merge of the search, does not beat {whose}.",
             [
-                f"Deploy `{expert.name}`: its worst loss is {expert.worst_loss:.0%}, that of the best "
-                f"merge `{chosen.name}` is {own:.0%}; the merge is ahead in {expert.ahead:.0%} of "
-                f"{N_RESAMPLES:,} resamples of the items.",
+                f"Deploy `{expert.name}`: its worst loss is {expert.worst_loss:.0%}; the merge is ahead "
+                f"of it in {expert.ahead:.0%} of {N_RESAMPLES:,} resamples of the items.",
                 "A merge cannot know what no expert knows: for more, train again.",
             ],
         )
     ahead = [rival for rival in (expert, average) if rival]
-    figures = [_standing(own, ahead)] if ahead else []
+    figures = [_standing(ahead)] if ahead else []
     if chosen.name in averages:
         return "mixed", f"The search found no merge better than {_title(chosen.name)}.", figures
     if average and average.worst_loss <= own:
         return (
             "mixed",
-            f"The search found nothing clearly better than {_title(average.name)}.",
+            f"`{chosen.name}`, the best merge of the search, does not beat {_title(average.name)}.",
             figures,
         )
     if unclear := [rival.name for rival in ahead if rival.ahead < CLEAR]:
         names = " or ".join(f"`{name}`" for name in unclear)
         return "mixed", f"`{chosen.name}` is ahead, but not clearly: {names} may be as good.", figures
-    kinds = {"every expert": None} | {f"every {_kind(r.name)}": None for r in rivals if r.name in averages}
-    whom = " and ".join(kinds)
-    return "good", f"`{chosen.name}` beats {whom}.", figures
+    return "good", f"`{chosen.name}` beats {_beaten(rivals, measured, averages)}.", figures
 
 
-def _kind(average: str) -> str:
-    return "soup" if is_soup(average) else "plain average"
+def _beaten(rivals: Sequence[Rival], measured: Collection[str], averages: Collection[str]) -> str:
+    """Name the rivals kind by kind; those of which some were not measured on this split one by one."""
+    by_kind: dict[str, list[str]] = {}
+    for name in [*filter(selection.is_expert, measured), *averages]:
+        by_kind.setdefault(_kind(name), []).append(name)
+    kept, found = {rival.name for rival in rivals}, []
+    for kind, names in by_kind.items():
+        own = [name for name in names if name in kept]
+        if len(names) > 1 and set(names) <= kept:
+            found.append(f"every {kind}")
+        elif own and len(names) > 1 and set(names) <= set(measured):
+            found.append(f"every {kind} that keeps the guards")
+        elif own:
+            found.append(f"the {kind}{'s' if len(own) > 1 else ''} {_listed(own)}")
+    return " and ".join(found) or "the base model"
+
+
+def _left_out(names: Sequence[str], where: str) -> list[str]:
+    if not names:
+        return []
+    are, they = ("is", "it breaks") if len(names) == 1 else ("are", "they break")
+    return [f"{_listed(names)} {are} left out of the comparison: {where} {they} a guard."]
+
+
+def _kind(name: str) -> str:
+    if selection.is_expert(name):
+        return "expert"
+    return "soup" if is_soup(name) else "plain average"
 
 
 def _title(average: str) -> str:
     return f"the {_kind(average)} `{average}`"
 
 
-def _standing(own: float, rivals: Sequence[Rival]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    *others, last = [f"`{name}`" for name in names]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _shares(gains: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{'more than all' if share > 1 else format(share, '.0%')} on `{key}`" for key, share in gains.items()
+    )
+
+
+def _standing(rivals: Sequence[Rival]) -> str:
     losses = ", ".join(f"that of `{rival.name}` is {rival.worst_loss:.0%}" for rival in rivals)
     ahead = ", of ".join(f"`{rival.name}` in {rival.ahead:.1%}" for rival in rivals)
-    return (
-        f"Its worst loss is {own:.0%}; {losses}. In {N_RESAMPLES:,} resamples of the items it is "
-        f"ahead of {ahead}."
-    )
+    text = f"{losses}. In {N_RESAMPLES:,} resamples of the items it is ahead of {ahead}."
+    return text[0].upper() + text[1:]
 
 
 def _best(rivals: Sequence[Rival]) -> Rival | None:
     return min(rivals, key=lambda rival: rival.worst_loss, default=None)
 
 
-def _keeps_guards(scores: Mapping[str, Mapping[str, Score]], name: str, suite: SuiteConfig) -> bool:
-    return all(value <= 0 for value in selection.guard_violations(scores[name], scores, suite).values())
+def _broken_guards(
+    scores: Mapping[str, Mapping[str, Score]], name: str, suite: SuiteConfig
+) -> tuple[str, ...]:
+    violations = selection.guard_violations(scores[name], scores, suite)
+    return tuple(guard for guard, excess in violations.items() if excess > 0)
 
 
 def _worst_loss(scores: Mapping[str, Mapping[str, Score]], name: str, suite: SuiteConfig) -> float:
@@ -191,15 +260,12 @@ def _comparisons(
 ) -> list[Comparison]:
     experts = [other for other in scores if selection.is_expert(other)]
     found = []
-    for metric in metrics:
-        if metric.kind == "guard" or not experts:
-            continue
+    for metric in metrics if experts else ():
         best = max(experts, key=lambda other: metric.sign * scores[other][metric.name].value)
-        difference = Measurement(paired(frames[name], frames[best]), 0.0).scores()[metric.name]
-        stderr = math.hypot(difference.stderr, math.sqrt(noise.get(metric.name, 0.0)))
-        difference = replace(difference, stderr=stderr)
-        own, base = scores[name][metric.name], scores[selection.BASE][metric.name]
-        found.append(Comparison(metric, own, base, best, scores[best][metric.name], difference))
+        against = metric.reference if metric.kind == "guard" else best
+        change = difference(frames[name], frames[against], metric, noise)
+        own, base, other = (scores[each][metric.name] for each in (name, selection.BASE, against))
+        found.append(Comparison(metric, own, base, against, other, change))
     return found
 
 
