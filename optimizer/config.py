@@ -18,7 +18,7 @@ _TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guar
 
 
 class Budget(Strict):
-    """When the search ends: after so many trials (baselines not counted) or so many hours."""
+    """When the search ends: after so many trials (baselines not counted) or so many hours of measuring."""
 
     trials: int = Field(40, ge=0)
     hours: float = Field(8.0, gt=0)
