@@ -201,6 +201,9 @@ def test_costs_are_summed_over_all_candidates(finished: RunDir, data: ReportData
     costs = [candidate.cost for candidate in finished.candidates()]
     assert data.cost.evaluate_s == pytest.approx(sum(cost.evaluate_s for cost in costs))
     assert data.cost.n_items == sum(cost.n_items for cost in costs)
+    assert "lost to failures" not in render(data)
+    lost = data.cost.model_copy(update={"lost_s": 7.0})
+    assert "<td>7.0 s</td>" in render(replace(data, cost=lost))
 
 
 def test_depth_gives_every_layer_its_coefficient_and_splits_parts_that_differ(data: ReportData) -> None:
