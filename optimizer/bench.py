@@ -49,6 +49,7 @@ def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequen
         {
             "n_layers": count_layers(inputs.base.names),
             "tensors": list(inputs.base.names),
+            "changed": inputs.changed,
             "task_vector_norms": dict(inputs.norms),
         },
     )

@@ -4,7 +4,7 @@ study.yaml        the study file, hub ids pinned, paths made absolute; it can be
 record.json       the same with the suite's rules and the digests of all inputs
 versions.json     the engine, and versions of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
-model.json        the base's layers and tensors, and the norms of the task vectors
+model.json        the base's layers and tensors, those each expert changes, and the task vectors' norms
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores

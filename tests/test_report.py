@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from markupsafe import escape
-from synthetic_run import EXPERTS, N_LAYERS, Plan, sensitivity_frame, write_run
+from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
 from optimizer import pareto, selection
 from optimizer.config import read_study
@@ -236,18 +236,6 @@ def test_coefficients_that_touch_nothing_are_left_out(simulate: Callable[[Plan],
     ]
     assert trial.coefficients[-1].startswith("late-mlp: persona ")
     assert "no expert touches them: embeddings, norms, head." in render(data)
-
-
-def test_what_is_changed_is_told_by_the_slopes_where_a_run_did_not_write_it_down(
-    simulate: Callable[[Plan], RunDir],
-) -> None:
-    run = simulate(Plan(n_trials=3, n_items=20, holdout=False))
-    assert gather(run).unchanged == ()
-    frame = sensitivity_frame({"base": 1.0})
-    run.write_sensitivity(frame[~frame["tensor"].str.contains("norm")])
-    data = gather(run)
-    assert data.unchanged == ("norms",)
-    assert "model.norm" not in {value.part for value in data.depth}
 
 
 def test_the_report_says_why_the_search_stopped(simulate: Callable[[Plan], RunDir]) -> None:

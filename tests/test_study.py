@@ -130,7 +130,9 @@ def test_the_norm_equalized_average_gives_each_task_vector_the_same_length(finis
     found = finished.candidate("average-equalized")
     assert found is not None
     lambdas = found.recipe.groups[0].per_expert("lambda")
-    norms = finished.read_json("model.json")["task_vector_norms"]
+    model = finished.read_json("model.json")
+    assert set(model["changed"]["lora"]) < set(model["tensors"])
+    norms = model["task_vector_norms"]
     first, second = (lambdas[name] * norms[name] for name in lambdas)
     assert first == pytest.approx(second)
     assert sum(lambdas.values()) == pytest.approx(1)

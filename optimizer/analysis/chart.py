@@ -166,7 +166,7 @@ def _heat_maps(sensitivity: pd.DataFrame) -> list[alt.ConcatChart]:
         width = _WIDTH // layers["score_name"].nunique() - _MARGIN
         title = alt.TitleParams(
             f"{TITLES[str(point)]}: what a little more of each expert does, layer by layer",
-            subtitle="Pale: within the noise. Diamond: clearly helps one score and harms another.",
+            subtitle="Grey: within two standard errors of zero. Diamond: helps one score, harms another.",
             frame="group",
             offset=14,
         )

@@ -150,7 +150,7 @@ def gather(run: RunDir) -> ReportData:
     confirmed_by = confirmation(run, choice, holdout, metrics, noise)
     front = selection.front(search, suite) if anchored else []
     slopes = run.sensitivity()
-    tensors, changed = _tensors(run, slopes)
+    tensors, changed = _tensors(run)
     entries = tuple(
         Entry(
             candidate,
@@ -270,17 +270,12 @@ def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, .
     return tuple(volumes)
 
 
-def _tensors(run: RunDir, slopes: pd.DataFrame | None) -> tuple[Sequence[str], Changed | None]:
-    """Return the base's tensors, and those that each expert changes, where that is known.
-
-    Runs of earlier versions did not write down what is changed: there it is what slopes were taken of.
-    """
+def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
+    """Return the base's tensors, and those that each expert changes, where that is known."""
     model = run.read_json("model.json")
     if model is None:
         return (), None
     changed = model.get("changed")
-    if changed is None and slopes is not None:
-        changed = slopes.groupby("expert")["tensor"].unique()
     return model["tensors"], changed if changed is None else {e: frozenset(own) for e, own in changed.items()}
 
 
