@@ -11,10 +11,13 @@ import pytest
 
 from optimizer.library import shared_folder
 from optimizer.plan import Plan
+from optimizer.recipe import MergeRecipe
 from optimizer.search_space import SearchSpace
+from optimizer.yaml_io import read_yaml
 
 FOLDER = shared_folder("examples") / "taskmaster"
 EVALS = shared_folder("evals") / "taskmaster"
+EXAMPLE = shared_folder("reports") / "example" / "recipes"
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -32,8 +35,16 @@ def test_the_adapters_fit_the_base_and_one_is_much_longer(plan: Plan) -> None:
     space = SearchSpace(
         plan.space, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names
     )
-    assert len(space.distributions) == 8  # LoRA leaves embeddings and norms alone
+    assert len(space.distributions) == 12  # LoRA leaves embeddings and norms alone
     assert 1.5 < inputs.norms["tools"] / inputs.norms["persona"] < 4
+
+
+@pytest.mark.parametrize("path", EXAMPLE.glob("*.yaml"), ids=lambda path: path.stem)
+def test_the_recipes_of_the_example_name_what_is_there(path: Path) -> None:
+    recipe = read_yaml(path, MergeRecipe)
+    assert recipe.base.path == "smollm2-demo"
+    assert recipe.experts
+    assert all((path.parent / source.path).is_dir() for source in recipe.experts.values())
 
 
 def test_the_adapters_are_small() -> None:
