@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import TrialError
 from optimizer.gradients import PASSES, slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
@@ -146,7 +145,7 @@ def descend(
 
     Raises:
         MergetuneError: the method has no slopes.
-        TrialError: a weight or a loss became infinite or NaN.
+        TrialError: a weight, a loss or a slope became infinite or NaN.
     """
     return _Walk(ground, config, on_step).walk(start)
 
@@ -285,11 +284,6 @@ class _Walk:
         table = found.by_group(recipe.groups)
         for name, seen in self._seen.items():
             loss = found.losses[name]
-            if not math.isfinite(loss):
-                raise TrialError(
-                    f"`{name}` has no finite loss ({loss}) where the slopes lead. "
-                    "Narrow the ranges of the search space, or take `dtype: float32`."
-                )
             own = table[table["score_name"] == name].set_index(["group", "parameter", "expert"])["slope"]
             slope = dict.fromkeys(self._keys, 0.0)
             for share in self._shares:

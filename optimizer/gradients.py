@@ -13,7 +13,7 @@ from torch import Tensor
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.weight_gradients import each_gradient, recomputed_activations
 from optimizer.errors import MergetuneError
-from optimizer.losses import MAX_TOKENS, batches, item_losses
+from optimizer.losses import MAX_TOKENS, batches, check_finite, item_losses
 from optimizer.merging.derivative import coefficient_slopes
 from optimizer.merging.merger import Merger
 from optimizer.method_table import METHODS, SMOOTH, MethodName
@@ -86,8 +86,9 @@ def slopes(
             alone is longer than `max_tokens`.
 
     Raises:
-        MergetuneError: the method has no coefficient that a slope could be taken of.
-        TrialError: these coefficients make a weight infinite or NaN.
+        MergetuneError: the method has no coefficient that a slope could be taken of, or no expert changes
+            any tensor.
+        TrialError: a weight, a loss or a slope is infinite or NaN at this recipe.
     """
     if not has_slopes(recipe.method):
         raise MergetuneError(
@@ -111,6 +112,8 @@ def slopes(
                 loss = each @ each.new_tensor(weights)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch
                 losses[score_name] += float(loss.detach())
+        check_finite(f"the loss of `{score_name}`", [losses[score_name]])
+        check_finite(f"the slopes of `{score_name}`", totals.values.values())
         rows += [(score_name, *key, slope) for key, slope in totals.values.items()]
     table = pd.DataFrame(rows, columns=["score_name", "tensor", "parameter", "expert", "slope"])
     return Slopes(losses, table, len(references.items))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from optimizer.engines.completions import Scoring
+from optimizer.errors import TrialError
 from optimizer.merging.elementwise import wide
 from optimizer.references import Reference, References
 
@@ -41,13 +43,18 @@ def item_losses(model: Any, references: Sequence[Reference]) -> Tensor:
 
 
 def mean_losses(model: Any, references: References, max_tokens: int = MAX_TOKENS) -> dict[str, float]:
-    """Return each score's loss: the mean over its tasks of the mean over their items, as the score is."""
+    """Return each score's loss: the mean over its tasks of the mean over their items, as the score is.
+
+    Raises:
+        TrialError: a loss is infinite or NaN.
+    """
     totals = dict.fromkeys(references.by_score, 0.0)
     with torch.no_grad():
         for score_name, own in references.by_score.items():
             for batch, weights in batches(own, max_tokens):
                 losses = item_losses(model, batch)
                 totals[score_name] += float(losses @ losses.new_tensor(weights))
+            check_finite(f"the loss of `{score_name}`", [totals[score_name]])
     return totals
 
 
@@ -65,6 +72,16 @@ def batches(
         batch.append(reference)
     if batch:
         yield batch, [1 / sizes[each.task] / len(sizes) for each in batch]
+
+
+def check_finite(what: str, values: Iterable[float]) -> None:
+    """Raise `TrialError` if one of these values is infinite or NaN."""
+    wrong = [value for value in values if not math.isfinite(value)]
+    if wrong:
+        raise TrialError(
+            f"{what} must be finite, but got {wrong[0]}: the weights are too large for the model's dtype. "
+            "Narrow the ranges of the search space, or take `dtype: float32`."
+        )
 
 
 def _log_likelihoods(model: Any, texts: Sequence[Scoring]) -> Tensor:

@@ -63,7 +63,7 @@ def measure_sensitivity(
         nats) of the score in this fold, and with the digest of the point's recipe.
 
     Raises:
-        TrialError: a point's coefficients make a weight infinite or NaN.
+        TrialError: a weight, a loss or a slope is infinite or NaN at a point.
     """
     from optimizer.gradients import has_slopes, slopes
 

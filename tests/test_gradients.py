@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import build_llama, build_tokenizer, fine_tune, train_adapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from optimizer import gradients
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.stored_weights import StoredWeights
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.weight_gradients import each_gradient
-from optimizer.errors import MergetuneError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.gradients import Slopes, has_slopes, slopes
 from optimizer.losses import batches, mean_losses
 from optimizer.merging.inputs import Inputs, open_inputs
@@ -192,6 +197,34 @@ def test_slopes_agree_with_central_differences(
     check_against_differences(engine, recipe, found)
 
 
+@pytest.fixture(scope="module")
+def partly_balanced(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """The models above, but one tensor is changed by neither expert, one by one alone, one oppositely."""
+    folder = tmp_path_factory.mktemp("balanced")
+    base = load_file(inputs.base.folder / "model.safetensors")
+    changed = {name: load_file(inputs.merger.experts[name].folder / "model.safetensors") for name in "ab"}
+    layer = "model.layers.0.mlp.{}_proj.weight".format
+    for own in changed.values():
+        own[layer("gate")] = base[layer("gate")]
+    changed["b"][layer("up")] = base[layer("up")]
+    changed["b"][layer("down")] = 2 * base[layer("down")] - changed["a"][layer("down")]
+    for name, own in changed.items():
+        shutil.copytree(inputs.base.folder, folder / name)
+        save_file(own, folder / name / "model.safetensors", metadata={"format": "pt"})
+    return open_inputs(inputs.base.folder, {name: folder / name for name in changed})
+
+
+@pytest.mark.parametrize(("method", "options"), CASES, ids=str)
+def test_tensors_where_task_vectors_are_zero_or_opposite_have_finite_slopes(
+    partly_balanced: Inputs, method: MethodName, options: dict[str, str]
+) -> None:
+    with engine_of(partly_balanced) as engine:
+        recipe = recipe_of(partly_balanced, method, options, **{"lambda": {"a": 0.5, "b": 0.5}})
+        found = slopes(engine, partly_balanced.merger, recipe, REFERENCES)
+    assert np.isfinite(found.table["slope"]).all()
+    assert found.table["slope"].abs().sum() > 0
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "slerp"])
 def test_slopes_of_models_with_a_head_of_their_own_agree(tmp_path: Path, method: MethodName) -> None:
     inputs = open_models(tmp_path, is_tied=False)
@@ -277,6 +310,19 @@ def test_slopes_in_lower_precision_are_close(inputs: Inputs, dtype: str, toleran
             found.append(slopes(engine, inputs.merger, recipe, REFERENCES).by_group(recipe.groups)["slope"])
     exact, rounded = (torch.tensor(each.to_numpy()) for each in found)
     assert (exact - rounded).norm() < tolerance * exact.norm()
+
+
+def test_slopes_that_are_not_finite_are_refused(
+    inputs: Inputs, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that overflows says so, instead of being left out of a sum or standing in a report."""
+
+    def overflowing(*_: object) -> dict[tuple[str, str], float]:
+        return {("lambda", "a"): 1.0, ("lambda", "b"): math.inf}
+
+    monkeypatch.setattr(gradients, "coefficient_slopes", overflowing)
+    with pytest.raises(TrialError, match="the slopes of `reply` must be finite, but got inf"):
+        slopes(engine, inputs.merger, recipe_of(inputs, "linear"), REFERENCES)
 
 
 def test_a_method_without_smooth_coefficients_is_refused(inputs: Inputs, engine: TransformersEngine) -> None:

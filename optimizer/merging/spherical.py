@@ -59,14 +59,15 @@ def multislerp(gram: Tensor, weights: Sequence[float]) -> Tensor:
     norms = _norms(gram)
     mean = shares * _inverse(norms)  # (..., n): μ as a combination of the vectors
     takes_part = mean != 0
-    length = _length(gram, mean)
-    balanced = length <= _BALANCED * (shares * takes_part).abs().sum(dim=-1, keepdim=True)
+    square = _square(gram, mean)
+    balanced = square <= (_BALANCED * (shares * takes_part).abs().sum(dim=-1, keepdim=True)).square()
     if bool((balanced & (takes_part.sum(dim=-1, keepdim=True) > 2)).any()):
         raise ValueError(
             "`norm(sum of weight * unit vector) > 0` must hold, but the vectors balance out with "
             f"weights={list(weights)}. Change a weight, or merge with `karcher` or `linear`."
         )
     mean_norm = (shares * norms).sum(dim=-1, keepdim=True)
+    length = square.where(~balanced, 1.0).sqrt()  # a root has no slope at zero
     return torch.where(balanced, shares, mean * mean_norm / length)
 
 
@@ -184,5 +185,9 @@ def _inverse(values: Tensor) -> Tensor:
 
 def _length(gram: Tensor, combination: Tensor) -> Tensor:
     """Return the norm √(cᵀGc) of a combination of the vectors, (..., 1)."""
-    square = (combination.unsqueeze(-2) @ gram @ combination.unsqueeze(-1)).squeeze(-1)
-    return square.clamp(min=0).sqrt()
+    return _square(gram, combination).sqrt()
+
+
+def _square(gram: Tensor, combination: Tensor) -> Tensor:
+    """Return cᵀGc, (..., 1)."""
+    return (combination.unsqueeze(-2) @ gram @ combination.unsqueeze(-1)).squeeze(-1).clamp(min=0)
