@@ -20,7 +20,7 @@ class FrontSpace:
     coefficients are the origin's.
 
     Args:
-        fine: the space of the points.
+        fine: the space of the points, each of whose layer groups lies within a coarse one.
         points: points of it, the origin first.
         coarse: layer groups that take each tensor once.
         tensor_names: the base's tensors.
@@ -61,9 +61,9 @@ class FrontSpace:
 def _multipliers(
     fine: SearchSpace, coarse: Sequence[LayerGroup], tensor_names: Sequence[str]
 ) -> dict[str, str]:
-    """Return each smooth coefficient's multiplier: that of the coarse group where its first tensor is."""
+    """Return each smooth coefficient's multiplier: that of the coarse group that its layer group is in."""
     coarse_of, fine_of = assign_groups(coarse, tensor_names), assign_groups(fine.groups, tensor_names)
-    place = {group.name: coarse_of[name].name for name, group in reversed(fine_of.items())}
+    place = {group.name: coarse_of[name].name for name, group in fine_of.items()}
     experts: dict[str, set[str]] = {}
     places: dict[str, str] = {}
     for share in fine.smooth_shares():

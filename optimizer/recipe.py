@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,7 +17,8 @@ from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
 from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
 
-Role = Literal["embeddings", "attention", "mlp", "norms", "head"]
+Role = Literal["embeddings", "attention", "mlp", "norms", "head", "other"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 # A tensor's role, from its name alone, so that no list of architectures is needed. The order counts:
 # `post_attention_layernorm` is a norm, `self_attn.out_proj` is attention, `mixer.up_proj` an MLP and
@@ -44,14 +45,14 @@ class TensorPlace:
     """Where a tensor stands in the model: its layer (None outside the layers) and its role."""
 
     layer: int | None
-    role: Role | None
+    role: Role
 
 
 @functools.cache
 def tensor_place(name: str) -> TensorPlace:
     """Read layer and role off a tensor's name, e.g. `model.layers.3.mlp.up_proj.weight`."""
     layer = _LAYER.search(name)
-    role = next((role for role, pattern in _ROLE_PATTERNS if pattern.search(name)), None)
+    role: Role = next((role for role, pattern in _ROLE_PATTERNS if pattern.search(name)), "other")
     return TensorPlace(int(layer.group(1)) if layer else None, role)
 
 
@@ -86,6 +87,12 @@ class LayerGroup(Strict):
         if self.roles is not None and place.role not in self.roles:
             return False
         return self.match is None or re.search(self.match, name) is not None
+
+
+def single_layers(names: Iterable[str]) -> list[LayerGroup]:
+    """Return a layer group for each layer, in the order of depth, after one for what is outside them."""
+    layers = [LayerGroup(name=f"layer{i}", layers=(i, i)) for i in range(count_layers(names))]
+    return [LayerGroup(name="outside", match=OUTSIDE_LAYERS), *layers]
 
 
 G = TypeVar("G", bound=LayerGroup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_valid
 from optimizer.config import Grain
 from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter
-from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, Role, assign_groups, check_options, count_layers
+from optimizer.recipe import (
+    OUTSIDE_LAYERS,
+    ROLES,
+    LayerGroup,
+    Role,
+    assign_groups,
+    check_options,
+    count_layers,
+    single_layers,
+)
 from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown
 
 
@@ -145,26 +155,53 @@ def read_search_space(path: Path) -> SearchSpaceConfig:
 
 
 def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
-    """Return a search space of groups with smaller ones, whose ranges are those of where they come from."""
+    """Return a search space of layer groups with smaller ones, each within one of them and of its ranges."""
     if grain == "search_space":
         return config
-    groups = [LayerGroup(name="outside", match=OUTSIDE_LAYERS)]
-    for i in range(count_layers(tensor_names)):
-        if grain == "layers":
-            groups.append(LayerGroup(name=f"layer{i}", layers=(i, i)))
-        else:
-            others: tuple[Role, ...] = ("embeddings", "mlp", "norms", "head")
-            groups.append(LayerGroup(name=f"attention{i}", layers=(i, i), roles=("attention",)))
-            groups.append(LayerGroup(name=f"mlp{i}", layers=(i, i), roles=others))
-    coarse = assign_groups(layer_groups(config, tensor_names), tensor_names)
-    coarse_of = {group.name: coarse[name].name for name, group in assign_groups(groups, tensor_names).items()}
+    pieces = single_layers(tensor_names)
+    if grain == "attention_mlp":
+        pieces = [part for piece in pieces for part in _attention_and_others(piece)]
+    piece_of = assign_groups(pieces, tensor_names)
+    groups = {group.name: group for group in layer_groups(config, tensor_names)}
+    group_of = assign_groups(groups.values(), tensor_names)
     ranges = {group.name: group.ranges for group in config.groups}
-    finer_groups = [
-        SpaceGroup.model_validate({**group.model_dump(exclude_none=True), **ranges[coarse_of[group.name]]})
-        for group in groups
-        if group.name in coarse_of
+    found: list[SpaceGroup] = []
+    for piece in pieces:
+        within: dict[str, list[str]] = {}  # the piece's tensors by the group that they are in
+        for name in tensor_names:
+            if piece_of[name] is piece:
+                within.setdefault(group_of[name].name, []).append(name)
+        for name, names in within.items():
+            own = piece if len(within) == 1 else _common(piece, groups[name], names)
+            found.append(SpaceGroup.model_validate({**own.model_dump(exclude_none=True), **ranges[name]}))
+    return config.model_copy(update={"groups": tuple(found)})
+
+
+def _attention_and_others(piece: LayerGroup) -> list[LayerGroup]:
+    """Return attention and all else of a layer; what lies outside the layers as it is."""
+    if piece.layers is None:
+        return [piece]
+    i, _ = piece.layers
+    return [
+        LayerGroup(name=f"attention{i}", layers=(i, i), roles=("attention",)),
+        LayerGroup(name=f"others{i}", layers=(i, i), roles=_all_but("attention")),
     ]
-    return config.model_copy(update={"groups": tuple(finer_groups)})
+
+
+def _common(piece: LayerGroup, group: LayerGroup, tensor_names: Sequence[str]) -> LayerGroup:
+    """Return the layer group of the tensors that a piece and a layer group have in common: these."""
+    match = piece.match or group.match
+    if piece.match and group.match:  # of what lies outside the layers, few
+        match = f"^({'|'.join(map(re.escape, tensor_names))})$"
+    roles = [
+        role for role in ROLES if all(each.roles is None or role in each.roles for each in (piece, group))
+    ]
+    return LayerGroup(
+        name=f"{piece.name}-{group.name}",
+        layers=piece.layers,
+        roles=tuple(roles) if piece.roles or group.roles else None,
+        match=match,
+    )
 
 
 def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list[LayerGroup]:
@@ -174,10 +211,10 @@ def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list
         MergetuneError: a tensor falls into no group or several, or the model has no layers to
             interpolate over.
     """
-    n_layers = count_layers(tensor_names)
     if config.anchors is not None:
-        groups = _anchor_groups(n_layers)
+        groups = _anchor_groups(tensor_names)
     else:
+        n_layers = count_layers(tensor_names)
         resolved = [group.resolve(n_layers) for group in config.groups]
         groups = [group for group in resolved if group is not None]
     try:
@@ -187,13 +224,17 @@ def layer_groups(config: SearchSpaceConfig, tensor_names: Sequence[str]) -> list
     return groups
 
 
-def _anchor_groups(n_layers: int) -> list[LayerGroup]:
+def _anchor_groups(tensor_names: Sequence[str]) -> list[LayerGroup]:
     """One group per layer, one before the layers and one after them."""
-    if n_layers == 0:
+    _outside, *layers = single_layers(tensor_names)
+    if not layers:
         raise MergetuneError("`anchors` needs a model with numbered layers. Use `groups` instead.")
-    layers = [LayerGroup(name=f"layer{i}", layers=(i, i)) for i in range(n_layers)]
     return [
         LayerGroup(name="before", roles=("embeddings",), match=OUTSIDE_LAYERS),
         *layers,
-        LayerGroup(name="after", roles=("attention", "mlp", "norms", "head"), match=OUTSIDE_LAYERS),
+        LayerGroup(name="after", roles=_all_but("embeddings"), match=OUTSIDE_LAYERS),
     ]
+
+
+def _all_but(role: Role) -> tuple[Role, ...]:
+    return tuple(each for each in ROLES if each != role)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from optimizer.recipe import OUTSIDE_LAYERS, LayerGroup, MergeRecipe, Source, assign_groups, tensor_place
+from optimizer.recipe import LayerGroup, MergeRecipe, Source, assign_groups
 
 if TYPE_CHECKING:  # reports read sensitivities, and need no torch for it
     from optimizer.engines.transformers_engine import TransformersEngine
@@ -30,8 +30,6 @@ COLUMNS = [
     "slope",
 ]
 COEFFICIENT = ["group", "parameter", "expert"]  # the columns that name a coefficient of layer groups
-
-_OUTSIDE = LayerGroup(name="outside", match=OUTSIDE_LAYERS)
 
 
 def measure_sensitivity(
@@ -106,13 +104,6 @@ def n_passes(frame: pd.DataFrame) -> int:
     from optimizer.gradients import PASSES
 
     return PASSES * int(fold_facts(frame)["n_items"].sum())
-
-
-def single_layers(tensors: Iterable[str]) -> list[LayerGroup]:
-    """Return a layer group for each layer, in the order of depth, after one for what is outside them."""
-    layers = {tensor_place(name).layer for name in tensors}
-    inside = sorted(layer for layer in layers if layer is not None)
-    return [_OUTSIDE, *(LayerGroup(name=str(layer), layers=(layer, layer)) for layer in inside)]
 
 
 def slopes_by_group(frame: pd.DataFrame, groups: Iterable[LayerGroup]) -> pd.DataFrame:

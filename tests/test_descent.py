@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_is_said(
 ) -> None:
     ground = ground_of(engine, inputs, space_of(inputs))
     monkeypatch.setattr(engine.model, "forward", overflowing(engine.model.forward, where_it_learns))
-    with pytest.raises(TrialError, match="the loss of `first` must be finite, but got nan.*float32"):
+    with pytest.raises(TrialError, match=r"the loss of `first` must be finite, but got nan.*float32"):
         descend(ground, START, CONFIG)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.errors import MergetuneError
-from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups, count_layers, tensor_place
+from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups, count_layers, single_layers, tensor_place
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -113,6 +113,19 @@ def test_a_recipe_that_its_method_cannot_use_is_refused(changes: dict[str, Any],
 )
 def test_layer_and_role_are_read_off_the_name(name: str, layer: int | None, role: str) -> None:
     assert (tensor_place(name).layer, tensor_place(name).role) == (layer, role)
+
+
+def test_a_tensor_of_unknown_role_is_other() -> None:
+    assert tensor_place("model.layers.0.laurel.linear_left.weight").role == "other"  # Gemma 3n
+
+
+def test_single_layers_come_in_the_order_of_depth() -> None:
+    names = ["model.norm.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in (2, 10, 0))]
+    groups = single_layers(names)
+    assert [group.name for group in groups] == ["outside", *(f"layer{i}" for i in range(11))]
+    assert {name: group.name for name, group in assign_groups(groups, names).items()} == dict(
+        zip(names, ["outside", "layer2", "layer10", "layer0"], strict=True)
+    )
 
 
 def test_count_layers() -> None:

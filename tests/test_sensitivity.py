@@ -44,7 +44,6 @@ from optimizer.sensitivity import (
     fold_facts,
     measure_sensitivity,
     n_passes,
-    single_layers,
     slopes_by_group,
 )
 from optimizer.suite import read_suite
@@ -136,11 +135,6 @@ def test_a_point_whose_method_has_no_slopes_is_left_out(engine: TransformersEngi
     assert set(layer_gains(found)["coefficient"]) == {"t"}  # one for all experts
     nothing = measure_sensitivity(engine, inputs.merger, {"average": sce}, REFERENCES, n_items=4)
     assert nothing.empty
-
-
-def test_single_layers_come_in_the_order_of_depth() -> None:
-    names = ["model.norm.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in (10, 2, 0))]
-    assert [group.name for group in single_layers(names)] == ["outside", "0", "2", "10"]
 
 
 # Conflicts

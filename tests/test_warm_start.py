@@ -196,6 +196,32 @@ def test_a_finer_space_keeps_the_ranges_of_single_groups(inputs: Inputs) -> None
     assert {each.high for each in space.distributions.values()} == {1.0}
 
 
+@pytest.mark.parametrize(("grain", "n_groups"), [("layers", 2 + 2 * 3), ("attention_mlp", 2 + 2 * 3)])
+def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
+    inputs: Inputs, grain: Any, n_groups: int
+) -> None:
+    """Attention in both layers, embeddings and MLPs by a pattern, and what is left."""
+    groups: list[dict[str, Any]] = [
+        {"name": "attention", "roles": ["attention"]},
+        {"name": "large", "match": "embed|mlp"},
+        {"name": "rest", "match": r"norm|head"},
+    ]
+    for high, group in enumerate(groups, start=1):
+        group["lambda"] = {"low": 0.0, "high": high}
+    config = COARSE.model_validate({"description": "test", "method": "task_arithmetic", "groups": groups})
+    coarse, fine = bound(config, inputs), bound(finer(config, grain, inputs.base.names), inputs)
+    of_coarse, of_fine = (assign_groups(each.groups, inputs.base.names) for each in (coarse, fine))
+    for name, group in of_fine.items():
+        wanted = coarse.distributions[f"lambda.{of_coarse[name].name}.a"]
+        assert fine.distributions[f"lambda.{group.name}.a"] == wanted
+    assert len(fine.groups) == n_groups
+    origin = {key: 0.5 for key in fine.distributions}
+    around = FrontSpace(fine, [origin], coarse.groups, inputs.base.names)
+    recipe = around.recipe({**around.corner(0), "times.attention.a": 1.5})
+    moved = {group.name for group in recipe.groups if group.per_expert("lambda")["a"] == 0.75}
+    assert moved == {of_fine[name].name for name, group in of_coarse.items() if group.name == "attention"}
+
+
 def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
     origin = {key: 0.4 for key in fine.distributions}

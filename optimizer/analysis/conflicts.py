@@ -12,15 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from optimizer.recipe import LayerGroup
-from optimizer.sensitivity import (
-    COEFFICIENT,
-    fold_facts,
-    fold_slopes,
-    n_passes,
-    single_layers,
-    slopes_by_group,
-)
+from optimizer.recipe import LayerGroup, single_layers
+from optimizer.sensitivity import COEFFICIENT, fold_facts, fold_slopes, n_passes, slopes_by_group
 
 Kind = Literal["none", "unclear", "partial", "strong"]
 Vector = NDArray[np.float64]
@@ -154,7 +147,7 @@ def layer_gains(frame: pd.DataFrame) -> pd.DataFrame:
         {
             "point": rows["point"],
             "score_name": rows["score_name"],
-            "layer": rows["group"],
+            "layer": rows["group"].str.removeprefix("layer"),
             "coefficient": rows["expert"].where(rows["expert"] != "", rows["parameter"]),
             "gain": -rows["slope"],
             "stderr": rows["stderr"],

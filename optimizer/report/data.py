@@ -9,6 +9,7 @@ from typing import Literal
 import pandas as pd
 
 from optimizer import pareto, selection
+from optimizer.recipe import single_layers
 from optimizer.report.confirmation import Confirmation, Noise, confirmation, measured_noise
 from optimizer.report.insights import (
     Changed,
@@ -27,7 +28,7 @@ from optimizer.report.verdict import Verdict, difference, judge
 from optimizer.resampling import Hypervolume
 from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from optimizer.selection import PLAUSIBLE, Recommendation, Scores
-from optimizer.sensitivity import RECOMMENDED, single_layers
+from optimizer.sensitivity import RECOMMENDED
 from optimizer.suite import Split, SuiteConfig
 
 Role = Literal["base", "expert", "average", "merge"]

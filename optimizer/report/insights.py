@@ -156,7 +156,7 @@ def unchanged_roles(tensors: Sequence[str], changed: Changed | None) -> tuple[st
         return ()
     touched = {tensor_place(name).role for names in changed.values() for name in names}
     roles = dict.fromkeys(tensor_place(name).role for name in tensors)
-    return tuple(role for role in roles if role is not None and role not in touched)
+    return tuple(role for role in roles if role not in touched)
 
 
 def parameter_name(key: str, experts: Iterable[str]) -> str:
@@ -257,9 +257,9 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
         return "whole layer"
     roles = dict.fromkeys(tensor_place(suffix).role for suffix in suffixes)
     covered = [suffix for suffix in every if tensor_place(suffix).role in roles]
-    if None in roles or len(covered) > len(suffixes):
+    if "other" in roles or len(covered) > len(suffixes):
         return ", ".join(suffix.removesuffix(".weight") for suffix in suffixes)
-    return " + ".join(str(role) for role in roles)
+    return " + ".join(roles)
 
 
 def _examples(rows: pd.DataFrame) -> tuple[Example, ...]:
