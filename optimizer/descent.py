@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.gradients import PASSES, slopes
+from optimizer.gradients import passes_per_item, slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
 from optimizer.recipe import MergeRecipe
@@ -215,8 +215,8 @@ class _Walk:
         kept: dict[str, Point] = {}
         for weights in self._weightings:
             least = self._least(weights, [self._best(visited, weights)])
-            end = self._measured({**start, **self._named(least)})
-            if self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
+            end = self._measured({**start, **self._nearest(least)})
+            if end.params != start and self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
                 kept[str(end.params)] = end
         return Descent(tuple(kept.values()), self._n_passes)
 
@@ -230,7 +230,8 @@ class _Walk:
         """Return how many items of each score a step may look at, for what is left to spend."""
         to_come = (1 + len(self._weightings)) * len(self._apart.items)
         left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
-        passes_of_one = PASSES * len(items.by_score) + len(self._guards)  # and their references
+        passes_of_one = sum(map(passes_per_item, items.by_score.values()))
+        passes_of_one += len(self._guards)  # each one's reference
         n_items = int(left / (len(self._schedule) * passes_of_one))
         return min(max(n_items, self._config.fewest), self._config.most)
 
@@ -280,7 +281,7 @@ class _Walk:
         """Learn from the losses and slopes at a point, on the next items."""
         recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
         found = slopes(self._ground.engine, self._ground.merger, recipe, items)
-        self._n_passes += found.n_passes
+        self._n_passes += sum(found.n_passes.values())
         table = found.by_group(recipe.groups)
         for name, seen in self._seen.items():
             loss = found.losses[name]
@@ -336,12 +337,15 @@ class _Walk:
         return torch.tensor([params[key] for key in self._keys]).double()
 
     def _measured(self, params: Params) -> Point:
-        space = self._ground.space
-        params = {key: nearest_in(space.distributions[key], value) for key, value in params.items()}
-        return Point(params, self._losses(space.recipe(params), self._apart))
+        return Point(params, self._losses(self._ground.space.recipe(params), self._apart))
 
     def _named(self, values: Tensor) -> Params:
         return dict(zip(self._keys, values.tolist(), strict=True))
+
+    def _nearest(self, values: Tensor) -> Params:
+        """Return the point of the space that lies nearest."""
+        distributions = self._ground.space.distributions
+        return {key: nearest_in(distributions[key], value) for key, value in self._named(values).items()}
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
         self._ground.engine.load(recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,9 +18,7 @@ from optimizer.merging.derivative import coefficient_slopes
 from optimizer.merging.merger import Merger
 from optimizer.method_table import METHODS, SMOOTH, MethodName
 from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
-from optimizer.references import References
-
-PASSES = 3  # what a slope of an item costs, in forward passes: a backward pass is two
+from optimizer.references import Reference, References
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,12 @@ class Slopes:
         table: a row per score_name, tensor, parameter and expert (empty where one coefficient is for
             all experts) with the slope: the derivative of the loss with respect to this coefficient of
             this tensor alone.
-        n_items: the items that were looked at.
+        n_passes: what each objective and guard cost, in forward passes of one item.
     """
 
     losses: dict[str, float]
     table: pd.DataFrame
-    n_items: int
-
-    @property
-    def n_passes(self) -> int:
-        """The cost in forward passes of one item."""
-        return PASSES * self.n_items
+    n_passes: dict[str, int]
 
     def by_group(self, groups: Iterable[LayerGroup]) -> pd.DataFrame:
         """Return the derivatives with respect to coefficients that a layer group's tensors share.
@@ -61,6 +54,11 @@ def has_slopes(method: MethodName) -> bool:
     return any(parameter.name in SMOOTH for parameter in METHODS[method].parameters)
 
 
+def passes_per_item(references: Sequence[Reference], max_tokens: int = MAX_TOKENS) -> int:
+    """Return what the slopes of one score cost for each item, in forward passes; a backward pass is two."""
+    return 3 + _takes_twice(references, max_tokens)
+
+
 def slopes(
     engine: TransformersEngine,
     merger: Merger,
@@ -68,13 +66,13 @@ def slopes(
     references: References,
     *,
     max_tokens: int = MAX_TOKENS,
-    checkpointing: bool | None = None,
 ) -> Slopes:
     """Return the slopes of every objective's and guard's loss at a recipe.
 
     Each weight's gradient is multiplied with what the merge's derivative is there, and freed, as soon
     as it is complete: beside model and activations one gradient is alive at a time. Masks, thresholds
-    and elected signs are held as they are at the recipe.
+    and elected signs are held as they are at the recipe. Where an item alone exceeds a batch, the score's
+    activations are computed a second time in the backward pass instead of kept.
 
     Args:
         engine: the model; the recipe's weights are loaded into it.
@@ -82,8 +80,6 @@ def slopes(
         recipe: where.
         references: what to say to which items.
         max_tokens: the most tokens in one batch; each batch is one backward pass.
-        checkpointing: whether activations are computed twice instead of kept; by default where an item
-            alone is longer than `max_tokens`.
 
     Raises:
         MergetuneError: the method has no coefficient that a slope could be taken of, or no expert changes
@@ -97,14 +93,15 @@ def slopes(
         )
     engine.load(recipe)
     losses: dict[str, float] = {}
+    n_passes: dict[str, int] = {}
     rows: list[tuple[str, str, str, str, float]] = []
     for score_name, own in references.by_score.items():
         losses[score_name] = 0.0
         totals = _Totals(merger, recipe)
         if not totals.names:
             raise MergetuneError("No expert changes any tensor, so that there are no slopes. Give others.")
-        is_long = max(each.n_tokens * len(each.texts) for each in own) > max_tokens
-        twice = is_long if checkpointing is None else checkpointing
+        n_passes[score_name] = len(own) * passes_per_item(own, max_tokens)
+        twice = _takes_twice(own, max_tokens)
         recomputed = recomputed_activations(engine.model) if twice else nullcontext()
         with each_gradient(engine.model, totals.names, totals.add), recomputed, torch.enable_grad():
             for batch, weights in batches(own, max_tokens):
@@ -116,7 +113,11 @@ def slopes(
         check_finite(f"the slopes of `{score_name}`", totals.values.values())
         rows += [(score_name, *key, slope) for key, slope in totals.values.items()]
     table = pd.DataFrame(rows, columns=["score_name", "tensor", "parameter", "expert", "slope"])
-    return Slopes(losses, table, len(references.items))
+    return Slopes(losses, table, n_passes)
+
+
+def _takes_twice(references: Sequence[Reference], max_tokens: int) -> bool:
+    return any(each.n_tokens * len(each.texts) > max_tokens for each in references)
 
 
 class _Totals:

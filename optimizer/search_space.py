@@ -152,13 +152,14 @@ class SearchSpace:
         return params
 
     def smooth_shares(self) -> list[Share]:
-        """Return how the recipe's smooth coefficients are made of those that are searched: a linear map."""
+        """Return how the recipe's smooth coefficients are made of those that can change: a linear map."""
         return [
             Share(slot.key, group, slot.parameter, slot.expert or "", weight)
             for group, weights in self._weights.items()
             for scope, weight in weights.items()
             for slot in self._slots[scope]
-            if slot.parameter in SMOOTH and slot.range is not None
+            if slot.parameter in SMOOTH and slot.key in self.distributions
+            if not self.distributions[slot.key].single()
         ]
 
     def _shares(self, lambdas: Mapping[str, float]) -> dict[str, float]:
@@ -213,9 +214,9 @@ class SearchSpace:
 
 
 def nearest_in(distribution: FloatDistribution, value: float) -> float:
-    """Return the value of a distribution that lies nearest, to six digits."""
+    """Return the value of a distribution that lies nearest: on its grid, or to six digits."""
     low, step = distribution.low, distribution.step
-    value = round(value, 6) if step is None else low + round((value - low) / step) * step
+    value = round(value, 6) if step is None else round(low + round((value - low) / step) * step, 12)
     return min(max(value, low), distribution.high)
 
 

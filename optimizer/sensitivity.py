@@ -23,6 +23,7 @@ COLUMNS = [
     "score_name",
     "fold",
     "n_items",
+    "n_passes",
     "loss",
     "tensor",
     "parameter",
@@ -57,8 +58,9 @@ def measure_sensitivity(
 
     Returns:
         A row per point, score_name, fold, tensor, parameter and expert (empty where one coefficient is
-        for all), with the slope in nats per unit of the coefficient, with n_items and loss (their mean, in
-        nats) of the score in this fold, and with the digest of the point's recipe.
+        for all), with the slope in nats per unit of the coefficient, with n_items, n_passes (their cost in
+        forward passes of one) and loss (their mean, in nats) of the score in this fold, and with the digest
+        of the point's recipe.
 
     Raises:
         TrialError: a weight, a loss or a slope is infinite or NaN at a point.
@@ -77,6 +79,7 @@ def measure_sensitivity(
                 digest=recipe.digest,
                 fold=number,
                 n_items=names.map(sizes),
+                n_passes=names.map(found.n_passes),
                 loss=names.map(found.losses),
             )
             tables.append(own[COLUMNS])
@@ -94,16 +97,14 @@ def anchor_points(base: Source, experts: Mapping[str, Source]) -> dict[str, Merg
 
 
 def fold_facts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per point, score_name and fold, with n_items and loss."""
+    """Return a row per point, score_name and fold, with n_items, n_passes and loss."""
     keys = ["point", "score_name", "fold"]
-    return frame.drop_duplicates(keys)[[*keys, "n_items", "loss"]].reset_index(drop=True)
+    return frame.drop_duplicates(keys)[[*keys, "n_items", "n_passes", "loss"]].reset_index(drop=True)
 
 
 def n_passes(frame: pd.DataFrame) -> int:
     """Return what a measurement cost, in forward passes of one item."""
-    from optimizer.gradients import PASSES
-
-    return PASSES * int(fold_facts(frame)["n_items"].sum())
+    return int(fold_facts(frame)["n_passes"].sum())
 
 
 def slopes_by_group(frame: pd.DataFrame, groups: Iterable[LayerGroup]) -> pd.DataFrame:

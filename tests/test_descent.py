@@ -196,16 +196,51 @@ def test_densities_stay_and_coefficients_of_all_methods_descend_on_their_grid(
     step = {"low": 0.0, "high": 2.0, "step": 0.25}
     ties = space_of(inputs, "ties", **{"lambda": step, "density": {"low": 0.2, "high": 0.8}})
     begin = {key: 0.5 for key in ties.distributions}
-    for point in descend(ground_of(engine, inputs, ties), begin, config).points:
+    points = descend(ground_of(engine, inputs, ties), begin, config).points
+    assert points
+    for point in points:
         assert all(value == 0.5 for key, value in point.params.items() if key.startswith("density"))
         own = [value for key, value in point.params.items() if key.startswith("lambda")]
         assert own != [0.5] * len(own)
         assert all(value % 0.25 == 0 for value in own)
     anchors = space_of(inputs, "slerp", groups=[], anchors=2)
     begin = {key: 0.5 for key in anchors.distributions}
-    for point in descend(ground_of(engine, inputs, anchors), begin, config).points:
+    points = descend(ground_of(engine, inputs, anchors), begin, config).points
+    assert points
+    for point in points:
         assert point.params.keys() == {"t.anchor0", "t.anchor1"}
         assert point.params != begin
+
+
+def test_the_scores_of_the_start_count_whatever_its_digits(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    """Thirds have no end, and 0.2 is no multiple of 0.01 above 0.1 in floating point."""
+    grid = {"low": 0.1, "high": 1.0, "step": 0.01}
+    space = space_of(inputs, "ties", density=grid, groups=[{"name": "all"}])
+    start = {key: 0.2 if key.startswith("density") else 1 / 3 for key in space.distributions}
+    found = []
+    for value in (0.1, 0.9):
+        scores = {**dict.fromkeys(SUITE.objectives, Score(value, 0.01, 1000)), "guard": Score(1.0, 0.0, 9)}
+        ground = replace(ground_of(engine, inputs, space), scored=[(start, scores)])
+        (*points,) = descend(ground, start, replace(CONFIG, first_steps=2, next_steps=1)).points
+        assert points
+        assert all(
+            value == 0.2 for each in points for key, value in each.params.items() if key.startswith("density")
+        )
+        found.append(points)
+    assert found[0] != found[1]
+
+
+def test_a_coefficient_that_cannot_change_is_not_descended_on(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    still = {"low": 0.5, "high": 0.5}
+    space = space_of(inputs, groups=[GROUPS[0], {**GROUPS[1], "lambda": still}])
+    assert {share.key for share in space.smooth_shares()} == {"lambda.layers.a", "lambda.layers.b"}
+    for point in descend(ground_of(engine, inputs, space), START, CONFIG).points:
+        assert point.params["lambda.rest.a"] == point.params["lambda.rest.b"] == 0.5
+        assert point.params != START
 
 
 def test_the_slope_of_a_shared_or_interpolated_coefficient_is_that_of_what_it_is_made_of(

@@ -291,8 +291,10 @@ def test_small_batches_and_recomputed_activations_change_nothing(
 ) -> None:
     recipe = recipe_of(inputs, "task_arithmetic")
     plain = slopes(engine, inputs.merger, recipe, REFERENCES)
-    for options in ({"max_tokens": 1}, {"checkpointing": True}):
-        other = slopes(engine, inputs.merger, recipe, REFERENCES, **options)
+    longest = max(each.n_tokens * len(each.texts) for each in REFERENCES.items)
+    for max_tokens, passes in ((longest, 3), (1, 4)):  # the latter has each activation computed twice
+        other = slopes(engine, inputs.merger, recipe, REFERENCES, max_tokens=max_tokens)
+        assert other.n_passes == {"reply": 3 * passes, "choice": 3 * passes}
         assert other.losses == pytest.approx(plain.losses, rel=1e-9)
         keys = ["score_name", "tensor", "parameter", "expert"]
         first, second = (each.table.set_index(keys)["slope"].sort_index() for each in (plain, other))

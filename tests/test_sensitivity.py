@@ -190,6 +190,7 @@ def frame_of(folds: dict[str, list[list[float]]]) -> pd.DataFrame:
             "score_name": score,
             "fold": fold,
             "n_items": 3,
+            "n_passes": 9,
             "loss": 1.0,
             "tensor": "lm_head.weight",
             "parameter": "lambda",

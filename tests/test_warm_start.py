@@ -206,8 +206,8 @@ def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
         {"name": "large", "match": "embed|mlp"},
         {"name": "rest", "match": r"norm|head"},
     ]
-    for high, group in enumerate(groups, start=1):
-        group["lambda"] = {"low": 0.0, "high": high}
+    for high, each in enumerate(groups, start=1):
+        each["lambda"] = {"low": 0.0, "high": high}
     config = COARSE.model_validate({"description": "test", "method": "task_arithmetic", "groups": groups})
     coarse, fine = bound(config, inputs), bound(finer(config, grain, inputs.base.names), inputs)
     of_coarse, of_fine = (assign_groups(each.groups, inputs.base.names) for each in (coarse, fine))
