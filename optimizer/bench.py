@@ -183,7 +183,7 @@ class Bench:
         replies = [frame for frame in measured if frame is not None]
         found = find_references(self.evaluator, engine.lm, replies=replies)
         for reason in found.missing.values():
-            self.progress.say(f"warning: slopes are taken without a score: {reason}")
+            self.progress.say(f"warning: slopes are taken without a task: {reason}")
         return found
 
     def measure_sensitivity(self, recommended: MergeRecipe) -> None:

@@ -118,6 +118,11 @@ class Descent:
     n_passes: int
 
 
+def most_points(n_objectives: int) -> int:
+    """Return how many points a descent finds at most: one for each weighting of the objectives."""
+    return 1 + n_objectives if n_objectives > 1 else 1
+
+
 def descend(
     ground: Ground,
     start: Params,

@@ -29,7 +29,7 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
         inputs: the models.
         suite: the objectives and guards.
         config: the engine's options.
-        say: is told what is under way, and which scores have to be left out.
+        say: is told what is under way, and which tasks have to be left out.
 
     Returns:
         As `measure_sensitivity`.
@@ -55,15 +55,11 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
 def _references(
     engine: TransformersEngine, evaluator: Evaluator, inputs: Inputs, say: Callable[[str], None]
 ) -> References:
-    """Find references; for scores whose items have no answers, in what the experts reply."""
+    """Find references; for tasks whose items have no answers, in what the experts reply."""
     lm = cast(TemplateLM, engine.lm)
     documents = evaluator.documents("search")
     found = find_references(evaluator, lm, _spread(documents, _CANDIDATES))
-    unanswered = {
-        name: indices
-        for name, indices in documents.items()
-        if evaluator.tasks[name].score_name in found.missing
-    }
+    unanswered = {name: documents[name] for name in found.missing}
     if not unanswered:
         return found
     asked = _spread(unanswered, N_ITEMS)

@@ -52,7 +52,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """References of some of a suite's items; `missing` says of a score without any why it has none."""
+    """References of some of a suite's items; `missing` says of a task without any why it has none."""
 
     items: tuple[Reference, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -124,16 +124,14 @@ def find_references(
         documents = evaluator.documents("search")
     chat = evaluator.suite.config.chat_template
     items: list[Reference] = []
+    missing: dict[str, str] = {}
     for name, indices in documents.items():
         if indices:
-            items += _TaskReferences(evaluator, name, lm, chat).find(list(indices), replies)
-    found = {reference.score_name for reference in items}
-    wanted = {evaluator.tasks[name].score_name for name, indices in documents.items() if indices}
-    missing = {
-        name: f"`{name}` has no references: no answer of its items, and no reply given, scores well."
-        for name in evaluator.suite.config.scores
-        if name in wanted - found
-    }
+            task = _TaskReferences(evaluator, name, lm, chat)
+            own = list(task.find(list(indices), replies))
+            items += own
+            if not own:
+                missing[name] = f"`{name}` has no references: {task.why_none}."
     return References(tuple(items), missing)
 
 
@@ -145,6 +143,17 @@ class _TaskReferences:
         self._name, self._bound, self._task = name, bound, bound.task
         self._lm, self._chat = lm, chat
         self._is_better_high = evaluator.suite.config.scores[bound.score_name].sign > 0
+
+    @property
+    def why_none(self) -> str:
+        """Say why there is none, where there is none."""
+        if self._task.OUTPUT_TYPE == "multiple_choice":
+            return "no item names one of its choices as the right one"
+        if self._task.OUTPUT_TYPE == "loglikelihood":
+            return "each of its items asks for several likelihoods, and not which is to be the largest"
+        if not self._is_better_high:
+            return "its score is minimized, and what a reply with a low score lacks cannot be shown"
+        return "no answer of its items, and no reply given, scores well"
 
     def find(self, indices: list[int], replies: Sequence[pd.DataFrame]) -> Iterator[Reference]:
         asked = _requests(self._task, self._lm, indices, self._chat)

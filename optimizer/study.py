@@ -15,6 +15,7 @@ from rich.console import Console
 from optimizer import pareto, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
+from optimizer.descent import most_points
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import TrialError
 from optimizer.evaluate import Evaluator
@@ -42,7 +43,7 @@ from optimizer.search_space_config import SearchSpaceConfig, finer
 from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
 from optimizer.suite import Direction
-from optimizer.warm_start import start_search
+from optimizer.warm_start import check_warm_start, start_search
 
 _TRIAL = "trial-"  # begins the names of what the sampler proposed
 
@@ -63,7 +64,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     space = _bound(plan.space, inputs, plan.config.seed)
     finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
     fine = _bound(finer_space, inputs, plan.config.seed)
-    try_sampler(plan.config.sampler, _directions(plan), space.distributions)
+    _check_search(plan, space, fine, inputs)
     evaluator = Evaluator(plan.suite)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
@@ -107,6 +108,17 @@ def _bound(config: SearchSpaceConfig, inputs: Inputs, seed: int) -> SearchSpace:
     return SearchSpace(
         config, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names, seed=seed
     )
+
+
+def _check_search(plan: Plan, space: SearchSpace, fine: SearchSpace, inputs: Inputs) -> None:
+    """Raise `MergetuneError` now where the warm start or the sampler could only fail later."""
+    warm_start, directions = plan.config.warm_start, _directions(plan)
+    check_warm_start(warm_start, fine)
+    try_sampler(plan.config.sampler, directions, space.distributions)
+    if warm_start.grain != "search_space":
+        points = [dict.fromkeys(fine.distributions, 0.0)] * most_points(len(directions))
+        around = FrontSpace(fine, points, space.groups, inputs.base.names)
+        try_sampler(plan.config.sampler, directions, around.distributions)
 
 
 def _directions(plan: Plan) -> list[Direction]:

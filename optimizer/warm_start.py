@@ -19,6 +19,12 @@ from optimizer.search_space import SearchSpace, nearest_in
 log = logging.getLogger("mergetune")
 
 
+def check_warm_start(config: WarmStartConfig, fine: SearchSpace) -> None:
+    """Raise `MergetuneError` if slopes are asked for, and the space to descend in has none."""
+    if config.kind == "gradient" and not fine.smooth_shares():
+        raise MergetuneError(f"`warm_start: gradient` cannot be done: {_no_slopes(fine)}")
+
+
 def start_search(
     bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace, n_trials: int
 ) -> SearchSpace | FrontSpace:
@@ -48,6 +54,7 @@ def start_search(
         _measure(bench, space, found.points[:n_trials])
         return space
     around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
+    # The sampler is told every candidate with params, and the baselines' are of another space.
     for candidate in bench.run.candidates():
         if candidate.kind == "baseline" and candidate.params is not None:
             bench.run.write_candidate(candidate.model_copy(update={"params": None}), None)
@@ -64,6 +71,9 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
     """Descend, or say why not."""
     if config.kind == "none":
         return WarmStart(reason="`warm_start: none`.")
+    if not space.smooth_shares():
+        bench.progress.say(f"warm start: none; {_no_slopes(space)}")
+        return WarmStart(reason=_no_slopes(space))
     began = time.perf_counter()
     try:
         found = _descend(bench, space)
@@ -73,15 +83,19 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
         log.exception("no warm start")
         found = WarmStart(reason=str(error))
     found = found.model_copy(update={"seconds": time.perf_counter() - began})
-    what = f"none; {found.reason}" if found.reason else f"{len(found.points)} points by slopes"
-    cost = f"the cost of {found.full_evaluations:.1f} full evaluations, {found.seconds:.1f} s"
-    bench.progress.say(f"warm start: {what}, for {cost}" if found.full_evaluations else f"warm start: {what}")
+    what = f"{len(found.points)} points by slopes" if found.points else "none"
+    cost = f"{found.seconds:.1f} s"
+    if found.full_evaluations:
+        cost = f"the cost of {found.full_evaluations:.1f} full evaluations, {cost}"
+    bench.progress.say(f"warm start: {what} for {cost}{f'; {found.reason}' if found.reason else ''}")
     return found
 
 
+def _no_slopes(space: SearchSpace) -> str:
+    return f"`{space.config.method}` has no coefficient here that losses have a slope in."
+
+
 def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
-    if not space.smooth_shares():
-        raise MergetuneError(f"`{space.config.method}` has no coefficient here that losses have a slope in.")
     suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
     points = _points(bench, space)
     start_name, start = _start(bench, space, points)
@@ -94,7 +108,9 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     }
     with bench.transformers() as engine:
         references = bench.references(engine)
-        lacking = [reason for name, reason in references.missing.items() if name in suite.objectives]
+        without = suite.objectives.keys() - references.by_score.keys()
+        tasks = bench.evaluator.tasks
+        lacking = [reason for name, reason in references.missing.items() if tasks[name].score_name in without]
         if lacking:
             raise MergetuneError(" ".join(lacking))
         scored = [(params, bench.scores[name]) for name, params in points.items()]
@@ -106,7 +122,9 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
         )
     return WarmStart(
         points=tuple(point.params for point in found.points),
-        reason=None if found.points else "No point on the way was better than where it began.",
+        reason=None
+        if found.points
+        else "Every point that the slopes led to was clearly worse than the start on items kept apart.",
         full_evaluations=found.n_passes / n_items,
     )
 

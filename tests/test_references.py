@@ -54,6 +54,12 @@ OWN_TASKS: dict[str, dict[str, Any]] = {
         "process_results": "!function own.equal",
         "metric_list": [{"metric": "equal", "aggregation": "mean", "higher_is_better": True}],
     },
+    "own_wrong": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "perhaps",
+        "metric_list": [{"metric": "acc"}],
+    },
     "own_words": {
         "output_type": "loglikelihood",
         "doc_to_target": " {{answer}}",
@@ -105,14 +111,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluator(folder: Path, *, chat: bool = True, holdout: float = 0.0, **tasks: Any) -> Evaluator:
-    """A suite of one score for each name; a task, or a list of them."""
+    """A suite of one score for each name: a task, a list of them, or the whole score."""
     suite = {
         "description": "test",
         "chat_template": chat,
         "holdout": holdout,
         "include_path": ".",
         "objectives": {
-            name: {"tasks": own if isinstance(own, list) else [own]} for name, own in tasks.items()
+            name: own if "tasks" in own else {"tasks": own if isinstance(own, list) else [own]}
+            for name, own in tasks.items()
         },
     }
     path = folder / "suite.yaml"
@@ -174,7 +181,23 @@ def test_an_answer_is_written_as_in_examples_and_ends_the_reply(folder: Path) ->
 def test_a_list_of_words_to_contain_is_no_reply(folder: Path) -> None:
     found = find_references(evaluator(folder, birds=task("contains")), model())
     assert not found.items
-    assert found.missing["birds"].startswith("`birds` has no references")
+    assert found.missing == {
+        "birds:contains.jsonl": "`birds:contains.jsonl` has no references: "
+        "no answer of its items, and no reply given, scores well."
+    }
+
+
+def test_each_task_without_references_says_why(folder: Path) -> None:
+    """Though another task of its score has some: the score's loss is then that of the others."""
+    mixed = [task("exact"), {"lm_eval": "own_wrong"}]
+    errors = {"direction": "minimize", "tasks": [task("exact"), {"lm_eval": "own_text"}]}
+    found = find_references(evaluator(folder, chat=False, mixed=mixed, errors=errors), model())
+    assert set(found.by_score) == {"mixed", "errors"}
+    assert found.missing == {
+        "own_wrong": "`own_wrong` has no references: no item names one of its choices as the right one.",
+        "errors:exact.jsonl": "`errors:exact.jsonl` has no references: its score is minimized, and what a "
+        "reply with a low score lacks cannot be shown.",
+    }
 
 
 def replies(evaluator: Evaluator, task: str, said: Sequence[tuple[float, str]]) -> pd.DataFrame:
@@ -213,7 +236,7 @@ def test_answers_of_lm_eval_tasks_count_if_they_score(folder: Path) -> None:
     ready = evaluator(folder, chat=False, sums={"lm_eval": "own_sums"}, unknown={"lm_eval": "own_unknown"})
     found = find_references(ready, model())
     assert set(decoded(found)) == {" It is so. #### yesQuestion:", " It is so. #### noQuestion:"}
-    assert list(found.missing) == ["unknown"]
+    assert list(found.missing) == ["own_unknown"]
 
 
 def test_texts_to_be_scored_are_references(folder: Path) -> None:

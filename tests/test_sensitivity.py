@@ -388,7 +388,7 @@ def test_inspect_measures_a_suite(tmp_path: Path, tiny_base: Path, tiny_experts:
     assert data["n_passes"] > 0
     assert {"cosine", "kind", "opposed", "places"} <= data["conflicts"][0].keys()
     assert "At the uniform average" in chart.read_text()
-    assert "words" in scores or "`words` has no references" in done.stderr
+    assert "words" in scores or "`words:words.jsonl` has no references" in done.stderr
 
 
 def test_inspect_prints_gains_and_says_what_they_mean(
@@ -417,4 +417,4 @@ def test_inspect_says_what_is_missing_where_no_item_has_a_reference(inputs: Inpu
     with pytest.raises(MergetuneError, match="none has an answer, and no expert replies well"):
         probe(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(), said.append)
     assert [line.split(" to ")[0] for line in said[:2]] == [f"replies of {name}" for name in "ab"]
-    assert "`words` has no references" in said[2]
+    assert "`words:words.jsonl` has no references" in said[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from test_study import run, write_study
 
+from optimizer import descent, gradients, selection
 from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
 from optimizer.merging.inputs import Inputs
@@ -133,6 +135,75 @@ def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
     asked = study_of(tmp_path / "asked", tiny_base, tiny_experts, warm_start="gradient", **changes)
     with pytest.raises(MergetuneError, match="`warm_start: gradient` cannot be done: `ties` has no"):
         run(asked, tmp_path / "other")
+    assert not (tmp_path / "other").exists()  # before anything was measured
+
+
+def test_a_sampler_that_could_not_search_around_the_points_is_refused_at_once(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    keys = [f"lambda.all.{name}" for name in tiny_experts]
+    study = study_of(
+        tmp_path,
+        tiny_base,
+        tiny_experts,
+        sampler={"kind": "GridSampler", "search_space": {key: [0.5, 1.0] for key in keys}},
+        warm_start={"grain": "layers"},
+    )
+    with pytest.raises(MergetuneError, match="GridSampler cannot search this study"):
+        run(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_points_that_are_all_worse_than_the_start_are_said_to_be(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "_CLEARLY", -math.inf)
+    printed = run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 1}), tmp_path / "run")
+    words = "Every point that the slopes led to was clearly worse than the start on items kept apart."
+    assert words in " ".join(printed.split())
+    found = RunDir(tmp_path / "run")
+    start = found.warm_start()
+    assert start is not None
+    assert start.full_evaluations > 0
+    assert [each.name for each in found.candidates() if each.kind == "trial"] == ["trial-0001"]
+    assert words in " ".join((found.path / "report" / "index.html").read_text().split())
+
+
+def test_slopes_that_overflow_cost_neither_report_nor_model(
+    finished: tuple[RunDir, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = finished
+    shutil.copytree(found.path, tmp_path / "run")
+    (tmp_path / "run" / "sensitivity.parquet").unlink()
+    shutil.rmtree(tmp_path / "run" / "best")
+    monkeypatch.setattr(gradients, "coefficient_slopes", lambda *_: {("lambda", "a"): math.nan})
+    printed = run(tmp_path / "run" / "study.yaml", tmp_path / "run")
+    assert "no sensitivity: the slopes of" in printed
+    assert (tmp_path / "run" / "best" / "recipe.yaml").exists()
+    assert not (tmp_path / "run" / "sensitivity.parquet").exists()
+
+
+def test_a_study_cut_before_its_first_point_goes_on_around_it(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    """With a finer grain, what the sampler is told depends on what was found, not on when it was cut."""
+    study = study_of(tmp_path, tiny_base, tiny_experts, warm_start={"grain": "layers"})
+    run(study, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for file in (tmp_path / "cut" / "candidates").glob("*"):
+        if file.name.startswith((selection.GRADIENT, "trial-")):
+            file.unlink()
+    (tmp_path / "cut" / "study.db").unlink()
+    run(study, tmp_path / "cut")
+    whole, cut = (
+        [(each.name, each.recipe.digest) for each in RunDir(tmp_path / name).candidates()]
+        for name in ("run", "cut")
+    )
+    assert [name for name, _ in cut] == [name for name, _ in whole]
+    n_points = sum(name.startswith(selection.GRADIENT) for name, _ in whole)
+    n_baselines = len(whole) - 4
+    assert n_points > 0
+    assert cut[: n_baselines + n_points] == whole[: n_baselines + n_points]
 
 
 def test_points_that_are_lost_are_measured_again_and_no_more_than_the_budget_allows(

@@ -116,6 +116,12 @@ class ReportData:
     versions: Mapping[str, str]
 
     @property
+    def n_by_slopes(self) -> int:
+        """Return how many of the points that slopes led to were measured, failed ones too."""
+        names = [*(entry.name for entry in self.entries), *(candidate.name for candidate in self.failed)]
+        return sum(name.startswith(selection.GRADIENT) for name in names)
+
+    @property
     def objectives(self) -> tuple[Metric, ...]:
         """Return the metrics that are optimized."""
         return tuple(metric for metric in self.metrics if metric.kind == "objective")
