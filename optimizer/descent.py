@@ -27,7 +27,7 @@ Losses = Mapping[str, float]
 Weights = Mapping[str, float]  # of the objectives
 
 _CLEARLY = math.log(2)  # worse than the start on items kept apart, which are few
-_SURE = 0.05  # nats; so little more loss of a guard is none
+_SURE = 0.05  # nats, ε below: losses of a guard that are smaller differ by little
 _ROUGH = 1.0  # how far off log-odds are where no score tells them
 _UNEVEN = 0.5  # how far off the log of a guard's loss over its reference's is on a few items
 
@@ -41,8 +41,8 @@ class DescentConfig:
     Attributes:
         full_evaluations: the cost to stay within, in evaluations of the search split; it settles how many
             items of each score a step looks at.
-        fewest: but not fewer than this many.
-        most: nor more.
+        fewest: the fewest items of each score that a step looks at, whatever that costs.
+        most: the most.
         apart: items of each score that tell whether a point is worse than the start; never descended on.
         first_steps: steps with the objectives' own weights.
         next_steps: steps with each other weighting.
@@ -132,12 +132,12 @@ def descend(
     """Follow the slopes from a point of the search space to points along the front.
 
     What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ are the odds that an objective's gain is not kept, and eⱼ a
-    guard's excess, max(0, Lⱼ / L'ⱼ − 1) with L'ⱼ for what its reference loses on the same items: a smooth
-    maximum, and so near to the rule by which a study recommends.
+    guard's excess, max(0, (Lⱼ + ε) / (L'ⱼ + ε) − 1) with L'ⱼ for what its reference loses on the same items,
+    and ε = 0.05 nats: a smooth maximum, and so near to the rule by which a study recommends.
 
     A surrogate of log o for each objective knows it from the scores of points that were measured before, and
     its slope, at each step, from some items: log o = s log(L / h), a law learned from models whose losses and
-    scores are known. Another one knows log(L / L') of each guard. The next step goes where they expect the
+    scores are known. Another one knows log((L + ε) / (L' + ε)) of each guard. The next step goes where they expect the
     least, within reach of the last and of the best one. The objectives' own weights come first, then by turns
     weightings that emphasize one objective; at the end every weighting has its point, wherever the surrogates
     expect it. Densities stay as at the start.

@@ -77,7 +77,12 @@ class Surrogate:
         self._weights_across = _solve(self._factor_across, self._across)
 
     def upper(self, point: Tensor, caution: float) -> Tensor:
-        """Return the expected value at a point, and `caution` times its standard deviation above that."""
+        """Return the expected value at a point, and `caution` times its standard deviation above that.
+
+        Args:
+            point: (n_coefficients,), float64; a scalar comes back that autograd can follow.
+            caution: how many standard deviations.
+        """
         amplitude, length, *_ = self.hyperparameters.exp()
         moved = point - self._origin
         along = self._span @ moved
@@ -109,6 +114,7 @@ class Surrogate:
         factor, across = self._factors(theta)
         paid = self._seen @ _solve(factor, self._seen[:, None])[:, 0]
         paid = paid + (self._across * _solve(across, self._across)).sum()
+        # half of each log determinant: a Cholesky factor's diagonal holds roots
         size = factor.diagonal().log().sum() + self._n_across * across.diagonal().log().sum()
         prior = ((theta - self._prior) / torch.tensor(_SPREADS)).square().sum()
         cost: Tensor = paid / 2 + size + prior / 2

@@ -260,7 +260,7 @@ def test_what_lies_within_the_noise_is_no_conflict() -> None:
     assert (once.kind, once.places, once.cosine_stderr) == ("unclear", (), None)
 
 
-def test_noise_alone_is_never_named_a_conflict() -> None:
+def test_noise_alone_is_nearly_always_unclear_and_never_a_strong_conflict() -> None:
     rng = np.random.default_rng(1)
     kinds = [
         conflict_of(**{name: rng.normal(size=(4, 6)).tolist() for name in ("one", "two")}).kind

@@ -32,6 +32,9 @@ def coefficient_slopes(
         recipe: the merge.
         group: the tensor's layer group.
         gradient: ∂L/∂W, of the tensor's shape.
+
+    Raises:
+        ValueError: the method cannot merge the tensor with these coefficients.
     """
     leaves = _leaves(recipe, group)
     if not leaves:
