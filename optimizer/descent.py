@@ -137,10 +137,10 @@ def descend(
 
     A surrogate of log o for each objective knows it from the scores of points that were measured before, and
     its slope, at each step, from some items: log o = s log(L / h), a law learned from models whose losses and
-    scores are known. Another one knows log((L + ε) / (L' + ε)) of each guard. The next step goes where they expect the
-    least, within reach of the last and of the best one. The objectives' own weights come first, then by turns
-    weightings that emphasize one objective; at the end every weighting has its point, wherever the surrogates
-    expect it. Densities stay as at the start.
+    scores are known. Another one knows log((L + ε) / (L' + ε)) of each guard. The next step goes where they
+    expect the least, within reach of the last and of the best one. The objectives' own weights come first,
+    then by turns weightings that emphasize one objective; at the end every weighting has its point, wherever
+    the surrogates expect it. Densities stay as at the start.
 
     Args:
         ground: the models, the search space and the items.
