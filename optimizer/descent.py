@@ -203,6 +203,7 @@ class _Walk:
         self._schedule = [own] * config.first_steps + others * config.next_steps
         self._n_passes = 0
         self._links, self._apart_allowed = self._learn()
+        # each step looks at other items, as long as there are some
         batches = rest.cut(self._step_size(rest))[: len(self._schedule)]
         self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in batches])
 

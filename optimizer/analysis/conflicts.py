@@ -142,6 +142,7 @@ def layer_gains(frame: pd.DataFrame) -> pd.DataFrame:
         for place in each.places:
             for own, other in ((one, two), (two, one)):
                 opposed.setdefault((each.point, own, place.group, place.expert), []).append(other)
+    # no method has two smooth coefficients for one expert, nor two that are for all
     keys = rows[["point", "score_name", "group", "expert"]].itertuples(index=False, name=None)
     return pd.DataFrame(
         {
