@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from optimizer.errors import MergetuneError, TrialError
-from optimizer.lm_tasks import fix_fewshot, jsonl_task, lm_eval_tasks
+from optimizer.lm_tasks import fix_fewshot, item_patterns, jsonl_task, lm_eval_tasks
 from optimizer.suite import Split, Suite, TaskConfig, split_of
 from optimizer.yaml_io import nearest
 
@@ -140,7 +140,7 @@ class Evaluator:
                 "item": bound.item_ids[index],
                 "split": split,
                 "prompt": _prompt(bound.task, doc),
-                "target": _target_text(bound.task, doc),
+                "target": _target_text(bound, doc),
             }
             for name, bound in self._tasks.items()
             for index, (doc, split) in enumerate(zip(bound.task.eval_docs, bound.splits, strict=False))
@@ -284,7 +284,11 @@ def _response(sample: dict[str, Any]) -> str:
     return str(replies[0])
 
 
-def _target_text(task: Task, doc: Any) -> str:
+def _target_text(bound: BoundTask, doc: Any) -> str:
+    """Return what an item asks for in words: its answer, or the patterns that its score counts."""
+    task, scorer = bound.task, bound.config.scorer
+    if scorer is not None and scorer.kind == "regex":
+        return "\n".join(["the share met of these patterns:", *scorer.patterns, *item_patterns(doc)])
     target = task.doc_to_target(doc)
     if isinstance(target, int) and task.config.doc_to_choice is not None:
         return str(task.doc_to_choice(doc)[target])

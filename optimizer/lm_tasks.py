@@ -78,6 +78,12 @@ def item_answer(doc: Mapping[str, str]) -> Any:
     return _payload("answer")(doc)
 
 
+def item_patterns(doc: Mapping[str, str]) -> list[str]:
+    """Return the patterns that a JSONL item's document has of its own."""
+    patterns: list[str] = _payload("patterns")(doc)
+    return patterns
+
+
 def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
     return lambda doc: json.loads(doc["payload"])[key]
 

@@ -233,6 +233,16 @@ class RunDir:
             found = self.read_json("warm_start.json")
             return None if found is None else WarmStart.model_validate(found)
 
+    def spent_s(self) -> float:
+        """Return the seconds that went into measuring candidates, failed ones too, and following slopes.
+
+        Only what is on disk counts, so that a study that goes on ends where it would have ended.
+        """
+        start = self.warm_start()
+        return sum(candidate.cost.total_s for candidate in self.candidates()) + (
+            start.seconds if start else 0
+        )
+
     def write_noise(self, measurement: Measurement) -> None:
         """Keep the second measurement of the base on the search split."""
         write_parquet(self.path / "noise.parquet", measurement.items)

@@ -155,16 +155,17 @@ def recommend(
         text = f"{by}of the {n_kept} merges that keep every guard, its worst loss is the smallest: it keeps "
     else:
         text = f"{by}no merge keeps every guard; this one breaks them least. It keeps "
-    text += f"{_shares(candidates, best, suite)} of the best expert's gain over the base."
+    text += f"{kept_shares(candidates, best, suite)} of the best expert's gain over the base."
     if measured:
-        text += f" As measured, it keeps {_shares(measured, best, suite)}."
+        text += f" As measured, it keeps {kept_shares(measured, best, suite)}."
     return Recommendation(best, text[0].upper() + text[1:], keeps_guards)
 
 
-def _shares(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig) -> str:
+def kept_shares(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig) -> str:
+    """Say how much a candidate keeps of each objective's gain."""
     kept = retained_gains(candidates, candidates[name], suite)
     return ", ".join(
-        f"{'more than all' if share > 1 else format(share, '.0%')} on {key}" for key, share in kept.items()
+        f"{'more than all' if share > 1 else format(share, '.0%')} on `{key}`" for key, share in kept.items()
     )
 
 

@@ -30,6 +30,7 @@ COLUMNS = [
     "expert",
     "slope",
 ]
+_FOLD = ["point", "score_name", "fold"]  # the columns that name one score's fold at a point
 COEFFICIENT = ["group", "parameter", "expert"]  # the columns that name a coefficient of layer groups
 
 
@@ -97,14 +98,13 @@ def anchor_points(base: Source, experts: Mapping[str, Source]) -> dict[str, Merg
 
 
 def fold_facts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per point, score_name and fold, with n_items, n_passes and loss."""
-    keys = ["point", "score_name", "fold"]
-    return frame.drop_duplicates(keys)[[*keys, "n_items", "n_passes", "loss"]].reset_index(drop=True)
+    """Return a row per point, score_name and fold, with n_items and loss."""
+    return frame.drop_duplicates(_FOLD)[[*_FOLD, "n_items", "loss"]].reset_index(drop=True)
 
 
 def n_passes(frame: pd.DataFrame) -> int:
     """Return what a measurement cost, in forward passes of one item."""
-    return int(fold_facts(frame)["n_passes"].sum())
+    return int(frame.drop_duplicates(_FOLD)["n_passes"].sum())
 
 
 def slopes_by_group(frame: pd.DataFrame, groups: Iterable[LayerGroup]) -> pd.DataFrame:

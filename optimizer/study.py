@@ -83,7 +83,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
-                n_trials = plan.config.budget.trials if _spent_s(run) < _hours_s(plan) else 0
+                n_trials = plan.config.budget.trials if run.spent_s() < _hours_s(plan) else 0
                 searched = start_search(bench, plan.config.warm_start, space, fine, n_trials)
                 _search(plan, searched, bench, interrupts)
                 choice = selection.choose(run)
@@ -130,7 +130,7 @@ def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupt
     run, known, n_allowed = bench.run, bench.run.candidates(), plan.config.budget.trials
     sampler = make_sampler(plan.config.sampler, len(space.distributions), plan.config.seed + len(known))
     search = open_search(run.path / "study.db", _directions(plan), sampler)
-    n_trials, spent_s = _last_number(known, refused(search)), _spent_s(run)
+    n_trials, spent_s = _last_number(known, refused(search)), run.spent_s()
     last = n_allowed if space.distributions else min(n_allowed, 1)  # with nothing to search one says it all
     due = range(n_trials + 1, last + 1)
     if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
@@ -177,17 +177,8 @@ def _last_number(known: Sequence[Candidate], refused: Collection[str]) -> int:
 
 
 def _hours_s(plan: Plan) -> float:
-    """Return the seconds that may go into what `_spent_s` counts."""
+    """Return the seconds that may go into what `RunDir.spent_s` counts."""
     return plan.config.budget.hours * 3600
-
-
-def _spent_s(run: RunDir) -> float:
-    """Return the seconds that went into measuring candidates, failed ones too, and following slopes.
-
-    Only what is on disk counts, so that a study that goes on ends where it would have ended.
-    """
-    start = run.warm_start()
-    return sum(candidate.cost.total_s for candidate in run.candidates()) + (start.seconds if start else 0)
 
 
 def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Collection[str | None]) -> None:

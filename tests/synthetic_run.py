@@ -225,7 +225,6 @@ def sensitivity_frame(scales: Mapping[str, float], digests: Mapping[str, str] = 
             "score_name": score,
             "fold": fold,
             "n_items": 3,
-            "n_passes": 9,
             "loss": 2.0 + 0.1 * fold,
             "tensor": tensor,
             "parameter": "lambda",

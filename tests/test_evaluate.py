@@ -106,6 +106,17 @@ def test_the_search_never_sees_a_holdout_item(folder: Path) -> None:
     assert len(searched.items) + len(held.items) == len(items)
 
 
+def test_targets_say_what_an_item_asks_for(folder: Path) -> None:
+    cheers = [{"prompt": f"Cheer {i}.", "patterns": [f"{i}!"]} for i in range(4)]
+    (folder / "cheers.jsonl").write_text("\n".join(map(json.dumps, cheers)))
+    regex = {"items": "cheers.jsonl", "scorer": {"kind": "regex", "patterns": ["[A-Z]"]}}
+    items = evaluator(folder, holdout=0.0, words=GENERATION, parity=CHOICE, cheers=regex).items()
+    targets = {str(name): own["target"].tolist() for name, own in items.groupby("score_name")}
+    assert set(targets["words"]) == {"yes", "no"}
+    assert set(targets["parity"]) == {"Yes", "No"}
+    assert targets["cheers"] == [f"the share met of these patterns:\n[A-Z]\n{i}!" for i in range(4)]
+
+
 def test_scores_are_kept_per_item_and_averaged(folder: Path) -> None:
     measurement = evaluator(folder, holdout=0.0, words=GENERATION).measure(RecordingLM("yes"), "search")
     assert len(measurement.items) == 40

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from markupsafe import escape
 from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
 from optimizer import pareto, selection
@@ -23,10 +22,10 @@ from optimizer.models import find_model
 from optimizer.recipe import MergeRecipe
 from optimizer.report import ReportData, gather, write_report
 from optimizer.report.charts import points
-from optimizer.report.insights import MIN_TRIALS, Influence, changes, parameter_name
+from optimizer.report.insights import MIN_TRIALS, Influence, parameter_name
 from optimizer.report.labels import Label, place_labels
 from optimizer.report.metric import Metric
-from optimizer.report.page import duration, render
+from optimizer.report.page import duration, render, ticks
 from optimizer.report.study_charts import hypervolume, importance
 from optimizer.report.style import FRONT, PERHAPS, mark_of
 from optimizer.report.verdict import Verdict, judge
@@ -253,25 +252,6 @@ def test_the_report_says_why_the_search_stopped(simulate: Callable[[Plan], RunDi
     assert "The search ended when the budget of" in render(gather(run))
 
 
-def test_items_that_are_scored_by_patterns_show_them_and_no_empty_target(
-    finished: RunDir, data: ReportData
-) -> None:
-    own, expert = (finished.measurement(name, "search") for name in ("average-1", "base"))
-    assert own is not None
-    assert expert is not None
-    items = finished.items()
-    items.loc[items["score_name"] == "persona", "target"] = "null"
-    patterns = {"persona:items.jsonl": (r"\d minutes", "!")}
-    found = changes(own, {"base": expert}, data.metrics, items, patterns)
-    examples = {one.metric.name: (*one.gained, *one.lost) for one in found}
-    assert {(e.target, e.patterns) for e in examples["persona"]} == {(None, (r"\d minutes", "!"))}
-    assert all(e.target.startswith("answer") and not e.patterns for e in examples["tool_calls"] if e.target)
-    html = render(replace(data, changes=tuple(found)))
-    assert "<dd>\\d minutes\n!</dd>" in html
-    assert "<dd>None</dd>" not in html
-    assert "<dd>null</dd>" not in html
-
-
 def test_importance_finds_the_expert_that_a_score_depends_on(data: ReportData) -> None:
     def share(found: tuple[Influence, ...], expert: str) -> float:
         return sum(one.share for one in found if one.parameter.endswith(expert))
@@ -329,12 +309,12 @@ def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, in
 def test_the_headline_claims_nothing_of_what_was_not_measured_on_its_split(data: ReportData) -> None:
     measured = {"trial": (85, 85, 80), "average_0.5": (40, 40, 80), "average_1": (50, 50, 80)}
     every = _judged(data, ("average-0.5", "average-1"), **measured)
-    assert every.headline.endswith("`trial` beats every expert and every plain average.")
+    assert every.headline.endswith("`trial` beats every expert and every average.")
     some = _judged(data, ("average-0.5", "average-1", "average-0.8"), **measured)
-    assert some.headline.endswith("every expert and the plain averages `average-0.5` and `average-1`.")
+    assert some.headline.endswith("every expert and the averages `average-0.5` and `average-1`.")
     del measured["average_1"]
     one = _judged(data, ("average-0.5", "average-1", "soup-a+b"), **measured)
-    assert one.headline.endswith("beats every expert and the plain average `average-0.5`.")
+    assert one.headline.endswith("beats every expert and the average `average-0.5`.")
 
 
 def test_what_breaks_a_guard_is_left_out_of_the_comparison_and_named(data: ReportData) -> None:
@@ -372,7 +352,7 @@ def test_every_figure_of_the_verdict_says_which_split_it_is_of(
 
 def chosen_reason(data: ReportData) -> str:
     assert data.recommendation is not None
-    return str(escape(data.recommendation.reason))
+    return str(ticks(data.recommendation.reason))
 
 
 def test_the_guard_stands_beside_the_objectives_with_its_paired_error(

@@ -197,7 +197,7 @@ def test_the_verdict_calls_a_soup_a_soup(tmp_path: Path) -> None:
     average = next(c for c in found.candidates() if c.name.startswith("average-"))
     items = found.measurement(average.name, "search")
     assert items is not None
-    assert "plain average" in gather(found).verdict.headline
+    assert f"the average `{average.name}`" in gather(found).verdict.headline
     for file in (found.path / "candidates").glob(f"{average.name}.*"):
         file.rename(file.with_name(file.name.replace(average.name, "soup-tools+persona")))
     soup = average.model_copy(update={"name": "soup-tools+persona"})

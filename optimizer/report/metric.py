@@ -38,10 +38,10 @@ class Metric:
             return f"{self.number(score.value)} ({score.value * score.n_items:.0f} of {score.n_items})"
         return f"{self.number(score.value)} ± {self._error(score)}"
 
-    def change(self, difference: Score) -> str:
+    def change(self, difference: Score, is_paired: bool = True) -> str:
         """Write a difference of two scores with its standard error: `+2.1 ± 1.3 points`."""
         unit = " points" if self.percent else ""
-        if difference.value == 0 and _is_unanimous(difference):
+        if is_paired and difference.value == 0 and _is_unanimous(difference):
             return f"{self.signed(0.0)}{unit} on all {difference.n_items} items"
         return f"{self.signed(difference.value)} ± {self._error(difference)}{unit}"
 

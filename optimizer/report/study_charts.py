@@ -7,10 +7,12 @@ import pandas as pd
 
 from optimizer.report.data import ReportData
 from optimizer.report.insights import parameter_name
+from optimizer.run_dir import Cost
 from optimizer.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
 
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12
+_LOST = "lost to failures"
 _HEADROOM = 1.15  # above the highest line, where the chart's menu is
 
 
@@ -100,28 +102,15 @@ def depth_panels(data: ReportData) -> list[alt.LayerChart]:
 
 
 def cost(data: ReportData) -> alt.LayerChart:
-    """Draw each candidate's seconds of merging, loading and evaluation."""
-    stages = ["merging", "loading", "evaluation"]
+    """Draw each candidate's seconds of merging, loading and evaluation, and those lost to failures."""
+    stages = {"merging": ORANGE, "loading": YELLOW, "evaluation": BLUE}
+    if data.cost.lost_s:
+        stages |= {_LOST: GREY}
     frame = pd.DataFrame(
-        {
-            "order": order,
-            "name": entry.name,
-            "stage": stage,
-            "rank": rank,
-            "seconds": seconds,
-        }
+        {"order": order, "name": entry.name, "stage": stage, "rank": rank, "seconds": seconds[stage]}
         for order, entry in enumerate(data.entries, start=1)
-        for rank, (stage, seconds) in enumerate(
-            zip(
-                stages,
-                (
-                    entry.candidate.cost.merge_s,
-                    entry.candidate.cost.load_s,
-                    entry.candidate.cost.evaluate_s,
-                ),
-                strict=True,
-            )
-        )
+        for seconds in [_stage_seconds(entry.candidate.cost)]
+        for rank, stage in enumerate(stages)
     )
     bars = (
         alt.Chart(frame)
@@ -134,13 +123,22 @@ def cost(data: ReportData) -> alt.LayerChart:
             ),
             y=alt.Y("seconds:Q", title="seconds"),
             color=alt.Color(
-                "stage:N", title=None, scale=alt.Scale(domain=stages, range=[ORANGE, YELLOW, BLUE])
+                "stage:N", title=None, scale=alt.Scale(domain=list(stages), range=list(stages.values()))
             ),
             order="rank:O",
             tooltip=["name:N", "stage:N", alt.Tooltip("seconds:Q", format=".1f")],
         )
     )
     return alt.LayerChart(layer=[bars]).properties(height=200)
+
+
+def _stage_seconds(cost: Cost) -> dict[str, float]:
+    return {
+        "merging": cost.merge_s,
+        "loading": cost.load_s,
+        "evaluation": cost.evaluate_s,
+        _LOST: cost.lost_s,
+    }
 
 
 def _effect(correlation: float) -> str:

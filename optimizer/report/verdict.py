@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from optimizer import selection
-from optimizer.baselines import is_soup
+from optimizer.baselines import is_average, is_soup
 from optimizer.evaluate import ITEM_KEYS, Measurement, Score
 from optimizer.report.metric import Metric
 from optimizer.resampling import Floats, bootstrap_scores, join_items
@@ -32,12 +32,7 @@ class Comparison:
     against: str
     other: Score
     difference: Score
-
-    @property
-    def is_broken(self) -> bool:
-        """Say whether it is a guard, and broken."""
-        worse = self.metric.sign * (self.other.value - self.own.value)
-        return self.metric.kind == "guard" and worse > self.metric.margin
+    is_broken: bool  # a guard
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def judge(
         metrics: the suite's objectives and guards.
         suite: the suite's file.
         split: where `frames` were measured.
-        averages: the names of the plain averages, the soups and the usual defaults, measured on this
+        averages: the names of the averages, the soups and the usual defaults, measured on this
             split or not.
         noise: see `difference`.
     """
@@ -119,7 +114,7 @@ def judge(
     if chosen.keeps_guards and broken[chosen.name]:
         level = "mixed" if level == "good" else level
         headline = f"{headline.rstrip('.')}, but {where} it breaks {_listed(broken[chosen.name])}."
-    kept = _shares(selection.retained_gains(scores, scores[chosen.name], suite))
+    kept = selection.kept_shares(scores, chosen.name, suite)
     sentences = [
         f"{where.capitalize()} it keeps {kept} of the best expert's gain over the base: its worst loss "
         f"is {point[chosen.name]:.0%}.",
@@ -133,7 +128,7 @@ def judge(
         split,
         point[chosen.name],
         tuple(rivals),
-        tuple(_comparisons(chosen.name, frames, scores, metrics, noise or {})),
+        tuple(_comparisons(chosen.name, frames, scores, metrics, noise or {}, broken[chosen.name])),
     )
 
 
@@ -206,7 +201,9 @@ def _left_out(names: Sequence[str], where: str) -> list[str]:
 def _kind(name: str) -> str:
     if selection.is_expert(name):
         return "expert"
-    return "soup" if is_soup(name) else "plain average"
+    if is_soup(name):
+        return "soup"
+    return "average" if is_average(name) else "usual default"
 
 
 def _title(average: str) -> str:
@@ -216,12 +213,6 @@ def _title(average: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     *others, last = [f"`{name}`" for name in names]
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _shares(gains: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{'more than all' if share > 1 else format(share, '.0%')} on `{key}`" for key, share in gains.items()
-    )
 
 
 def _standing(rivals: Sequence[Rival]) -> str:
@@ -257,6 +248,7 @@ def _comparisons(
     scores: Mapping[str, Mapping[str, Score]],
     metrics: Sequence[Metric],
     noise: Mapping[str, float],
+    broken: Collection[str],
 ) -> list[Comparison]:
     experts = [other for other in scores if selection.is_expert(other)]
     found = []
@@ -265,7 +257,7 @@ def _comparisons(
         against = metric.reference if metric.kind == "guard" else best
         change = difference(frames[name], frames[against], metric, noise)
         own, base, other = (scores[each][metric.name] for each in (name, selection.BASE, against))
-        found.append(Comparison(metric, own, base, against, other, change))
+        found.append(Comparison(metric, own, base, against, other, change, metric.name in broken))
     return found
 
 
