@@ -11,7 +11,7 @@ from synthetic_run import sensitivity_frame
 
 from optimizer.analysis.conflicts import layer_gains
 from optimizer.analysis.heat_maps import heat_maps
-from optimizer.theme import HARMS, HARMS_A_LITTLE, HELPS, HELPS_A_LITTLE, ORANGE, PALE, themed
+from optimizer.theme import PALE, themed
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,3 @@ def test_no_diamond_stands_on_a_cell_without_colour(layers: pd.DataFrame) -> Non
     marked = layers[layers["opposed"] != ""]
     assert len(marked)
     assert marked["is_clear"].all()
-
-
-def test_the_hue_of_harm_means_nothing_else() -> None:
-    assert ORANGE not in {HELPS, HARMS, HELPS_A_LITTLE, HARMS_A_LITTLE}
-    assert PALE not in {HELPS_A_LITTLE, HARMS_A_LITTLE}

@@ -84,12 +84,18 @@ def test_the_holdout_is_not_seen_by_the_descent(
     assert again.points == before.points
 
 
-def test_a_finer_grain_searches_around_what_it_found(
-    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
-) -> None:
-    study = study_of(tmp_path, tiny_base, tiny_experts, warm_start={"kind": "gradient", "grain": "layers"})
-    run(study, tmp_path / "run")
-    found = RunDir(tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished_finer(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> RunDir:
+    folder = tmp_path_factory.mktemp("finer")
+    warm_start = {"kind": "gradient", "grain": "layers"}
+    run(study_of(folder, tiny_base, tiny_experts, warm_start=warm_start), folder / "run")
+    return RunDir(folder / "run")
+
+
+def test_a_finer_grain_searches_around_what_it_found(finished_finer: RunDir, tmp_path: Path) -> None:
+    found = finished_finer
     start = found.warm_start()
     assert start is not None
     assert {key.split(".")[1] for key in start.points[0]} == {"outside", "layer0", "layer1"}
@@ -107,7 +113,7 @@ def test_a_finer_grain_searches_around_what_it_found(
         }
         assert lambdas == pytest.approx(point)
     shutil.copytree(found.path, tmp_path / "longer")
-    longer = yaml.safe_load(study.read_text()) | {"budget": {"trials": 5}}
+    longer = yaml.safe_load((found.path / "study.yaml").read_text()) | {"budget": {"trials": 5}}
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
     assert "trial-0005" in run(tmp_path / "longer.yaml", tmp_path / "longer")
 
@@ -183,27 +189,27 @@ def test_slopes_that_overflow_cost_neither_report_nor_model(
     assert not (tmp_path / "run" / "sensitivity.parquet").exists()
 
 
-def test_a_study_cut_before_its_first_point_goes_on_around_it(
-    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
-) -> None:
+def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: RunDir, tmp_path: Path) -> None:
     """With a finer grain, what the sampler is told depends on what was found, not on when it was cut."""
-    study = study_of(tmp_path, tiny_base, tiny_experts, warm_start={"grain": "layers"})
-    run(study, tmp_path / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "cut")
-    for file in (tmp_path / "cut" / "candidates").glob("*"):
+    cut = RunDir(tmp_path / "cut")
+    shutil.copytree(finished_finer.path, cut.path)
+    for file in (cut.path / "candidates").glob("*"):
         if file.name.startswith((selection.GRADIENT, "trial-")):
             file.unlink()
-    (tmp_path / "cut" / "study.db").unlink()
-    run(study, tmp_path / "cut")
-    whole, cut = (
-        [(each.name, each.recipe.digest) for each in RunDir(tmp_path / name).candidates()]
-        for name in ("run", "cut")
+    (cut.path / "study.db").unlink()
+    average = cut.candidate("average-0.5")
+    assert average is not None
+    params = {"lambda.all.a": 0.5, "lambda.all.b": 0.5}  # as before the points were found
+    cut.write_candidate(average.model_copy(update={"params": params}), None)
+    run(cut.path / "study.yaml", cut.path)
+    whole, again = (
+        {each.name: (each.recipe.digest, each.params) for each in one.candidates()}
+        for one in (finished_finer, cut)
     )
-    assert [name for name, _ in cut] == [name for name, _ in whole]
-    n_points = sum(name.startswith(selection.GRADIENT) for name, _ in whole)
-    n_baselines = len(whole) - 4
-    assert n_points > 0
-    assert cut[: n_baselines + n_points] == whole[: n_baselines + n_points]
+    assert list(again) == list(whole)
+    points = [name for name in whole if not name.startswith("trial-")]
+    assert any(name.startswith(selection.GRADIENT) for name in points)
+    assert [again[name] for name in points] == [whole[name] for name in points]
 
 
 def test_points_that_are_lost_are_measured_again_and_no_more_than_the_budget_allows(
