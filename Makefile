@@ -11,8 +11,9 @@ ENGINE ?= auto
 demo: $(if $(filter vllm,$(ENGINE)),.venv/vllm-ready,.venv/demo-ready)
 	$(BIN)/mergetune demo --engine $(ENGINE)
 
+# Two test files at a time, each on one core.
 test: .venv/test-ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/test-ready
 	$(BIN)/ruff format --check .
