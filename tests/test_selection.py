@@ -41,7 +41,7 @@ def test_the_least_worst_loss_against_the_experts_wins() -> None:
     found = selection.recommend(candidates, suite())
     assert found is not None
     assert (found.name, found.keeps_guards) == ("even", True)
-    assert "75% on x, 75% on y" in found.reason
+    assert "75% on `x`, 75% on `y`" in found.reason
 
 
 def test_a_weight_moves_the_choice() -> None:
