@@ -227,6 +227,8 @@ def _type_wanted(detail: Any, model: type[BaseModel] | None) -> str | None:
 
 
 def _rule(detail: Any, place: _Place) -> str:
+    if detail["type"] == "invalid_key":
+        return "a key must be plain text"
     if detail["type"] == "too_short":
         return f"must name at least one {str(place[-1]).removesuffix('s')}"
     return re.sub(r"^\w+ should ", "must ", str(detail["msg"]).removeprefix("Value error, "))
@@ -247,7 +249,7 @@ def _model_at(annotation: Any, place: _Place) -> type[BaseModel] | None:
             return annotation
         if place[0] in annotation.model_fields:
             return _model_at(annotation.model_fields[place[0]].annotation, place[1:])
-        return _model_at(typing.get_type_hints(annotation)["__pydantic_extra__"], place)
+        return _model_at(typing.get_type_hints(annotation).get("__pydantic_extra__"), place)
     if typing.get_origin(annotation) in (dict, list, tuple):
         values = arguments[-1] if typing.get_origin(annotation) is dict else arguments[0]
         return _model_at(values, place[1:]) if place else None

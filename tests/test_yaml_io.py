@@ -119,3 +119,9 @@ def test_a_file_with_a_key_too_many_is_still_what_it_is(tmp_path: Path) -> None:
     path.write_text("method: ties\nbase: {path: b}\nexperts: {}\ngroups: []\ndescription: x\n")
     with pytest.raises(MergetuneError, match="`description`: unknown key"):
         read_yaml(path, MergeRecipe)
+
+
+def test_a_key_that_is_not_text_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("base: b\n1: 5\n")
+    with pytest.raises(MergetuneError, match="a key must be plain text"):
+        read_yaml(tmp_path / "study.yaml", StudyConfig)
