@@ -14,7 +14,7 @@ from optimizer.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unkn
 VocabularyRule = Literal["refuse", "base", "mean"]
 Grain = Literal["search_space", "layers", "attention_mlp"]
 
-_TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
+TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
 
 
 class Budget(Strict):
@@ -100,7 +100,7 @@ class StudyConfig(Strict):
         for name in self.experts:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"an expert's name must be letters, digits, `-` and `_`, but got `{name}`")
-            if name in _TAKEN:
+            if name in TAKEN:
                 raise ValueError(
                     f"an expert cannot be called `{name}`, which names something else of a study"
                 )

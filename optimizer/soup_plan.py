@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from optimizer.config import Budget, StudyConfig
+from optimizer.config import TAKEN, Budget, StudyConfig
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.library import find
@@ -149,7 +149,7 @@ def _names(references: Sequence[str]) -> list[str]:
     if len(set(parts)) == len(parts):
         for length in range(1, max(map(len, parts)) + 1):
             names = [_plain("-".join(own[-length:])) for own in parts]
-            if len(set(names)) == len(names):
+            if len(set(names)) == len(names) and not TAKEN.intersection(names):
                 return names
     raise MergetuneError(f"The models of a soup must differ, but these do not: {', '.join(references)}.")
 

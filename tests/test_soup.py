@@ -31,7 +31,7 @@ from optimizer.recipe import MergeRecipe
 from optimizer.report import gather, write_report
 from optimizer.run_dir import RunDir
 from optimizer.soup import Standing, Tasting, greedy_soup, make_soup, standing
-from optimizer.soup_plan import SoupPlan, last_checkpoints
+from optimizer.soup_plan import SoupPlan, _names, last_checkpoints
 
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6, unique=True)
 STANDINGS = st.builds(Standing, st.sampled_from([0.0, -0.1, -0.2]), st.floats(-2, 2))
@@ -434,3 +434,7 @@ def test_the_command_line_shows_what_was_tried_and_goes_on(
     assert done.returncode == 0, done.stderr
     assert "Averaged: checkpoint-10, checkpoint-100" in done.stdout
     assert mergetune("soup", "out", training_run, "--last", 1).returncode == 3
+
+
+def test_an_ingredient_called_as_a_part_of_a_study_takes_its_folder_into_its_name() -> None:
+    assert _names(["m/base", "m/tuned"]) == ["m-base", "m-tuned"]
