@@ -218,11 +218,12 @@ class _Walk:
             self._look({**start, **self._named(at)}, at)
             visited.append(at)
             self._on_step(step, len(self._schedule))
+        origin = {**start, **self._nearest(self._point(start))}
         kept: dict[str, Point] = {}
         for weights in self._weightings:
             least = self._least(weights, [self._best(visited, weights)])
             end = self._measured({**start, **self._nearest(least)})
-            if end.params != start and self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
+            if end.params != origin and self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
                 kept[str(end.params)] = end
         return Descent(tuple(kept.values()), self._n_passes)
 

@@ -158,7 +158,7 @@ class SearchSpace:
             for group, weights in self._weights.items()
             for scope, weight in weights.items()
             for slot in self._slots[scope]
-            if slot.parameter in SMOOTH and slot.key in self.distributions
+            if slot.parameter in SMOOTH and slot.range is not None
             if not self.distributions[slot.key].single()
         ]
 

@@ -115,7 +115,7 @@ def _check_search(plan: Plan, space: SearchSpace, fine: SearchSpace, inputs: Inp
     warm_start, directions = plan.config.warm_start, _directions(plan)
     check_warm_start(warm_start, fine)
     try_sampler(plan.config.sampler, directions, space.distributions)
-    if warm_start.kind != "none" and warm_start.grain != "search_space":
+    if warm_start.kind != "none" and warm_start.grain != "search_space" and fine.smooth_shares():
         points = [dict.fromkeys(fine.distributions, 0.0)] * most_points(len(directions))
         around = FrontSpace(fine, points, space.groups, inputs.base.names)
         try_sampler(plan.config.sampler, directions, around.distributions)
