@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -16,6 +15,9 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from optimizer.engines.conversations import render
+from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -83,6 +85,24 @@ class Completer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class TokenizerPrompts:
+    """Prompts as a tokenizer from transformers writes them, in every engine alike."""
+
+    tokenizer: Any
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's directory or hub id."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the model's chat template writes it; see `render`."""
+        return render(self.tokenizer, chat_history, add_generation_prompt)
+
+
 class CompletionsLM(TemplateLM):  # type: ignore[misc]
     """A `Completer` as lm-eval sees it: prompts, truncation and stops are those of `HFLM`.
 
@@ -114,7 +134,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's directory or hub id."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
+        return TokenizerPrompts(self.tokenizer).tokenizer_name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return a text's tokens; a text that begins with the BOS token gets no second one."""
@@ -128,24 +148,12 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as the model's chat template writes it.
+        """Return a conversation as the model's chat template writes it; see `render`."""
+        return render(self.tokenizer, chat_history, add_generation_prompt)
 
-        Where the template refuses a system message, the conversation goes without.
-        """
-
-        def render(messages: list[dict[str, str]]) -> str:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-            return text
-
-        try:
-            return render(chat_history)
-        except TemplateError:
-            return render([message for message in chat_history if message["role"] != "system"])
+    def excess_tokens(self, request: Instance) -> int:
+        """Return by how many tokens a request is too long; see `excess_tokens`."""
+        return excess_tokens(self, request, self.max_length - 1)  # one token must be generated
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score continuations."""
@@ -198,7 +206,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         stop_tokens = [special[text] for text in until if text in special]
         stop = [text for text in until if text not in special]
-        room = max(self.max_length - max_new_tokens, 1)
+        room = room_for_prompt(max_new_tokens, self.max_length)
         tokens = self.tok_encode(prompt)[-room:]
         return Generation(tokens, max_new_tokens, stop, stop_tokens, sampling), stop
 
@@ -231,6 +239,34 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         for number, scored in zip(scorings, self._completer.score(list(scorings.values())), strict=True):
             found[number] = sum(scored.logprobs), all(scored.are_likeliest)
         return [found[number] for number in range(len(requests))]
+
+
+def excess_tokens(lm: TemplateLM, request: Instance, most_scored: int) -> int:
+    """Return by how many tokens a request is longer than the model takes, 0 where it fits.
+
+    Args:
+        lm: with the model's tokenizer and length.
+        request: whole texts are scored in windows, and always fit.
+        most_scored: how many tokens a context and its continuation may have together.
+    """
+    if request.request_type == "loglikelihood_rolling":
+        return 0
+    if request.request_type == "generate_until":
+        prompt, settings = request.args
+        n_tokens = len(lm.tok_encode(prompt)) + generation_settings(settings)[0]
+        return max(n_tokens - int(lm.max_length), 0)
+    context, continuation = lm._encode_pair(*request.args)
+    return max(len(context) + len(continuation) - most_scored, 0)
+
+
+def room_for_prompt(max_new_tokens: int, max_length: int) -> int:
+    """Return how many tokens a prompt may have; raises `MergetuneError` where replies leave it none."""
+    if max_new_tokens >= max_length:
+        raise MergetuneError(
+            f"A reply must leave room for its prompt, but `max_new_tokens` is {max_new_tokens}, and the "
+            f"model's length is {max_length} tokens. Give a smaller one, or the engine a longer `max_length`."
+        )
+    return max_length - max_new_tokens
 
 
 def generation_settings(settings: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:

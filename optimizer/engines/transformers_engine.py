@@ -35,7 +35,7 @@ class TransformersEngine:
         tokenizer = AutoTokenizer.from_pretrained(base)
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
         model.to(device).eval()
-        _decode_greedily(model.generation_config)
+        _decode_greedily(model)
         self._merger = merger
         self._weights = StoredWeights(model)
         self._lm = QuietHFLM(
@@ -117,8 +117,11 @@ def _usable(device: str) -> str:
     return device
 
 
-def _decode_greedily(generation: Any) -> None:
-    """Clear the model's own sampling settings: replies are greedy, and the same in every engine."""
-    for setting in ("temperature", "top_p", "top_k", "repetition_penalty"):
-        setattr(generation, setting, None)
-    generation.do_sample = False
+def _decode_greedily(model: Any) -> None:
+    """Put the model's own generation settings away, but for its special tokens: replies are greedy.
+
+    Beams, penalties, forced and forbidden tokens would change replies, and not alike in every engine.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = type(own)(**tokens, do_sample=False)
