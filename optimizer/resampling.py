@@ -10,8 +10,8 @@ The words of every function here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer import pareto
+from optimizer.aggregations import linear_scores
 from optimizer.evaluate import ITEM_KEYS
 
 Floats = NDArray[np.float64]
@@ -40,24 +41,33 @@ class Interval:
 
 @dataclass(frozen=True)
 class ItemScores:
-    """One score of several candidates on the items that all of them have."""
+    """One score of several candidates on the items that all of them have.
+
+    `is_mean` is False where the score is no mean of items, and `scores` are linear ones; see `aggregations`.
+    """
 
     names: tuple[str, ...]
     scores: Floats  # (n_items, n_candidates)
     tasks: Labels  # (n_items,) the strata
+    is_mean: bool = True
 
     def of(self, names: Sequence[str]) -> ItemScores:
         """Return the scores of some of the candidates."""
-        return ItemScores(tuple(names), self.scores[:, [self.names.index(n) for n in names]], self.tasks)
+        return replace(self, names=tuple(names), scores=self.scores[:, [self.names.index(n) for n in names]])
 
 
 def join_items(frames: Mapping[str, pd.DataFrame]) -> dict[str, ItemScores]:
-    """Join measurements, by candidate, item by item: the scores by objective and guard."""
-    columns = {name: frame.set_index(ITEM_KEYS)["score"] for name, frame in frames.items()}
+    """Join measurements, by candidate, item by item: the linear scores by objective and guard."""
+    columns = {name: linear_scores(frame).set_index(ITEM_KEYS)["score"] for name, frame in frames.items()}
     joined = pd.concat(columns, axis=1, join="inner")
+    first = next(iter(frames.values()))
+    others = set(first.loc[first["parts"].notna(), "score_name"]) if "parts" in first else set()
     return {
         str(key): ItemScores(
-            tuple(frames), rows.to_numpy(np.float64), rows.index.get_level_values("task").to_numpy()
+            tuple(frames),
+            rows.to_numpy(np.float64),
+            rows.index.get_level_values("task").to_numpy(),
+            is_mean=key not in others,
         )
         for key, rows in joined.groupby(level="score_name", sort=False)
     }
@@ -102,6 +112,25 @@ def bootstrap_scores(
             counts = _counts(rng, min(rows, n_resamples - start), size)
             resampled[start : start + rows] += counts @ own / max(size - 1, 1) / len(sizes)
     return resampled
+
+
+def bootstrap_parts(
+    parts: Floats, combine: Callable[[Floats], Floats], *, n_resamples: int = N_RESAMPLES, seed: Seed = 0
+) -> Floats:
+    """Resample the items of one task whose score is a function of means; see `aggregations`.
+
+    Args:
+        parts: (n_items, n_candidates, n_parts).
+        combine: (..., n_parts) → (...).
+        n_resamples: how many.
+        seed: as in `bootstrap_scores`, whose draws these are.
+
+    Returns:
+        The scores of each resample, (n_resamples, n_candidates).
+    """
+    size = len(parts)
+    means = bootstrap_scores(parts.reshape(size, -1), n_resamples=n_resamples, seed=seed)
+    return np.asarray(combine(means.reshape(n_resamples, *parts.shape[1:])), dtype=np.float64)
 
 
 def score_means(scores: Floats, strata: Labels | None = None) -> Floats:

@@ -80,9 +80,10 @@ def smooth(
 ) -> Smoothing:
     """Smooth each score over the candidates that have a point in the search space; others stay as measured.
 
-    A score is left as measured where fewer than `MIN_POINTS` candidates have a point, or where the points
-    do not help to predict: each candidate's score from those of all others, in log density, better than
-    the same model without neighbours does (leave-one-out; Rasmussen & Williams 2006, section 5.4.2).
+    A score is left as measured where it is no mean of items, where fewer than `MIN_POINTS` candidates have a
+    point, or where the points do not help to predict: each candidate's score from those of all others, in log
+    density, better than the same model without neighbours does (leave-one-out; Rasmussen & Williams 2006,
+    section 5.4.2).
 
     Args:
         candidates: those of the run; the ones that were not measured are left out.
@@ -94,6 +95,9 @@ def smooth(
     points = search_points([candidate for candidate in candidates if candidate.name in measured])
     smoothers, notes = {}, {}
     for score_name, every in items.items():
+        if not every.is_mean:  # its noise grows with its value, and may be of another magnitude
+            notes[score_name] = "it is no mean of items"
+            continue
         own = every.of([str(name) for name in points.index])
         found = fit_smoother(points.to_numpy(np.float64), own, seed)
         if isinstance(found, str):

@@ -97,20 +97,24 @@ def bca_interval(
     *,
     n_resamples: int = N_RESAMPLES,
     seed: Seed = 0,
+    resampled: Floats | None = None,
 ) -> Interval:
     """Return the BCa bootstrap interval of the mean of differences, (n_items,).
 
     Follows their skewness, such as that of a few large losses (Efron 1987; Efron & Tibshirani 1993,
-    eqs. 14.9-14.15), with the resamples of `bootstrap_scores`.
+    eqs. 14.9-14.15), with the resamples of `bootstrap_scores`; with `resampled`, (n_resamples,), the interval
+    of what was resampled so and equals the mean of the differences on all items.
 
     Raises:
         ValueError: shapes differ, or a difference is not finite.
     """
     stratum = stratum_of(strata, len(difference))
-    resampled = bootstrap_scores(difference[:, None], stratum, n_resamples=n_resamples, seed=seed)[:, 0]
+    if resampled is None:
+        resampled = bootstrap_scores(difference[:, None], stratum, n_resamples=n_resamples, seed=seed)[:, 0]
     mean, parts = _mean(difference, stratum), _influences(difference, stratum)
     below = ((resampled < mean).mean() + (resampled <= mean).mean()) / 2  # ties: half
-    bias = stats.norm.ppf(np.clip(below, 1 / n_resamples, 1 - 1 / n_resamples))
+    bias = stats.norm.ppf(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))
+    parts = parts / (np.abs(parts).max() or 1.0)  # so that no cube overflows
     squares = (parts**2).sum()
     acceleration = (parts**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
     shifted = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
@@ -171,6 +175,7 @@ def non_inferiority(
     power: float = 0.8,
     noise: float = 0.0,
     score_range: float | None = None,
+    resampled: Floats | None = None,
     seed: Seed = 0,
 ) -> NonInferiority:
     """Decide whether a candidate is worse than a baseline by less than a margin.
@@ -191,6 +196,9 @@ def non_inferiority(
         power: what `items_to_decide` and `minimum_detectable_effect` are for.
         noise: a variance to add, from `noise_variance`.
         score_range: largest less smallest possible score; if not given, that of the scores at hand.
+        resampled: differences of the scores in resamples of the items, (n_resamples,), where these are no
+            means and `candidate` and `baseline` hold linear scores (see `aggregations`): their interval is
+            the BCa bootstrap's alone.
         seed: of the bootstrap.
 
     Raises:
@@ -209,8 +217,9 @@ def non_inferiority(
     if method == "tango":
         interval = _by_tango(difference, stratum, 1 - 2 * alpha)
     else:
-        bca = bca_interval(difference, stratum, 1 - 2 * alpha, n_resamples=N_RESAMPLES, seed=seed)
-        interval = _hull(bca, mean.interval(1 - 2 * alpha))
+        interval = bca_interval(difference, stratum, 1 - 2 * alpha, seed=seed, resampled=resampled)
+        if resampled is None:
+            interval = _hull(interval, mean.interval(1 - 2 * alpha))
     unseen = _unseen_weight(difference, stratum) * score_range
     least = -math.log(alpha) * unseen
     near = min(least, score_range)
