@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,13 @@ from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import Engine, EngineConfig, EngineKind
 from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
-from optimizer.evaluate import Evaluator, Measurement
+from optimizer.evaluate import ITEM_KEYS, Evaluator, Measurement
 from optimizer.gradients import has_slopes
 from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
 from optimizer.references import References, find_references
+from optimizer.reply_store import ReplyStore, StoredLM
 from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
 from optimizer.sensitivity import RECOMMENDED, anchor_points, measure_sensitivity
 from optimizer.suite import Split
@@ -69,6 +71,7 @@ class Bench:
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
+        self._replies = ReplyStore(run.path / "replies")
         self._broken_in_a_row = 0
         progress.at_work("starting the engine …")
         self.engine: Engine | None
@@ -108,13 +111,24 @@ class Bench:
             self.progress.say(candidate_line(name, None, 0.0, reason))
             return failed
 
+        if self.run.begin_attempt(name) > _ATTEMPTS and kind == "trial":
+            return fail(f"{_ATTEMPTS} attempts were cut off: the process was killed, or ran out of memory")
         try:
-            cost, measurement, faults = self._score(recipe, "search", fail)
-        except (TrialError, torch.OutOfMemoryError) as error:
+            cost, measurement, faults = self._score(
+                recipe, "search", lambda fault: self.progress.say(candidate_line(name, None, 0.0, fault))
+            )
+        except KeyboardInterrupt:
+            self.run.end_attempts(name)  # whoever stops a study says nothing of the candidate
+            raise
+        except Exception as error:  # a task's own code may raise anything
+            if isinstance(error, MergetuneError) and not isinstance(error, TrialError):
+                raise
             log.exception("%s failed", name)
+            is_ours = isinstance(error, (TrialError, torch.OutOfMemoryError))
+            reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
             if kind == "baseline":
-                raise MergetuneError(f"The baseline `{name}` cannot be measured: {error}") from error
-            return fail(str(error))
+                raise MergetuneError(f"The baseline `{name}` cannot be measured: {reason}") from error
+            return fail(reason)
         candidate = Candidate.model_validate({**fields, "cost": cost, "faults": faults})
         self.run.write_candidate(candidate, measurement)
         self.scores[name] = measurement.scores()
@@ -127,11 +141,12 @@ class Bench:
         if base is None or self.run.noise() is not None:
             return
         self.progress.at_work("the base once more")
-        cost, again, _ = self._score(base.recipe, "search", self.progress.say)
+        cost, again, _ = self._score(base.recipe, "search", self.progress.say, repeat=1)
         self.run.write_noise(again)
         first = self.run.measurement(selection.BASE, "search")
         assert first is not None  # measured before
-        n_differ = int((first["score"].to_numpy() != again.items["score"].to_numpy()).sum())
+        both = first.merge(again.items, on=ITEM_KEYS, suffixes=("", "_again"), validate="one_to_one")
+        n_differ = int((both["score"].fillna(0) != both["score_again"].fillna(0)).sum())
         self.progress.say(
             f"noise floor: the base once more, {cost.total_s:.1f} s; {n_differ} of {len(first)} items differ"
         )
@@ -218,16 +233,21 @@ class Bench:
         return self.engine
 
     def _score(
-        self, recipe: MergeRecipe, split: Split, on_fault: Callable[[str], object]
+        self, recipe: MergeRecipe, split: Split, on_fault: Callable[[str], object], repeat: int = 0
     ) -> tuple[Cost, Measurement, tuple[str, ...]]:
-        """Merge, load and score, once more where the engine breaks; returns its faults, too."""
+        """Merge, load and score, once more where the engine breaks; returns its faults, too.
+
+        Replies are kept as they come; those of a `repeat` stand apart.
+        """
+        name = f"{recipe.digest}-{repeat}" if repeat else recipe.digest
         faults: tuple[str, ...] = ()
         began, lost_s = time.perf_counter(), 0.0
         while True:
             try:
                 engine = self._living()
                 loaded = engine.load(recipe)
-                measurement = self.evaluator.measure(engine.lm, split)
+                lm = StoredLM(partial(getattr, engine, "lm"), engine.lm, self._replies, name)
+                measurement = self.evaluator.measure(lm, split)
             except EngineError as fault:
                 log.exception("the engine broke")
                 faults = (*faults, str(fault))

@@ -8,6 +8,8 @@ model.json        the base's layers and tensors, those each expert changes, and 
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+attempts.json     how often each candidate was begun
+replies/          what each candidate replied, by the digest of its recipe and of the request
 warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
@@ -50,7 +52,7 @@ from optimizer.yaml_io import Strict, write_text, write_yaml
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
-_FREE = {"budget", "finalists", "training_data"}  # may change when a study goes on
+_FREE = {"budget", "finalists", "training_data", "allow_flat_objectives"}  # may change when a study goes on
 
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
@@ -194,6 +196,22 @@ class RunDir:
         if measurement is not None:
             self.write_measurement(candidate.name, "search", measurement)
         write_text(self._file(candidate.name, "json"), candidate.model_dump_json(by_alias=True, indent=1))
+
+    def begin_attempt(self, name: str) -> int:
+        """Count an attempt at a candidate before it begins, and return which one it is.
+
+        So a candidate that ends the process is not tried for ever.
+        """
+        attempts = self.read_json("attempts.json") or {}
+        attempts[name] = attempts.get(name, 0) + 1
+        self.write_json("attempts.json", attempts)
+        return int(attempts[name])
+
+    def end_attempts(self, name: str) -> None:
+        """Forget the attempts at a candidate."""
+        attempts = self.read_json("attempts.json") or {}
+        attempts.pop(name, None)
+        self.write_json("attempts.json", attempts)
 
     def candidates(self) -> list[Candidate]:
         """Return the candidates in the order measured."""

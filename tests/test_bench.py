@@ -13,7 +13,7 @@ from test_study import write_study
 
 from optimizer.bench import Bench, write_facts
 from optimizer.engines.engine import EngineConfig
-from optimizer.errors import EngineError
+from optimizer.errors import EngineError, MergetuneError
 from optimizer.evaluate import Evaluator
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.progress import Progress
@@ -86,3 +86,33 @@ def test_other_versions_than_before_are_said(half: Inputs, tmp_path: Path) -> No
     with benched(half, tmp_path, printed):
         pass
     assert "was measured with torch 0.1 (now " in printed.getvalue()
+
+
+def test_what_a_tasks_own_code_raises_fails_the_trial_alone(
+    half: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_in(doc: object, replies: object) -> None:
+        raise ZeroDivisionError("of the task's own code")
+
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        task = next(iter(bench.evaluator.tasks.values())).task
+        with monkeypatch.context() as patched:
+            patched.setattr(task.config, "process_results", raise_in)
+            failed = bench.measure("trial", "trial-0001", at(half, 0.5), None)
+            with pytest.raises(MergetuneError, match="baseline `base` cannot be measured: ZeroDivisionError"):
+                bench.measure("baseline", "base", at(half, 0.0), None)
+        found = bench.measure("trial", "trial-0002", at(half, 1.0), None)
+    assert (failed.state, failed.reason) == ("failed", "ZeroDivisionError: of the task's own code")
+    assert found.state == "complete"
+
+
+def test_a_candidate_that_ends_the_process_is_tried_twice(half: Inputs, tmp_path: Path) -> None:
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        for _ in range(2):  # killed in the middle: the attempt was begun and never ended
+            bench.run.begin_attempt("trial-0001")
+        bench.run.begin_attempt("trial-0002")
+        poison = bench.measure("trial", "trial-0001", at(half, 0.5), None)
+        other = bench.measure("trial", "trial-0002", at(half, 1.0), None)
+    assert poison.state == "failed"
+    assert "2 attempts were cut off" in str(poison.reason)
+    assert other.state == "complete"
