@@ -55,6 +55,9 @@ class StudyConfig(Strict):
     `finalists` is how many merges, fixed before anything is looked at, are measured on the holdout
     split at the end.
 
+    After the baselines a study stops where an objective is flat (no expert is better than the base, or all
+    models score alike), since a search over it is wasted; `allow_flat_objectives` lets it go on.
+
     `vocabulary` says what becomes of tokens that experts added to the base's, everything else in the
     tokenizers being equal. Rows of embeddings and head are matched by token; a row of the base whose
     token an expert lacks is left as it is by that expert.
@@ -78,6 +81,7 @@ class StudyConfig(Strict):
     sampler: Annotated[SamplerConfig, KindAlone] = SamplerConfig()
     warm_start: Annotated[WarmStartConfig, KindAlone] = WarmStartConfig()
     finalists: int = Field(3, ge=1)
+    allow_flat_objectives: bool = False
     seed: int = Field(0, ge=0)
 
     @field_validator("training_data", mode="before")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
 from optimizer.descent import most_points
 from optimizer.engines.engine import EngineKind
-from optimizer.errors import TrialError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.export import write_merged
+from optimizer.flat_objectives import flat_objectives
 from optimizer.front_space import FrontSpace
 from optimizer.interrupts import Interrupts
 from optimizer.leakage import leakage_warnings
@@ -64,12 +66,13 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
     space = _bound(plan.space, inputs, plan.config.seed)
     finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
     fine = _bound(finer_space, inputs, plan.config.seed)
-    _check_search(plan, space, fine, inputs)
     evaluator = Evaluator(plan.suite)
+    plan = replace(plan, suite=evaluator.suite)
+    _check_search(plan, space, fine, inputs)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     run = RunDir(out)
     with (
-        run.claim(plan.record(inputs)),
+        run.claim(plan.record(inputs, evaluator.rules)),
         log_to(out / "run.log"),
         Progress(console) as progress,
         Interrupts() as interrupts,
@@ -81,6 +84,7 @@ def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind 
             try:
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+                _check_objectives(plan, bench)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()
                 n_trials = plan.config.budget.trials if run.spent_s() < _hours_s(plan) else 0
@@ -121,8 +125,25 @@ def _check_search(plan: Plan, space: SearchSpace, fine: SearchSpace, inputs: Inp
         try_sampler(plan.config.sampler, directions, around.distributions)
 
 
+def _check_objectives(plan: Plan, bench: Bench) -> None:
+    """Raise `MergetuneError` where a search would be wasted, unless the study file allows that."""
+    found = flat_objectives(bench.run, bench.scores, list(plan.config.experts))
+    if not found:
+        return
+    text = "A search cannot improve these objectives:\n" + "\n".join(found)
+    if plan.config.allow_flat_objectives or plan.config.budget.trials == 0:
+        bench.progress.say(f"warning: {text}")
+        return
+    raise MergetuneError(
+        f"{text}\nIf the items show that the suite is wrong (the scorer, the form of the answers, the "
+        "prompts), mend it and take a new run directory. If they are right, no merge of these experts can "
+        "gain there: make it a guard or leave it out, or say `allow_flat_objectives: true` in the study file "
+        f"and run again. Report so far: {write_report(bench.run)}"
+    )
+
+
 def _directions(plan: Plan) -> list[Direction]:
-    return [objective.direction for objective in plan.suite.config.objectives.values()]
+    return [objective.better for objective in plan.suite.config.objectives.values()]
 
 
 def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupts: Interrupts) -> None:
