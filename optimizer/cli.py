@@ -346,8 +346,8 @@ def check(
     from optimizer.check.run import CheckOptions, check_models, check_stored
     from optimizer.config import engine_options
     from optimizer.library import find
-    from optimizer.measurement_store import MeasurementStore, default_store
     from optimizer.model_under_test import open_model
+    from optimizer.reply_store import ReplyStore, default_store
     from optimizer.run_dir import write_parquet
     from optimizer.suite import read_suite
 
@@ -368,7 +368,7 @@ def check(
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:
         models = [open_model(reference, base, tokenizer) for reference in (candidate, baseline)]
-        kept = MeasurementStore(store) if store else default_store()
+        kept = ReplyStore(store) if store else default_store()
         checked = check_models(models[0], models[1], deployed, options, kept, _remark)
     result = checked.check
     if out is not None:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.lm_tasks import fix_fewshot, item_patterns, jsonl_task, lm_eval_tasks
-from optimizer.suite import Split, Suite, TaskConfig, split_of
-from optimizer.yaml_io import nearest
+from optimizer.aggregations import linear_scores
+from optimizer.bound_task import BoundTask, bind, direction_of
+from optimizer.errors import MergetuneError
+from optimizer.lm_requests import ask, filtered, make_requests
+from optimizer.lm_tasks import jsonl_task, lm_eval_tasks
+from optimizer.suite import Split, Suite, TaskConfig
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
 Documents = Mapping[str, Sequence[int]]  # by task, indices of its documents
+Requests = dict[str, dict[int, "list[Instance]"]]  # by task and document
 ITEM_KEYS = ["score_name", "task", "item"]  # the columns that name a row of a measurement
+COLUMNS = [*ITEM_KEYS, "score", "response", "aggregation", "parts", "rules"]  # all of them
 
 
 @dataclass(frozen=True)
@@ -41,64 +47,59 @@ class Measurement:
     """The per-item scores of one model on one split of a suite, and what they cost.
 
     `items` has a row per item: `score_name` (objective or guard), `task`, `item` (an id that depends
-    on the content only), `score` and `response`.
+    on the content only), `score` (NaN where the metric has no value for this item by design), `response`,
+    `rules` (a digest of how the item was asked and scored) and, where the task's metric is no mean of scores,
+    the `parts` that its `aggregation` takes; see `aggregations`.
     """
 
     items: pd.DataFrame
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """Return each objective's and guard's mean over its tasks of the mean over their items."""
-        return {
-            str(name): _mean_over_tasks(rows) for name, rows in self.items.groupby("score_name", sort=False)
-        }
-
-
-@dataclass(frozen=True)
-class BoundTask:
-    """An lm-eval task in its place in the suite, with the ids and splits of its documents."""
-
-    score_name: str
-    config: TaskConfig
-    task: Task
-    item_ids: tuple[str, ...]
-    splits: tuple[Split | None, ...]  # None: a few-shot example, in no split
-
-    def indices(self, split: Split) -> list[int]:
-        """Return the documents of a split."""
-        return [index for index, own in enumerate(self.splits) if own == split]
+        """Return each objective's and guard's mean over its tasks of their metrics."""
+        rows = linear_scores(self.items).assign(has_value=self.items["score"].notna())
+        return {str(name): _mean_over_tasks(own) for name, own in rows.groupby("score_name", sort=False)}
 
 
 class Evaluator:
     """A suite made ready once a study: its lm-eval tasks are built and its items split.
 
+    Its `suite` has every direction settled.
+
     Raises:
-        MergetuneError: a task is unknown or its data cannot be had, or has fewer than two items in a split.
+        MergetuneError: a task is unknown, its data cannot be had, or it has fewer than two items in a split;
+            or a metric, a filter or a direction does not fit its task.
     """
 
     def __init__(self, suite: Suite) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.suite = suite
-        self._tasks: dict[str, BoundTask] = {}
-        for score_name, score in suite.config.scores.items():
-            for config in score.tasks:
-                self._add(score_name, config)
+        self._tasks = {bound.name: bound for bound in _bound_tasks(suite)}
+        self.suite = replace(suite, config=_settled(suite, list(self._tasks.values())))
         self._check_splits()
+        # By what renders the prompts: these do not depend on the weights.
+        self._requests: weakref.WeakKeyDictionary[object, Requests] = weakref.WeakKeyDictionary()
 
     @property
     def tasks(self) -> dict[str, BoundTask]:
         """The tasks by name, each in its place in the suite."""
         return self._tasks
 
+    @property
+    def rules(self) -> str:
+        """A digest of everything that makes a score, beside the items, the model and its engine."""
+        rules = {name: [bound.score_name, bound.rules] for name, bound in self._tasks.items()}
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
     def count(self, split: Split) -> int:
         """Count the items of a split."""
         return sum(len(bound.indices(split)) for bound in self._tasks.values())
 
     def documents(self, split: Split | Literal["all"]) -> Documents:
-        """Return the documents of a split, or of both."""
+        """Return the documents of a split, or of both, in ascending order."""
         splits: list[Split] = ["search", "holdout"] if split == "all" else [split]
         return {
-            name: [index for each in splits for index in bound.indices(each)]
+            name: sorted(index for each in splits for index in bound.indices(each))
             for name, bound in self._tasks.items()
         }
 
@@ -107,29 +108,36 @@ class Evaluator:
         return self.measure_documents(lm, self.documents(split))
 
     def measure_documents(self, lm: LM, documents: Documents) -> Measurement:
-        """Score a model on some of the items.
+        """Score a model on some of the items; rows come in the suite's order, whichever order was given.
 
         Raises:
             TrialError: a score is not a finite number.
+            MergetuneError: a prompt does not fit the model, or a metric has no number.
         """
-        from lm_eval.evaluator import evaluate
-
         start = time.perf_counter()
-        wanted = {name: (self._tasks[name], indices) for name, indices in documents.items() if indices}
-        results = evaluate(
-            lm=lm,
-            task_dict={"tasks": {name: bound.task for name, (bound, _) in wanted.items()}, "groups": {}},
-            samples={name: list(indices) for name, (_, indices) in wanted.items()},
-            bootstrap_iters=0,
-            apply_chat_template=self.suite.config.chat_template,
-            fewshot_as_multiturn=self.suite.config.chat_template,
-        )
-        rows = [
-            _row(bound, sample)
-            for name, (bound, _) in wanted.items()
-            for sample in _one_filter(results["samples"][name], bound.config.filter)
-        ]
-        return Measurement(pd.DataFrame(rows), time.perf_counter() - start)
+        requests = self.requests(lm, documents)
+        ask(lm, [request for own in requests.values() for each in own.values() for request in each])
+        rows = [row for name, own in requests.items() for row in _rows(self._tasks[name], own)]
+        return Measurement(pd.DataFrame(rows, columns=COLUMNS), time.perf_counter() - start)
+
+    def requests(self, lm: LM, documents: Documents) -> Requests:
+        """Return what is asked of a model, by task and document, both in the suite's order.
+
+        Raises:
+            MergetuneError: prompts do not fit the model, and the suite does not say to cut them off.
+        """
+        known = self._requests.setdefault(getattr(lm, "renderer", lm), {name: {} for name in self._tasks})
+        wanted = {name: sorted(set(documents[name])) for name in self._tasks if documents.get(name)}
+        lm.truncate = self.suite.config.truncate
+        new: Requests = {}
+        for name, indices in wanted.items():
+            bound, unknown = self._tasks[name], [index for index in indices if index not in known[name]]
+            new[name] = make_requests(bound.task, bound.docs, unknown, lm, self.suite.config)
+        if self.suite.config.truncate == "refuse":
+            self._check_lengths(lm, new)
+        for name, own in new.items():
+            known[name] |= own
+        return {name: {index: known[name][index] for index in own} for name, own in wanted.items()}
 
     def items(self) -> pd.DataFrame:
         """Return a row per item of the suite: its id, its place, its split, prompt and target."""
@@ -139,42 +147,34 @@ class Evaluator:
                 "task": name,
                 "item": bound.item_ids[index],
                 "split": split,
-                "prompt": _prompt(bound.task, doc),
-                "target": _target_text(bound, doc),
+                "prompt": bound.prompt(index),
+                "target": bound.target(index),
             }
             for name, bound in self._tasks.items()
-            for index, (doc, split) in enumerate(zip(bound.task.eval_docs, bound.splits, strict=False))
+            for index, split in enumerate(bound.splits)
             if split is not None
         ]
         return pd.DataFrame(rows)
 
-    def keys(self, documents: Documents) -> pd.DataFrame:
-        """Return a row per document: score_name, task, document (its index), item and key.
-
-        The key is a digest of all that the answer depends on beside the model: the rendered document,
-        the examples before it, the task's settings, and what version of the code scores it.
-        """
-        rows = []
-        for name, indices in documents.items():
-            bound = self._tasks[name]
-            settings = _settings(bound, self.suite.config.chat_template)
-            for index in indices:
-                text = [settings, bound.item_ids[index], _prompt(bound.task, bound.task.eval_docs[index])]
-                key = hashlib.sha256("\0".join(text).encode()).hexdigest()
-                rows.append((bound.score_name, name, index, bound.item_ids[index], key))
-        return pd.DataFrame(rows, columns=["score_name", "task", "document", "item", "key"])
-
-    def _add(self, score_name: str, config: TaskConfig) -> None:
-        if config.items is not None:
-            name = f"{score_name}:{config.items}"
-            loaded = {name: jsonl_task(name, config, self.suite.items)}
-        else:
-            assert config.lm_eval is not None  # TaskConfig
-            loaded = lm_eval_tasks(config.lm_eval, self.suite)
-        for name, task in loaded.items():
-            if name in self._tasks:
-                raise MergetuneError(f"{self.suite.path}: the task `{name}` is used twice; use it once.")
-            self._tasks[name] = _bind(score_name, config, task, self.suite.config.holdout)
+    def _check_lengths(self, lm: LM, requests: Requests) -> None:
+        excess_tokens = getattr(lm, "excess_tokens", None)  # lm-eval's own models have none
+        if excess_tokens is None:
+            return
+        long = {
+            name: [most for own in asked.values() if (most := max(map(excess_tokens, own))) > 0]
+            for name, asked in requests.items()
+        }
+        if said := [
+            f"{len(own)} of {len(requests[name])} items of `{name}` (by up to {max(own)} tokens)"
+            for name, own in long.items()
+            if own
+        ]:
+            raise MergetuneError(
+                f"{self.suite.path}: every prompt and its reply must fit the model's length, "
+                f"{lm.max_length} tokens, but these are longer: {', '.join(said)}. Shorten them, give the "
+                "engine a greater `max_length` if the model has one, or say `truncate: left` in the suite, "
+                "which cuts off the beginnings of prompts."
+            )
 
     def _check_splits(self) -> None:
         splits: list[Split] = ["search", "holdout"] if self.suite.config.holdout else ["search"]
@@ -189,110 +189,63 @@ class Evaluator:
                     )
 
 
-def _bind(score_name: str, config: TaskConfig, task: Task, holdout: float) -> BoundTask:
-    if config.num_fewshot is not None:
-        task.set_config("num_fewshot", config.num_fewshot)
-    n_shared = fix_fewshot(task)
-    docs = list(task.eval_docs)[: config.limit]
-    splits = [None if i < n_shared else split_of(_question(task, doc), holdout) for i, doc in enumerate(docs)]
-    return BoundTask(score_name, config, task, tuple(_item_ids(docs)), tuple(splits))
+def _bound_tasks(suite: Suite) -> Iterator[BoundTask]:
+    """Build every task of a suite, each with a name of its own."""
+    found = [
+        (score_name, config, task)
+        for score_name, score in suite.config.scores.items()
+        for config in score.tasks
+        for task in _load(score_name, config, suite)
+    ]
+    uses = Counter(task.task_name for _, _, task in found)
+    names: set[str] = set()
+    for score_name, config, task in found:
+        name = str(task.task_name)
+        if uses[name] > 1:  # one task may be scored by several metrics, or stand in several scores
+            of = config.metric or (config.scorer.kind if config.scorer else None)
+            name = ":".join(
+                filter(None, (score_name, name.removeprefix(f"{score_name}:"), of, config.filter))
+            )
+        if name in names:
+            raise MergetuneError(f"{suite.path}: the task `{name}` is used twice; use it once.")
+        names.add(name)
+        try:
+            yield bind(name, score_name, config, task, suite.config)
+        except MergetuneError as error:
+            raise MergetuneError(f"{suite.path}: {error}") from error
 
 
-def _settings(bound: BoundTask, chat_template: bool) -> str:
-    """Write down how a task asks and scores, whichever its documents."""
-    task = bound.task
-    examples = list(task.fewshot_docs())[: task.config.num_fewshot] if task.config.num_fewshot else []
-    data = {
-        "suite": bound.config.model_dump(mode="json", exclude={"items", "limit", "fewshot_items"}),
-        "task": task.dump_config() if bound.config.items is None else None,
-        "version": [str(task.VERSION), *map(importlib.metadata.version, ("lm-eval", "mergetune"))],
-        "examples": examples,
-        "chat_template": chat_template,
-    }
-    return json.dumps(data, sort_keys=True, default=str)
+def _load(score_name: str, config: TaskConfig, suite: Suite) -> list[Task]:
+    if config.items is not None:
+        return [jsonl_task(f"{score_name}:{config.items}", config, suite.items)]
+    assert config.lm_eval is not None  # TaskConfig
+    return list(lm_eval_tasks(config.lm_eval, suite).values())
 
 
-def _prompt(task: Task, doc: Any) -> str:
-    """Return the document's own part of the prompt."""
-    text = task.doc_to_text(doc)
-    return text if isinstance(text, str) else json.dumps(doc, sort_keys=True, default=str)
+def _settled(suite: Suite, tasks: Sequence[BoundTask]) -> Any:
+    """Return the suite's file with every direction settled."""
+    config = suite.config
+
+    def settled(name: str, score: Any) -> Any:
+        own = [bound for bound in tasks if bound.score_name == name]
+        try:
+            return score.model_copy(update={"direction": direction_of(name, score, own)})
+        except MergetuneError as error:
+            raise MergetuneError(f"{suite.path}: {error}") from error
+
+    return config.model_copy(
+        update={
+            "objectives": {name: settled(name, score) for name, score in config.objectives.items()},
+            "guards": {name: settled(name, score) for name, score in config.guards.items()},
+        }
+    )
 
 
-def _question(task: Task, doc: Any) -> str:
-    """Return prompt and choices: what decides the split, so that one question in two tasks has one."""
-    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
-    return "\n".join([_prompt(task, doc), *map(str, choices)])
-
-
-def _item_ids(docs: Sequence[Any]) -> list[str]:
-    """Return an id per document from its content; repeated documents are numbered."""
-    from lm_eval.utils import hash_string
-
-    seen: dict[str, int] = {}
-    ids = []
-    for doc in docs:
-        digest = hash_string(json.dumps(doc, sort_keys=True, default=str))[:16]
-        seen[digest] = seen.get(digest, 0) + 1
-        ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
-    return ids
-
-
-def _one_filter(samples: list[dict[str, Any]], chosen: str | None) -> list[dict[str, Any]]:
-    """lm-eval gives a row per filter: keep one filter's, the first where none was chosen."""
-    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-    if chosen is not None and chosen not in filters:
-        raise MergetuneError(f"The task has no filter `{chosen}`.{nearest(chosen, filters)}")
-    return [sample for sample in samples if sample["filter"] == (chosen or filters[0])]
-
-
-def _row(bound: BoundTask, sample: dict[str, Any]) -> dict[str, Any]:
-    metric = bound.config.metric or sample["metrics"][0]
-    if metric not in sample:
-        raise MergetuneError(
-            f"The task `{bound.task.task_name}` has no metric `{metric}`.{nearest(metric, sample['metrics'])}"
-        )
-    score = sample[metric]
-    if not isinstance(score, (int, float)):
-        raise MergetuneError(
-            f"`{metric}` of `{bound.task.task_name}` has no number per item, but {score!r}. "
-            "Choose a metric that is a mean over items, such as `acc` or `exact_match`."
-        )
-    if not math.isfinite(score) or _has_nan(sample):
-        raise TrialError(f"`{bound.task.task_name}`: the model's scores or log-likelihoods are NaN.")
-    return {
-        "score_name": bound.score_name,
-        "task": bound.task.task_name,
-        "item": bound.item_ids[sample["doc_id"]],
-        "score": float(score),
-        "response": _response(sample),
-    }
-
-
-def _has_nan(sample: dict[str, Any]) -> bool:
-    """Say whether a log-likelihood is NaN: the likeliest choice would then be the first one."""
-    return any(isinstance(reply, tuple) and math.isnan(reply[0]) for reply in sample["filtered_resps"])
-
-
-def _response(sample: dict[str, Any]) -> str:
-    """Return what the model said: its reply, or the likeliest of the choices."""
-    replies = sample["filtered_resps"]
-    if isinstance(replies[0], str):
-        return replies[0]
-    if isinstance(replies[0], tuple):
-        best = max(range(len(replies)), key=lambda i: replies[i][0])
-        return str(sample["arguments"][best][1]).strip()
-    return str(replies[0])
-
-
-def _target_text(bound: BoundTask, doc: Any) -> str:
-    """Return what an item asks for in words: its answer, or the patterns that its score counts."""
-    task, scorer = bound.task, bound.config.scorer
-    if scorer is not None and scorer.kind == "regex":
-        return "\n".join(["the share met of these patterns:", *scorer.patterns, *item_patterns(doc)])
-    target = task.doc_to_target(doc)
-    if isinstance(target, int) and task.config.doc_to_choice is not None:
-        return str(task.doc_to_choice(doc)[target])
-    return str(target)
+def _rows(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> Iterator[dict[str, Any]]:
+    """Score what a task's documents were replied."""
+    results = filtered(bound.task, requests, bound.filter)
+    for index, own in requests.items():
+        yield bound.row(index, own, results[index])
 
 
 def _mean_over_tasks(rows: pd.DataFrame) -> Score:
@@ -302,4 +255,4 @@ def _mean_over_tasks(rows: pd.DataFrame) -> Score:
     """
     by_task = rows.groupby("task")["score"].agg(["mean", "var", "size"])
     variance = (by_task["var"].fillna(math.inf) / by_task["size"]).sum() / len(by_task) ** 2
-    return Score(float(by_task["mean"].mean()), math.sqrt(variance), len(rows))
+    return Score(float(by_task["mean"].mean()), math.sqrt(variance), int(rows["has_value"].sum()))

@@ -115,12 +115,12 @@ def lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
     return tasks
 
 
-def fix_fewshot(task: Task) -> int:
+def fix_fewshot(task: Task, docs: Sequence[Any]) -> int:
     """Give every item the same few-shot examples, whichever items run.
 
     lm-eval draws them at random in the order in which items run, so that a subset would see other
     prompts than the whole. The first n examples are taken instead. Returns how many of the first
-    evaluation documents serve as examples; they belong to no split, for the answer would be shown.
+    documents to evaluate, `docs`, serve as examples; they belong to no split, for the answer would be shown.
     """
     from lm_eval.api.samplers import FirstNSampler
 
@@ -130,4 +130,4 @@ def fix_fewshot(task: Task) -> int:
         return 0
     pool = list(task.fewshot_docs())
     task.sampler = FirstNSampler(pool)
-    return n if pool[:n] == list(task.eval_docs)[:n] else 0
+    return n if pool[:n] == list(docs[:n]) else 0

@@ -1,11 +1,11 @@
-"""The meter: one model's answers to any items of a suite, measured once and kept."""
+"""The meter: one model's scores on any items of a suite, its replies asked for once and kept."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -14,25 +14,25 @@ import pandas as pd
 from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import ITEM_KEYS, Documents, Evaluator
-from optimizer.measurement_store import MeasurementStore, no_answers
-from optimizer.model_under_test import ModelUnderTest
+from optimizer.evaluate import Documents, Evaluator
+from optimizer.lm_requests import request_key
+from optimizer.model_under_test import LocalModel, ModelUnderTest
+from optimizer.reply_store import ReplyStore, StoredLM
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-_AT_A_TIME = 512  # items between two writes to the store
-_HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib", "server"}  # to answers
+_HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib", "server"}  # to replies
 
 
 class Meter:
-    """Measures a model; its engine starts when the first item comes that the store does not hold.
+    """Measures a model; its engine starts when the first item comes that the store has no reply to.
 
     Args:
         model: what is measured.
         config: the engine's options; `kind` settled, or measurements of two engines would mix.
         evaluator: the suite.
-        store: where answers are kept; None, and a served model, which may change unseen: nowhere.
+        store: where replies are kept; None, and a served model, which may change unseen: nowhere.
         repeat: 1 for a second measurement of the same model, kept apart from the first.
         say: is told which engine runs.
     """
@@ -42,14 +42,14 @@ class Meter:
         model: ModelUnderTest,
         config: EngineConfig,
         evaluator: Evaluator,
-        store: MeasurementStore | None,
+        store: ReplyStore | None,
         say: Callable[[str], None],
         repeat: int = 0,
     ) -> None:
         self.model, self._config, self._evaluator, self._say = model, config, evaluator, say
-        self._store = store if model.digest is not None else None
-        self._name = _name(model.digest, config, repeat) if model.digest is not None else ""
+        self._store, self._repeat = store, repeat
         self._engine = ExitStack()
+        self._running: LM | None = None
         self._lm: LM | None = None
         self.n_measured = 0
 
@@ -58,51 +58,46 @@ class Meter:
         self._engine.close()
 
     def measure(self, documents: Documents) -> pd.DataFrame:
-        """Return score_name, task, item, score and response of every document, in their order.
+        """Return a measurement's rows of these documents, in the suite's order; see `Measurement`.
 
         Raises:
             StartError: the model cannot be started.
-            MergetuneError: it cannot be scored; what was measured before is kept.
+            MergetuneError: it cannot be scored; what was replied before is kept.
         """
-        wanted = self._evaluator.keys(documents)
-        known = self._known(wanted)
-        missing = wanted[~wanted["key"].isin(known["key"])]
-        once = missing.drop_duplicates("key")  # an item may stand in several scores
-        known = pd.concat([known, *(self._measure(part) for part in _parts(once))])
-        self.n_measured += len(missing)
-        rows = wanted.merge(known, on="key", how="left", validate="many_to_one")
-        return rows[[*ITEM_KEYS, "score", "response"]]
+        if self._lm is None:
+            self._lm = self._made()
+        asked = set(getattr(self._lm, "asked", ()))
+        found = self._evaluator.measure_documents(self._lm, documents).items
+        self.n_measured += self._count_new(documents, asked)
+        return found
 
-    def _known(self, wanted: pd.DataFrame) -> pd.DataFrame:
-        if self._store is None:
-            return no_answers()
-        known = self._store.read(self._name)
-        return known[known["key"].isin(wanted["key"])]
+    def _made(self) -> LM:
+        """Return the model as lm-eval sees it, between it and the engine the store if there is one."""
+        if self._store is None or not isinstance(self.model, LocalModel):
+            return self._started()
+        name = _name(self.model.digest, self._config, self._repeat)
+        return StoredLM(self._started, self.model.prompts(), self._store, name)
 
-    def _measure(self, rows: pd.DataFrame) -> pd.DataFrame:
-        documents = {str(task): list(own["document"]) for task, own in rows.groupby("task", sort=False)}
-        found = self._evaluator.measure_documents(self._started(), documents).items
-        answers = rows.merge(found, on=["task", "item"])[["key", "score", "response"]]
-        if self._store is not None:
-            self._store.add(self._name, answers)
-        return answers
+    def _count_new(self, documents: Documents, asked_before: set[str]) -> int:
+        """Count the items for which something was asked that the store did not hold."""
+        if not isinstance(self._lm, StoredLM):
+            return sum(map(len, documents.values()))
+        new = {key.partition("-")[0] for key in self._lm.asked - asked_before}
+        requests = self._evaluator.requests(self._lm, documents)
+        items = [own for asked in requests.values() for own in asked.values()]
+        return sum(any(request_key(request) in new for request in own) for own in items)
 
     def _started(self) -> LM:
-        if self._lm is None:
+        if self._running is None:
             try:
-                self._lm = self._engine.enter_context(self.model.started(self._config, self._say))
+                self._running = self._engine.enter_context(self.model.started(self._config, self._say))
             except MergetuneError as error:
                 raise StartError(str(error)) from error
-        return self._lm
-
-
-def _parts(missing: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    for start in range(0, len(missing), _AT_A_TIME):
-        yield missing.iloc[start : start + _AT_A_TIME]
+        return self._running
 
 
 def _name(digest: str, config: EngineConfig, repeat: int) -> str:
-    """Return the digest of a model together with what computes its answers."""
+    """Return the digest of a model together with what computes its replies."""
     library = installed_version() if config.kind == "vllm" else importlib.metadata.version("transformers")
     settings = config.model_dump(mode="json", exclude=_HARMLESS)
     text = json.dumps([digest, settings, library, importlib.metadata.version("torch"), repeat])

@@ -23,6 +23,8 @@ from optimizer.recipe import MergeRecipe
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from optimizer.engines.completions import TokenizerPrompts
+
 _REQUESTS = 32  # under way at a time, unless told otherwise
 _IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
 _RELEVANT = (".json", ".jinja", ".model", ".txt")
@@ -48,6 +50,14 @@ class LocalModel:
             if file.suffix in _RELEVANT and file.name not in _IRRELEVANT:
                 total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
         return total.hexdigest()
+
+    def prompts(self) -> TokenizerPrompts:
+        """Return what renders its prompts, as every engine does; nothing is started for that."""
+        from transformers import AutoTokenizer
+
+        from optimizer.engines.completions import TokenizerPrompts
+
+        return TokenizerPrompts(AutoTokenizer.from_pretrained(self.folder))
 
     @contextmanager
     def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:

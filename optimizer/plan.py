@@ -91,8 +91,11 @@ class Plan:
         run.check_own()
         return open_inputs(base, experts, self.config.vocabulary, run.extended_base)
 
-    def record(self, inputs: Inputs) -> StudyRecord:
-        """Return what the run directory keeps of the study: hub ids pinned, absolute paths, digests."""
+    def record(self, inputs: Inputs, rules: str) -> StudyRecord:
+        """Return what the run directory keeps of the study: hub ids pinned, absolute paths, digests.
+
+        `rules` is that of everything that makes a score; see `Evaluator.rules`.
+        """
         sources = {"base": inputs.base_source, **inputs.expert_sources}
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
@@ -109,6 +112,7 @@ class Plan:
             suite_config=self.suite.config,
             digests={
                 "suite": self.suite.digest,
+                "rules": rules,
                 "search_space": hashlib.sha256(space_text.encode()).hexdigest(),
                 **{name: source.digest or "" for name, source in sources.items()},
             },

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import Task
 
-    from optimizer.evaluate import BoundTask, Evaluator
+    from optimizer.bound_task import BoundTask
+    from optimizer.evaluate import Evaluator
 
 # A reply is a reference from this share of the best score of its task on: it shows most of the skill.
 SUFFICIENT = 0.75

@@ -11,6 +11,9 @@ from pydantic import model_validator
 
 from optimizer.yaml_io import Regex, Strict
 
+# Raise it where a reply may get another score than before: measurements name the rules they were made by.
+SCORERS_VERSION = 2
+
 ScorerKind = Literal["exact", "contains", "regex", "json", "choice"]
 
 

@@ -153,15 +153,16 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
         write_merged(plan.out, soup_recipe(list(plan.models), inputs), inputs)
         return None
     evaluator = Evaluator(plan.study.suite)
+    study = replace(plan.study, suite=evaluator.suite)
     with (
-        run.claim(plan.study.record(inputs)),
+        run.claim(study.record(inputs, evaluator.rules)),
         log_to(run.path / "run.log"),
         Progress(console) as progress,
     ):
         write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
-        with closing(Bench(plan.study.config.engine, inputs, evaluator, run, progress)) as bench:
+        with closing(Bench(study.config.engine, inputs, evaluator, run, progress)) as bench:
             try:
                 tasting = _choose(plan, bench, inputs)
                 _confirm(plan, bench, tasting.soup)

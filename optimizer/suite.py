@@ -57,15 +57,26 @@ class TaskConfig(Strict):
 
 
 class ScoreConfig(Strict):
-    """What objectives and guards share: the tasks whose mean score it is, and the better direction."""
+    """What objectives and guards share: the tasks whose mean score it is, and the better direction.
+
+    Every task counts alike in the mean, however many items it has; so do the tasks of an lm-eval group.
+    `direction` is the task's own unless given, and `maximize` for JSONL items. One that contradicts an
+    lm-eval task is an error, unless `against_task` says that it is meant, as where a skill is unlearned.
+    """
 
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    direction: Direction = "maximize"
+    direction: Direction | None = None
+    against_task: bool = False
+
+    @property
+    def better(self) -> Direction:
+        """Return the direction, settled."""
+        return self.direction or "maximize"
 
     @property
     def sign(self) -> int:
         """Return +1 where a higher score is better, else -1."""
-        return 1 if self.direction == "maximize" else -1
+        return 1 if self.better == "maximize" else -1
 
 
 class ObjectiveConfig(ScoreConfig):
@@ -90,10 +101,17 @@ class GuardConfig(ScoreConfig):
 
 
 class SuiteConfig(Strict):
-    """The file of a suite. `holdout` is the share of the items that the search never sees."""
+    """The file of a suite. `holdout` is the share of the items that the search never sees.
+
+    `system: merge_into_user` writes system messages before the first user message, for models whose chat
+    template takes none. `truncate` says what becomes of a prompt that is too long: `refuse` ends with an
+    error before any work, `left` cuts off its beginning.
+    """
 
     description: str
     chat_template: bool
+    system: Literal["message", "merge_into_user"] = "message"
+    truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
     include_path: str | None = None
     objectives: dict[str, ObjectiveConfig] = Field(min_length=1)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pandas as pd
 import pytest
 import yaml
 from helpers import fine_tune
@@ -22,9 +21,9 @@ from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import Evaluator
 from optimizer.library import shared_folder
-from optimizer.measurement_store import MeasurementStore
 from optimizer.meter import Meter
 from optimizer.model_under_test import open_model
+from optimizer.reply_store import ReplyStore
 from optimizer.suite import Suite, read_suite
 
 ENGINE = EngineConfig(kind="transformers")
@@ -65,7 +64,7 @@ def checked(
     models = [open_model(str(path)) for path in (candidate, baseline)]
     say = said.append if said is not None else print
     settings = CheckOptions(engine=ENGINE, **options)
-    return check_models(models[0], models[1], suite, settings, MeasurementStore(store), say)
+    return check_models(models[0], models[1], suite, settings, ReplyStore(store), say)
 
 
 def test_a_model_passes_against_itself_and_is_measured_once(
@@ -104,14 +103,16 @@ def test_new_items_are_measured_alone(tiny_base: Path, suite: Suite, tmp_path: P
     assert "110 items measured, 40 known before" in said[-2]
 
 
-def test_another_way_to_ask_is_measured_anew(tiny_base: Path, tmp_path: Path) -> None:
+def test_another_scorer_costs_no_inference_and_another_way_to_ask_does(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
-    for scorer, n_known in (("exact", 0), ("contains", 0), ("exact", 10)):
-        task = {"items": "items.jsonl", "scorer": scorer, "max_new_tokens": 4}
+    for scorer, longest, n_known in (("exact", 4, 0), ("contains", 4, 10), ("exact", 5, 0), ("exact", 4, 10)):
+        task = {"items": "items.jsonl", "scorer": scorer, "max_new_tokens": longest}
         suite = write_suite(tmp_path, ["?"] * 10, objectives={"counting": {"tasks": [task]}})
         evaluator = Evaluator(suite)
         model = open_model(str(tiny_base))
-        with closing(Meter(model, ENGINE, evaluator, MeasurementStore(store), print)) as meter:
+        with closing(Meter(model, ENGINE, evaluator, ReplyStore(store), print)) as meter:
             meter.measure(evaluator.documents("all"))
         assert meter.n_measured == 10 - n_known
 
@@ -126,33 +127,6 @@ def test_another_chat_template_is_another_model(tiny_base: Path, tmp_path: Path)
     template = copy / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     assert open_model(str(copy)).digest != first.digest
-
-
-def test_what_was_measured_before_an_error_is_kept(
-    tiny_base: Path, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("optimizer.meter._AT_A_TIME", 40)
-    evaluator = Evaluator(suite)
-    store = MeasurementStore(tmp_path)
-
-    def meter() -> Meter:
-        return Meter(open_model(str(tiny_base)), ENGINE, evaluator, store, print)
-
-    measure, n_calls = evaluator.measure_documents, 0
-
-    def break_down(lm: object, documents: object) -> object:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 3:
-            raise MergetuneError("out of memory")
-        return measure(lm, documents)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(evaluator, "measure_documents", break_down)
-    with closing(meter()) as broken, pytest.raises(MergetuneError, match="out of memory"):
-        broken.measure(evaluator.documents("all"))
-    with closing(meter()) as again:
-        assert len(again.measure(evaluator.documents("all"))) == 150
-    assert again.n_measured == 150 - 80
 
 
 @pytest.mark.parametrize("candidate", ["tiny_base", "damaged"])
@@ -241,19 +215,12 @@ def test_training_files_of_one_name_are_both_looked_at(tiny_base: Path, suite: S
     ]
 
 
-def test_the_store_forgets_nothing_when_two_write(tmp_path: Path) -> None:
-    store = MeasurementStore(tmp_path)
-    for keys in (["a", "b"], ["b", "c"]):
-        store.add("model", pd.DataFrame({"key": keys, "score": 1.0, "response": ""}))
-    assert store.read("model")["key"].tolist() == ["a", "b", "c"]
-
-
 def test_auto_falls_back_for_both_models(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:
     """vLLM's attention on CPUs takes no heads of 8, as the tiny model has: the first request fails."""
     pytest.importorskip("vllm")
     models = [open_model(str(tiny_base))] * 2
     said: list[str] = []
-    found = check_models(models[0], models[1], suite, CheckOptions(), MeasurementStore(tmp_path), said.append)
+    found = check_models(models[0], models[1], suite, CheckOptions(), ReplyStore(tmp_path), said.append)
     assert found.check.verdict == "pass"
     assert any("transformers for both, since vLLM did not start" in line for line in said)
 

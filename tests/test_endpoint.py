@@ -34,8 +34,8 @@ from optimizer.engines.engine import EngineConfig
 from optimizer.engines.quiet_hflm import QuietHFLM
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
-from optimizer.measurement_store import MeasurementStore
 from optimizer.model_under_test import open_model
+from optimizer.reply_store import ReplyStore
 from optimizer.suite import Suite, read_suite
 
 TWINS = (70, 71)  # tokens whose logits are always the same
@@ -247,7 +247,7 @@ def test_a_suite_measures_as_with_transformers(served: Served, tmp_path: Path, c
 
 
 def test_a_served_model_is_checked_as_it_is_now(served: Served, tmp_path: Path) -> None:
-    suite, store = write_suite(tmp_path, True), MeasurementStore(tmp_path / "store")
+    suite, store = write_suite(tmp_path, True), ReplyStore(tmp_path / "store")
     options = CheckOptions(engine=EngineConfig(kind="transformers"))
     models = open_model(f"{served.url}#{Endpoint(served.url).model}"), open_model(str(served.folder))
     for n_known in (0, 12):  # of the directory's items; the server may serve another model by now

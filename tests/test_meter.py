@@ -11,16 +11,16 @@ import yaml
 
 from optimizer.engines.engine import EngineConfig
 from optimizer.evaluate import Evaluator
-from optimizer.measurement_store import MeasurementStore
 from optimizer.meter import Meter
 from optimizer.model_under_test import open_model
+from optimizer.reply_store import ReplyStore
 from optimizer.suite import read_suite
 
 
 def test_an_item_of_two_scores_is_asked_once(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimizer.meter._AT_A_TIME", 8)
+    monkeypatch.setattr("optimizer.reply_store._AT_A_TIME", 8)
     items = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(12)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     task = {"items": "items.jsonl", "scorer": "choice"}
@@ -33,7 +33,7 @@ def test_an_item_of_two_scores_is_asked_once(
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
-    model, store = open_model(str(tiny_base)), MeasurementStore(tmp_path / "store")
+    model, store = open_model(str(tiny_base)), ReplyStore(tmp_path / "store")
     config = EngineConfig(kind="transformers")
     with closing(Meter(model, config, evaluator, store, print)) as meter:
         found = meter.measure(evaluator.documents("all")).set_index("score_name")["score"]

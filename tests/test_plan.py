@@ -10,6 +10,7 @@ from helpers import COMMIT, cache_model
 from test_study import write_study
 
 from optimizer.errors import MergetuneError
+from optimizer.evaluate import Evaluator
 from optimizer.plan import Plan
 from optimizer.run_dir import RunDir, StudyRecord
 
@@ -25,7 +26,7 @@ def study(hub_cache: Path, tiny_base: Path, tiny_experts: dict[str, Path], tmp_p
 
 def record(study_file: Path) -> StudyRecord:
     plan = Plan.read(study_file)
-    return plan.record(plan.open_inputs())
+    return plan.record(plan.open_inputs(), Evaluator(plan.suite).rules)
 
 
 def claim(study: StudyRecord, run: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from synthetic_run import Plan, write_run
 
 from optimizer.config import Budget
 from optimizer.errors import MergetuneError
-from optimizer.measurement_store import MeasurementStore
+from optimizer.reply_store import ReplyStore
 from optimizer.run_dir import RunDir, StudyRecord
 
 
@@ -106,8 +105,8 @@ def test_a_broken_file_is_named_with_the_remedy(
 
 
 def test_a_broken_file_of_the_store_is_named_too(tmp_path: Path) -> None:
-    store = MeasurementStore(tmp_path)
-    store.add("model", pd.DataFrame({"key": ["a"], "score": [1.0], "response": [""]}))
+    store = ReplyStore(tmp_path)
+    store.add("model", {"a": "yes"})
     (tmp_path / "model.parquet").write_text("no parquet")
     with pytest.raises(MergetuneError, match=r"model\.parquet: cannot be read .*Delete it"):
         store.read("model")

@@ -51,6 +51,10 @@ def measure_until_clear(
     tasks = {
         str(name): list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)
     }
+    # The bounds of a look are of means: a score that is none is measured to its end.
+    aggregations = {
+        name: {evaluator.tasks[task].aggregation.name for task in own} for name, own in tasks.items()
+    }
     looks: dict[str, Look] = {}
     frames: list[pd.DataFrame] = []
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
@@ -64,10 +68,16 @@ def measure_until_clear(
                 open_scores.remove(name)
                 looks.pop(name, None)
                 continue
+            if aggregations[name] != {"mean"}:
+                continue
             n_rounds = min(end, *sizes)
-            differences = [_gains(measured, baseline, task)[:n_rounds] for task in tasks[name]]
+            differences = [
+                _gains(measured, baseline, task, [evaluator.tasks[task].item_ids[i] for i in order[task]])
+                for task in tasks[name]
+            ]
             sign = scores[name].sign
-            looks[name] = look(sign * np.array(differences), scores[name].margin, levels)
+            rounds = np.array([own[:n_rounds] for own in differences])
+            looks[name] = look(sign * rounds, scores[name].margin, levels)
             if looks[name].verdict != "undecided":
                 open_scores.remove(name)
         n_items = sum(len(each) for each in order.values())
@@ -78,14 +88,17 @@ def measure_until_clear(
 
 
 def _shuffled(evaluator: Evaluator, documents: Documents) -> dict[str, list[int]]:
-    order = {}
-    for task, own in evaluator.keys(documents).groupby("task", sort=False):
-        found = own["document"].tolist()
-        order[str(task)] = [found[i] for i in item_order(str(task), own["item"].tolist())]
-    return order
+    """Return each task's documents in the order in which they are measured."""
+    return {
+        task: [found[i] for i in item_order(task, [evaluator.tasks[task].item_ids[each] for each in found])]
+        for task, found in documents.items()
+    }
 
 
-def _gains(measured: pd.DataFrame, baseline: pd.DataFrame, task: str) -> Sequence[float]:
-    """Return candidate − baseline of a task's items, in the order measured."""
-    own = measured[measured["task"] == task].merge(baseline, on=["task", "item"], suffixes=("", "_baseline"))
-    return list(own["score"] - own["score_baseline"])
+def _gains(
+    measured: pd.DataFrame, baseline: pd.DataFrame, task: str, items: Sequence[str]
+) -> Sequence[float]:
+    """Return candidate − baseline of a task's items, as far as they are measured, in the order of `items`."""
+    own, other = (frame[frame["task"] == task].set_index("item")["score"] for frame in (measured, baseline))
+    asked = [item for item in items if item in own.index]
+    return list(own.loc[asked].to_numpy() - other.loc[asked].to_numpy())

@@ -34,14 +34,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 
+from optimizer.aggregations import by_name, linear_scores, parts_of
 from optimizer.check.pairs import pairs
 from optimizer.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
 from optimizer.check.words import summary_of
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import ITEM_KEYS
-from optimizer.resampling import Floats
+from optimizer.resampling import Floats, bootstrap_parts
 from optimizer.sequential import Levels, Look
 from optimizer.statistics import Verdict, noise_variance
 from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig
@@ -138,8 +140,11 @@ def judge(
     looks = early or {}
     if looks and levels is None:
         raise ValueError("`early` goes with the `levels` that the looks were taken at.")
+    candidate, baseline = (_with_linear(frame) for frame in (candidate, baseline))
     joined = _joined(candidate, baseline, suite, looks)
-    again = None if repeat is None else pairs(repeat, baseline, ("repeated baseline", "baseline"), ())
+    again = None
+    if repeat is not None:
+        again = pairs(_with_linear(repeat), baseline, ("repeated baseline", "baseline"), ())
     subjects = list(_subjects(joined, again, suite, with_tasks=levels is None))
     pass_alpha, fail_alpha = alpha, alpha / len(subjects)
     if levels is not None:
@@ -202,11 +207,38 @@ def _subject(
     again: pd.DataFrame | None,
 ) -> Subject:
     noise = 0.0 if again is None else noise_variance(*_both(again), strata_of(again["task"].to_numpy()))
-    return Subject(name, score_name, kind, config, rows["task"].to_numpy(), *_both(rows), noise)
+    return Subject(
+        name,
+        score_name,
+        kind,
+        config,
+        rows["task"].to_numpy(),
+        *_both(rows),
+        noise,
+        n_won=int((rows["gain"] > 0).sum()),
+        n_lost=int((rows["gain"] < 0).sum()),
+        resampled=_resampled(rows),
+    )
+
+
+def _with_linear(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(linear=linear_scores(frame)["score"])
 
 
 def _both(rows: pd.DataFrame) -> tuple[Floats, Floats]:
-    return rows["score"].to_numpy(dtype=float), rows["score_baseline"].to_numpy(dtype=float)
+    return rows["linear"].to_numpy(dtype=float), rows["linear_baseline"].to_numpy(dtype=float)
+
+
+def _resampled(rows: pd.DataFrame) -> Floats | None:
+    """Resample candidate − baseline, (n_resamples,), of a score that is no mean of items; else None."""
+    if "aggregation" not in rows or set(rows["aggregation"]) == {"mean"}:
+        return None
+    rng, differences = np.random.default_rng(0), []
+    for _, own in rows.groupby("task", sort=False):
+        aggregation = by_name(str(own["aggregation"].iloc[0]))
+        scores = bootstrap_parts(parts_of(own, ("", "_baseline")), aggregation.combine, seed=rng)
+        differences.append(scores[:, 0] - scores[:, 1])
+    return np.asarray(np.mean(differences, axis=0))
 
 
 def _joined(
@@ -226,7 +258,7 @@ def _joined(
 
 
 def _flips(joined: pd.DataFrame, items: pd.DataFrame) -> tuple[Flip, ...]:
-    changed = joined[joined["gain"] != 0]
+    changed = joined[joined["gain"].fillna(0) != 0]  # an item without a value is no change
     shown = changed.merge(
         items[[*ITEM_KEYS, "prompt", "target"]], on=ITEM_KEYS, how="left", validate="many_to_one"
     )

@@ -22,7 +22,7 @@ def pairs(
         incomplete: scores of which the first may hold fewer items.
 
     Raises:
-        MergetuneError: an item is missing in one of them, or twice in one.
+        MergetuneError: an item is missing in one of them, or twice in one, or was scored by other rules.
     """
     keys = [pd.MultiIndex.from_frame(frame[ITEM_KEYS]) for frame in (first, second)]
     for name, own in zip(names, keys, strict=True):
@@ -39,4 +39,11 @@ def pairs(
             f"{names[1]} lacks {len(surplus)}, such as `{example}`: the suite or the split has changed "
             "between them. Measure both again."
         )
-    return first.merge(second, on=ITEM_KEYS, suffixes=("", "_baseline"))
+    both = first.merge(second, on=ITEM_KEYS, suffixes=("", "_baseline"))
+    if "rules_baseline" in both and (differ := both[both["rules"] != both["rules_baseline"]]["task"]).size:
+        raise MergetuneError(
+            f"Both measurements must be made by the same rules, but the items of `{differ.iloc[0]}` were "
+            f"asked or scored otherwise in the {names[0]} than in the {names[1]}: the suite, a task's file "
+            "or its code has changed between them. Measure both again."
+        )
+    return both

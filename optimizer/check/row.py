@@ -68,8 +68,12 @@ class Subject:
 
     Attributes:
         tasks: the task of each item, (n_items,).
-        candidate: scores as they are, (n_items,); so are those of the `baseline`.
+        candidate: scores as they are, (n_items,), linear ones where the score is no mean (see
+            `aggregations`); so are those of the `baseline`.
         noise: the variance of the noise floor.
+        resampled: candidate − baseline in resamples of the items, (n_resamples,); None where the score is a
+            mean.
+        n_won: how many items got better, as `n_lost` got worse.
     """
 
     name: str
@@ -80,6 +84,9 @@ class Subject:
     candidate: Floats
     baseline: Floats
     noise: float
+    n_won: int
+    n_lost: int
+    resampled: Floats | None = None
 
     @property
     def strata(self) -> Labels | None:
@@ -145,20 +152,19 @@ def with_claims(rows: Sequence[Row], alpha: float) -> tuple[Row, ...]:
 
 def _facts(subject: Subject) -> dict[str, Any]:
     """Return what a row says whatever it is tested by."""
-    gains = subject.config.sign * (subject.candidate - subject.baseline)
     both = np.column_stack([subject.candidate, subject.baseline])
     candidate, baseline = score_means(both, subject.strata).tolist()
     return {
         "name": subject.name,
         "score_name": subject.score_name,
         "kind": subject.kind,
-        "direction": subject.config.direction,
-        "n_items": len(gains),
+        "direction": subject.config.better,
+        "n_items": len(subject.candidate),
         "candidate": candidate,
         "baseline": baseline,
         "margin": subject.config.margin,
-        "n_won": int((gains > 0).sum()),
-        "n_lost": int((gains < 0).sum()),
+        "n_won": subject.n_won,
+        "n_lost": subject.n_lost,
         "improved": False,
     }
 
@@ -174,6 +180,7 @@ def _test(subject: Subject, alpha: float) -> NonInferiority:
         alpha=alpha,
         noise=subject.noise,
         score_range=1.0 if is_share else None,
+        resampled=None if subject.resampled is None else subject.config.sign * subject.resampled,
     )
 
 

@@ -15,11 +15,11 @@ from optimizer.check.judge import Check, judge
 from optimizer.engines.choice import choose_engine
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import ITEM_KEYS, Documents, Evaluator
+from optimizer.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from optimizer.leakage import find_leaks, read_training_texts
-from optimizer.measurement_store import MeasurementStore
 from optimizer.meter import Meter
 from optimizer.model_under_test import LocalModel, ModelUnderTest
+from optimizer.reply_store import ReplyStore
 from optimizer.suite import Split, Suite
 
 CheckSplit = Split | Literal["all"]
@@ -60,7 +60,7 @@ def check_models(
     baseline: ModelUnderTest,
     suite: Suite,
     options: CheckOptions,
-    store: MeasurementStore,
+    store: ReplyStore,
     say: Callable[[str], None],
 ) -> Checked:
     """Measure two models on a suite, as far as the store does not hold them, and judge the candidate.
@@ -97,7 +97,7 @@ class _Pair:
     items: pd.DataFrame
     options: CheckOptions
     warnings: tuple[str, ...]
-    store: MeasurementStore
+    store: ReplyStore
     say: Callable[[str], None]
 
     def checked(self, engine: EngineConfig) -> Checked:
@@ -148,14 +148,14 @@ def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOp
     Raises:
         MergetuneError: a file is no measurement, or they are not of the same items of this suite.
     """
-    split, items = _split(suite, options), Evaluator(suite).items()
-    first, second = (_read(file, items, split) for file in (candidate, baseline))
-    items = _in_split(items, split)
+    evaluator, split = Evaluator(suite), _split(suite, options)
+    first, second = (_read(file, evaluator, split) for file in (candidate, baseline))
+    items = _in_split(evaluator.items(), split)
     check = judge(
         first,
         second,
         items,
-        suite.config,
+        evaluator.suite.config,
         suite_name=suite.name,
         labels=(str(candidate), str(baseline)),
         alpha=options.alpha,
@@ -197,23 +197,28 @@ def _count(n_measured: int, n_items: int, repeat: int) -> str:
     return f"{n_measured} items measured{' once more' if repeat else ''}{known}"
 
 
-def _read(file: Path, items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
-    """Read what was measured on a split of the suite's items."""
-    columns = [*ITEM_KEYS, "score", "response"]
+def _read(file: Path, evaluator: Evaluator, split: CheckSplit) -> pd.DataFrame:
+    """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
-        found = pd.read_parquet(file, columns=columns)
+        found = pd.read_parquet(file, columns=COLUMNS)
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise MergetuneError(
-            f"{file}: must be a measurement (Parquet with {', '.join(columns)}), such as "
+            f"{file}: must be a measurement (Parquet with {', '.join(COLUMNS)}), such as "
             f"`mergetune eval --out` writes, but cannot be read: {error}"
         ) from error
-    placed = found.merge(items[[*ITEM_KEYS, "split"]], on=ITEM_KEYS, how="left")
+    placed = found.merge(evaluator.items()[[*ITEM_KEYS, "split"]], on=ITEM_KEYS, how="left")
     if unknown := int(placed["split"].isna().sum()):
         raise MergetuneError(
             f"{file}: must be a measurement of this suite, but {unknown} of its {len(found)} items are none "
             "of the suite's: the suite has changed since, or it was another. Measure the model again."
         )
-    kept = _in_split(placed, split)[columns]
+    rules = {name: bound.rules for name, bound in evaluator.tasks.items()}
+    if (other := placed[placed["rules"] != placed["task"].map(rules)]["task"]).size:
+        raise MergetuneError(
+            f"{file}: must be measured by the rules of this suite, but `{other.iloc[0]}` was asked or scored "
+            "otherwise: the suite, a task's file or its code has changed since. Measure the model again."
+        )
+    kept = _in_split(placed, split)[COLUMNS]
     if kept.empty:
         raise MergetuneError(
             f"{file}: holds no item of the {split} split. Say with --split which items to compare."

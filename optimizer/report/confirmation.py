@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from optimizer.aggregations import linear_scores
 from optimizer.evaluate import ITEM_KEYS, Score
 from optimizer.report.metric import Metric
 from optimizer.resampling import Interval, percentile_interval
@@ -73,7 +74,7 @@ def measured_noise(run: RunDir, metrics: Sequence[Metric]) -> Noise | None:
     first, second = run.measurement(BASE, "search"), run.noise()
     if first is None or second is None:
         return None
-    both = first.merge(second, on=ITEM_KEYS, suffixes=("", "_again"))
+    both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_again"))
     variances, shifts = {}, {}
     for metric in metrics:
         rows = both[both["score_name"] == metric.name]
@@ -150,7 +151,7 @@ def _mean_optimism(
 
 def _mean_of(run: RunDir, names: Sequence[str], metric: Metric, split: Split) -> PairedDifference:
     frames = [frame for name in names if (frame := run.measurement(name, split)) is not None]
-    rows = pd.concat(frame[frame["score_name"] == metric.name] for frame in frames)
+    rows = pd.concat(linear_scores(frame[frame["score_name"] == metric.name]) for frame in frames)
     items = rows.groupby(["task", "item"])["score"].mean()
     tasks = items.index.get_level_values("task").to_numpy()
     return paired_difference(items.to_numpy(np.float64), np.zeros(len(items)), tasks)

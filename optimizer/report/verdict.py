@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from optimizer import selection
+from optimizer.aggregations import linear_scores
 from optimizer.baselines import is_average, is_soup
 from optimizer.evaluate import ITEM_KEYS, Measurement, Score
 from optimizer.report.metric import Metric
@@ -59,7 +60,7 @@ class Verdict:
 
 def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Join two measurements item by item; `score` becomes the difference first − second."""
-    both = first.merge(second, on=ITEM_KEYS, suffixes=("", "_other"))
+    both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_other"))
     return both.assign(own=both["score"], score=both["score"] - both["score_other"])
 
 
@@ -70,7 +71,7 @@ def difference(
 
     `noise` holds variances that two measurements of one model show, by score: they widen the error.
     """
-    found = Measurement(paired(first, second), 0.0).scores()[metric.name]
+    found = Measurement(paired(first, second)[[*ITEM_KEYS, "score"]], 0.0).scores()[metric.name]
     return replace(found, stderr=math.hypot(found.stderr, math.sqrt(noise.get(metric.name, 0.0))))
 
 

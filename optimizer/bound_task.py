@@ -1,0 +1,274 @@
+"""Tasks in their place in a suite: what is asked, in which split, and which metric is taken."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from optimizer.aggregations import Aggregation, aggregation_of
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.lm_requests import filter_names
+from optimizer.lm_tasks import fix_fewshot, item_patterns
+from optimizer.rules import rules_digest
+from optimizer.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
+from optimizer.yaml_io import nearest
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+
+_LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+
+
+@dataclass(frozen=True)
+class BoundTask:
+    """An lm-eval task in its place in the suite, with its documents.
+
+    Attributes:
+        name: the task's name in the suite, its own for each score that it is in.
+        metric: what is taken of all that it measures, as `filter` gives it.
+        docs: the documents, in the task's order; so are `item_ids` and `splits`.
+        splits: None is that of a few-shot example, in no split.
+        rules: a digest of how its items are asked and scored.
+    """
+
+    name: str
+    score_name: str
+    config: TaskConfig
+    task: Task
+    metric: str
+    filter: str
+    aggregation: Aggregation
+    docs: tuple[Any, ...]
+    item_ids: tuple[str, ...]
+    splits: tuple[Split | None, ...]
+    rules: str
+
+    def indices(self, split: Split) -> list[int]:
+        """Return the documents of a split."""
+        return [index for index, own in enumerate(self.splits) if own == split]
+
+    @cached_property
+    def index_of(self) -> Mapping[str, int]:
+        """The document of each item."""
+        return {item: index for index, item in enumerate(self.item_ids)}
+
+    def prompt(self, index: int) -> str:
+        """Return a document's own part of the prompt."""
+        return _prompt(self.task, self.docs[index])
+
+    def target(self, index: int) -> str:
+        """Return what an item asks for in words: its answer, or the patterns that its score counts."""
+        doc, scorer = self.docs[index], self.config.scorer
+        if scorer is not None and scorer.kind == "regex":
+            return "\n".join(["the share met of these patterns:", *scorer.patterns, *item_patterns(doc)])
+        return _target(self.task, doc)
+
+    def row(self, index: int, requests: Sequence[Instance], results: Sequence[Any]) -> dict[str, Any]:
+        """Score a document's replies, as the task's filter left them, as a row of a measurement.
+
+        Raises:
+            TrialError: a log-likelihood is NaN.
+            MergetuneError: the metric has no number.
+        """
+        if any(request.doc_id != index for request in requests):
+            raise MergetuneError(f"`{self.name}`: a reply came back for another item than it was asked for.")
+        if any(isinstance(each, tuple) and math.isnan(each[0]) for each in results):
+            raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
+        scores = self.task.process_results(self.docs[index], list(results))
+        score, parts = self._value(scores.get(self.metric, math.nan))
+        return {
+            "score_name": self.score_name,
+            "task": self.name,
+            "item": self.item_ids[index],
+            "score": score,
+            "response": _response(requests, results),
+            "aggregation": self.aggregation.name,
+            "parts": parts,
+            "rules": self.rules,
+        }
+
+    def _value(self, value: Any) -> tuple[float, list[float] | None]:
+        """Return the score of one item and its parts; None where the metric is the mean of the scores."""
+        try:
+            score, parts = self.aggregation.of_one(value), list(self.aggregation.parts(value))
+        except (TypeError, ValueError) as error:
+            raise MergetuneError(
+                f"`{self.metric}` of `{self.task.task_name}` must have a number per item, but has {value!r}. "
+                f"Choose another of its metrics: {', '.join(self.task.aggregation())}."
+            ) from error
+        if not all(map(math.isfinite, parts)):
+            raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
+        return score, None if self.aggregation.name == "mean" else parts
+
+
+def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: SuiteConfig) -> BoundTask:
+    """Put a task into its place.
+
+    Raises:
+        MergetuneError: it has no such metric or filter, none that can be judged by items, or it would run
+            code or show pictures.
+    """
+    _check_kind(task)
+    metric, chosen_filter = _metric(task, config), _filter(task, config)
+    if config.num_fewshot is not None:
+        task.set_config("num_fewshot", config.num_fewshot)
+    docs = tuple(task.eval_docs)[: config.limit]
+    n_shared = fix_fewshot(task, docs)
+    ids = item_ids(docs)
+    splits = tuple(
+        None if index < n_shared else split_of(question, suite.holdout)
+        for index, question in enumerate(_questions(task, docs, ids))
+    )
+    aggregation = aggregation_of(task, metric)
+    rules = rules_digest(task, config, suite, metric)
+    bound = BoundTask(
+        name, score_name, config, task, metric, chosen_filter, aggregation, docs, ids, splits, rules
+    )
+    _try_metric(bound)
+    return bound
+
+
+def direction_of(name: str, score: ScoreConfig, tasks: Sequence[BoundTask]) -> Direction:
+    """Settle a score's direction: what the suite says, else what its lm-eval tasks say.
+
+    Raises:
+        MergetuneError: its tasks do not agree, or the suite says the contrary and not that it means it.
+    """
+    said: dict[Direction, list[str]] = {}
+    for bound in tasks:
+        if bound.config.items is None and (own := _better(bound)) is not None:
+            said.setdefault(own, []).append(f"`{bound.metric}` of `{bound.task.task_name}`")
+    if score.direction is None and len(said) > 1:
+        raise MergetuneError(
+            f"`{name}`: its tasks must agree on what is better, but {said['maximize'][0]} is better when "
+            f"high, and {said['minimize'][0]} when low. Make two objectives of them."
+        )
+    if score.direction is None:
+        return next(iter(said), "maximize")
+    contrary: Direction = "minimize" if score.direction == "maximize" else "maximize"
+    if contrary in said and not score.against_task:
+        better = "high" if contrary == "maximize" else "low"
+        raise MergetuneError(
+            f"`{name}.direction`: must be what the task says, but is `{score.direction}`, and "
+            f"{said[contrary][0]} is better when {better}. Leave `direction` out; where the contrary is "
+            "meant, as in unlearning a skill, say `against_task: true`."
+        )
+    return score.direction
+
+
+def item_ids(docs: Sequence[Any]) -> tuple[str, ...]:
+    """Return an id per document from its content; repeated documents are numbered."""
+    from lm_eval.utils import hash_string
+
+    seen: Counter[str] = Counter()
+    ids = []
+    for doc in docs:
+        digest = hash_string(_as_text(doc))[:16]
+        seen[digest] += 1
+        ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
+    return tuple(ids)
+
+
+def _check_kind(task: Task) -> None:
+    for flag, what in (
+        ("UNSAFE_CODE", "run code that a model wrote"),
+        ("MULTIMODAL", "show pictures or sound"),
+    ):
+        if getattr(task, flag, False):
+            raise MergetuneError(
+                f"The task `{task.task_name}` would {what}, which mergetune does not. Take another task."
+            )
+
+
+def _metric(task: Task, config: TaskConfig) -> str:
+    metrics = list(task.aggregation())
+    wanted = config.metric or metrics[0]
+    if wanted in metrics:
+        return wanted
+    name, _, its_filter = wanted.partition(",")
+    if its_filter and name in metrics:
+        hint = f" lm-eval writes `metric,filter`: here say `metric: {name}` and `filter: {its_filter}`."
+    else:
+        hint = nearest(wanted, metrics)
+    raise MergetuneError(f"The task `{task.task_name}` has no metric `{wanted}`.{hint}")
+
+
+def _filter(task: Task, config: TaskConfig) -> str:
+    filters = filter_names(task)
+    if config.filter is not None and config.filter not in filters:
+        raise MergetuneError(
+            f"The task `{task.task_name}` has no filter `{config.filter}`.{nearest(config.filter, filters)}"
+        )
+    return config.filter or filters[0]
+
+
+def _try_metric(bound: BoundTask) -> None:
+    """Score made-up log-likelihoods: a metric without a number per item is refused before any work."""
+    if bound.config.items is not None or bound.task.OUTPUT_TYPE not in _LIKELIHOODS or not bound.docs:
+        return
+    is_rolling = bound.task.OUTPUT_TYPE == "loglikelihood_rolling"
+    try:
+        made = bound.task.construct_requests(doc=bound.docs[0], ctx="", metadata=(bound.name, 0, 1))
+        n_replies = len(made) if isinstance(made, list) else 1
+        replies = [-1.0 - n if is_rolling else (-1.0 - n, False) for n in range(n_replies)]
+        scores = bound.task.process_results(bound.docs[0], replies)
+    except Exception:  # whatever a task's own code raises at replies that no model gave
+        return
+    if bound.metric in scores:
+        bound._value(scores[bound.metric])
+
+
+def _better(bound: BoundTask) -> Direction | None:
+    """Return what the task says of its metric; None where it says nothing."""
+    is_high = bound.task.higher_is_better().get(bound.metric)
+    if is_high is None:
+        return None
+    return "maximize" if is_high else "minimize"
+
+
+def _questions(task: Task, docs: Sequence[Any], ids: Sequence[str]) -> list[str]:
+    """Return what decides each document's split: prompt and choices, so that one question has one split.
+
+    Where these do not tell most documents apart, as in language modelling, the whole document decides.
+    """
+    questions = [_question(task, doc) for doc in docs]
+    if 2 * len(set(questions)) < len(set(ids)):
+        return [_as_text(doc) for doc in docs]
+    return [each if each.strip() else _as_text(doc) for each, doc in zip(questions, docs, strict=True)]
+
+
+def _question(task: Task, doc: Any) -> str:
+    choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else []
+    return "\n".join([_prompt(task, doc), *map(str, choices)])
+
+
+def _prompt(task: Task, doc: Any) -> str:
+    text = task.doc_to_text(doc)
+    return text if isinstance(text, str) else _as_text(doc)
+
+
+def _target(task: Task, doc: Any) -> str:
+    target = task.doc_to_target(doc)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        return str(task.doc_to_choice(doc)[target])
+    return str(target)
+
+
+def _as_text(doc: Any) -> str:
+    return json.dumps(doc, sort_keys=True, default=str)
+
+
+def _response(requests: Sequence[Instance], results: Sequence[Any]) -> str:
+    """Return what the model said: its reply, or the likeliest of the choices."""
+    if isinstance(results[0], str):
+        return results[0]
+    if isinstance(results[0], tuple):
+        best = max(range(len(results)), key=lambda i: results[i][0])
+        return str(requests[best].args[1]).strip()
+    return str(results[0])

@@ -1,0 +1,122 @@
+"""What a suite asks a model: lm-eval's requests, by document, and the replies to them.
+
+lm-eval's own loop labels what it scored by the order in which documents were asked for, and runs them in
+ascending order. Here a request is made for a document, and belongs to it from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import MergetuneError
+from optimizer.suite import SuiteConfig
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+Messages = list[dict[str, Any]]
+
+
+def make_requests(
+    task: Task, docs: Sequence[Any], indices: Iterable[int], lm: LM, suite: SuiteConfig
+) -> dict[int, list[Instance]]:
+    """Make the requests of some documents, by their indices, each in the order of lm-eval's `idx`.
+
+    Args:
+        task: the task.
+        docs: all its documents.
+        indices: of the documents to ask.
+        lm: whose chat template renders the prompts, where the suite wants that.
+        suite: the suite's file.
+    """
+    template = _renderer(lm, suite) if suite.chat_template else None
+    return {index: _requests(task, docs[index], index, template) for index in sorted(set(indices))}
+
+
+def request_key(request: Instance) -> str:
+    """Return a digest of what a reply depends on beside the model: the kind of request and its arguments."""
+    text = json.dumps([request.request_type, *request.args], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def ask(lm: LM, requests: Iterable[Instance]) -> None:
+    """Put each request to a model and keep its replies in `resps`; equal requests are asked once.
+
+    What stands in the batches depends on the requests alone, so their order should be the suite's.
+    """
+    by_kind: dict[str, dict[str, list[Instance]]] = {}
+    for request in requests:
+        request.resps, request.filtered_resps = [], {}
+        by_kind.setdefault(request.request_type, {}).setdefault(request_key(request), []).append(request)
+    for kind, alike in by_kind.items():
+        asked = [same[0] for same in alike.values() for _ in range(same[0].repeats or 1)]
+        replies = iter(getattr(lm, kind)(asked))
+        for same in alike.values():
+            own = [next(replies) for _ in range(same[0].repeats or 1)]
+            for request in same:
+                request.resps = list(own)
+
+
+def filtered(task: Task, requests: Mapping[int, Sequence[Instance]], name: str) -> dict[int, list[Any]]:
+    """Pass the replies through one of the task's filters; returns them by document."""
+    every = [request for own in requests.values() for request in own]
+    chosen = next(each for each in task._filters if each.name == name)
+    chosen.apply(every)
+    if any(name not in request.filtered_resps for request in every):
+        raise MergetuneError(
+            f"The filter `{name}` of `{task.task_name}` must give one result for each reply."
+        )
+    return {index: [request.filtered_resps[name] for request in own] for index, own in requests.items()}
+
+
+def filter_names(task: Task) -> list[str]:
+    """Return the names of a task's filters."""
+    return [each.name for each in task._filters]
+
+
+def merged_into_user(messages: Messages) -> Messages:
+    """Write system messages before the first user message; one of their own where there is none."""
+    system = "\n\n".join(each["content"] for each in messages if each["role"] == "system")
+    rest = [dict(each) for each in messages if each["role"] != "system"]
+    if not system:
+        return rest
+    first = next((each for each in rest if each["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": system}, *rest]
+    first["content"] = f"{system}\n\n{first['content']}"
+    return rest
+
+
+def _renderer(lm: LM, suite: SuiteConfig) -> Callable[..., str]:
+    def render(messages: Messages, **options: Any) -> str:
+        sent = merged_into_user(messages) if suite.system == "merge_into_user" else messages
+        text: str = lm.apply_chat_template(sent, **options)
+        return text
+
+    return render
+
+
+def _requests(task: Task, doc: Any, index: int, template: Callable[..., str] | None) -> list[Instance]:
+    chat = template is not None
+    context = task.fewshot_context(
+        doc,
+        num_fewshot=task.config.num_fewshot or 0,
+        system_instruction=None,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        chat_template=template,
+        gen_prefix=task.doc_to_prefix(doc),
+    )
+    made = task.construct_requests(
+        doc=doc,
+        ctx=context,
+        metadata=(task.config.task, index, task.config.repeats),
+        apply_chat_template=chat,
+        chat_template=template,
+    )
+    return sorted(made, key=lambda each: each.idx) if isinstance(made, list) else [made]

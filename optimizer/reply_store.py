@@ -1,0 +1,159 @@
+"""Replies kept by content: what was asked of which model is never asked again, however it is scored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from filelock import FileLock
+from lm_eval.api.model import LM
+
+from optimizer.library import cache_folder
+from optimizer.lm_requests import request_key
+from optimizer.run_dir import readable, write_parquet
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+Reply = str | float | tuple[float, bool]  # a text; the log-likelihood of a text; that of a continuation
+_AT_A_TIME = 2048  # requests between two writes to the store
+_COLUMNS = ["key", "text", "loglikelihood", "is_greedy"]
+
+
+@dataclass(frozen=True)
+class ReplyStore:
+    """A folder with a file per model: its replies, by the request's key.
+
+    A model's name here is a digest of all that its replies depend on; a request's key is one of what is
+    asked and how it is decoded (`request_key`). Scores are not kept: they are computed from replies. A file
+    is replaced as a whole, so that a process that is killed leaves what was there before.
+    """
+
+    folder: Path
+
+    def read(self, model: str) -> dict[str, Reply]:
+        """Return what is known of a model: replies by key."""
+        file = self._file(model)
+        if not file.is_file():
+            return {}
+        with readable(file):
+            rows = pd.read_parquet(file, columns=_COLUMNS).itertuples(index=False, name=None)
+            return {key: _reply(*columns) for key, *columns in rows}
+
+    def add(self, model: str, replies: Mapping[str, Reply]) -> None:
+        """Keep further replies of a model."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{model}.lock"):
+            both = {**replies, **self.read(model)}  # what was there stays
+            rows = [(key, *_columns(reply)) for key, reply in both.items()]
+            frame = pd.DataFrame(rows, columns=_COLUMNS)
+            write_parquet(
+                self._file(model),
+                frame.astype({"text": object, "loglikelihood": float, "is_greedy": "boolean"}),
+            )
+
+    def _file(self, model: str) -> Path:
+        return self.folder / f"{model}.parquet"
+
+
+def default_store() -> ReplyStore:
+    """Return the store in this user's cache."""
+    return ReplyStore(cache_folder() / "replies")
+
+
+class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
+    """A model as lm-eval sees it, asked only what the store does not hold.
+
+    Args:
+        started: returns the model that replies, and starts it at the first call.
+        renderer: anything with the model's tokenizer and chat template, which is there from the start.
+        store: where replies are kept.
+        name: the model's name in the store.
+    """
+
+    def __init__(self, started: Callable[[], LM], renderer: Any, store: ReplyStore, name: str) -> None:
+        super().__init__()
+        self._started, self.renderer, self._store, self._name = started, renderer, store, name
+        self._known = store.read(name)
+        self.truncate = "refuse"
+        self.asked: set[str] = set()  # the keys of what the store did not hold
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's directory or hub id."""
+        return str(self.renderer.tokenizer_name)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that prompt and reply may have together."""
+        return int(self._started().max_length)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], **options: Any) -> str:
+        """Return a conversation as the model's chat template writes it."""
+        return str(self.renderer.apply_chat_template(chat_history, **options))
+
+    def excess_tokens(self, request: Instance) -> int:
+        """Return by how many tokens a request is too long; what was replied to before was not."""
+        if self._key(request) in self._known:
+            return 0
+        excess_tokens = getattr(self._started(), "excess_tokens", None)
+        return 0 if excess_tokens is None else int(excess_tokens(request))
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[Any]:
+        """Generate replies."""
+        return self._replies("generate_until", requests)
+
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[Any]:
+        """Score continuations."""
+        return self._replies("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[Any]:
+        """Score whole texts."""
+        return self._replies("loglikelihood_rolling", requests)
+
+    def _replies(self, kind: str, requests: Sequence[Instance]) -> list[Reply]:
+        draws: Counter[str] = Counter()  # a request that stands several times is drawn as often
+        keys = []
+        for request in requests:
+            key = self._key(request)
+            keys.append(f"{key}-{draws[key]}" if draws[key] else key)
+            draws[key] += 1
+        replies = dict(self._known)
+        missing = [(key, each) for key, each in zip(keys, requests, strict=True) if key not in replies]
+        for start in range(0, len(missing), _AT_A_TIME):
+            part = missing[start : start + _AT_A_TIME]
+            lm = self._started()
+            lm.truncate = self.truncate
+            found = getattr(lm, kind)([request for _, request in part])
+            replies |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
+            sound = {key: replies[key] for key, _ in part if not _is_nan(replies[key])}
+            self._store.add(self._name, sound)
+            self._known |= sound
+            self.asked |= {key for key, _ in part}
+        return [replies[key] for key in keys]
+
+    def _key(self, request: Instance) -> str:
+        """Return the request's key; a prompt that is cut off is another one."""
+        return request_key(request) + ("-cut" if self.truncate == "left" else "")
+
+
+def _columns(reply: Reply) -> tuple[str | None, float, bool | None]:
+    if isinstance(reply, str):
+        return reply, math.nan, None
+    return (None, reply[0], reply[1]) if isinstance(reply, tuple) else (None, reply, None)
+
+
+def _reply(text: str | None, loglikelihood: float, is_greedy: Any) -> Reply:
+    if isinstance(text, str):
+        return text
+    return loglikelihood if pd.isna(is_greedy) else (loglikelihood, bool(is_greedy))
+
+
+def _is_nan(reply: Reply) -> bool:
+    number = reply[0] if isinstance(reply, tuple) else reply
+    return isinstance(number, float) and math.isnan(number)

@@ -1,0 +1,78 @@
+"""Rules: one digest of everything that makes a score, beside the model and its engine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.scorers import SCORERS_VERSION
+from optimizer.suite import SuiteConfig, TaskConfig
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+# What says which items there are: these have ids by content.
+_OF_ITEMS = {"items", "limit", "fewshot_items"}
+_OF_DATA = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata"}
+
+
+def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str) -> str:
+    """Return a digest of how a task's items are asked and scored, whichever its items.
+
+    Beside what suite and task say it covers the source of every function that the task's file names, and
+    of the files beside it, the few-shot examples and, for lm-eval's tasks, lm-eval's version.
+    """
+    shots = task.config.num_fewshot or 0
+    data = {
+        "suite": config.model_dump(mode="json", exclude=_OF_ITEMS),
+        "metric": metric,
+        "examples": list(task.fewshot_docs())[:shots] if shots else [],
+        "prompt": suite.model_dump(mode="json", include={"chat_template", "system", "truncate"}),
+        "scorers": SCORERS_VERSION,
+    }
+    if config.items is None:
+        settings = task.config.to_dict(keep_callable=True)
+        data["task"] = {key: plain(value) for key, value in settings.items() if key not in _OF_DATA}
+        data["code"] = _code(type(task))
+        data["version"] = [str(task.VERSION), importlib.metadata.version("lm-eval")]
+    text = json.dumps(data, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """Return a task's setting as plain data: functions and classes as their names and sources."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, functools.partial):
+        return [plain(each) for each in (value.func, value.args, value.keywords)]
+    if callable(value):
+        return _code(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _code(function: Any) -> list[str]:
+    """Return a function's or a class's name, and a digest of the Python files that stand where it does."""
+    kind = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    try:
+        file = Path(inspect.getfile(kind))
+    except (TypeError, OSError):  # built in
+        return [str(getattr(kind, "__qualname__", kind))]
+    return [kind.__qualname__, _digest_of_folder(file.parent)]
+
+
+def _digest_of_folder(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        total.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return total.hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""Replies kept by content: what comes back, and what is never asked twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from optimizer.lm_requests import ask, request_key
+from optimizer.reply_store import ReplyStore, StoredLM
+
+
+class CountingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
+    """Replies with the number of the request, and breaks when it is told to."""
+
+    tokenizer_name = "none"
+
+    def __init__(self, breaks_at: int = -1) -> None:
+        super().__init__()
+        self.n_calls, self.n_asked, self.breaks_at = 0, 0, breaks_at
+
+    def _answer(self, requests: list[Instance]) -> range:
+        if self.n_calls == self.breaks_at:
+            raise RuntimeError("gone")
+        self.n_calls += 1
+        self.n_asked += len(requests)
+        return range(self.n_asked - len(requests), self.n_asked)
+
+    def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
+        return [f"reply {n}" for n in self._answer(requests)]
+
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+        return [(-float(n), n % 2 == 0) for n in self._answer(requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        return [-float(n) for n in self._answer(requests)]
+
+
+def generation(prompt: str, repeats: int = 1, **settings: Any) -> Instance:
+    return Instance("generate_until", {}, (prompt, settings), 0, ("task", 0, repeats))
+
+
+def stored(lm: LM, folder: Path) -> StoredLM:
+    return StoredLM(lambda: lm, lm, ReplyStore(folder), "model")
+
+
+def test_replies_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
+    likelihood = Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))
+    rolling = Instance("loglikelihood_rolling", {}, ("one two",), 0, ("task", 0, 1))
+    requests = [generation("one"), likelihood, rolling]
+    lm = CountingLM()
+    ask(stored(lm, tmp_path), requests)
+    first = [request.resps for request in requests]
+    assert first == [["reply 0"], [(-1.0, False)], [-2.0]]
+    ask(stored(lm, tmp_path), requests)
+    assert [request.resps for request in requests] == first
+    assert lm.n_asked == 3
+
+
+def test_a_reply_belongs_to_its_prompt_and_its_decoding(tmp_path: Path) -> None:
+    lm = CountingLM()
+    for request in (generation("one"), generation("two"), generation("one", until=["."])):
+        ask(stored(lm, tmp_path), [request])
+    assert lm.n_asked == 3
+
+
+def test_equal_requests_are_asked_once_and_repeats_drawn_as_often(tmp_path: Path) -> None:
+    for lm in (CountingLM(), stored(CountingLM(), tmp_path)):
+        twice, drawn = [generation("one"), generation("one")], generation("two", repeats=3)
+        ask(lm, [*twice, drawn])
+        assert [request.resps for request in twice] == [["reply 0"]] * 2
+        assert drawn.resps == ["reply 1", "reply 2", "reply 3"]
+
+
+def test_what_was_replied_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimizer.reply_store._AT_A_TIME", 4)
+    requests = [generation(f"prompt {n}") for n in range(10)]
+    with pytest.raises(RuntimeError, match="gone"):
+        ask(stored(CountingLM(breaks_at=2), tmp_path), requests)
+    lm = CountingLM()
+    ask(stored(lm, tmp_path), requests)
+    assert lm.n_asked == 2
+    assert [request.resps[0] for request in requests[:8]] == [f"reply {n}" for n in range(8)]
+
+
+def test_a_log_likelihood_that_is_no_number_is_asked_again(tmp_path: Path) -> None:
+    class Broken(CountingLM):
+        def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+            super().loglikelihood(requests)
+            return [(float("nan"), False)] * len(requests)
+
+    lm = Broken()
+    for _ in range(2):
+        ask(stored(lm, tmp_path), [Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))])
+    assert lm.n_asked == 2
+
+
+def test_two_that_write_forget_nothing(tmp_path: Path) -> None:
+    first, second = stored(CountingLM(), tmp_path), stored(CountingLM(), tmp_path)
+    ask(first, [generation("one")])
+    ask(second, [generation("two")])
+    assert ReplyStore(tmp_path).read("model").keys() == {
+        request_key(generation("one")),
+        request_key(generation("two")),
+    }
