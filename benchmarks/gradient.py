@@ -51,7 +51,7 @@ from optimizer.plan import Plan
 from optimizer.progress import Progress
 from optimizer.run_dir import RunDir
 from optimizer.search_space_config import SearchSpaceConfig
-from optimizer.selection import Scores
+from optimizer.selection import Scales, Scores
 from optimizer.study import run_study
 from optimizer.suite import SuiteConfig
 from optimizer.yaml_io import write_yaml
@@ -180,9 +180,9 @@ class Cell:
     worst_skill: float
 
 
-def choose(search: Mapping[str, Scores], suite: SuiteConfig) -> Choice:
+def choose(search: Mapping[str, Scores], suite: SuiteConfig, scales: Scales) -> Choice:
     """Return the front and the recommended merge."""
-    recommended = selection.recommend(search, suite)
+    recommended = selection.recommend(search, suite, scales)
     assert recommended is not None  # averages are measured first
     return Choice(selection.front(search, suite), recommended.name)
 
@@ -246,9 +246,12 @@ def hypervolume(front: Sequence[Scores], base: Scores, suite: SuiteConfig) -> fl
 def cells(trace: Trace, also: Iterable[str]) -> list[Cell]:
     """Judge what search scores chose in one study; others are measured on the holdout split, too."""
     suite = trace.suite
-    choices = {place: choose(search, suite) for place, search in trace.prefixes().items()}
+    names = [candidate.name for candidate in trace.run.candidates()]
+    searched = selection.scales_of(trace.run, names)
+    choices = {place: choose(search, suite, searched) for place, search in trace.prefixes().items()}
     chosen = {name for choice in choices.values() for name in (*choice.front, choice.recommended)}
     scores = confirm(trace.run, chosen.union(also))
+    confirmed = selection.scales_of(trace.run, names, "holdout")
     return [
         Cell(
             *place,
@@ -256,7 +259,7 @@ def cells(trace: Trace, also: Iterable[str]) -> list[Cell]:
             trace.descent,
             *choice,
             hypervolume([scores[name] for name in choice.front], scores[selection.BASE], suite),
-            min(selection.retained_gains(scores, scores[choice.recommended], suite).values()),
+            min(selection.retained_gains(scores, scores[choice.recommended], suite, confirmed).values()),
         )
         for place, choice in choices.items()
     ]

@@ -24,6 +24,7 @@ from scipy import special, stats
 from optimizer import selection, smoothing
 from optimizer.evaluate import Score
 from optimizer.resampling import Floats, ItemScores, join_items, score_covariance, score_means
+from optimizer.selection import Scales
 from optimizer.suite import SuiteConfig
 
 Truth = dict[str, Floats]  # by score, (n_candidates,)
@@ -95,19 +96,18 @@ class Simulation:
             for name, row in zip(self.names, rows, strict=True)
         }
 
-    def outcome(self, truth: Truth, by: Mapping[str, Floats]) -> dict[str, float]:
+    def outcome(self, truth: Truth, by: Mapping[str, Floats], scales: Scales) -> dict[str, float]:
         """Choose by these scores, and look at the truth."""
-        chosen = selection.recommend(self.scores(by), self.suite)
+        chosen = selection.recommend(self.scores(by), self.suite, scales)
         assert chosen is not None  # a run with 8 candidates has a merge
         true = self.scores(truth)
-        kept = selection.retained_gains(true, true[chosen.name], self.suite)
+        kept = selection.retained_gains(true, true[chosen.name], self.suite, scales)
         loss = max(self.suite.objectives[key].weight * (1 - share) for key, share in kept.items())
-        violations = selection.guard_violations(true[chosen.name], true, self.suite)
-        excess = [max(0.0, v) / (self.suite.guards[key].margin or 1.0) for key, v in violations.items()]
+        excess = selection.relative_violations(true[chosen.name], true, self.suite).values()
         return {
             "worst loss": loss,
             "guard broken": float(max(excess, default=0) > 0),
-            "harm": loss + max(excess, default=0),
+            "harm": loss + max([0.0, *excess]),
         }
 
 
@@ -117,7 +117,8 @@ def run(simulation: Simulation, kind: str, repetitions: int) -> None:
     for repetition in range(repetitions):
         truth = simulation.truth(kind, rng)
         raw, smoothed = {}, {}
-        for key, items in simulation.measure(truth, rng).items():
+        measured = simulation.measure(truth, rng)
+        for key, items in measured.items():
             raw[key] = score_means(items.scores, items.tasks)
             found = smoothing.fit_smoother(simulation.points, items)
             ours = raw[key] if isinstance(found, str) else found.apply(raw[key])
@@ -135,6 +136,7 @@ def run(simulation: Simulation, kind: str, repetitions: int) -> None:
                         "smoothed": not isinstance(found, str),
                     }
                 )
+        scales = Scales.of(measured, simulation.scores(raw), simulation.suite)
         guards = {key: smoothed[key] for key in simulation.suite.guards}
         objectives = {key: smoothed[key] for key in simulation.suite.objectives}
         for by, values in {
@@ -144,7 +146,7 @@ def run(simulation: Simulation, kind: str, repetitions: int) -> None:
             "guards smoothed": {**raw, **guards},
             "objectives smoothed": {**raw, **objectives},
         }.items():
-            rows.append({"repetition": repetition, "by": by, **simulation.outcome(truth, values)})
+            rows.append({"repetition": repetition, "by": by, **simulation.outcome(truth, values, scales)})
     table = pd.DataFrame(rows)
     harm = table.pivot(index="repetition", columns="by", values="harm")
     gain = harm["smoothed"] - harm["raw"]

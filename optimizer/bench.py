@@ -285,11 +285,14 @@ class Bench:
             ) from error
 
     def outcome(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
-        """Return a complete candidate's objective values and guard violations, as Optuna takes them."""
+        """Return a complete candidate's objective values and guard violations, as Optuna takes them.
+
+        Optuna adds the violations up, so that each is in the unit of `selection.guard_units`.
+        """
         suite = self.evaluator.suite.config
         scores = self.scores[candidate.name]
         values = [scores[name].value for name in suite.objectives]
-        return values, selection.guard_violations(scores, self.scores, suite)
+        return values, selection.relative_violations(scores, self.scores, suite)
 
 
 def _versions(kind: EngineKind) -> dict[str, str]:

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.gains import clear_gains, loss_rate
 from optimizer.gradients import passes_per_item, slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
@@ -254,11 +256,18 @@ class _Walk:
         return links, {name: losses[reference_name(guards[name])][name] for name in self._guards}
 
     def _kept_share(self, name: str, scores: Scores) -> float:
-        """Return the share that scores keep of the gain between the worst and the best known."""
+        """Return the share that scores keep of the gain between the worst and the best known.
+
+        The less sure the gain is (see `gains`), the more of it is kept by all: there is little to lose.
+        """
         sign = self._ground.suite.objectives[name].sign
-        values = [sign * each.scores[name].value for each in self._ground.known.values()]
-        gain = max(values) - min(values)
-        return min(max((sign * scores[name].value - min(values)) / gain, 0.0), 1.0) if gain else 1.0
+        known = sorted(
+            (each.scores[name] for each in self._ground.known.values()), key=lambda s: sign * s.value
+        )
+        gain = np.array([sign * (known[-1].value - known[0].value)])
+        clear = clear_gains(np.array([math.hypot(known[0].stderr, known[-1].stderr)]), 1.0)
+        lost = sign * (known[-1].value - scores[name].value) * loss_rate(gain, gain / clear, math.inf)
+        return float(np.clip(1 - lost, 0, 1)[0])
 
     def _recall(self, begin: Point) -> None:
         """Learn from the scores of points measured before that differ from the start in nothing else."""

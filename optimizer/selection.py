@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from optimizer import pareto, resampling
 from optimizer.evaluate import Measurement, Score
+from optimizer.gains import ROUNDING, Gain, GainScale, best_gain
 from optimizer.resampling import Floats, Hypervolume, Indices, ItemScores, join_items
 from optimizer.run_dir import RunDir
 from optimizer.smoothing import Smoothing, smooth
-from optimizer.suite import GuardConfig, SuiteConfig
+from optimizer.suite import GuardConfig, ObjectiveConfig, Split, SuiteConfig
 
 Scores = Mapping[str, Score]
 BASE = "base"
@@ -30,6 +33,33 @@ class Recommendation:
     name: str
     reason: str
     keeps_guards: bool
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What makes scores comparable where one merge is chosen, from the items as measured.
+
+    Attributes:
+        gains: what the gains on each objective are weighed by; none where no base was measured.
+        guards: the unit of each guard's excess.
+    """
+
+    gains: Mapping[str, GainScale]
+    guards: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, items: Mapping[str, ItemScores], measured: Mapping[str, Scores], suite: SuiteConfig
+    ) -> Scales:
+        """Return the scales of a suite's scores, `items` being `measured` item by item."""
+        gains = {key: GainScale.of(items[key], BASE) for key in suite.objectives if BASE in measured}
+        return cls(gains, guard_units(measured, suite))
+
+    @classmethod
+    def of_frames(cls, frames: Mapping[str, pd.DataFrame], suite: SuiteConfig) -> Scales:
+        """Return the scales of a suite's scores, from the measurements of some models by candidate name."""
+        measured = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
+        return cls.of(join_items(frames), measured, suite)
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,8 @@ def guard_violations(
 ) -> dict[str, float]:
     """Return by how much each guard is broken: positive is broken, zero and below is kept.
 
+    A guard that is met exactly is kept, whatever rounding says.
+
     Args:
         scores: the candidate's.
         references: the scores of the base and of the experts, by candidate name.
@@ -84,9 +116,43 @@ def guard_violations(
     """
     violations = {}
     for name, guard in suite.guards.items():
-        worse = guard.sign * (references[reference_name(guard)][name].value - scores[name].value)
-        violations[name] = worse - guard.margin
+        reference, own = references[reference_name(guard)][name].value, scores[name].value
+        violations[name] = float(_excess(np.array(guard.sign * own), np.array(guard.sign * reference), guard))
     return violations
+
+
+def _excess(own: Floats, reference: Floats, guard: GuardConfig) -> Floats:
+    """Return by how much signed scores break a guard: 0 where it is met exactly, rounding apart."""
+    excess = reference - own - guard.margin
+    size = np.maximum(np.abs(reference), np.abs(own)) + guard.margin
+    return np.where(np.abs(excess) <= ROUNDING * size, 0.0, excess)
+
+
+def guard_units(references: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
+    """Return what the excess over each guard is divided by, so that those of several can be compared.
+
+    It is the margin; where that is narrower than the standard error of the reference's score, as a margin
+    of 0 is, the standard error; 1 where that is 0, too, or unknown.
+    """
+    units = {}
+    for name, guard in suite.guards.items():
+        stderr = references[reference_name(guard)][name].stderr
+        units[name] = max(guard.margin, stderr if math.isfinite(stderr) else 0.0) or 1.0
+    return units
+
+
+def relative_violations(
+    scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig
+) -> dict[str, float]:
+    """Return by how much each guard is broken, as `guard_violations`, in the units of `guard_units`."""
+    units = guard_units(references, suite)
+    return {
+        name: excess / units[name] for name, excess in guard_violations(scores, references, suite).items()
+    }
+
+
+def _keeps_guards(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> bool:
+    return all(excess <= 0 for excess in guard_violations(scores, references, suite).values())
 
 
 def objective_points(candidates: Mapping[str, Scores], suite: SuiteConfig) -> pareto.Points:
@@ -101,93 +167,125 @@ def objective_points(candidates: Mapping[str, Scores], suite: SuiteConfig) -> pa
 
 def front(candidates: Mapping[str, Scores], suite: SuiteConfig) -> list[str]:
     """Return the names of the non-dominated candidates among those that keep every guard."""
-    kept = {
-        name: scores
-        for name, scores in candidates.items()
-        if all(excess <= 0 for excess in guard_violations(scores, candidates, suite).values())
-    }
+    kept = {name: scores for name, scores in candidates.items() if _keeps_guards(scores, candidates, suite)}
     names = list(kept)
     return [names[i] for i in pareto.front(objective_points(kept, suite))] if kept else []
 
 
-def retained_gains(candidates: Mapping[str, Scores], scores: Scores, suite: SuiteConfig) -> dict[str, float]:
-    """Return, per objective, the share kept of the best expert's gain over the base.
+def gains_over_base(candidates: Mapping[str, Scores], suite: SuiteConfig, scales: Scales) -> dict[str, Gain]:
+    """Return the best expert's gain over the base in each objective: (1,) each."""
+    experts = [name for name in candidates if is_expert(name)]
+    signed = _signed({name: candidates[name] for name in (BASE, *experts)}, suite.objectives)
+    return {key: _gain(values[:1], values[1:], experts, scales.gains[key]) for key, values in signed.items()}
 
-    1 equals the best expert and 0 the base. Where no expert is better than the base there is no gain
-    to keep: the value is then 1 plus the plain difference to the base.
+
+def retained_gains(
+    candidates: Mapping[str, Scores], scores: Scores, suite: SuiteConfig, scales: Scales
+) -> dict[str, float]:
+    """Return, per objective, 1 less the loss: the share kept of the best expert's gain over the base.
+
+    1 equals the best expert and, where the gain is clear, 0 equals the base; see `gains`.
     """
-    experts = [own for name, own in candidates.items() if is_expert(name)]
-    gains = {}
-    for name, objective in suite.objectives.items():
-        base = objective.sign * candidates[BASE][name].value
-        best = max((objective.sign * own[name].value for own in experts), default=base)
-        own = objective.sign * scores[name].value
-        gains[name] = (own - base) / (best - base) if best > base else 1 + own - base
-    return gains
+    gains = gains_over_base(candidates, suite, scales)
+    return {
+        key: 1 - float(gain.loss(np.array([suite.objectives[key].sign * scores[key].value]))[0])
+        for key, gain in gains.items()
+    }
 
 
 def recommend(
-    candidates: Mapping[str, Scores], suite: SuiteConfig, measured: Mapping[str, Scores] | None = None
+    candidates: Mapping[str, Scores],
+    suite: SuiteConfig,
+    scales: Scales,
+    measured: Mapping[str, Scores] | None = None,
 ) -> Recommendation | None:
     """Choose one merge: guards kept, then the least worst weighted loss against the experts.
 
-    The loss of an objective is 1 minus the share kept of the best expert's gain, times the
-    objective's weight (a weighted Chebyshev distance to the ideal point; Bowman 1976). The base and
-    the experts themselves are not merges. None where no merge was measured.
+    The loss of an objective is 1 minus the share kept of the best expert's gain (see `gains` for gains
+    that noise may have made), times the objective's weight (a weighted Chebyshev distance to the ideal
+    point; Bowman 1976). Where no merge keeps the guards, the one that breaks them least, each excess in
+    the unit of `guard_units`. The base and the experts themselves are not merges. None where no merge
+    was measured.
 
     Args:
         candidates: the scores to choose by, smoothed or measured, by candidate name.
         suite: the suite's file.
+        scales: of the scores as measured.
         measured: where `candidates` are smoothed, the scores as measured, for the reason's words.
     """
     names = list(candidates)
     merges = [name for name in names if is_merge(name)]
     if not merges or BASE not in candidates:
         return None
-    best = names[int(_choose(_signed(candidates, suite), names, suite))]
-
-    def excess(name: str) -> float:
-        return max([0.0, *guard_violations(candidates[name], candidates, suite).values()])
-
+    best = names[int(_choose(_signed(candidates, suite.scores), names, suite, scales))]
+    kept = [name for name in merges if _keeps_guards(candidates[name], candidates, suite)]
     by = "By smoothed scores, " if measured else ""
-    if keeps_guards := excess(best) == 0:
-        n_kept = sum(excess(name) == 0 for name in merges)
-        text = f"{by}of the {n_kept} merges that keep every guard, its worst loss is the smallest: it keeps "
+    if best in kept:
+        text = f"{by}of the {len(kept)} merges that keep every guard, its worst loss is the smallest: "
     else:
-        text = f"{by}no merge keeps every guard; this one breaks them least. It keeps "
-    text += f"{kept_shares(candidates, best, suite)} of the best expert's gain over the base."
+        text = f"{by}no merge keeps every guard; this one breaks them least: "
+    text += f"{kept_words(candidates, best, suite, scales)}."
     if measured:
-        text += f" As measured, it keeps {kept_shares(measured, best, suite)}."
-    return Recommendation(best, text[0].upper() + text[1:], keeps_guards)
+        text += f" As measured, {kept_words(measured, best, suite, scales)}."
+    return Recommendation(best, text[0].upper() + text[1:], best in kept)
 
 
-def kept_shares(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig) -> str:
-    """Say how much a candidate keeps of each objective's gain."""
-    kept = retained_gains(candidates, candidates[name], suite)
-    return ", ".join(
-        f"{'more than all' if share > 1 else format(share, '.0%')} on `{key}`" for key, share in kept.items()
-    )
+def kept_words(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig, scales: Scales) -> str:
+    """Say how much a candidate keeps of each objective's gain, or that no expert gains beyond noise."""
+    kept = retained_gains(candidates, candidates[name], suite, scales)
+    gains = gains_over_base(candidates, suite, scales)
+    shares = [
+        f"{'more than all' if share > 1 + ROUNDING else format(share, '.0%')} on `{key}`"
+        for key, share in kept.items()
+        if gains[key].is_clear
+    ]
+    unclear = [
+        f"no expert gains on `{key}` beyond noise, and it is {change} from the base"
+        for key, change in _changes(candidates, name, scales)
+        if not gains[key].is_clear
+    ]
+    clear = [f"it keeps {', '.join(shares)} of the best expert's gain over the base"] if shares else []
+    return "; ".join([*clear, *unclear])
 
 
-def _signed(candidates: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, Floats]:
-    """Return each objective and guard, signed so that greater is better: (n_candidates,)."""
+def _changes(candidates: Mapping[str, Scores], name: str, scales: Scales) -> Iterator[tuple[str, str]]:
+    """Yield each objective with the difference to the base and its paired standard error, in words."""
+    for key, scale in scales.gains.items():
+        change, stderr = candidates[name][key].value - candidates[BASE][key].value, scale.stderrs[name]
+        if all(0 <= scores[key].value <= 1 for scores in candidates.values()):
+            yield key, f"{100 * change:+.1f} ± {100 * stderr:.1f} points".replace("-", "−")
+        else:
+            yield key, f"{change:+.3f} ± {stderr:.3f}".replace("-", "−")
+
+
+def _signed(
+    candidates: Mapping[str, Scores], configs: Mapping[str, ObjectiveConfig | GuardConfig]
+) -> dict[str, Floats]:
+    """Return these objectives and guards, signed so that greater is better: (n_candidates,) each."""
     return {
         key: config.sign * np.array([scores[key].value for scores in candidates.values()])
-        for key, config in suite.scores.items()
+        for key, config in configs.items()
     }
 
 
-def _choose(signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConfig) -> Indices:
+def _gain(base: Floats, experts: Floats, names: Sequence[str], scale: GainScale) -> Gain:
+    return best_gain(base, experts, scale.clear(names), scale.spread)
+
+
+def _choose(
+    signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConfig, scales: Scales
+) -> Indices:
     """Return the merge that `recommend` chooses, (...), by signed scores, (..., n_candidates) each."""
-    experts = [i for i, name in enumerate(names) if is_expert(name)]
+    experts = [name for name in names if is_expert(name)]
+    columns, base = [names.index(name) for name in experts], names.index(BASE)
     losses = []
     for key, config in suite.objectives.items():
-        own, base = signed[key], signed[key][..., [names.index(BASE)]]
-        best = np.maximum(base, own[..., experts].max(axis=-1, keepdims=True)) if experts else base
-        gain = np.where(best > base, best - base, 1.0)
-        losses.append(config.weight * (best - own) / gain)
+        own = signed[key]
+        gain = _gain(own[..., [base]], own[..., columns], experts, scales.gains[key])
+        losses.append(config.weight * gain.loss(own))
     worse = [
-        signed[key][..., [names.index(reference_name(guard))]] - signed[key] - guard.margin
+        _excess(signed[key], signed[key][..., [names.index(reference_name(guard))]], guard)
+        / scales.guards[key]
         for key, guard in suite.guards.items()
     ]
     excess = np.max([np.zeros_like(losses[0]), *worse], axis=0)
@@ -211,7 +309,7 @@ def noisy_front(items: Mapping[str, ItemScores], suite: SuiteConfig, seed: int =
     feasible = np.ones((N_RESAMPLES, len(names)), dtype=bool)
     for key, guard in suite.guards.items():
         reference = resampled[key][:, [names.index(reference_name(guard))]]
-        feasible &= reference - resampled[key] <= guard.margin
+        feasible &= _excess(resampled[key], reference, guard) <= 0
     points = np.stack([resampled[key] for key in suite.objectives], axis=2)
     found = resampling.pareto_probability(points, feasible)
     return NoisyFront(names, resampled, points, dict(zip(names, found.tolist(), strict=True)))
@@ -223,6 +321,7 @@ class Choice:
 
     measured: Mapping[str, Scores]
     smoothing: Smoothing
+    scales: Scales
     front: NoisyFront
     recommendation: Recommendation | None
 
@@ -256,8 +355,8 @@ class Choice:
                 columns = [names.index(name) for name in smoother.names]
                 sign = suite.scores[key].sign
                 chosen_by[key][:, columns] = sign * smoother.apply(sign * scores[:, columns])
-        chosen = _choose(chosen_by, names, suite)
-        measured = _signed(self.measured, suite)
+        chosen = _choose(chosen_by, names, suite, self.scales)
+        measured = _signed(self.measured, suite.scores)
         return [
             self.front.resampled[key][np.arange(len(chosen)), chosen] - measured[key][chosen]
             for key in suite.objectives
@@ -270,9 +369,8 @@ class Choice:
         would come and go, and mirroring the resamples would add volume instead of taking optimism off.
         Other than two objectives take long, and so have fewer resamples.
         """
-        names, signed = self.front.names, _signed(self.measured, suite)
-        violations = [guard_violations(self.measured[name], self.measured, suite) for name in names]
-        kept = np.array([all(excess <= 0 for excess in own.values()) for own in violations])
+        names, signed = self.front.names, _signed(self.measured, suite.scores)
+        kept = np.array([_keeps_guards(self.measured[name], self.measured, suite) for name in names])
         base = names.index(BASE)
 
         def above(points: Floats) -> Floats:
@@ -295,14 +393,21 @@ def choose(run: RunDir) -> Choice | None:
         return None
     measured = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
     items = join_items(frames)
-    smoothing = smooth(candidates, measured, items, run.study.seed)
-    recommendation = recommend(smoothing.scores, suite, measured if smoothing.smoothers else None)
-    return Choice(measured, smoothing, noisy_front(items, suite), recommendation)
+    smoothing, scales = smooth(candidates, measured, items, run.study.seed), Scales.of(items, measured, suite)
+    chosen = recommend(smoothing.scores, suite, scales, measured if smoothing.smoothers else None)
+    return Choice(measured, smoothing, scales, noisy_front(items, suite), chosen)
+
+
+def scales_of(run: RunDir, names: Iterable[str], split: Split = "search") -> Scales:
+    """Return the scales of a run's scores, from what was measured of these candidates on one split."""
+    found = {name: run.measurement(name, split) for name in names}
+    frames = {name: frame for name, frame in found.items() if frame is not None}
+    return Scales.of_frames(frames, run.study.suite_config)
 
 
 def best_baseline(run: RunDir, choice: Choice) -> str | None:
     """Return the merge that would be recommended had there been no search, by the same scores and rule."""
     baselines = {candidate.name for candidate in run.candidates() if candidate.kind == "baseline"}
     scores = {name: own for name, own in choice.smoothing.scores.items() if name in baselines}
-    found = recommend(scores, run.study.suite_config)
+    found = recommend(scores, run.study.suite_config, choice.scales)
     return found.name if found else None

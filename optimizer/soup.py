@@ -21,7 +21,7 @@ from optimizer.progress import Progress
 from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import Candidate, RunDir, log_to
 from optimizer.search_space import SearchSpace
-from optimizer.selection import BASE, Scores, expert_name
+from optimizer.selection import BASE, Scales, Scores, expert_name
 from optimizer.soup_plan import SoupPlan
 from optimizer.suite import Split, SuiteConfig
 
@@ -30,7 +30,8 @@ class Standing(NamedTuple):
     """How good a model is; greater is better, and the guards come before the gain.
 
     Attributes:
-        allowance: 0 where every guard is kept, else minus the most by which one is broken.
+        allowance: 0 where every guard is kept, else minus the most by which one is broken, in the units of
+            `selection.guard_units`.
         gain: what it is worth in all objectives together.
     """
 
@@ -38,7 +39,9 @@ class Standing(NamedTuple):
     gain: float
 
 
-def standing(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> Standing:
+def standing(
+    scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig, scales: Scales
+) -> Standing:
     """Rank a model by its guards, then by the weighted mean of its objectives.
 
     What is averaged is the share kept of the best expert's gain over the base, as in
@@ -51,15 +54,16 @@ def standing(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfi
         scores: the model's.
         references: the scores of the experts and, if it was measured, of the base, by candidate name.
         suite: the suite's file.
+        scales: of the experts and the base, as measured.
     """
     objectives = suite.objectives
     if BASE in references:
-        gains = selection.retained_gains(references, scores, suite)
+        gains = selection.retained_gains(references, scores, suite, scales)
     else:
         gains = {name: objective.sign * scores[name].value for name, objective in objectives.items()}
     total = sum(objective.weight for objective in objectives.values())
     gain = sum(objective.weight * gains[name] for name, objective in objectives.items()) / total
-    excess = max([0.0, *selection.guard_violations(scores, references, suite).values()])
+    excess = max([0.0, *selection.relative_violations(scores, references, suite).values()])
     return Standing(-excess, gain)
 
 
@@ -111,13 +115,14 @@ def measure_greedy_soup(bench: Bench, space: SearchSpace, inputs: Inputs) -> str
     decide, and nothing more is measured.
     """
     experts, suite = inputs.expert_sources, bench.evaluator.suite.config
+    scales = selection.scales_of(bench.run, [BASE, *map(expert_name, experts)])
 
     def measure(members: tuple[str, ...]) -> Standing:
         tried = baselines.soup(members, space, inputs.base_source, experts)
         bench.measure("baseline", tried.name, tried.recipe, tried.params)
-        return standing(bench.scores[tried.name], bench.scores, suite)
+        return standing(bench.scores[tried.name], bench.scores, suite, scales)
 
-    alone = {name: standing(bench.scores[expert_name(name)], bench.scores, suite) for name in experts}
+    alone = {name: standing(bench.scores[expert_name(name)], bench.scores, suite, scales) for name in experts}
     return average_name(greedy_soup(alone, measure).members, list(experts))
 
 
@@ -183,31 +188,32 @@ def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
 def _choose(plan: SoupPlan, bench: Bench, inputs: Inputs) -> Tasting:
     """Measure the base, if there is one, and each ingredient; then build the greedy soup."""
     names, suite = list(plan.models), bench.evaluator.suite.config
-    scores: dict[str, Scores] = {}
+    frames: dict[str, pd.DataFrame] = {}
     if plan.base is not None:
         recipe = baselines.base_recipe(inputs.base_source, inputs.expert_sources)
-        scores[BASE] = _measure(bench, BASE, recipe, plan.splits)
+        frames[BASE] = _measure(bench, BASE, recipe, plan.splits)
     for name in names:
-        scores[expert_name(name)] = _measure(
-            bench, expert_name(name), soup_recipe([name], inputs), plan.splits
-        )
+        alone_as = expert_name(name)
+        frames[alone_as] = _measure(bench, alone_as, soup_recipe([name], inputs), plan.splits)
+    scores: dict[str, Scores] = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
+    scales = Scales.of_frames(frames, suite)
 
     def measure(members: tuple[str, ...]) -> Standing:
         name = average_name(members, names)
-        scores[name] = _measure(bench, name, soup_recipe(members, inputs), plan.splits)
-        return standing(scores[name], scores, suite)
+        found = _measure(bench, name, soup_recipe(members, inputs), plan.splits)
+        scores[name] = Measurement(found, 0.0).scores()
+        return standing(scores[name], scores, suite, scales)
 
-    alone = {name: standing(scores[expert_name(name)], scores, suite) for name in names}
+    alone = {name: standing(scores[expert_name(name)], scores, suite, scales) for name in names}
     soup = greedy_soup(alone, measure)
-    return Tasting(soup, scores, tuple(_rows(soup, alone, scores, suite)))
-
-
-def _rows(
-    soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores], suite: SuiteConfig
-) -> Iterator[Tasted]:
-    """Yield the base, if it was measured, the ingredients from the best down, and the soups tried."""
+    rows = list(_rows(soup, alone, scores))
     if BASE in scores:
-        yield Tasted(BASE, scores[BASE], standing(scores[BASE], scores, suite), None)
+        rows.insert(0, Tasted(BASE, scores[BASE], standing(scores[BASE], scores, suite, scales), None))
+    return Tasting(soup, scores, tuple(rows))
+
+
+def _rows(soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores]) -> Iterator[Tasted]:
+    """Yield the ingredients from the best down, then the soups tried."""
     first = soup.members[0]
     for name in [first, *(attempt.members[-1] for attempt in soup.attempts)]:
         yield Tasted(name, scores[expert_name(name)], alone[name], True if name == first else None)
@@ -216,8 +222,8 @@ def _rows(
         yield Tasted(" + ".join(attempt.members), own, attempt.standing, attempt.is_kept)
 
 
-def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> Scores:
-    """Score a candidate on these splits together, where that was not done before."""
+def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> pd.DataFrame:
+    """Score a candidate on these splits together, item by item, where that was not done before."""
     bench.progress.at_work(f"{name} …")
     if "search" in splits:
         bench.measure("baseline", name, recipe, None)
@@ -232,7 +238,7 @@ def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Spli
     found = [items for items in frames.values() if items is not None]
     if len(found) < len(frames):
         raise MergetuneError(f"`{name}` cannot be measured; {bench.run.path / 'run.log'} says why.")
-    return Measurement(pd.concat(found, ignore_index=True), 0.0).scores()
+    return pd.concat(found, ignore_index=True)
 
 
 def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:

@@ -90,6 +90,21 @@ def paired_difference(candidate: Floats, baseline: Floats, strata: Labels | None
     return _paired(difference, stratum_of(strata, len(difference)))
 
 
+def paired_stderrs(scores: Floats, baseline: Floats, strata: Labels | None = None) -> Floats:
+    """Return the standard errors of `paired_difference` for many models at once, (n_models,).
+
+    Args:
+        scores: (n_items, n_models).
+        baseline: scores of the same items, (n_items,).
+        strata: the task of each item.
+
+    Raises:
+        ValueError: shapes differ, or a score is not finite.
+    """
+    difference = checked(scores, 2) - checked(baseline, 1)[:, None]
+    return np.asarray(np.sqrt(_variances(difference, stratum_of(strata, len(difference))).sum(axis=0)))
+
+
 def bca_interval(
     difference: Floats,
     strata: Labels | None = None,
@@ -293,11 +308,20 @@ def _paired(difference: Floats, stratum: Indices) -> PairedDifference:
     estimate, sizes = _mean(difference, stratum), np.bincount(stratum)
     if sizes.min() < 2:
         return PairedDifference(estimate, math.inf, 1.0)
-    squares = _influences(difference, stratum) ** 2
-    variances = np.bincount(stratum, squares) * sizes / (sizes - 1)  # (n_strata,)
+    variances = _variances(difference[:, None], stratum)[:, 0]
     total = float(variances.sum())
     shares = variances / total if total > 0 else sizes / sizes.sum()
     return PairedDifference(estimate, math.sqrt(total), float(1 / (shares**2 / (sizes - 1)).sum()))
+
+
+def _variances(difference: Floats, stratum: Indices) -> Floats:
+    """Return what each stratum adds to the variance of mean differences of (n_items, n_models).
+
+    (n_strata, n_models); infinite where a stratum has a single item.
+    """
+    sizes = np.bincount(stratum)[:, None]  # (n_strata, 1)
+    means = stratum_means(influences(difference, stratum) ** 2, stratum)
+    return np.where(sizes > 1, means * sizes**2 / np.maximum(sizes - 1, 1), np.inf)
 
 
 def _mean(difference: Floats, stratum: Indices) -> float:

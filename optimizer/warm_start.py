@@ -142,7 +142,8 @@ def _start(bench: Bench, space: SearchSpace, points: Mapping[str, Params]) -> tu
     """Return the best merge of these and its point; else the middle of all ranges."""
     anchors = {name: own for name, own in bench.scores.items() if not selection.is_merge(name)}
     merges = {name: bench.scores[name] for name in points if selection.is_merge(name)}
-    best = selection.recommend(anchors | merges, bench.evaluator.suite.config)
+    scales = selection.scales_of(bench.run, anchors | merges)
+    best = selection.recommend(anchors | merges, bench.evaluator.suite.config, scales)
     if best is not None:
         return best.name, points[best.name]
     middle = {key: (each.low + each.high) / 2 for key, each in space.distributions.items()}

@@ -14,7 +14,7 @@ from test_study import write_study
 from optimizer.bench import Bench, write_facts
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import EngineError, MergetuneError
-from optimizer.evaluate import Evaluator
+from optimizer.evaluate import Evaluator, Score
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.progress import Progress
 from optimizer.recipe import MergeRecipe
@@ -116,3 +116,23 @@ def test_a_candidate_that_ends_the_process_is_tried_twice(half: Inputs, tmp_path
     assert poison.state == "failed"
     assert "2 attempts were cut off" in str(poison.reason)
     assert other.state == "complete"
+
+
+def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_another_is_broken(
+    half: Inputs, tmp_path: Path
+) -> None:
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        file = tmp_path / "suite.yaml"
+        file.write_text(file.read_text().replace("margin: 0.5", "margin: 0.1"))
+        bench.evaluator = Evaluator(read_suite(file))
+        tried = Candidate(name="trial", number=1, kind="trial", recipe=at(half, 0.5))
+        rest = {"words": Score(0.5, 0.1, 20), "parity": Score(0.5, 0.1, 20)}
+        for n_items in (20, 100):
+            for right in range(n_items // 2, n_items + 1):
+                bench.scores["base"] = rest | {"calm": Score(right / n_items, 0.05, n_items)}
+                for lost, met in ((n_items // 10, True), (n_items // 10 + 1, False)):
+                    bench.scores["trial"] = rest | {"calm": Score((right - lost) / n_items, 0.05, n_items)}
+                    values, constraints = bench.outcome(tried)
+                    assert values == [0.5, 0.5]
+                    assert constraints["calm"] == pytest.approx(0 if met else 1 / n_items / 0.1)
+                    assert (constraints["calm"] <= 0) == met

@@ -126,15 +126,17 @@ def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: 
     assert ends["second"]["second"] < ends["first"]["second"]
 
 
+@pytest.mark.parametrize("lead", [0.0, 0.005], ids=["alike", "one item of 200"])
 def test_an_objective_that_no_known_model_is_better_at_does_not_rule(
-    inputs: Inputs, engine: TransformersEngine
+    inputs: Inputs, engine: TransformersEngine, lead: float
 ) -> None:
     ground = ground_of(engine, inputs, space_of(inputs))
-    same = Score(0.0, 0.1, 9)
+    values = {"base": 0.5, "expert-a": 0.5, "expert-b": 0.5 + lead}
     known = {
-        name: replace(each, scores={**each.scores, "second": same}) for name, each in ground.known.items()
+        name: replace(each, scores={**each.scores, "second": Score(values[name], 0.035, 200)})
+        for name, each in ground.known.items()
     }
-    half = {"first": Score(0.5, 0.1, 9), "second": same, "guard": Score(1.0, 0.0, 9)}
+    half = {"first": Score(0.5, 0.1, 9), "second": Score(0.5 - lead, 0.035, 200), "guard": Score(1.0, 0.0, 9)}
     flat = replace(ground, known=known, scored=[(START, half)])
     both = replace(ground, scored=[(START, {**half, "second": half["first"]})])
     alone, together = (

@@ -155,7 +155,7 @@ def test_the_prediction_chooses_anew_in_each_resample_by_the_same_rule(finished:
                 row[columns] = smoother.apply(row[columns])
             for name, value in zip(names, row, strict=True):
                 by[name][key] = Score(float(value), 0.0, 1)
-        chosen = selection.recommend(by, suite)
+        chosen = selection.recommend(by, suite, choice.scales)
         assert chosen is not None
         for k, key in enumerate(suite.objectives):
             resampled = choice.front.resampled[key][b, names.index(chosen.name)]
@@ -317,6 +317,32 @@ def test_the_headline_claims_nothing_of_what_was_not_measured_on_its_split(data:
     assert one.headline.endswith("beats every expert and the average `average-0.5`.")
 
 
+def test_where_no_expert_gains_the_verdict_says_so_and_noise_decides_nothing(data: ReportData) -> None:
+    known = {"base": (0, 50, 80), "expert_tools": (90, 49, 80), "expert_persona": (0, 51, 80)}
+    full, poor = (_judged(data, (), **known, trial=own) for own in ((89, 49, 80), (8, 51, 80)))
+    assert full.sentences[0] == (
+        "On the held-out items it keeps 99% on `tool_calls` of the best expert's gain over the base; no "
+        "expert gains on `persona` beyond noise, and it is −1.0 ± 1.0 points from the base: its worst loss "
+        "is 41%."
+    )
+    assert full.worst_loss is not None
+    assert poor.worst_loss is not None
+    assert poor.worst_loss == pytest.approx(1 - 8 / 90)
+    assert full.worst_loss < poor.worst_loss
+    alike = {"base": (50, 50, 80), "expert_tools": (50, 49, 80), "expert_persona": (49, 50, 80)}
+    none = _judged(data, (), **alike, trial=(51, 52, 80))
+    assert "keeps" not in " ".join([none.headline, *none.sentences[:1]])
+    assert "more than all" not in none.sentences[0]
+
+
+def test_a_guard_that_is_met_exactly_is_kept_in_the_verdict(data: ReportData) -> None:
+    for reference in range(5, 101):
+        known = {"base": (0, 0, reference), "expert_tools": (90, 0, reference)}
+        verdict = _judged(data, (), **known, trial=(85, 85, reference - 5))
+        assert not any(one.is_broken for one in verdict.comparisons)
+        assert "breaks" not in verdict.headline
+
+
 def test_what_breaks_a_guard_is_left_out_of_the_comparison_and_named(data: ReportData) -> None:
     verdict = _judged(data, (), trial=(85, 85, 80), expert_persona=(0, 90, 70))
     assert verdict.headline.endswith("`trial` beats every expert that keeps the guards.")
@@ -339,9 +365,9 @@ def test_every_figure_of_the_verdict_says_which_split_it_is_of(
 ) -> None:
     chosen, suite = data.recommended, finished.study.suite_config
     assert chosen is not None
-    kept = selection.retained_gains(
-        {e.name: e.holdout for e in data.entries if e.holdout}, chosen.holdout, suite
-    )
+    holdout = {e.name: e.holdout for e in data.entries if e.holdout}
+    scales = selection.scales_of(finished, holdout, "holdout")
+    kept = selection.retained_gains(holdout, chosen.holdout, suite, scales)
     assert data.verdict.sentences[0].startswith(
         f"On the held-out items it keeps {kept['tool_calls']:.0%} on `tool_calls`, {kept['persona']:.0%} on"
     )

@@ -18,7 +18,7 @@ from mergekit.merge_methods import merge_state_dicts
 from rich.console import Console
 from synthetic_run import Plan, write_run
 from test_cli import mergetune
-from test_selection import scores, suite
+from test_selection import MODELS, scales, scores, suite
 from test_study import run, write_study
 
 from optimizer import selection
@@ -91,19 +91,36 @@ def test_a_soup_that_breaks_a_guard_is_not_kept_unless_the_present_one_breaks_it
     assert greedy_soup(alone, lambda _: Standing(-0.15, 0.9)).members == ("a",)
 
 
+SCALES = scales(MODELS, suite())
+
+
 def test_a_standing_weighs_the_shares_kept_of_the_experts_gains() -> None:
-    models = {"base": scores(0.1, 0.2), "expert-a": scores(0.9, 0.2), "expert-b": scores(0.1, 0.6)}
-    assert standing(models["expert-a"], models, suite()) == pytest.approx((0.0, 0.5))
-    assert standing(scores(0.5, 0.5), models, suite()) == pytest.approx((0.0, (0.5 + 0.75) / 2))
+    assert standing(MODELS["expert-a"], MODELS, suite(), SCALES) == pytest.approx((0.0, 0.5))
+    assert standing(scores(0.5, 0.5), MODELS, suite(), SCALES) == pytest.approx((0.0, (0.5 + 0.75) / 2))
     heavy = suite(x={"weight": 3.0}, y={})
-    assert standing(scores(0.5, 0.5), models, heavy) == pytest.approx((0.0, (3 * 0.5 + 0.75) / 4))
-    assert standing(scores(0.5, 0.5, g=0.7), models, suite()).allowance == pytest.approx(-0.05)
+    assert standing(scores(0.5, 0.5), MODELS, heavy, SCALES) == pytest.approx((0.0, (3 * 0.5 + 0.75) / 4))
+    assert standing(scores(0.5, 0.5, g=0.7), MODELS, suite(), SCALES).allowance == pytest.approx(-1)
+
+
+def test_a_soup_that_meets_a_guard_exactly_keeps_it() -> None:
+    for right in range(1, 21):
+        models = {**MODELS, "base": scores(0.1, 0.2, g=right / 20)}
+        own = scales(models, suite())
+        assert standing(scores(0.5, 0.5, g=(right - 1) / 20), models, suite(), own).allowance == 0
+        assert standing(scores(0.5, 0.5, g=(right - 2) / 20), models, suite(), own).allowance < 0
+
+
+def test_a_lead_of_an_item_does_not_rule_a_standing() -> None:
+    models = {"base": scores(0.1, 0.5), "expert-a": scores(0.9, 0.5), "expert-b": scores(0.1, 0.505)}
+    own = scales(models, suite(), stderr=0.03)
+    full, poor = (standing(each, models, suite(), own) for each in (scores(0.9, 0.495), scores(0.17, 0.505)))
+    assert full > poor
 
 
 def test_without_a_base_a_standing_is_the_mean_of_the_scores() -> None:
     models = {"expert-a": scores(0.9, 0.2), "expert-b": scores(0.1, 0.6)}
     config = suite(x={"direction": "minimize"}, y={"weight": 3.0}).model_copy(update={"guards": {}})
-    assert standing(scores(0.4, 0.8), models, config) == pytest.approx((0.0, (-0.4 + 3 * 0.8) / 4))
+    assert standing(scores(0.4, 0.8), models, config, SCALES) == pytest.approx((0.0, (-0.4 + 3 * 0.8) / 4))
 
 
 def test_one_set_of_experts_has_one_name() -> None:
@@ -136,12 +153,13 @@ def test_a_study_of_three_experts_measures_the_greedy_soup(finished: RunDir) -> 
     measured = finished.all_scores("search")
     config = finished.study.suite_config
     names = list(finished.study.experts)
-    alone = {name: standing(measured[f"expert-{name}"], measured, config) for name in names}
+    own = selection.scales_of(finished, ["base", *(f"expert-{name}" for name in names)])
+    alone = {name: standing(measured[f"expert-{name}"], measured, config, own) for name in names}
     tried: set[str] = set()
 
     def measure(members: tuple[str, ...]) -> Standing:
         tried.add(average_name(members, names))
-        return standing(measured[average_name(members, names)], measured, config)
+        return standing(measured[average_name(members, names)], measured, config, own)
 
     soup = greedy_soup(alone, measure)
     assert tried - {"average-0.33"} == {name for name in measured if is_soup(name)}

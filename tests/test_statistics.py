@@ -98,6 +98,27 @@ def test_equal_differences_are_no_evidence() -> None:
     assert statistics.paired_difference(np.full(9, 0.4), np.full(9, 0.3)).p_value == 1
 
 
+def test_the_errors_of_many_differences_are_those_of_each() -> None:
+    rng = np.random.default_rng(0)
+    scores, baseline, strata = rng.random((30, 4)), rng.random(30), rng.integers(3, size=30)
+    for tasks in (None, strata):
+        found = statistics.paired_stderrs(scores, baseline, tasks)
+        each = [statistics.paired_difference(column, baseline, tasks).stderr for column in scores.T]
+        assert found == pytest.approx(each)
+    assert np.isinf(statistics.paired_stderrs(scores[:3], baseline[:3], ["a", "a", "b"])).all()
+
+
+@pytest.mark.parametrize("n_items", [20, 100])
+def test_a_difference_of_exactly_the_margin_neither_passes_nor_fails(n_items: int) -> None:
+    for right in range(n_items + 1):
+        for lost in range(min(right, n_items // 10) + 1):
+            baseline, candidate = (np.arange(n_items) < count for count in (right, right - lost))
+            found = statistics.non_inferiority(
+                candidate.astype(float), baseline.astype(float), margin=lost / n_items
+            )
+            assert found.verdict == "inconclusive"
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match="the same items"):
         statistics.paired_difference(np.ones(3), np.ones(4))

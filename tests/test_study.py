@@ -208,7 +208,8 @@ def test_the_finalists_are_written_down_before_the_holdout_is_used(finished: Run
 def test_the_best_average_is_confirmed_as_well_as_the_plain_one(finished: RunDir) -> None:
     kinds = {candidate.name: candidate.kind for candidate in finished.candidates()}
     search = {name: own for name, own in finished.all_scores("search").items() if kinds[name] == "baseline"}
-    best = selection.recommend(search, finished.study.suite_config)
+    scales = selection.scales_of(finished, search)
+    best = selection.recommend(search, finished.study.suite_config, scales)
     assert best is not None
     assert best.name != "average-0.5"
     assert {best.name, "average-0.5"} <= finished.all_scores("holdout").keys()

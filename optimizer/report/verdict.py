@@ -14,9 +14,10 @@ from optimizer import selection
 from optimizer.aggregations import linear_scores
 from optimizer.baselines import is_average, is_soup
 from optimizer.evaluate import ITEM_KEYS, Measurement, Score
+from optimizer.gains import Gain
 from optimizer.report.metric import Metric
-from optimizer.resampling import Floats, bootstrap_scores, join_items
-from optimizer.selection import Recommendation
+from optimizer.resampling import Floats, ItemScores, bootstrap_scores, join_items
+from optimizer.selection import Recommendation, Scales
 from optimizer.suite import Split, SuiteConfig
 
 N_RESAMPLES = 2000
@@ -100,8 +101,10 @@ def judge(
     if chosen is None:
         return Verdict("mixed", "No merge has been measured yet.", (), split)
     scores = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
-    losses = _resampled_losses(frames, scores, suite)
-    point = {name: _worst_loss(scores, name, suite) for name in scores}
+    items = join_items(frames)
+    scales = Scales.of(items, scores, suite)
+    losses = _resampled_losses(items, selection.gains_over_base(scores, suite, scales), suite)
+    point = {name: _worst_loss(scores, name, suite, scales) for name in scores}
     broken = {name: _broken_guards(scores, name, suite) for name in scores}
     rivals = [
         Rival(name, point[name], _share_ahead(losses[chosen.name], losses[name]))
@@ -115,10 +118,9 @@ def judge(
     if chosen.keeps_guards and broken[chosen.name]:
         level = "mixed" if level == "good" else level
         headline = f"{headline.rstrip('.')}, but {where} it breaks {_listed(broken[chosen.name])}."
-    kept = selection.kept_shares(scores, chosen.name, suite)
+    kept = selection.kept_words(scores, chosen.name, suite, scales)
     sentences = [
-        f"{where.capitalize()} it keeps {kept} of the best expert's gain over the base: its worst loss "
-        f"is {point[chosen.name]:.0%}.",
+        f"{where.capitalize()} {kept}: its worst loss is {point[chosen.name]:.0%}.",
         *found,
         *_left_out([name for name, guards in broken.items() if guards and name != chosen.name], where),
     ]
@@ -234,8 +236,10 @@ def _broken_guards(
     return tuple(guard for guard, excess in violations.items() if excess > 0)
 
 
-def _worst_loss(scores: Mapping[str, Mapping[str, Score]], name: str, suite: SuiteConfig) -> float:
-    kept = selection.retained_gains(scores, scores[name], suite)
+def _worst_loss(
+    scores: Mapping[str, Mapping[str, Score]], name: str, suite: SuiteConfig, scales: Scales
+) -> float:
+    kept = selection.retained_gains(scores, scores[name], suite, scales)
     return max(suite.objectives[key].weight * (1 - share) for key, share in kept.items())
 
 
@@ -263,16 +267,14 @@ def _comparisons(
 
 
 def _resampled_losses(
-    frames: Mapping[str, pd.DataFrame],
-    scores: Mapping[str, Mapping[str, Score]],
-    suite: SuiteConfig,
+    items: Mapping[str, ItemScores], gains: Mapping[str, Gain], suite: SuiteConfig
 ) -> dict[str, Floats]:
     """Return each model's worst loss in every bootstrap resample: (N_RESAMPLES,).
 
     Items are drawn with replacement within each task, the same for all models. What a loss is
     measured by, the best expert's gain over the base, stays that of the whole sample.
     """
-    names, items = list(frames), join_items(frames)
+    names = next(iter(items.values())).names
     rng = np.random.default_rng(0)
     worst = np.full((N_RESAMPLES, len(names)), -np.inf)
     for objective, config in suite.objectives.items():
@@ -280,9 +282,5 @@ def _resampled_losses(
         values = config.sign * bootstrap_scores(
             joined.scores, joined.tasks, n_resamples=N_RESAMPLES, seed=rng
         )  # (N_RESAMPLES, n_models)
-        points = {name: config.sign * own[objective].value for name, own in scores.items()}
-        base = points[selection.BASE]
-        best = max((v for name, v in points.items() if selection.is_expert(name)), default=base)
-        gain, goal = (best - base, best) if best > base else (1.0, base)
-        worst = np.maximum(worst, config.weight * (goal - values) / gain)
+        worst = np.maximum(worst, config.weight * gains[objective].loss(values))
     return {name: worst[:, column] for column, name in enumerate(names)}
