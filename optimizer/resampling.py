@@ -174,13 +174,10 @@ def pareto_probability(resampled: Floats, feasible: NDArray[np.bool_] | None = N
             others are not on the front, and keep no one off it. If not given, all are feasible.
     """
     kept = np.ones(resampled.shape[:2], dtype=bool) if feasible is None else feasible
-    objectives = [np.ascontiguousarray(resampled[:, :, k]) for k in range(resampled.shape[2])]
-    probabilities = np.empty(resampled.shape[1])
-    for i in range(len(probabilities)):
-        no_worse = np.logical_and.reduce([kept, *(values >= values[:, [i]] for values in objectives)])
-        better = np.logical_or.reduce([values > values[:, [i]] for values in objectives])
-        probabilities[i] = (kept[:, i] & ~(no_worse & better).any(axis=1)).mean()
-    return probabilities
+    counts = np.zeros(resampled.shape[1])
+    for points, own in zip(resampled, kept, strict=True):
+        counts[np.flatnonzero(own)[pareto.on_front(points[own])]] += 1
+    return counts / len(resampled)
 
 
 def hypervolume_interval(
@@ -190,8 +187,7 @@ def hypervolume_interval(
 
     The best of noisy scores are too good: the measured hypervolume exceeds the true one about as much as
     the resampled exceed the measured. So the resampled are mirrored at the measured one (Davison & Hinkley
-    1997, section 5.2); a percentile interval would count the optimism twice. Two objectives are fast, and
-    more call `pareto.hypervolume` for every resample: pass fewer.
+    1997, section 5.2); a percentile interval would count the optimism twice.
 
     Args:
         points: measured scores, (n_candidates, n_objectives).
@@ -199,8 +195,8 @@ def hypervolume_interval(
         reference: the point above which volume counts, (n_objectives,).
         level: two-sided.
     """
-    observed = float(_hypervolumes(points[None], reference)[0])
-    mirrored = 2 * observed - _hypervolumes(resampled, reference)
+    observed = pareto.hypervolume(points, reference)
+    mirrored = 2 * observed - np.array([pareto.hypervolume(own, reference) for own in resampled])
     return Hypervolume(observed, float(mirrored.mean()), percentile_interval(mirrored, level))
 
 
@@ -242,14 +238,3 @@ def _counts(rng: np.random.Generator, rows: int, n_items: int) -> Floats:
     """How often each item is drawn, a row per resample: (rows, n_items)."""
     drawn = rng.integers(n_items, size=(rows, max(n_items - 1, 1))) + n_items * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * n_items).reshape(rows, n_items).astype(np.float64)
-
-
-def _hypervolumes(resampled: Floats, reference: Sequence[float]) -> Floats:
-    """Hypervolume of each resample, (n_resamples,)."""
-    if resampled.shape[2] != 2:
-        return np.array([pareto.hypervolume(points, reference) for points in resampled])
-    above = np.maximum(resampled - np.asarray(reference), 0.0)
-    order = np.argsort(-above[:, :, 0], axis=1)
-    first, second = (np.take_along_axis(above[:, :, k], order, axis=1) for k in (0, 1))
-    widths = first - np.pad(first[:, 1:], ((0, 0), (0, 1)))
-    return np.asarray((widths * np.maximum.accumulate(second, axis=1)).sum(axis=1), dtype=np.float64)

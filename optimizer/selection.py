@@ -367,7 +367,7 @@ class Choice:
 
         Who keeps them is taken from the scores as measured: were it drawn anew, candidates near a margin
         would come and go, and mirroring the resamples would add volume instead of taking optimism off.
-        Other than two objectives take long, and so have fewer resamples.
+        More than five objectives take long, and so have fewer resamples.
         """
         names, signed = self.front.names, _signed(self.measured, suite.scores)
         kept = np.array([_keeps_guards(self.measured[name], self.measured, suite) for name in names])
@@ -377,7 +377,7 @@ class Choice:
             return np.where(kept[:, None], points - points[..., [base], :], 0.0)
 
         points = np.stack([signed[key] for key in suite.objectives], axis=1)
-        drawn = self.front.points[: N_RESAMPLES if points.shape[1] == 2 else _FEWER_RESAMPLES]
+        drawn = self.front.points[: N_RESAMPLES if points.shape[1] <= 5 else _FEWER_RESAMPLES]
         return resampling.hypervolume_interval(above(points), above(drawn), [0.0] * points.shape[1])
 
 

@@ -94,7 +94,7 @@ def test_pareto_probability_counts_the_fronts(resampled: Floats) -> None:
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_who_breaks_a_guard_is_not_on_the_front_and_keeps_no_one_off_it(data: st.DataObject) -> None:
-    resampled = data.draw(st.integers(1, 3).flatmap(resampled_points))
+    resampled = data.draw(st.integers(1, 5).flatmap(resampled_points))
     feasible = data.draw(arrays(np.bool_, resampled.shape[:2]))
     counts = np.zeros(resampled.shape[1])
     for points, kept in zip(resampled, feasible, strict=True):
@@ -104,7 +104,7 @@ def test_who_breaks_a_guard_is_not_on_the_front_and_keeps_no_one_off_it(data: st
     assert resampling.pareto_probability(resampled, feasible) == pytest.approx(counts / len(resampled))
 
 
-@given(st.integers(2, 3).flatmap(resampled_points))
+@given(st.integers(1, 5).flatmap(resampled_points))
 @settings(max_examples=60, deadline=None)
 def test_hypervolumes_agree_with_optuna(resampled: Floats) -> None:
     reference = np.full(resampled.shape[2], 0.2)  # some points are not above it

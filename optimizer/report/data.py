@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from optimizer import pareto, selection
@@ -269,16 +270,10 @@ def _verdict(
 def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:
     """Return the hypervolume over the base's scores after each candidate; those that break a guard add 0."""
     signed = selection.objective_points({e.name: e.search for e in entries}, suite)
-    base = next(i for i, entry in enumerate(entries) if entry.name == selection.BASE)
-    volumes: list[float] = []
-    front: list[int] = []
-    for i, entry in enumerate(entries):
-        if entry.feasible and not any(pareto.dominates(signed[j], signed[i]) for j in front):
-            front = [j for j in front if not pareto.dominates(signed[i], signed[j])] + [i]
-            volumes.append(float(pareto.hypervolume(signed[front], signed[base])))
-        else:
-            volumes.append(volumes[-1] if volumes else 0.0)
-    return tuple(volumes)
+    base = signed[next(i for i, entry in enumerate(entries) if entry.name == selection.BASE)]
+    feasible = np.array([entry.feasible for entry in entries])
+    counted = np.where(feasible[:, None], signed, base)
+    return tuple(pareto.growing_hypervolumes(counted, base.tolist()).tolist())
 
 
 def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
