@@ -184,7 +184,7 @@ def split_of(content: str, holdout: float) -> Split:
 
 def _read_items(path: Path, scorer: Scorer, score: str) -> tuple[Item, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other separators may stand within a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand within a text
     except (OSError, UnicodeDecodeError) as error:
         raise MergetuneError(f"{path}: cannot be read ({error}); `{score}` needs it.") from error
     items = [

@@ -75,6 +75,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`, which the keys given here override
+                continue
             key = self.construct_object(key_node, deep=True)
             is_plain = isinstance(key, Hashable)
             if not is_plain or key in seen:
@@ -94,7 +96,7 @@ def read_yaml(path: Path, model: type[M]) -> M:
             the message names the file, the path of each offending key and, for a misspelling, the valid key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors may write a mark at the beginning
     except OSError as error:
         raise MergetuneError(f"{path}: cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

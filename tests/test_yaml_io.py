@@ -121,6 +121,28 @@ def test_a_file_with_a_key_too_many_is_still_what_it_is(tmp_path: Path) -> None:
         read_yaml(path, MergeRecipe)
 
 
+def test_merge_keys_and_a_mark_at_the_beginning_are_read(tmp_path: Path) -> None:
+    text = """\ufeffdescription: x
+chat_template: false
+objectives:
+  one: &one
+    weight: 2
+    tasks:
+      - &task {items: one.jsonl, scorer: &scorer {kind: contains}, max_new_tokens: 4}
+  two:
+    <<: *one
+    weight: 3
+    tasks:
+      - {<<: [*task], items: two.jsonl, scorer: *scorer}
+"""
+    (tmp_path / "suite.yaml").write_text(text, encoding="utf-8")
+    two = read_yaml(tmp_path / "suite.yaml", SuiteConfig).objectives["two"]
+    assert (two.weight, two.tasks[0].items, two.tasks[0].max_new_tokens) == (3, "two.jsonl", 4)
+    (tmp_path / "twice.yaml").write_text(text.replace("    weight: 3\n", "    weight: 3\n    weight: 4\n"))
+    with pytest.raises(MergetuneError, match="the key `weight` is given twice"):
+        read_yaml(tmp_path / "twice.yaml", SuiteConfig)
+
+
 def test_a_key_that_is_not_text_is_explained(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("base: b\n1: 5\n")
     with pytest.raises(MergetuneError, match="a key must be plain text"):
