@@ -113,7 +113,8 @@ def plain(study: Study) -> Scales:
 
 def ours(study: Study) -> Scales:
     """Return the scales that a study chooses by."""
-    return Scales({key: GainScale.of(items, BASE) for key, items in study.items.items()}, {})
+    experts = [name for name in study.items["skill"].names if selection.is_expert(name)]
+    return Scales({key: GainScale.of(items, BASE, experts) for key, items in study.items.items()}, {})
 
 
 RULES: dict[str, Callable[[Study], Scales]] = {"plain shares": plain, "mergetune": ours}

@@ -44,16 +44,18 @@ class GainScale:
         stderrs: the paired standard error of each candidate's difference to the base, by candidate name;
             where few items differ, no less than what one of all items weighs, for equal answers to these
             items are no certainty.
-        spread: the largest score of an item less the smallest; 1 where all are alike.
+        spread: the largest score of an item less the smallest, of the base and the experts, so that a broken
+            merge does not stretch it; 1 where all are alike.
     """
 
     stderrs: Mapping[str, float]
     spread: float
 
     @classmethod
-    def of(cls, items: ItemScores, base: str) -> GainScale:
+    def of(cls, items: ItemScores, base: str, experts: Sequence[str]) -> GainScale:
         """Return the scale of one objective, from what was measured."""
-        column, spread = items.scores[:, items.names.index(base)], float(np.ptp(items.scores)) or 1.0
+        column = items.scores[:, items.names.index(base)]
+        spread = float(np.ptp(items.of([base, *experts]).scores)) or 1.0
         n_differ = (np.abs(items.scores - column[:, None]) > ROUNDING * spread).sum(axis=0)
         least = np.where(n_differ < FEW, spread / len(items.scores), 0.0)
         stderrs = np.maximum(paired_stderrs(items.scores, column, items.tasks), least)

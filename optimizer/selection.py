@@ -52,7 +52,8 @@ class Scales:
         cls, items: Mapping[str, ItemScores], measured: Mapping[str, Scores], suite: SuiteConfig
     ) -> Scales:
         """Return the scales of a suite's scores, `items` being `measured` item by item."""
-        gains = {key: GainScale.of(items[key], BASE) for key in suite.objectives if BASE in measured}
+        experts = [name for name in measured if is_expert(name)]
+        gains = {key: GainScale.of(items[key], BASE, experts) for key in suite.objectives if BASE in measured}
         return cls(gains, guard_units(measured, suite))
 
     @classmethod

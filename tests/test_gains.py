@@ -62,8 +62,9 @@ def items_of(rng: np.random.Generator, n_items: int = 40) -> ItemScores:
 
 
 def loss_of(items: ItemScores, sign: int = 1) -> float:
-    scale, values = GainScale.of(items, "base"), sign * items.scores.mean(axis=0)
-    gain = best_gain(values[:1], values[1:3], scale.clear(items.names[1:3]), scale.spread)
+    experts = items.names[1:3]
+    scale, values = GainScale.of(items, "base", experts), sign * items.scores.mean(axis=0)
+    gain = best_gain(values[:1], values[1:3], scale.clear(experts), scale.spread)
     return float(gain.loss(values)[3])
 
 
@@ -99,14 +100,15 @@ def test_of_experts_that_do_not_gain_the_best_seldom_looks_clearly_better(n_expe
 
 def is_clear(scores: Floats) -> bool:
     names = tuple(map(str, range(scores.shape[1])))
-    scale, values = GainScale.of(ItemScores(names, scores, np.zeros(len(scores))), "0"), scores.mean(axis=0)
+    items, values = ItemScores(names, scores, np.zeros(len(scores))), scores.mean(axis=0)
+    scale = GainScale.of(items, "0", names[1:])
     return bool(best_gain(values[:1], values[1:], scale.clear(names[1:]), scale.spread).is_clear)
 
 
 def test_models_that_answer_alike_show_no_gain_whatever_rounding_and_smoothing_make_of_it() -> None:
     scores = np.full((90, 2), 1 / 3)
     scores[0] = 0.7
-    scale = GainScale.of(ItemScores(("base", "expert-a"), scores, np.zeros(90)), "base")
+    scale = GainScale.of(ItemScores(("base", "expert-a"), scores, np.zeros(90)), "base", ["expert-a"])
     assert scale.stderrs["expert-a"] == pytest.approx((0.7 - 1 / 3) / 90)
     for rounding in (1e-16, 1e-9, 1e-6):
         gain = best_gain(
@@ -114,3 +116,13 @@ def test_models_that_answer_alike_show_no_gain_whatever_rounding_and_smoothing_m
         )
         assert not gain.is_clear
         assert loss(gain, 0.0) == pytest.approx(1 / 3 / (0.7 - 1 / 3), rel=0.01)
+
+
+def test_a_broken_merge_does_not_change_what_the_others_lose() -> None:
+    rng, names = np.random.default_rng(0), ("base", "expert-a", "m", "broken")
+    base = -rng.gamma(2, 2, size=200)
+    scores = np.stack([base, base + rng.normal(-0.05, 0.6, size=200), base - 3, 1e6 * base], axis=1)
+    tasks, experts = np.zeros(200), ["expert-a"]
+    with_it, without = ItemScores(names, scores, tasks), ItemScores(names[:3], scores[:, :3], tasks)
+    first, second = (GainScale.of(items, "base", experts) for items in (with_it, without))
+    assert first.spread == second.spread == np.ptp(scores[:, :2])
