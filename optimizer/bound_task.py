@@ -67,7 +67,7 @@ class BoundTask:
         doc, scorer = self.docs[index], self.config.scorer
         if scorer is not None and scorer.kind == "regex":
             return "\n".join(["the share met of these patterns:", *scorer.patterns, *item_patterns(doc)])
-        return _target(self.task, doc)
+        return str(right_answer(self.task, doc))
 
     def row(self, index: int, requests: Sequence[Instance], results: Sequence[Any]) -> dict[str, Any]:
         """Score a document's replies, as the task's filter left them, as a row of a measurement.
@@ -162,6 +162,14 @@ def direction_of(name: str, score: ScoreConfig, tasks: Sequence[BoundTask]) -> D
     return score.direction
 
 
+def right_answer(task: Task, doc: Any) -> Any:
+    """Return what a document asks for: the text of the right choice, or the target as the task has it."""
+    target = task.doc_to_target(doc)
+    if isinstance(target, int) and task.config.doc_to_choice is not None:
+        return task.doc_to_choice(doc)[target]
+    return target
+
+
 def item_ids(docs: Sequence[Any]) -> tuple[str, ...]:
     """Return an id per document from its content; repeated documents are numbered."""
     from lm_eval.utils import hash_string
@@ -251,13 +259,6 @@ def _question(task: Task, doc: Any) -> str:
 def _prompt(task: Task, doc: Any) -> str:
     text = task.doc_to_text(doc)
     return text if isinstance(text, str) else _as_text(doc)
-
-
-def _target(task: Task, doc: Any) -> str:
-    target = task.doc_to_target(doc)
-    if isinstance(target, int) and task.config.doc_to_choice is not None:
-        return str(task.doc_to_choice(doc)[target])
-    return str(target)
 
 
 def _as_text(doc: Any) -> str:

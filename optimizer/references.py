@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from optimizer.bound_task import BoundTask, right_answer
 from optimizer.continuation import closing, continued, replied
 from optimizer.engines.completions import Scoring
+from optimizer.lm_requests import filtered
 from optimizer.lm_tasks import item_answer
 
 if TYPE_CHECKING:
     import pandas as pd
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.task import Task
 
-    from optimizer.bound_task import BoundTask
     from optimizer.evaluate import Evaluator
 
 # A reply is a reference from this share of the best score of its task on: it shows most of the skill.
@@ -140,7 +140,7 @@ class _TaskReferences:
     """The references of one task's items."""
 
     def __init__(self, evaluator: Evaluator, name: str, lm: TemplateLM, chat: bool) -> None:
-        bound = evaluator.tasks[name]
+        bound, self._evaluator = evaluator.tasks[name], evaluator
         self._name, self._bound, self._task = name, bound, bound.task
         self._lm, self._chat = lm, chat
         self._is_better_high = evaluator.suite.config.scores[bound.score_name].sign > 0
@@ -157,7 +157,7 @@ class _TaskReferences:
         return "no answer of its items, and no reply given, scores well"
 
     def find(self, indices: list[int], replies: Sequence[pd.DataFrame]) -> Iterator[Reference]:
-        asked = _requests(self._task, self._lm, indices, self._chat)
+        asked = self._evaluator.requests(self._lm, {self._name: indices})[self._name]
         kind = self._task.OUTPUT_TYPE
         if kind == "generate_until":
             yield from self._replies(asked, replies)
@@ -217,35 +217,17 @@ class _TaskReferences:
         yield self._reference(index, texts, right=tuple(right), scales=_scales(self._bound, choices))
 
 
-def _requests(task: Task, lm: TemplateLM, indices: list[int], chat: bool) -> dict[int, list[Instance]]:
-    """Return what lm-eval asks of a model, by document, as `Evaluator.measure` has it asked."""
-    task.build_all_requests(
-        samples=indices,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        chat_template=lm.apply_chat_template if chat else None,
-        tokenizer_name=lm.tokenizer_name if chat else "",
-    )
-    found: dict[int, list[Instance]] = defaultdict(list)
-    for instance in sorted(task.instances, key=lambda each: (each.doc_id, each.idx)):
-        found[indices[instance.doc_id]].append(instance)
-    return found
-
-
 def _score_answers(
     bound: BoundTask, asked: Mapping[int, list[Instance]], chat: bool
 ) -> dict[int, list[tuple[float, str]]]:
     """Score each item's answer as if a model had replied it; items whose answer is no text have none."""
-    task = bound.task
-    if getattr(task, "UNSAFE_CODE", False):
-        return {}
     texts = {index: _answer(bound, instances[0].doc, chat) for index, instances in asked.items()}
     for index, instances in asked.items():
         for instance in instances:
             instance.resps = [texts[index] or ""]
     try:
-        task.apply_filters()
-        scores = {index: _score(bound, instances) for index, instances in asked.items()}
+        results = filtered(bound.task, asked, bound.filter)
+        scores = {index: _score(bound, index, own) for index, own in results.items()}
     except Exception:  # whatever a task's own code raises at a reply that is none
         return {}
     return {
@@ -255,11 +237,8 @@ def _score_answers(
     }
 
 
-def _score(bound: BoundTask, instances: Sequence[Instance]) -> float | None:
-    replies = instances[0].filtered_resps
-    reply = replies[bound.config.filter or next(iter(replies))]
-    scores = bound.task.process_results(instances[0].doc, [reply])
-    score = scores.get(bound.config.metric or next(iter(scores)))
+def _score(bound: BoundTask, index: int, results: Sequence[Any]) -> float | None:
+    score = bound.task.process_results(bound.docs[index], list(results)).get(bound.metric)
     return float(score) if isinstance(score, (int, float)) else None
 
 
@@ -268,10 +247,7 @@ def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
     task, scorer = bound.task, bound.config.scorer
     if scorer is not None and scorer.kind == "contains" and isinstance(item_answer(doc), list):
         return None
-    target = task.doc_to_target(doc)
-    if isinstance(target, int) and task.config.doc_to_choice is not None:
-        target = task.doc_to_choice(doc)[target]
-    first = next(iter(_as_list(target)), None)
+    first = next(iter(_as_list(right_answer(task, doc))), None)
     prefix = task.doc_to_prefix(doc)
     if prefix:
         delimiter = "" if prefix[-1].isspace() else " "
@@ -281,12 +257,10 @@ def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
 
 
 def _scales(bound: BoundTask, choices: Sequence[str]) -> tuple[float, ...]:
-    metrics = list(bound.task.aggregation())
-    metric = bound.config.metric or ("acc" if "acc" in metrics else metrics[0])
     lengths = {
         "acc_norm": [len(choice) for choice in choices],
         "acc_bytes": [len(choice.encode()) for choice in choices],
-    }.get(metric, [1] * len(choices))
+    }.get(bound.metric, [1] * len(choices))
     mean = sum(lengths) / len(lengths)
     return tuple(mean / max(length, 1) for length in lengths)
 

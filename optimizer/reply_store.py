@@ -84,11 +84,6 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         self.asked: set[str] = set()  # the keys of what the store did not hold
 
     @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's directory or hub id."""
-        return str(self.renderer.tokenizer_name)
-
-    @property
     def max_length(self) -> int:
         """The most tokens that prompt and reply may have together."""
         return int(self._started().max_length)

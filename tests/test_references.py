@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,9 @@ def test_losses_are_those_of_lm_eval(folder: Path, engine: TransformersEngine) -
     """lm-eval's own log-likelihood of the reply, per token."""
     ready = evaluator(folder, chat=False, words={"lm_eval": "own_words"})
     found = find_references(ready, engine.lm)
-    instances = list(ready.tasks["own_words"].task.instances)
+    task = ready.tasks["own_words"].task
+    task.build_all_requests(samples=sorted(ready.documents("search")["own_words"]))
+    instances = list(task.instances)
     expected = [logprob for logprob, _ in engine.lm.loglikelihood(instances)]
     with torch.no_grad():
         losses = item_losses(engine.model, found.items)
@@ -294,3 +297,25 @@ def test_a_sample_is_spread_over_tasks_and_parts_share_nothing(folder: Path) -> 
     ids = [{(each.task, each.item) for each in part.items} for part in (apart, rest)]
     assert not ids[0] & ids[1]
     assert len(ids[0] | ids[1]) == len(sample.items)
+
+
+def test_references_stand_on_their_items_in_any_order(folder: Path) -> None:
+    ready = evaluator(folder, words=task("exact"))
+    name = next(iter(ready.tasks))
+    lm = model()
+    assert find_references(ready, lm, {name: [5, 1, 3]}) == find_references(ready, lm, {name: [1, 3, 5]})
+
+
+def test_references_ask_as_the_evaluation_does(folder: Path) -> None:
+    """A system message is written where the suite wants it, in references as in what models are asked."""
+    words = {**task("exact"), "system": "Be brief."}
+    ready = evaluator(folder, words=words)
+    config = ready.suite.config.model_copy(update={"system": "merge_into_user"})
+    ready.suite = replace(ready.suite, config=config)
+    lm, name = model(), next(iter(ready.tasks))
+    asked = ready.requests(lm, ready.documents("search"))[name]
+    for reference in find_references(ready, lm).items:
+        (text,) = reference.texts
+        prompt = asked[ready.tasks[name].item_ids.index(reference.item)][0].args[0]
+        assert "user\nBe brief.\n\n" in prompt
+        assert lm.tokenizer.decode(text.tokens).startswith(prompt)

@@ -16,8 +16,6 @@ from optimizer.reply_store import ReplyStore, StoredLM
 class CountingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     """Replies with the number of the request, and breaks when it is told to."""
 
-    tokenizer_name = "none"
-
     def __init__(self, breaks_at: int = -1) -> None:
         super().__init__()
         self.n_calls, self.n_asked, self.breaks_at = 0, 0, breaks_at

@@ -91,11 +91,6 @@ class TokenizerPrompts:
 
     tokenizer: Any
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's directory or hub id."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -134,7 +129,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's directory or hub id."""
-        return TokenizerPrompts(self.tokenizer).tokenizer_name
+        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return a text's tokens; a text that begins with the BOS token gets no second one."""
