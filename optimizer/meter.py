@@ -15,7 +15,6 @@ from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError, StartError
 from optimizer.evaluate import Documents, Evaluator
-from optimizer.lm_requests import request_key
 from optimizer.model_under_test import LocalModel, ModelUnderTest
 from optimizer.reply_store import ReplyStore, StoredLM
 
@@ -66,10 +65,8 @@ class Meter:
         """
         if self._lm is None:
             self._lm = self._made()
-        asked = set(getattr(self._lm, "asked", ()))
-        found = self._evaluator.measure_documents(self._lm, documents).items
-        self.n_measured += self._count_new(documents, asked)
-        return found
+        self.n_measured += self._count_new(self._lm, documents)
+        return self._evaluator.measure_documents(self._lm, documents).items
 
     def _made(self) -> LM:
         """Return the model as lm-eval sees it, between it and the engine the store if there is one."""
@@ -78,14 +75,13 @@ class Meter:
         name = _name(self.model.digest, self._config, self._repeat)
         return StoredLM(self._started, self.model.prompts(), self._store, name)
 
-    def _count_new(self, documents: Documents, asked_before: set[str]) -> int:
-        """Count the items for which something was asked that the store did not hold."""
-        if not isinstance(self._lm, StoredLM):
+    def _count_new(self, lm: LM, documents: Documents) -> int:
+        """Count the items for which something has to be asked that the store does not hold."""
+        if not isinstance(lm, StoredLM):
             return sum(map(len, documents.values()))
-        new = {key.partition("-")[0] for key in self._lm.asked - asked_before}
-        requests = self._evaluator.requests(self._lm, documents)
+        requests = self._evaluator.requests(lm, documents)
         items = [own for asked in requests.values() for own in asked.values()]
-        return sum(any(request_key(request) in new for request in own) for own in items)
+        return sum(not all(map(lm.knows, own)) for own in items)
 
     def _started(self) -> LM:
         if self._running is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 Reply = str | float | tuple[float, bool]  # a text; the log-likelihood of a text; that of a continuation
-_AT_A_TIME = 2048  # requests between two writes to the store
+_AT_A_TIME = 2048  # requests that are put to the model together
+_SECONDS_BETWEEN_WRITES = 10.0  # each one writes the model's file anew
 _COLUMNS = ["key", "text", "loglikelihood", "is_greedy"]
 
 
@@ -81,7 +83,6 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         self._started, self.renderer, self._store, self._name = started, renderer, store, name
         self._known = store.read(name)
         self.truncate = "refuse"
-        self.asked: set[str] = set()  # the keys of what the store did not hold
 
     @property
     def max_length(self) -> int:
@@ -92,9 +93,13 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         """Return a conversation as the model's chat template writes it."""
         return str(self.renderer.apply_chat_template(chat_history, **options))
 
+    def knows(self, request: Instance) -> bool:
+        """Say whether a request was replied to before."""
+        return self._key(request) in self._known
+
     def excess_tokens(self, request: Instance) -> int:
         """Return by how many tokens a request is too long; what was replied to before was not."""
-        if self._key(request) in self._known:
+        if self.knows(request):
             return 0
         excess_tokens = getattr(self._started(), "excess_tokens", None)
         return 0 if excess_tokens is None else int(excess_tokens(request))
@@ -120,17 +125,28 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
             draws[key] += 1
         replies = dict(self._known)
         missing = [(key, each) for key, each in zip(keys, requests, strict=True) if key not in replies]
-        for start in range(0, len(missing), _AT_A_TIME):
-            part = missing[start : start + _AT_A_TIME]
-            lm = self._started()
-            lm.truncate = self.truncate
-            found = getattr(lm, kind)([request for _, request in part])
-            replies |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
-            sound = {key: replies[key] for key, _ in part if not _is_nan(replies[key])}
+        unwritten: dict[str, Reply] = {}
+        written = time.monotonic()
+        try:
+            for start in range(0, len(missing), _AT_A_TIME):
+                part = missing[start : start + _AT_A_TIME]
+                lm = self._started()
+                lm.truncate = self.truncate
+                found = getattr(lm, kind)([request for _, request in part])
+                unwritten |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
+                replies |= unwritten
+                if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+                    self._keep(unwritten)
+                    unwritten, written = {}, time.monotonic()
+        finally:  # what was replied before an error is kept
+            self._keep(unwritten)
+        return [replies[key] for key in keys]
+
+    def _keep(self, replies: Mapping[str, Reply]) -> None:
+        sound = {key: reply for key, reply in replies.items() if not _is_nan(reply)}
+        if sound:
             self._store.add(self._name, sound)
             self._known |= sound
-            self.asked |= {key for key, _ in part}
-        return [replies[key] for key in keys]
 
     def _key(self, request: Instance) -> str:
         """Return the request's key; a prompt that is cut off is another one."""
