@@ -38,25 +38,17 @@ class Aggregation:
         name: lm-eval's name of it, or `affine` of a function that is one of the mean.
         parts: an item's value → its parts; they are all 0 where it has no value.
         combine: means of the parts, (..., n_parts) → the metric, (...).
-        skips_nan: whether an item may have no value, NaN.
         alone: an item's value → the metric on this item alone; None: `combine` of its parts.
     """
 
     name: str
     parts: Callable[[Any], Parts]
     combine: Callable[[Numbers], Numbers]
-    skips_nan: bool = False
     alone: Callable[[Any], float] | None = None
 
-    def of_one(self, value: Any) -> float:
-        """Return the metric on one item alone."""
-        if self.alone is not None:
-            return self.alone(value)
-        return float(self.combine(np.array(self.parts(value), dtype=np.float64)))
-
-    def of_parts(self, parts: Numbers) -> float:
-        """Return the metric on items with these parts, (n_items, n_parts)."""
-        return float(self.combine(parts.mean(axis=0)))
+    def of_one(self, value: Any, parts: Parts) -> float:
+        """Return the metric on one item alone, which has these parts."""
+        return float(self.combine(np.array(parts)) if self.alone is None else self.alone(value))
 
     def linear(self, parts: Numbers) -> NDArray[np.float64]:
         """Return the linear scores, (n_items,), of parts, (n_items, n_parts)."""
@@ -92,7 +84,7 @@ def linear_scores(items: pd.DataFrame) -> pd.DataFrame:
     `items` has score_name, task, score, aggregation and parts. Each task's rows must be all that its score is
     taken on. Frames without `parts` hold means of items, and come back as they are.
     """
-    if "parts" not in items or items["parts"].isna().all():
+    if not not_means(items):
         return items
     scores = items["score"].to_numpy(dtype=np.float64, copy=True)
     has_parts = items["parts"].notna().to_numpy()
@@ -101,6 +93,13 @@ def linear_scores(items: pd.DataFrame) -> pd.DataFrame:
         aggregation = by_name(str(rows["aggregation"].iloc[0]))
         scores[rows["place"]] = aggregation.linear(np.array(rows["parts"].tolist(), dtype=np.float64))
     return items.assign(score=scores)
+
+
+def not_means(items: pd.DataFrame) -> set[str]:
+    """Return the objectives and guards whose scores are no means of their items' scores."""
+    if "parts" not in items:
+        return set()
+    return set(items.loc[items["parts"].notna(), "score_name"])
 
 
 def parts_of(rows: pd.DataFrame, suffixes: Sequence[str]) -> NDArray[np.float64]:
@@ -211,7 +210,7 @@ KNOWN: Mapping[str, Aggregation] = {
     each.name: each
     for each in (
         Aggregation("mean", lambda value: (float(value),), lambda p: p[..., 0]),
-        Aggregation("nanmean", _present, lambda p: _ratio(p[..., 0], p[..., 1]), True, float),
+        Aggregation("nanmean", _present, lambda p: _ratio(p[..., 0], p[..., 1]), float),
         Aggregation("perplexity", lambda value: (float(value),), lambda p: _exp(-p[..., 0])),
         Aggregation("weighted_perplexity", _pair, lambda p: _exp(-_ratio(p[..., 0], p[..., 1]))),
         Aggregation("bits_per_byte", _pair, lambda p: -_ratio(p[..., 0], p[..., 1]) / math.log(2)),

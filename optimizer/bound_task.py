@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from optimizer.aggregations import Aggregation, aggregation_of
@@ -53,11 +52,6 @@ class BoundTask:
         """Return the documents of a split."""
         return [index for index, own in enumerate(self.splits) if own == split]
 
-    @cached_property
-    def index_of(self) -> Mapping[str, int]:
-        """The document of each item."""
-        return {item: index for index, item in enumerate(self.item_ids)}
-
     def prompt(self, index: int) -> str:
         """Return a document's own part of the prompt."""
         return _prompt(self.task, self.docs[index])
@@ -96,7 +90,8 @@ class BoundTask:
     def _value(self, value: Any) -> tuple[float, list[float] | None]:
         """Return the score of one item and its parts; None where the metric is the mean of the scores."""
         try:
-            score, parts = self.aggregation.of_one(value), list(self.aggregation.parts(value))
+            parts = self.aggregation.parts(value)
+            score = self.aggregation.of_one(value, parts)
         except (TypeError, ValueError) as error:
             raise MergetuneError(
                 f"`{self.metric}` of `{self.task.task_name}` must have a number per item, but has {value!r}. "
@@ -104,7 +99,7 @@ class BoundTask:
             ) from error
         if not all(map(math.isfinite, parts)):
             raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
-        return score, None if self.aggregation.name == "mean" else parts
+        return score, None if self.aggregation.name == "mean" else list(parts)
 
 
 def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: SuiteConfig) -> BoundTask:
@@ -120,7 +115,7 @@ def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: Suit
         task.set_config("num_fewshot", config.num_fewshot)
     docs = tuple(task.eval_docs)[: config.limit]
     n_shared = fix_fewshot(task, docs)
-    ids = item_ids(docs)
+    ids = _item_ids(docs)
     splits = tuple(
         None if index < n_shared else split_of(question, suite.holdout)
         for index, question in enumerate(_questions(task, docs, ids))
@@ -170,7 +165,7 @@ def right_answer(task: Task, doc: Any) -> Any:
     return target
 
 
-def item_ids(docs: Sequence[Any]) -> tuple[str, ...]:
+def _item_ids(docs: Sequence[Any]) -> tuple[str, ...]:
     """Return an id per document from its content; repeated documents are numbered."""
     from lm_eval.utils import hash_string
 

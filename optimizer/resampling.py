@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from optimizer import pareto
-from optimizer.aggregations import linear_scores
+from optimizer.aggregations import linear_scores, not_means
 from optimizer.evaluate import ITEM_KEYS
 
 Floats = NDArray[np.float64]
@@ -60,14 +60,13 @@ def join_items(frames: Mapping[str, pd.DataFrame]) -> dict[str, ItemScores]:
     """Join measurements, by candidate, item by item: the linear scores by objective and guard."""
     columns = {name: linear_scores(frame).set_index(ITEM_KEYS)["score"] for name, frame in frames.items()}
     joined = pd.concat(columns, axis=1, join="inner")
-    first = next(iter(frames.values()))
-    others = set(first.loc[first["parts"].notna(), "score_name"]) if "parts" in first else set()
+    others = not_means(next(iter(frames.values())))
     return {
         str(key): ItemScores(
             tuple(frames),
             rows.to_numpy(np.float64),
             rows.index.get_level_values("task").to_numpy(),
-            is_mean=key not in others,
+            is_mean=str(key) not in others,
         )
         for key, rows in joined.groupby(level="score_name", sort=False)
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from optimizer.aggregations import not_means
 from optimizer.evaluate import Documents, Evaluator
 from optimizer.meter import Meter
 from optimizer.sequential import Levels, Look, item_order, look, split_alpha, whole_verdict
@@ -51,10 +52,7 @@ def measure_until_clear(
     tasks = {
         str(name): list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)
     }
-    # The bounds of a look are of means: a score that is none is measured to its end.
-    aggregations = {
-        name: {evaluator.tasks[task].aggregation.name for task in own} for name, own in tasks.items()
-    }
+    to_the_end = not_means(baseline)  # for the bounds of a look are of means
     looks: dict[str, Look] = {}
     frames: list[pd.DataFrame] = []
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
@@ -68,7 +66,7 @@ def measure_until_clear(
                 open_scores.remove(name)
                 looks.pop(name, None)
                 continue
-            if aggregations[name] != {"mean"}:
+            if name in to_the_end:
                 continue
             n_rounds = min(end, *sizes)
             differences = [

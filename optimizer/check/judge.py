@@ -37,7 +37,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from optimizer.aggregations import by_name, linear_scores, parts_of
+from optimizer.aggregations import by_name, linear_scores, not_means, parts_of
 from optimizer.check.pairs import pairs
 from optimizer.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
 from optimizer.check.words import summary_of
@@ -231,7 +231,7 @@ def _both(rows: pd.DataFrame) -> tuple[Floats, Floats]:
 
 def _resampled(rows: pd.DataFrame) -> Floats | None:
     """Resample candidate − baseline, (n_resamples,), of a score that is no mean of items; else None."""
-    if "aggregation" not in rows or set(rows["aggregation"]) == {"mean"}:
+    if not not_means(rows):
         return None
     rng, differences = np.random.default_rng(0), []
     for _, own in rows.groupby("task", sort=False):

@@ -149,8 +149,9 @@ def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOp
         MergetuneError: a file is no measurement, or they are not of the same items of this suite.
     """
     evaluator, split = Evaluator(suite), _split(suite, options)
-    first, second = (_read(file, evaluator, split) for file in (candidate, baseline))
-    items = _in_split(evaluator.items(), split)
+    items = evaluator.items()
+    first, second = (_read(file, evaluator, items, split) for file in (candidate, baseline))
+    items = _in_split(items, split)
     check = judge(
         first,
         second,
@@ -197,7 +198,7 @@ def _count(n_measured: int, n_items: int, repeat: int) -> str:
     return f"{n_measured} items measured{' once more' if repeat else ''}{known}"
 
 
-def _read(file: Path, evaluator: Evaluator, split: CheckSplit) -> pd.DataFrame:
+def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
     """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
         found = pd.read_parquet(file, columns=COLUMNS)
@@ -206,7 +207,7 @@ def _read(file: Path, evaluator: Evaluator, split: CheckSplit) -> pd.DataFrame:
             f"{file}: must be a measurement (Parquet with {', '.join(COLUMNS)}), such as "
             f"`mergetune eval --out` writes, but cannot be read: {error}"
         ) from error
-    placed = found.merge(evaluator.items()[[*ITEM_KEYS, "split"]], on=ITEM_KEYS, how="left")
+    placed = found.merge(items[[*ITEM_KEYS, "split"]], on=ITEM_KEYS, how="left")
     if unknown := int(placed["split"].isna().sum()):
         raise MergetuneError(
             f"{file}: must be a measurement of this suite, but {unknown} of its {len(found)} items are none "
