@@ -117,15 +117,12 @@ class Bench:
             cost, measurement, faults = self._score(
                 recipe, "search", lambda fault: self.progress.say(candidate_line(name, None, 0.0, fault))
             )
-        except KeyboardInterrupt:
-            self.run.end_attempts(name)  # whoever stops a study says nothing of the candidate
-            raise
-        except Exception as error:  # a task's own code may raise anything
-            if isinstance(error, MergetuneError) and not isinstance(error, TrialError):
+        except BaseException as error:
+            reason = _reason(error)
+            if reason is None:
+                self.run.end_attempts(name)
                 raise
             log.exception("%s failed", name)
-            is_ours = isinstance(error, (TrialError, torch.OutOfMemoryError))
-            reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
             if kind == "baseline":
                 raise MergetuneError(f"The baseline `{name}` cannot be measured: {reason}") from error
             return fail(reason)
@@ -293,6 +290,18 @@ class Bench:
         scores = self.scores[candidate.name]
         values = [scores[name].value for name in suite.objectives]
         return values, selection.relative_violations(scores, self.scores, suite)
+
+
+def _reason(error: BaseException) -> str | None:
+    """Return why a candidate failed; None where an error says nothing of it.
+
+    Such are a stop, a full disk, and what the user has to mend.
+    """
+    if isinstance(error, (TrialError, torch.OutOfMemoryError)):
+        return str(error)
+    if isinstance(error, (MergetuneError, OSError)) or not isinstance(error, Exception):
+        return None
+    return f"{type(error).__name__}: {error}"  # a task's own code may raise anything
 
 
 def _versions(kind: EngineKind) -> dict[str, str]:

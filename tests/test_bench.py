@@ -136,3 +136,15 @@ def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_a
                     assert values == [0.5, 0.5]
                     assert constraints["calm"] == pytest.approx(0 if met else 1 / n_items / 0.1)
                     assert (constraints["calm"] <= 0) == met
+
+
+def test_what_is_no_fault_of_a_candidate_does_not_fail_it(half: Inputs, tmp_path: Path) -> None:
+    """Replies cannot be written, as on a full disk: the study ends, however often, and then goes on."""
+    with benched(half, tmp_path, io.StringIO()) as bench:
+        replies = bench.run.path / "replies"
+        replies.write_text("in the way")
+        for _ in range(3):
+            with pytest.raises(OSError, match="replies"):
+                bench.measure("trial", "trial-0001", at(half, 1.0), None)
+        replies.unlink()
+        assert bench.measure("trial", "trial-0001", at(half, 1.0), None).state == "complete"
