@@ -20,7 +20,7 @@ from optimizer.bound_task import BoundTask, bind, direction_of
 from optimizer.errors import MergetuneError
 from optimizer.lm_requests import ask, filtered, make_requests
 from optimizer.lm_tasks import jsonl_task, lm_eval_tasks
-from optimizer.suite import Split, Suite, TaskConfig
+from optimizer.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -73,9 +73,12 @@ class Evaluator:
 
     def __init__(self, suite: Suite) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.suite = suite
-        self._tasks = {bound.name: bound for bound in _bound_tasks(suite)}
-        self.suite = replace(suite, config=_settled(suite, list(self._tasks.values())))
+        try:
+            self._tasks = {bound.name: bound for bound in _bound_tasks(suite)}
+            config = _settled(suite.config, list(self._tasks.values()))
+        except MergetuneError as error:
+            raise MergetuneError(f"{suite.path}: {error}") from error
+        self.suite = replace(suite, config=config)
         self._check_splits()
         # By what renders the prompts: these do not depend on the weights.
         self._requests: weakref.WeakKeyDictionary[object, Requests] = weakref.WeakKeyDictionary()
@@ -207,12 +210,9 @@ def _bound_tasks(suite: Suite) -> Iterator[BoundTask]:
                 filter(None, (score_name, name.removeprefix(f"{score_name}:"), of, config.filter))
             )
         if name in names:
-            raise MergetuneError(f"{suite.path}: the task `{name}` is used twice; use it once.")
+            raise MergetuneError(f"The task `{name}` is used twice; use it once.")
         names.add(name)
-        try:
-            yield bind(name, score_name, config, task, suite.config)
-        except MergetuneError as error:
-            raise MergetuneError(f"{suite.path}: {error}") from error
+        yield bind(name, score_name, config, task, suite.config)
 
 
 def _load(score_name: str, config: TaskConfig, suite: Suite) -> list[Task]:
@@ -222,23 +222,19 @@ def _load(score_name: str, config: TaskConfig, suite: Suite) -> list[Task]:
     return list(lm_eval_tasks(config.lm_eval, suite).values())
 
 
-def _settled(suite: Suite, tasks: Sequence[BoundTask]) -> Any:
+def _settled(config: SuiteConfig, tasks: Sequence[BoundTask]) -> SuiteConfig:
     """Return the suite's file with every direction settled."""
-    config = suite.config
 
-    def settled(name: str, score: Any) -> Any:
-        own = [bound for bound in tasks if bound.score_name == name]
-        try:
-            return score.model_copy(update={"direction": direction_of(name, score, own)})
-        except MergetuneError as error:
-            raise MergetuneError(f"{suite.path}: {error}") from error
-
-    return config.model_copy(
-        update={
-            "objectives": {name: settled(name, score) for name, score in config.objectives.items()},
-            "guards": {name: settled(name, score) for name, score in config.guards.items()},
+    def settled(scores: Mapping[str, ScoreConfig]) -> dict[str, ScoreConfig]:
+        return {
+            name: score.model_copy(
+                update={"direction": direction_of(name, score, [t for t in tasks if t.score_name == name])}
+            )
+            for name, score in scores.items()
         }
-    )
+
+    parts = {"objectives": settled(config.objectives), "guards": settled(config.guards)}
+    return config.model_copy(update=parts)
 
 
 def _rows(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> Iterator[dict[str, Any]]:

@@ -107,11 +107,11 @@ def lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
     if manager is None or name not in manager.all_tasks:  # the index of all tasks takes seconds
         manager = TaskManager()
     if name not in manager.all_tasks:
-        raise MergetuneError(f"{suite.path}: lm-eval has no task `{name}`.{nearest(name, manager.all_tasks)}")
+        raise MergetuneError(f"lm-eval has no task `{name}`.{nearest(name, manager.all_tasks)}")
     try:
         tasks: dict[str, Task] = manager.load([name])["tasks"]
     except Exception as error:  # whatever a data set's loading raises
-        raise MergetuneError(f"{suite.path}: lm-eval cannot load `{name}`: {error}") from error
+        raise MergetuneError(f"lm-eval cannot load `{name}`: {error}") from error
     return tasks
 
 

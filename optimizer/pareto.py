@@ -11,12 +11,6 @@ from numpy.typing import NDArray
 Points = NDArray[np.float64]  # (n_candidates, n_objectives), greater is better
 
 
-def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Say whether `first` is at least as good in every objective and better in one."""
-    pairs = list(zip(first, second, strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-
 def on_front(points: Points) -> NDArray[np.bool_]:
     """Say of each point whether no other dominates it, (n_candidates,); equal points are all kept."""
     if len(points) == 0:

@@ -188,10 +188,11 @@ def retained_gains(
     1 equals the best expert and, where the gain is clear, 0 equals the base; see `gains`.
     """
     gains = gains_over_base(candidates, suite, scales)
-    return {
-        key: 1 - float(gain.loss(np.array([suite.objectives[key].sign * scores[key].value]))[0])
-        for key, gain in gains.items()
-    }
+    return {key: _share(gain, suite.objectives[key], scores[key]) for key, gain in gains.items()}
+
+
+def _share(gain: Gain, objective: ObjectiveConfig, score: Score) -> float:
+    return 1 - float(gain.loss(np.array([objective.sign * score.value]))[0])
 
 
 def recommend(
@@ -233,12 +234,15 @@ def recommend(
 
 def kept_words(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig, scales: Scales) -> str:
     """Say how much a candidate keeps of each objective's gain, or that no expert gains beyond noise."""
-    kept = retained_gains(candidates, candidates[name], suite, scales)
     gains = gains_over_base(candidates, suite, scales)
+    kept = {
+        key: _share(gain, suite.objectives[key], candidates[name][key])
+        for key, gain in gains.items()
+        if gain.is_clear
+    }
     shares = [
         f"{'more than all' if share > 1 + ROUNDING else format(share, '.0%')} on `{key}`"
         for key, share in kept.items()
-        if gains[key].is_clear
     ]
     unclear = [
         f"no expert gains on `{key}` beyond noise, and it is {change} from the base"

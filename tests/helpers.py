@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def cache_model(hub_cache: Path, name: str, model: Path, commit: str = COMMIT) -
         shutil.copyfile(file, place / "blobs" / blob)
         (snapshot / file.name).symlink_to(Path("../../blobs", blob))
     return snapshot
+
+
+def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Say whether `first` is at least as good in every objective and better in one."""
+    pairs = list(zip(first, second, strict=True))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
 def merge_at(inputs: Inputs, **lambdas: float) -> dict[str, torch.Tensor]:
