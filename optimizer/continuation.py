@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from optimizer.engines.completions import Scoring, generation_settings
+from optimizer.engines.completions import Scoring, context_and_continuation, generation_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -22,11 +22,8 @@ class Closing(NamedTuple):
 
 
 def continued(lm: TemplateLM, context: str, continuation: str) -> Scoring:
-    """Return a context and its continuation as `TemplateLM.loglikelihood` splits them into tokens."""
-    if context:
-        before, after = lm._encode_pair(context, continuation)
-    else:
-        before, after = [lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False)
+    """Return a context and its continuation; see `context_and_continuation`."""
+    before, after = context_and_continuation(lm, context, continuation)
     tokens = [*before, *after][-lm.max_length :]
     return Scoring(tokens, max(len(tokens) - len(after), 1))
 

@@ -333,11 +333,12 @@ def test_one_task_may_be_scored_by_several_metrics(tmp_path: Path) -> None:
     ],
 )
 def test_items_with_an_empty_prompt_are_split_by_what_makes_them_different(
-    task: dict[str, Any], tmp_path: Path
+    task: dict[str, Any], tmp_path: Path, engine: Engine
 ) -> None:
     rows = [{"q": "It is raining.", "a": f"The {i}th sentence."} for i in range(200)]
     write_task(tmp_path, "bare", rows, **task)
     ready = make(tmp_path, {"o": {"lm_eval": "bare"}}, holdout=0.5)
+    assert len(ready.measure_documents(engine.lm, {"bare": [3, 1, 2]}).items) == 3
     assert 70 < ready.count("search") < 130
     assert ready.count("search") + ready.count("holdout") == 200
 

@@ -250,8 +250,22 @@ def excess_tokens(lm: TemplateLM, request: Instance, most_scored: int) -> int:
         prompt, settings = request.args
         n_tokens = len(lm.tok_encode(prompt)) + generation_settings(settings)[0]
         return max(n_tokens - int(lm.max_length), 0)
-    context, continuation = lm._encode_pair(*request.args)
+    context, continuation = context_and_continuation(lm, *request.args)
     return max(len(context) + len(continuation) - most_scored, 0)
+
+
+def context_and_continuation(lm: TemplateLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a context and of its continuation, as `TemplateLM.loglikelihood` splits them.
+
+    Where there is no context, the token that a text begins with is one.
+    """
+    if context:
+        before, after = lm._encode_pair(context, continuation)
+        return before, after
+    tokens: list[int] = lm.tok_encode(continuation, add_special_tokens=False)
+    if tokens[:1] == [lm.prefix_token_id]:
+        return tokens[:1], tokens[1:]
+    return [lm.prefix_token_id], tokens
 
 
 def room_for_prompt(max_new_tokens: int, max_length: int) -> int:
