@@ -332,7 +332,7 @@ def check(
     engine: Engine = "auto",
     batch_size: BatchSize = None,
     store: Annotated[
-        Path | None, typer.Option(help="Where answers are kept. Default: ~/.cache/mergetune/measurements.")
+        Path | None, typer.Option(help="Where replies are kept. Default: ~/.cache/mergetune/replies.")
     ] = None,
     out: Annotated[
         Path | None,
