@@ -485,7 +485,7 @@ def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> Non
             _out.print(f"- {finding.sentence}", highlight=False, markup=False)
             for detail in finding.details:
                 _out.print(f"  - {detail}", highlight=False, markup=False)
-    cost = f"It took {n_passes(frame)} forward passes of one item, a backward pass being two."
+    cost = f"It took {n_passes(frame)} forward passes of one text, a backward pass being two."
     _out.print(f"{HOW_TO_READ} {evidence(frame)} {cost}", highlight=False, markup=False)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.errors import MergetuneError
 from optimizer.gains import clear_gains, loss_rate
-from optimizer.gradients import passes_per_item, slopes
+from optimizer.gradients import count_passes, slopes
 from optimizer.losses import mean_losses
 from optimizer.merging.merger import Merger
 from optimizer.recipe import MergeRecipe
@@ -41,11 +42,12 @@ class DescentConfig:
     A lambda's natural unit is 1, one whole expert: so one reach fits all.
 
     Attributes:
-        full_evaluations: the cost to stay within, in evaluations of the search split; it settles how many
-            items of each score a step looks at.
-        fewest: the fewest items of each score that a step looks at, whatever that costs.
+        full_evaluations: the most that it may cost, in evaluations of the search split; it settles how many
+            items of each score a step looks at, and with few items how many steps there are.
+        fewest: the fewest items of each score that a step looks at.
         most: the most.
-        apart: items of each score that tell whether a point is worse than the start; never descended on.
+        apart: the most items of each score that tell whether a point is worse than the start, fewer where
+            these would cost more than half of it all; never descended on.
         first_steps: steps with the objectives' own weights.
         next_steps: steps with each other weighting.
         reach: how far a step may change a coefficient.
@@ -85,7 +87,8 @@ class Ground:
         known: models measured before, by candidate name: the base, the experts, and merges; their losses tell
             what a loss is worth.
         scored: points of the space with the scores measured there.
-        n_items: the items of the search split, one full evaluation.
+        n_texts: the texts of all items of the search split: what one full evaluation costs, in forward passes
+            of one text.
     """
 
     engine: TransformersEngine
@@ -95,7 +98,7 @@ class Ground:
     suite: SuiteConfig
     known: Mapping[str, Known]
     scored: Sequence[tuple[Params, Scores]]
-    n_items: int
+    n_texts: int
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ class Descent:
 
     Attributes:
         points: the points, that of the objectives' own weights first if it is among them.
-        n_passes: the cost in forward passes of one item; divided by a split's items it is in full
-            evaluations.
+        n_passes: the cost in forward passes of one text.
+        full_evaluations: the cost in evaluations of the search split.
     """
 
     points: tuple[Point, ...]
     n_passes: int
+    full_evaluations: float
 
 
 def most_points(n_objectives: int) -> int:
@@ -142,7 +146,8 @@ def descend(
     scores are known. Another one knows log((L + ε) / (L' + ε)) of each guard. The next step goes where they
     expect the least, within reach of the last and of the best one. The objectives' own weights come first,
     then by turns weightings that emphasize one objective; at the end every weighting has its point, wherever
-    the surrogates expect it. Densities stay as at the start.
+    the surrogates expect it. Densities stay as at the start. What is not paid for is left out: the last steps
+    first, which emphasize an objective.
 
     Args:
         ground: the models, the search space and the items.
@@ -151,7 +156,7 @@ def descend(
         on_step: told after each step which one it was, of how many.
 
     Raises:
-        MergetuneError: the method has no slopes.
+        MergetuneError: the method has no slopes, or a single step would cost more than `config` allows.
         TrialError: a weight, a loss or a slope became infinite or NaN.
     """
     return _Walk(ground, config, on_step).walk(start)
@@ -196,18 +201,19 @@ class _Walk:
         ranges = [ground.space.distributions[key] for key in self._keys]
         self._low = torch.tensor([each.low for each in ranges]).double()
         self._high = torch.tensor([each.high for each in ranges]).double()
-        self._apart, rest = ground.references.parts(config.apart)
-        self._objectives = [name for name in ground.suite.objectives if name in rest.by_score]
-        self._guards = [name for name in ground.suite.guards if name in rest.by_score]
+        objectives, guards = ground.suite.objectives, ground.suite.guards
+        with_references = ground.references.by_score
+        self._objectives = [name for name in objectives if name in with_references]
+        self._guards = [name for name in guards if name in with_references]
         self._seen = {name: _Seen() for name in (*self._objectives, *self._guards)}
         self._weightings = self._all_weightings()
         own, *others = self._weightings
-        self._schedule = [own] * config.first_steps + others * config.next_steps
+        schedule = [own] * config.first_steps + others * config.next_steps
+        plan = _plan(ground, config, len(schedule), len(self._weightings))
+        self._schedule, self._apart = schedule[: plan.n_steps], plan.apart
         self._n_passes = 0
         self._links, self._apart_allowed = self._learn()
-        # each step looks at other items, as long as there are some
-        batches = rest.cut(self._step_size(rest))[: len(self._schedule)]
-        self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in batches])
+        self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in plan.batches])
 
     def walk(self, start: Params) -> Descent:
         begin = self._measured(start)
@@ -227,22 +233,13 @@ class _Walk:
             end = self._measured({**start, **self._nearest(least)})
             if end.params != origin and self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
                 kept[str(end.params)] = end
-        return Descent(tuple(kept.values()), self._n_passes)
+        return Descent(tuple(kept.values()), self._n_passes, self._n_passes / self._ground.n_texts)
 
     def _all_weightings(self) -> list[Weights]:
         """Return the objectives' own weights, and those that emphasize one of several."""
         own = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
         others = self._objectives if len(self._objectives) > 1 else []
         return [own, *({**own, name: own[name] * self._config.emphasis} for name in others)]
-
-    def _step_size(self, items: References) -> int:
-        """Return how many items of each score a step may look at, for what is left to spend."""
-        to_come = (1 + len(self._weightings)) * len(self._apart.items)
-        left = self._config.full_evaluations * self._ground.n_items - self._n_passes - to_come
-        passes_of_one = sum(map(passes_per_item, items.by_score.values()))
-        passes_of_one += len(self._guards)  # each one's reference
-        n_items = int(left / (len(self._schedule) * passes_of_one))
-        return min(max(n_items, self._config.fewest), self._config.most)
 
     def _learn(self) -> tuple[dict[str, ScoreLink], Losses]:
         """Learn from models measured before what an objective's loss is worth, and what a guard may lose."""
@@ -365,8 +362,50 @@ class _Walk:
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
         self._ground.engine.load(recipe)
-        self._n_passes += len(items.items)
+        self._n_passes += items.n_texts
         return mean_losses(self._ground.engine.model, items)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The items kept apart, and how many steps there are over batches of the others, taken by turns."""
+
+    apart: References
+    batches: list[References]
+    n_steps: int
+
+
+def _plan(ground: Ground, config: DescentConfig, n_steps: int, n_ends: int) -> _Plan:
+    """Return the steps that are paid for, with as many items each as that allows.
+
+    Raises:
+        MergetuneError: not a single step is paid for.
+    """
+    n_measured = len(ground.known) + 1 + n_ends  # the known models, the start and the ends
+    allowed = config.full_evaluations * ground.n_texts
+    for n_apart in range(config.apart, 0, -1):
+        apart, rest = ground.references.parts(n_apart)
+        spent = n_measured * apart.n_texts
+        if spent <= allowed / 2:
+            break
+    fewer = [(config.fewest, count) for count in range(n_steps - 1, 0, -1)]
+    for size, count in [*((size, n_steps) for size in range(config.most, config.fewest - 1, -1)), *fewer]:
+        batches = rest.cut(size)[:count]
+        cost = spent + _cost_of_steps(batches, count, ground.suite)
+        if cost <= allowed:
+            return _Plan(apart, batches, count)
+    raise MergetuneError(
+        f"Slopes may cost up to {config.full_evaluations:g} evaluations of the search split, but on so few "
+        f"items the shortest descent costs {cost / ground.n_texts:.1f}. Give more items of each score, or "
+        "search without slopes."
+    )
+
+
+def _cost_of_steps(batches: Sequence[References], n_steps: int, suite: SuiteConfig) -> int:
+    """Return what steps cost, and the losses of the guards' references, in forward passes of one text."""
+    of_slopes = [sum(map(count_passes, batch.by_score.values())) for batch in batches]
+    of_guards = sum(batch.only(name).n_texts for batch in batches for name in suite.guards)
+    return sum(of_slopes[i % len(of_slopes)] for i in range(n_steps)) + of_guards
 
 
 def _excess(loss: float, allowed: float) -> float:

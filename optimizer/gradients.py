@@ -30,7 +30,7 @@ class Slopes:
         table: a row per score_name, tensor, parameter and expert (empty where one coefficient is for
             all experts) with the slope: the derivative of the loss with respect to this coefficient of
             this tensor alone.
-        n_passes: what each objective and guard cost, in forward passes of one item.
+        n_passes: what each objective and guard cost, in forward passes of one text.
     """
 
     losses: dict[str, float]
@@ -54,9 +54,13 @@ def has_slopes(method: MethodName) -> bool:
     return any(parameter.name in SMOOTH for parameter in METHODS[method].parameters)
 
 
-def passes_per_item(references: Sequence[Reference], max_tokens: int = MAX_TOKENS) -> int:
-    """Return what the slopes of one score cost for each item, in forward passes; a backward pass is two."""
-    return 3 + _takes_twice(references, max_tokens)
+def count_passes(references: Sequence[Reference], max_tokens: int = MAX_TOKENS) -> int:
+    """Return what the slopes of one score on these items cost, in forward passes of one text.
+
+    A backward pass is two, and an item with choices has a text for each.
+    """
+    n_texts = sum(len(each.texts) for each in references)
+    return n_texts * (3 + _takes_twice(references, max_tokens))
 
 
 def slopes(
@@ -100,7 +104,7 @@ def slopes(
         totals = _Totals(merger, recipe)
         if not totals.names:
             raise MergetuneError("No expert changes any tensor, so that there are no slopes. Give others.")
-        n_passes[score_name] = len(own) * passes_per_item(own, max_tokens)
+        n_passes[score_name] = count_passes(own, max_tokens)
         twice = _takes_twice(own, max_tokens)
         recomputed = recomputed_activations(engine.model) if twice else nullcontext()
         with each_gradient(engine.model, totals.names, totals.add), recomputed, torch.enable_grad():

@@ -1,4 +1,19 @@
-"""Losses of a model on references: what it would pay, in nats, to say what each item asks for."""
+"""Losses of a model on references: how far it is, in nats, from saying what each item asks for.
+
+With n tokens of a text after its prompt and pₜ the probability of each, p̄ = (Π pₜ)^(1/n) is the text's
+likelihood per token. With wₖ = exp(sₖ log pₖ) for the likelihood pₖ of choice k (sₖ = 1, or per character),
+q = Σ_wanted wₖ / Σ_all wₖ is the share of the choices that are wanted. The loss of an item is
+
+    −log q              of a question with choices,
+    −log p̄              of a text that is to become likelier: its cross-entropy per token,
+    −log(1 − p̄ + ε)     of a text that is to become less likely, plus log(1 + ε), with ε = 1e-6.
+
+All are positive and fall as the score gets better. The last one is the unlikelihood of Welleck et al. (2020,
+Neural Text Generation with Unlikelihood Training, equation 4) of a text instead of a token: smooth, with a
+slope opposite to that of −log p̄, and between 0 and log(1 + 1/ε) = 13.8 nats. The negative of a cross-entropy
+has no least value and would push for ever; this one pushes less the less likely the text is. Where a score
+gets better without the right choices, all others are wanted: −log q is then to choices what it is to texts.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +33,14 @@ from optimizer.merging.elementwise import wide
 from optimizer.references import Reference, References
 
 MAX_TOKENS = 1024  # in one batch, padding counted
+_SURE = 1e-6  # ε above: keeps the loss finite where a model is sure of a text that is not wanted
 
 
 def item_losses(model: Any, references: Sequence[Reference]) -> Tensor:
     """Return a loss for each item, in nats: (n_items,), in float32 or the model's float64.
 
-    A reply's is its cross-entropy per token. A choice's is −log of the right ones' share among all
-    choices' likelihoods (per character, if the score counts them so), which falls as the margin grows
-    that the score's argmax depends on, and not with the likelihood that all choices have in common.
+    Of choices the share counts, not the likelihood: it grows with the margin that the score's argmax
+    depends on, and not with what all choices have in common.
     """
     texts = [text for reference in references for text in reference.texts]
     totals = _log_likelihoods(model, texts)
@@ -33,13 +48,19 @@ def item_losses(model: Any, references: Sequence[Reference]) -> Tensor:
     for reference in references:
         own = totals[begin : begin + len(reference.texts)]
         begin += len(own)
-        if reference.right:
+        if reference.wanted:
             shares = functional.log_softmax(own * own.new_tensor(reference.scales), dim=0)
-            losses.append(-shares[list(reference.right)].logsumexp(dim=0))
+            losses.append(-shares[list(reference.wanted)].logsumexp(dim=0))
         else:
             (text,) = reference.texts
-            losses.append(-own[0] / max(len(text.tokens) - text.start, 1))
+            paid = -own[0] / max(len(text.tokens) - text.start, 1)
+            losses.append(_unlikelihood(paid) if reference.is_unwanted else paid)
     return torch.stack(losses)
+
+
+def _unlikelihood(paid: Tensor) -> Tensor:
+    """Return the loss of a text that is to become less likely from its cross-entropy per token."""
+    return math.log1p(_SURE) - (_SURE - torch.expm1(-paid)).log()
 
 
 def mean_losses(model: Any, references: References, max_tokens: int = MAX_TOKENS) -> dict[str, float]:

@@ -16,7 +16,7 @@ from optimizer.evaluate import Documents, Evaluator
 from optimizer.merging.inputs import Inputs
 from optimizer.recipe import MergeRecipe
 from optimizer.references import References, find_references
-from optimizer.sensitivity import N_ITEMS, anchor_points, measure_sensitivity
+from optimizer.sensitivity import BASE, N_ITEMS, anchor_points, measure_sensitivity
 from optimizer.suite import Suite
 
 _CANDIDATES = 48  # documents of each task among which items with an answer are looked for
@@ -55,7 +55,10 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
 def _references(
     engine: TransformersEngine, evaluator: Evaluator, inputs: Inputs, say: Callable[[str], None]
 ) -> References:
-    """Find references; for tasks whose items have no answers, in what the experts reply."""
+    """Find references; for tasks whose items have no answers, in what the experts reply.
+
+    What a score that is to fall counts may be found with the base alone, so that it is asked, too.
+    """
     lm = cast(TemplateLM, engine.lm)
     documents = evaluator.documents("search")
     found = find_references(evaluator, lm, _spread(documents, _CANDIDATES))
@@ -63,21 +66,23 @@ def _references(
     if not unanswered:
         return found
     asked = _spread(unanswered, N_ITEMS)
+    scores = evaluator.suite.config.scores
+    falls = any(scores[evaluator.tasks[name].score_name].sign < 0 for name in asked)
     replies = []
-    for expert in inputs.expert_sources:
-        say(f"replies of {expert} to {sum(map(len, asked.values()))} items without an answer …")
-        engine.load(_alone(inputs, expert))
+    for model in [*inputs.expert_sources, *([BASE] if falls else [])]:
+        say(f"replies of {model} to {sum(map(len, asked.values()))} items without an answer …")
+        engine.load(_alone(inputs, model))
         replies.append(evaluator.measure_documents(engine.lm, asked).items)
     shown = find_references(evaluator, lm, asked, replies)
-    names = list(evaluator.suite.config.scores)
+    names = list(scores)
     items = sorted((*found.items, *shown.items), key=lambda each: names.index(each.score_name))
     return References(tuple(items), shown.missing)
 
 
-def _alone(inputs: Inputs, expert: str) -> MergeRecipe:
-    """Return the recipe that gives one expert back."""
+def _alone(inputs: Inputs, model: str) -> MergeRecipe:
+    """Return the recipe that gives one expert back, or the base."""
     experts = inputs.expert_sources
-    lambdas = {name: float(name == expert) for name in experts}
+    lambdas = {name: float(name == model) for name in experts}
     return MergeRecipe.of_one_group("task_arithmetic", inputs.base_source, experts, {"lambda": lambdas})
 
 

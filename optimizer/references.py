@@ -1,4 +1,10 @@
-"""References: what a model should say to each item, as tokens after the very prompts of the evaluation."""
+"""References: what a model should, or should not, say to each item, as tokens after the evaluation's prompts.
+
+A score gets better as the texts become likelier that its items name, or as they become less likely: that is
+its `direction`, together with whether its metric rises or falls with their likelihood (`metric_direction`).
+An accuracy to be minimized asks for less of the right choice, and so does a Brier score to be maximized; a
+perplexity to be minimized asks for more of the text.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from optimizer.bound_task import BoundTask, right_answer
 from optimizer.continuation import closing, continued, replied
 from optimizer.engines.completions import Scoring
-from optimizer.lm_requests import filtered
 from optimizer.lm_tasks import item_answer
+from optimizer.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,30 +26,33 @@ if TYPE_CHECKING:
 
     from optimizer.evaluate import Evaluator
 
-# A reply is a reference from this share of the best score of its task on: it shows most of the skill.
+# A reply is a reference from this share of the best score of its task on: it shows most of what is scored.
 SUFFICIENT = 0.75
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What one item asks for: a reply, or the right ones among choices.
+    """What one item asks for: that a reply, or some among choices, become likelier, or less likely.
 
     Attributes:
         score_name: the objective or guard.
         task: the task's name.
         item: the item's id.
         texts: the prompt with the reply, or with each of the choices; the tokens after the prompt count.
-        right: the right choices' indices; empty: there is one text, and it is right.
+        wanted: the indices of the choices that are to become likelier: the right ones or, where the score
+            gets better without them, all others; empty: there is one text.
         scales: what a choice's log-likelihood is multiplied by: 1, or where the score counts it per
             character or byte, their mean number over this choice's.
+        is_unwanted: whether the one text is to become less likely.
     """
 
     score_name: str
     task: str
     item: str
     texts: tuple[Scoring, ...]
-    right: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
     scales: tuple[float, ...] = ()
+    is_unwanted: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -65,6 +74,11 @@ class References:
         for reference in self.items:
             found[reference.score_name].append(reference)
         return dict(found)
+
+    @property
+    def n_texts(self) -> int:
+        """The texts of all items: what one evaluation of them costs, in forward passes of one text."""
+        return sum(len(each.texts) for each in self.items)
 
     def sample(self, n_items: int) -> References:
         """Return up to this many for each score, spread over its tasks; the same ones every time."""
@@ -106,14 +120,15 @@ def find_references(
     documents: Mapping[str, Sequence[int]] | None = None,
     replies: Sequence[pd.DataFrame] = (),
 ) -> References:
-    """Find what a model should say to a suite's items.
+    """Find what a model should, or should not, say to a suite's items.
 
     Prompts, few-shot examples, chat template and tokens are those of the evaluation: lm-eval builds
     them here, too. Of a question with choices all are taken, and of a text to be scored the text. A
-    reply to be generated is the reply in `replies` that scores best or, where that does worse, the item's
+    reply to be generated is the reply in `replies` that scores highest or, where that has less, the item's
     answer as the examples show it (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
-    of the best score that any of them has in its task, the answer being scored as a reply is. So items
+    of the highest score that any of them has in its task, the answer being scored as a reply is. So items
     without an answer, such as those of the scorer `regex`, have a reference where some model shows one.
+    Where such a score is to fall, that reply is what has to become less likely.
 
     Args:
         evaluator: the suite.
@@ -123,13 +138,12 @@ def find_references(
     """
     if documents is None:
         documents = evaluator.documents("search")
-    chat = evaluator.suite.config.chat_template
     items: list[Reference] = []
     missing: dict[str, str] = {}
     for name, indices in documents.items():
         if indices:
-            task = _TaskReferences(evaluator, name, lm, chat)
-            own = list(task.find(list(indices), replies))
+            task = _TaskReferences(evaluator, name, lm)
+            own = task.find(indices, replies)
             items += own
             if not own:
                 missing[name] = f"`{name}` has no references: {task.why_none}."
@@ -137,60 +151,66 @@ def find_references(
 
 
 class _TaskReferences:
-    """The references of one task's items."""
+    """The references of one task's items; `why_none` says why there is none, where there is none."""
 
-    def __init__(self, evaluator: Evaluator, name: str, lm: TemplateLM, chat: bool) -> None:
-        bound, self._evaluator = evaluator.tasks[name], evaluator
+    def __init__(self, evaluator: Evaluator, name: str, lm: TemplateLM) -> None:
+        bound = evaluator.tasks[name]
+        self._evaluator, self._lm = evaluator, lm
         self._name, self._bound, self._task = name, bound, bound.task
-        self._lm, self._chat = lm, chat
-        self._is_better_high = evaluator.suite.config.scores[bound.score_name].sign > 0
+        self._chat = evaluator.suite.config.chat_template
+        self._sign = evaluator.suite.config.scores[bound.score_name].sign
+        self.why_none = "no answer of its items, and no reply given, has a high score"
 
-    @property
-    def why_none(self) -> str:
-        """Say why there is none, where there is none."""
-        if self._task.OUTPUT_TYPE == "multiple_choice":
-            return "no item names one of its choices as the right one"
-        if self._task.OUTPUT_TYPE == "loglikelihood":
-            return "each of its items asks for several likelihoods, and not which is to be the largest"
-        if not self._is_better_high:
-            return "its score is minimized, and what a reply with a low score lacks cannot be shown"
-        return "no answer of its items, and no reply given, scores well"
-
-    def find(self, indices: list[int], replies: Sequence[pd.DataFrame]) -> Iterator[Reference]:
+    def find(self, indices: Sequence[int], replies: Sequence[pd.DataFrame]) -> list[Reference]:
         asked = self._evaluator.requests(self._lm, {self._name: indices})[self._name]
-        kind = self._task.OUTPUT_TYPE
-        if kind == "generate_until":
-            yield from self._replies(asked, replies)
-        for index, instances in asked.items():
-            if kind == "multiple_choice":
-                yield from self._choices(index, instances)
-            elif kind == "loglikelihood" and len(instances) == 1:
-                yield self._reference(index, (continued(self._lm, *instances[0].args[:2]),))
-            elif kind == "loglikelihood_rolling":
-                tokens = [self._lm.prefix_token_id, *self._lm.tok_encode(instances[0].args[0])]
-                yield self._reference(index, (Scoring(tokens[: self._lm.max_length], 1),))
+        if self._task.OUTPUT_TYPE == "generate_until":
+            return list(self._replies(asked, replies))
+        named = {i: found for i, own in asked.items() if (found := self._named(i, own)) is not None}
+        if not named:
+            self.why_none = "no item names one of its choices, and not all of them, as the right one"
+            if self._task.OUTPUT_TYPE == "loglikelihood":
+                self.why_none = (
+                    "each of its items asks for several likelihoods, and not which is the right one"
+                )
+            return []
+        toward = self._sign * rise_with_likelihood(self._bound, list(named.values()))
+        self.why_none = "its metric does not tell whether it gets better as the right text becomes likelier"
+        return [self._likelihood(index, own, toward) for index, own in named.items() if toward]
 
-    def _reference(self, index: int, texts: tuple[Scoring, ...], **choices: Any) -> Reference:
-        return Reference(self._bound.score_name, self._name, self._bound.item_ids[index], texts, **choices)
+    def _reference(self, index: int, texts: tuple[Scoring, ...], **how: Any) -> Reference:
+        return Reference(self._bound.score_name, self._name, self._bound.item_ids[index], texts, **how)
 
     def _replies(
         self, asked: Mapping[int, list[Instance]], replies: Sequence[pd.DataFrame]
     ) -> Iterator[Reference]:
-        if not self._is_better_high:
-            return
-        shown = self._shown(replies)
-        answers = _score_answers(self._bound, asked, self._chat)
-        candidates = {
-            index: [*shown.get(self._bound.item_ids[index], []), *answers.get(index, [])] for index in asked
-        }
-        best = max((score for each in candidates.values() for score, _ in each), default=0.0)
+        candidates = self._candidates(asked, replies)
+        most = max((score for each in candidates.values() for score, _ in each), key=abs, default=0.0)
+        rise = 1 if most > 0 else -1  # an error rate falls from silence to the answer
         end = closing(self._lm, self._task, self._chat)
         for index, instances in asked.items():
             # of equal scores the first one counts: that of the better model
-            score, reply = max(candidates[index], key=lambda each: each[0], default=(0.0, ""))
-            if best > 0 and score >= SUFFICIENT * best:
+            score, reply = max(candidates[index], key=lambda each: rise * each[0], default=(0.0, ""))
+            if most and rise * score >= SUFFICIENT * abs(most):
                 prompt, settings = instances[0].args[:2]
-                yield self._reference(index, (replied(self._lm, prompt, settings, reply, end),))
+                text = replied(self._lm, prompt, settings, reply, end)
+                yield self._reference(index, (text,), is_unwanted=rise * self._sign < 0)
+
+    def _candidates(
+        self, asked: Mapping[int, list[Instance]], replies: Sequence[pd.DataFrame]
+    ) -> dict[int, list[tuple[float, str]]]:
+        """Return what may be replied to each document, with its score above that of saying nothing.
+
+        A JSONL item's score is taken as it is: it counts what a reply has.
+        """
+        bound, shown = self._bound, self._shown(replies)
+        texts = {index: _answer(bound, bound.docs[index], self._chat) for index in asked}
+        answers = {index: text for index, text in texts.items() if text is not None}
+        silent = {} if bound.config.items else reply_scores(bound, asked, dict.fromkeys(asked, ""))
+        scores = reply_scores(bound, asked, answers)
+        found = {index: list(shown.get(bound.item_ids[index], [])) for index in asked}
+        for index, score in scores.items():
+            found[index].append((score - silent.get(index, 0.0), answers[index]))
+        return found
 
     def _shown(self, replies: Sequence[pd.DataFrame]) -> dict[str, list[tuple[float, str]]]:
         """Return what models replied to each item, with its score, the better model first.
@@ -206,40 +226,33 @@ class _TaskReferences:
                 found[item].append((score, reply))
         return found
 
-    def _choices(self, index: int, instances: list[Instance]) -> Iterator[Reference]:
-        doc = instances[0].doc
+    def _named(self, index: int, instances: list[Instance]) -> NamedTexts | None:
+        """Return the texts whose likelihoods a document asks for, and which it names; None: none of them."""
+        if self._task.OUTPUT_TYPE != "multiple_choice":
+            return NamedTexts(index, instances, 1, (0,)) if len(instances) == 1 else None
+        doc = self._bound.docs[index]
         choices: list[str] = self._task.doc_to_choice(doc)
         gold = (self._task.doc_to_text if self._task.multiple_input else self._task.doc_to_target)(doc)
         right = [choices.index(each) if each in choices else each for each in _as_list(gold)]
         if not all(each in range(len(choices)) for each in right):
-            return  # mislabelled, as lm-eval would warn
-        texts = tuple(continued(self._lm, *each.args[:2]) for each in instances[: len(choices)])
-        yield self._reference(index, texts, right=tuple(right), scales=_scales(self._bound, choices))
+            return None  # mislabelled, as lm-eval would warn
+        found = NamedTexts(index, instances, len(choices), tuple(right))
+        return found if found.others else None  # where all are right nothing can be wrong
 
-
-def _score_answers(
-    bound: BoundTask, asked: Mapping[int, list[Instance]], chat: bool
-) -> dict[int, list[tuple[float, str]]]:
-    """Score each item's answer as if a model had replied it; items whose answer is no text have none."""
-    texts = {index: _answer(bound, instances[0].doc, chat) for index, instances in asked.items()}
-    for index, instances in asked.items():
-        for instance in instances:
-            instance.resps = [texts[index] or ""]
-    try:
-        results = filtered(bound.task, asked, bound.filter)
-        scores = {index: _score(bound, index, own) for index, own in results.items()}
-    except Exception:  # whatever a task's own code raises at a reply that is none
-        return {}
-    return {
-        index: [(score, text)]
-        for index, score in scores.items()
-        if score is not None and (text := texts[index]) is not None
-    }
-
-
-def _score(bound: BoundTask, index: int, results: Sequence[Any]) -> float | None:
-    score = bound.task.process_results(bound.docs[index], list(results)).get(bound.metric)
-    return float(score) if isinstance(score, (int, float)) else None
+    def _likelihood(self, index: int, own: NamedTexts, toward: int) -> Reference:
+        """Return the reference of a document whose named texts are to become likelier, or less likely."""
+        args = [each.args for each in own.instances[: own.n_texts]]
+        if self._task.OUTPUT_TYPE == "multiple_choice":
+            texts = tuple(continued(self._lm, *each[:2]) for each in args)
+            wanted = own.named if toward > 0 else own.others
+            scales = _scales(self._bound, self._task.doc_to_choice(self._bound.docs[index]))
+            return self._reference(index, texts, wanted=wanted, scales=scales)
+        if self._task.OUTPUT_TYPE == "loglikelihood_rolling":
+            tokens = [self._lm.prefix_token_id, *self._lm.tok_encode(args[0][0])]
+            text = Scoring(tokens[: self._lm.max_length], 1)
+        else:
+            text = continued(self._lm, *args[0][:2])
+        return self._reference(index, (text,), is_unwanted=toward < 0)
 
 
 def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:

@@ -121,7 +121,7 @@ class WarmStart(Strict):
     """What following the slopes led to, and what it cost.
 
     `points` are points of the space descended in; where there are none, `reason` says why.
-    `full_evaluations` counts forward passes of one item, a backward pass as two, in evaluations of the
+    `full_evaluations` counts forward passes of one text, a backward pass as two, in evaluations of the
     search split.
     """
 

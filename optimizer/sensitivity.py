@@ -60,8 +60,8 @@ def measure_sensitivity(
     Returns:
         A row per point, score_name, fold, tensor, parameter and expert (empty where one coefficient is
         for all), with the slope in nats per unit of the coefficient, with n_items, n_passes (their cost in
-        forward passes of one) and loss (their mean, in nats) of the score in this fold, and with the digest
-        of the point's recipe.
+        forward passes of one text) and loss (their mean, in nats) of the score in this fold, and with the
+        digest of the point's recipe.
 
     Raises:
         TrialError: a weight, a loss or a slope is infinite or NaN at a point.
@@ -103,7 +103,7 @@ def fold_facts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def n_passes(frame: pd.DataFrame) -> int:
-    """Return what a measurement cost, in forward passes of one item."""
+    """Return what a measurement cost, in forward passes of one text."""
     return int(frame.drop_duplicates(_FOLD)["n_passes"].sum())
 
 

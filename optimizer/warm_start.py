@@ -114,7 +114,8 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
         if lacking:
             raise MergetuneError(" ".join(lacking))
         scored = [(params, bench.scores[name]) for name, params in points.items()]
-        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, scored, n_items)
+        n_texts = n_items - len(references.items) + references.n_texts
+        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, scored, n_texts)
         found = descend(
             ground,
             start,
@@ -125,7 +126,7 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
         reason=None
         if found.points
         else "Every point that the slopes led to was clearly worse than the start on items kept apart.",
-        full_evaluations=found.n_passes / n_items,
+        full_evaluations=found.full_evaluations,
     )
 
 

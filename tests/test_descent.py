@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+import yaml
+from lm_eval.api.model import TemplateLM
 
 from optimizer.descent import DescentConfig, Ground, Known, descend
 from optimizer.engines.completions import Scoring
 from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import TrialError
-from optimizer.evaluate import Score
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.evaluate import Evaluator, Score
 from optimizer.losses import mean_losses
 from optimizer.merging.inputs import Inputs
 from optimizer.recipe import MergeRecipe
-from optimizer.references import Reference, References
+from optimizer.references import Reference, References, find_references
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig
-from optimizer.suite import SuiteConfig
+from optimizer.suite import SuiteConfig, read_suite
 
 TASKS = {"tasks": [{"items": "items.jsonl", "scorer": "exact"}]}
 SUITE = SuiteConfig.model_validate(
@@ -33,7 +37,7 @@ SUITE = SuiteConfig.model_validate(
         "guards": {"guard": {**TASKS, "margin": 0.1}},
     }
 )
-CONFIG = DescentConfig(full_evaluations=0.0, fewest=2, apart=2, first_steps=4, next_steps=2)
+CONFIG = DescentConfig(full_evaluations=20.0, fewest=2, most=2, apart=2, first_steps=4, next_steps=2)
 GROUPS = [{"name": "layers", "match": r"layers\."}, {"name": "rest", "match": r"^(?!.*layers\.)"}]
 START = {"lambda.layers.a": 0.5, "lambda.layers.b": 0.5, "lambda.rest.a": 0.5, "lambda.rest.b": 0.5}
 
@@ -71,7 +75,7 @@ def ground_of(engine: TransformersEngine, inputs: Inputs, space: SearchSpace) ->
         )
         scores = {"first": Score(a, 0.1, 9), "second": Score(b, 0.1, 9), "guard": Score(1.0, 0.0, 9)}
         known[name] = Known(recipe, scores)
-    return Ground(engine, inputs.merger, space, references(), SUITE, known, scored=(), n_items=30)
+    return Ground(engine, inputs.merger, space, references(), SUITE, known, scored=(), n_texts=30)
 
 
 def losses_at(ground: Ground, params: dict[str, float], kept_apart: bool = True) -> dict[str, float]:
@@ -105,7 +109,7 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
 def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: TransformersEngine) -> None:
     kept = dict.fromkeys(SUITE.scores, Score(1.0, 0.0, 1000))
     ground = replace(ground_of(engine, inputs, space_of(inputs)), scored=[(START, kept)])
-    config = replace(CONFIG, fewest=4, first_steps=6)
+    config = replace(CONFIG, fewest=4, most=4, first_steps=6)
     free = replace(ground, suite=SUITE.model_copy(update={"guards": {}}))
     without = replace(
         free, references=References(tuple(i for i in ground.references.items if i.score_name != "guard"))
@@ -185,8 +189,8 @@ def test_the_same_descent_gives_the_same_points(inputs: Inputs, engine: Transfor
 
 
 def test_a_larger_budget_looks_at_more_items(inputs: Inputs, engine: TransformersEngine) -> None:
-    ground = replace(ground_of(engine, inputs, space_of(inputs)), n_items=100)
-    config = replace(CONFIG, first_steps=2, next_steps=1, full_evaluations=2.0)
+    ground = replace(ground_of(engine, inputs, space_of(inputs)), n_texts=100)
+    config = replace(CONFIG, most=16, first_steps=2, next_steps=1, full_evaluations=2.0)
     found = descend(ground, START, config)
     assert 140 < found.n_passes <= 200
 
@@ -243,6 +247,162 @@ def test_a_coefficient_that_cannot_change_is_not_descended_on(
     for point in descend(ground_of(engine, inputs, space), START, CONFIG).points:
         assert point.params["lambda.rest.a"] == point.params["lambda.rest.b"] == 0.5
         assert point.params != START
+
+
+# Directions
+
+RIGHT = {"answer": "Yes", "choices": ["y", "n"]}
+TASKS_OF: dict[str, dict[str, Any]] = {
+    "choices": {"items": "choices.jsonl", "scorer": "choice"},
+    "replies": {"items": "replies.jsonl", "scorer": "exact"},
+    "texts": {"lm_eval": "texts"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Items that all want the same: the same choice, the same reply, the same text."""
+    folder = tmp_path_factory.mktemp("directions")
+    rows = [{**RIGHT, "prompt": f"Is it so, number {i}?"} for i in range(12)]
+    for name, changes in (("choices", {"answer": 0}), ("replies", {}), ("texts", {"text": "So it is."})):
+        lines = [json.dumps({**row, **changes}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "texts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{prompt}} {{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    (folder / "texts.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def directed(folder: Path, engine: TransformersEngine, ground: Ground, **suite: Any) -> Ground:
+    """The ground of a suite with the references of its items; every model known scores alike."""
+    rules = {"description": "test", "chat_template": False, "holdout": 0.0, "include_path": "."}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(rules | suite))
+    evaluator = Evaluator(read_suite(folder / "suite.yaml"))
+    found = find_references(evaluator, cast(TemplateLM, engine.lm))
+    alike = dict.fromkeys(evaluator.suite.config.scores, Score(0.5, 0.1, 9))
+    known = {name: replace(each, scores=alike) for name, each in ground.known.items()}
+    return replace(ground, suite=evaluator.suite.config, references=found, known=known, n_texts=1000)
+
+
+@pytest.mark.parametrize("kind", TASKS_OF)
+def test_objectives_that_differ_in_direction_alone_are_followed_opposite_ways(
+    inputs: Inputs, engine: TransformersEngine, folder: Path, kind: str
+) -> None:
+    ground, wanted = ground_of(engine, inputs, space_of(inputs)), None
+    likelier, less_likely = ("minimize", "maximize") if kind == "texts" else ("maximize", "minimize")
+    moves, losses = [], []
+    for direction in (likelier, less_likely):
+        objective = {"direction": direction, "against_task": True, "tasks": [TASKS_OF[kind]]}
+        own = directed(folder, engine, ground, objectives={"score": objective})
+        wanted = wanted or own.references
+        (point,) = descend(own, START, CONFIG).points
+        moves.append(torch.tensor([point.params[key] - START[key] for key in START]))
+        engine.load(own.space.recipe(point.params))
+        losses.append(mean_losses(engine.model, wanted)["score"])
+    assert wanted is not None
+    engine.load(ground.space.recipe(START))
+    assert losses[0] < mean_losses(engine.model, wanted)["score"] < losses[1]
+    assert float(moves[0] @ moves[1]) < 0
+
+
+@pytest.mark.parametrize("kind", TASKS_OF)
+def test_guards_that_differ_in_direction_alone_turn_a_descent_opposite_ways(
+    inputs: Inputs, engine: TransformersEngine, folder: Path, kind: str
+) -> None:
+    """Each is held against the expert that is better by it, so that both turn the descent."""
+    ground, wanted = ground_of(engine, inputs, space_of(inputs)), None
+    likelier, less_likely = ("minimize", "maximize") if kind == "texts" else ("maximize", "minimize")
+    objective = {"tasks": [{"items": "other.jsonl", "scorer": "exact"}]}
+    others = [json.dumps({"prompt": f"What is {i}?", "answer": "a number"}) for i in range(12)]
+    (folder / "other.jsonl").write_text("\n".join(others))
+    at_ends = []
+    for direction in (likelier, less_likely):
+        guard = {"direction": direction, "against_task": True, "tasks": [TASKS_OF[kind]], "margin": 0.1}
+        own = directed(folder, engine, ground, objectives={"other": objective}, guards={"guard": guard})
+        wanted = wanted or own.references.only("guard")
+        own = replace(own, suite=held_against_the_best(own, own.references))
+        for point in descend(own, START, replace(CONFIG, first_steps=6)).points[:1]:
+            engine.load(own.space.recipe(point.params))
+        at_ends.append(mean_losses(engine.model, wanted)["guard"])
+    assert at_ends[0] < at_ends[1]
+
+
+def held_against_the_best(ground: Ground, references: References) -> SuiteConfig:
+    """The suite with a guard whose reference is the expert with the least loss by it."""
+    losses = {}
+    for name in ("a", "b"):
+        ground.engine.load(ground.known[f"expert-{name}"].recipe)
+        losses[name] = mean_losses(ground.engine.model, references)["guard"]
+    reference = min(losses, key=lambda name: losses[name])
+    held = ground.suite.guards["guard"].model_copy(update={"reference": reference})
+    return ground.suite.model_copy(update={"guards": {"guard": held}})
+
+
+# Costs
+
+
+def few_references(n_objectives: int, n_items: int, n_choices: int) -> References:
+    """So many objectives and a guard, with so many items each; the first objective's have choices."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> Scoring:
+        return Scoring(torch.randint(3, 300, (8,), generator=generator).tolist(), 5)
+
+    items = []
+    for name in [*(f"o{i}" for i in range(n_objectives)), "guard"]:
+        count = n_choices if name == "o0" else 1
+        wanted, scales = ((0,), (1.0,) * count) if count > 1 else ((), ())
+        for i in range(n_items):
+            texts = tuple(text() for _ in range(count))
+            items.append(Reference(name, "task", f"{name}-{i}", texts, wanted, scales))
+    return References(tuple(items))
+
+
+@pytest.mark.parametrize("n_items", [1, 2, 4, 6, 9, 15, 40])
+@pytest.mark.parametrize(("n_objectives", "n_choices"), [(1, 1), (2, 1), (2, 5), (4, 2)])
+def test_a_descent_costs_no_more_than_it_may_or_is_refused(
+    inputs: Inputs,
+    engine: TransformersEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    n_items: int,
+    n_objectives: int,
+    n_choices: int,
+) -> None:
+    """The texts that go through the model are counted; with a backward pass one counts three times."""
+    objectives = {f"o{i}": TASKS for i in range(n_objectives)}
+    suite = SuiteConfig.model_validate(
+        {**SUITE.model_dump(by_alias=True, exclude_none=True), "objectives": objectives}
+    )
+    own = few_references(n_objectives, n_items, n_choices)
+    ground = ground_of(engine, inputs, space_of(inputs))
+    alike = dict.fromkeys(suite.scores, Score(0.5, 0.1, 9))
+    known = {name: replace(each, scores=alike) for name, each in ground.known.items()}
+    ground = replace(ground, suite=suite, references=own, known=known, n_texts=own.n_texts)
+    counted = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        counted.append(len(kwargs["input_ids"]) * (3 if torch.is_grad_enabled() else 1))
+        return plain(*args, **kwargs)
+
+    plain = engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", functools.wraps(plain)(forward))
+    if n_items < (4 if n_objectives == 1 else 6):
+        with pytest.raises(MergetuneError, match=r"may cost up to 3 evaluations .* on so few items"):
+            descend(ground, START)
+        assert not counted
+    else:
+        found = descend(ground, START)
+        assert found.n_passes == sum(counted)
+        assert found.full_evaluations == found.n_passes / own.n_texts
+        assert 1 < found.full_evaluations <= DescentConfig().full_evaluations
 
 
 def test_the_slope_of_a_shared_or_interpolated_coefficient_is_that_of_what_it_is_made_of(

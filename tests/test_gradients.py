@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.weight_gradients import each_gradient
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.gradients import Slopes, has_slopes, slopes
-from optimizer.losses import batches, mean_losses
+from optimizer.losses import batches, item_losses, mean_losses
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.method_table import METHODS, MethodName
 from optimizer.recipe import LayerGroup, MergeRecipe
@@ -171,7 +172,9 @@ def central_difference(losses_at: Callable[[float], Mapping[str, float]], step: 
     }
 
 
-def check_against_differences(engine: TransformersEngine, recipe: MergeRecipe, found: Slopes) -> None:
+def check_against_differences(
+    engine: TransformersEngine, recipe: MergeRecipe, found: Slopes, references: References = REFERENCES
+) -> None:
     step = 1e-4 if recipe.method == "nearswap" else 2e-3  # its t is in units of weights
     table = found.by_group(recipe.groups)
     own = table.set_index(["group", "parameter", "expert"]).sort_index()
@@ -180,10 +183,10 @@ def check_against_differences(engine: TransformersEngine, recipe: MergeRecipe, f
         def losses_at(step: float, key: Any = key) -> Mapping[str, float]:
             group, parameter, expert = key
             engine.load(moved(recipe, group, parameter, expert, step))
-            return mean_losses(engine.model, REFERENCES)
+            return mean_losses(engine.model, references)
 
         expected = central_difference(losses_at, step)
-        assert min(map(abs, expected.values())) > 1e-5  # else there is nothing to compare
+        assert min(map(abs, expected.values())) > 1e-6  # else there is nothing to compare
         assert dict(own.loc[[key]].to_numpy().tolist()) == pytest.approx(expected, rel=1e-5), key
 
 
@@ -195,6 +198,79 @@ def test_slopes_agree_with_central_differences(
     found = slopes(engine, inputs.merger, recipe, REFERENCES)
     assert found.losses == pytest.approx(mean_losses(engine.model, REFERENCES), rel=1e-9)
     check_against_differences(engine, recipe, found)
+
+
+@pytest.fixture(scope="module")
+def unwanted(inputs: Inputs, engine: TransformersEngine) -> References:
+    """What the base itself would say, of one to three tokens; it is to become less likely."""
+    engine.load(recipe_of(inputs, "task_arithmetic", {}, **{"lambda": {"a": 0.0, "b": 0.0}}))
+    items = []
+    for length, prompt in enumerate(texts(7, (2, 4), (2, 5), (2, 6)), start=1):
+        said = list(prompt.tokens)
+        for _ in range(length):
+            with torch.no_grad():
+                said.append(int(engine.model(torch.tensor([said])).logits[0, -1].argmax()))
+        scored = Scoring(said, len(prompt.tokens))
+        items.append(Reference("unwanted", "one", f"u{length}", (scored,), is_unwanted=True))
+    return References(tuple(items))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "slerp"])
+def test_slopes_of_unwanted_texts_agree_with_central_differences(
+    inputs: Inputs, engine: TransformersEngine, unwanted: References, method: MethodName
+) -> None:
+    recipe = recipe_of(inputs, method)
+    check_against_differences(engine, recipe, slopes(engine, inputs.merger, recipe, unwanted), unwanted)
+
+
+def test_the_slope_of_an_unwanted_text_is_opposite_and_fades_as_it_becomes_unlikely(
+    inputs: Inputs, engine: TransformersEngine, unwanted: References
+) -> None:
+    """With c = −log p̄, the derivative of −log(1 − p̄) is −1 / (exp(c) − 1) times that of c."""
+    recipe = recipe_of(inputs, "task_arithmetic")
+    for each in unwanted.items:
+        less, more = (
+            slopes(engine, inputs.merger, recipe, References((replace(each, is_unwanted=one),)))
+            for one in (True, False)
+        )
+        paid = more.losses["unwanted"]
+        assert less.losses["unwanted"] == pytest.approx(-math.log(1 - math.exp(-paid)), abs=2e-6)
+        assert less.table["slope"].to_numpy() == pytest.approx(
+            -more.table["slope"].to_numpy() / math.expm1(paid), rel=2e-3
+        )
+
+
+def test_a_share_of_choices_and_that_of_the_others_have_opposite_slopes(
+    inputs: Inputs, engine: TransformersEngine
+) -> None:
+    """Where a score gets better without the right choices: −log q and −log(1 − q)."""
+    recipe = recipe_of(inputs, "task_arithmetic")
+    (choice,) = (each for each in REFERENCES.items if each.item == "c1")
+    right, others = (
+        slopes(engine, inputs.merger, recipe, References((replace(choice, wanted=wanted),)))
+        for wanted in ((1,), (0, 2))
+    )
+    share = math.exp(-right.losses["choice"])
+    assert others.losses["choice"] == pytest.approx(-math.log(1 - share))
+    assert others.table["slope"].to_numpy() == pytest.approx(
+        -right.table["slope"].to_numpy() * share / (1 - share)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_unwanted_text_that_a_model_is_sure_of_has_a_finite_loss(
+    tiny_base: Path, dtype: torch.dtype
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype)
+    prompt = [5, 17, 40]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+        said = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    sure = Reference("unwanted", "one", "u", (Scoring((*prompt, said), 3),), is_unwanted=True)
+    (loss,) = item_losses(model, [sure])
+    assert float(loss.detach()) == pytest.approx(math.log(1 + 1e6), rel=1e-5)
+    loss.backward()
+    assert all(torch.isfinite(each.grad).all() for each in model.parameters() if each.grad is not None)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +370,8 @@ def test_small_batches_and_recomputed_activations_change_nothing(
     longest = max(each.n_tokens * len(each.texts) for each in REFERENCES.items)
     for max_tokens, passes in ((longest, 3), (1, 4)):  # the latter has each activation computed twice
         other = slopes(engine, inputs.merger, recipe, REFERENCES, max_tokens=max_tokens)
-        assert other.n_passes == {"reply": 3 * passes, "choice": 3 * passes}
+        n_texts = {"reply": 3, "choice": 3 + 2 + 2}
+        assert other.n_passes == {name: count * passes for name, count in n_texts.items()}
         assert other.losses == pytest.approx(plain.losses, rel=1e-9)
         keys = ["score_name", "tensor", "parameter", "expert"]
         first, second = (each.table.set_index(keys)["slope"].sort_index() for each in (plain, other))

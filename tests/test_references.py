@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,10 +73,40 @@ OWN_TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{prompt}}",
         "metric_list": [{"metric": "word_perplexity"}],
     },
+    "own_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "own_errors": {
+        "output_type": "generate_until",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["Question:"]},
+        "process_results": "!function own.errors",
+        "metric_list": [{"metric": "errors", "aggregation": "mean", "higher_is_better": False}],
+    },
 }
-EQUAL = """
+OWN_TASKS |= {
+    "own_words_perplexity": {**OWN_TASKS["own_words"], "metric_list": [{"metric": "perplexity"}]},
+    "own_text_bits": {**OWN_TASKS["own_text"], "metric_list": [{"metric": "bits_per_byte"}]},
+    "own_choice_brier": {**OWN_TASKS["own_choice"], "metric_list": [{"metric": "brier_score"}]},
+    "own_difference": {  # such as CrowS-Pairs' likelihood_diff: how far a model tells two sentences apart
+        **OWN_TASKS["own_choice"],
+        "process_results": "!function own.difference",
+        "metric_list": [{"metric": "difference", "aggregation": "mean", "higher_is_better": False}],
+    },
+}
+OWN_CODE = """
 def equal(doc, results):
     return {"equal": float(results[0].strip() == doc["answer"])}
+
+def errors(doc, results):
+    return {"errors": float(results[0].strip() != doc["answer"])}
+
+def difference(doc, results):
+    (first, _), (second, _) = results
+    return {"difference": abs(first - second)}
 """
 
 
@@ -103,11 +134,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite")
     for name, items in ITEMS.items():
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(item) for item in items))
-    (folder / "own.py").write_text(EQUAL)
+    (folder / "own.py").write_text(OWN_CODE)
     for name, task in OWN_TASKS.items():
         files = {"data_files": {"test": str(folder / "exact.jsonl")}}
         text = yaml.safe_dump({"task": name, **OWN_TASK, "dataset_kwargs": files, **task})
-        (folder / f"{name}.yaml").write_text(text.replace("'!function own.equal'", "!function own.equal"))
+        (folder / f"{name}.yaml").write_text(re.sub(r"'(!function own\.\w+)'", r"\1", text))
     return folder
 
 
@@ -184,21 +215,83 @@ def test_a_list_of_words_to_contain_is_no_reply(folder: Path) -> None:
     assert not found.items
     assert found.missing == {
         "birds:contains.jsonl": "`birds:contains.jsonl` has no references: "
-        "no answer of its items, and no reply given, scores well."
+        "no answer of its items, and no reply given, has a high score."
     }
 
 
 def test_each_task_without_references_says_why(folder: Path) -> None:
     """Though another task of its score has some: the score's loss is then that of the others."""
     mixed = [task("exact"), {"lm_eval": "own_wrong"}]
-    errors = {"direction": "minimize", "tasks": [task("exact"), {"lm_eval": "own_text"}]}
-    found = find_references(evaluator(folder, chat=False, mixed=mixed, errors=errors), model())
-    assert set(found.by_score) == {"mixed", "errors"}
+    bias = {"direction": "minimize", "tasks": [task("exact"), {"lm_eval": "own_difference"}]}
+    found = find_references(evaluator(folder, chat=False, mixed=mixed, bias=bias), model())
+    assert set(found.by_score) == {"mixed", "bias"}
     assert found.missing == {
-        "own_wrong": "`own_wrong` has no references: no item names one of its choices as the right one.",
-        "errors:exact.jsonl": "`errors:exact.jsonl` has no references: its score is minimized, and what a "
-        "reply with a low score lacks cannot be shown.",
+        "own_wrong": "`own_wrong` has no references: no item names one of its choices, and not all of them, "
+        "as the right one.",
+        "own_difference": "`own_difference` has no references: its metric does not tell whether it gets "
+        "better as the right text becomes likelier.",
     }
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False], ids=["maximize", "minimize"])
+@pytest.mark.parametrize(
+    ("name", "rises"),
+    [
+        ("own_words", True),
+        ("own_words_perplexity", False),
+        ("own_text", False),
+        ("own_text_bits", False),
+        ("own_choice", True),
+        ("own_choice_brier", False),
+        ("own_errors", False),
+        ("own_sums", True),
+    ],
+)
+def test_direction_and_metric_say_together_what_is_to_become_likelier(
+    folder: Path, name: str, rises: bool, higher_is_better: bool
+) -> None:
+    """An accuracy maximized and a perplexity minimized want more of the text; the reverses want less."""
+    direction = "maximize" if higher_is_better else "minimize"
+    score = {"direction": direction, "against_task": True, "tasks": [{"lm_eval": name}]}
+    found = find_references(evaluator(folder, chat=False, score=score), model())
+    assert len(found.items) == 12
+    for each in found.items:
+        if name.startswith("own_choice"):
+            right = 1 - int(each.item in yes_items(folder, name))
+            assert each.wanted == (right if rises == higher_is_better else 1 - right,)
+        assert each.is_unwanted == (rises != higher_is_better and len(each.texts) == 1)
+
+
+def yes_items(folder: Path, name: str) -> set[str]:
+    """The items whose answer is yes."""
+    items = evaluator(folder, chat=False, score={"lm_eval": name}).items()
+    return set(items.loc[items["target"] == "yes", "item"])
+
+
+def test_a_reply_is_to_become_less_likely_where_what_it_has_is_not_wanted(folder: Path) -> None:
+    """A score of what replies have: the reply that has most shows it, whichever the direction."""
+    found = {}
+    for direction in ("maximize", "minimize"):
+        ready = evaluator(folder, cheer={"direction": direction, "tasks": [task("regex")]})
+        said = replies(ready, "cheer:regex.jsonl", [(1.0, "Well done! More?"), (0.5, "Hm?"), (0.0, "")])
+        found[direction] = find_references(ready, model(), replies=[said])
+    assert decoded(found["minimize"]) == decoded(found["maximize"]) == ["Well done! More?<|im_end|>"] * 4
+    assert all(each.is_unwanted for each in found["minimize"].items)
+    assert not any(each.is_unwanted for each in found["maximize"].items)
+
+
+@pytest.mark.parametrize("name", ["exact", "own_words", "choice"])
+def test_the_order_in_which_documents_are_asked_for_changes_nothing(folder: Path, name: str) -> None:
+    """lm-eval runs them in ascending order, whatever the order asked for."""
+    own = {"lm_eval": name} if name.startswith("own") else task(name)
+    ready = evaluator(folder, chat=False, score=own)
+    (key,) = ready.tasks
+    found, other = (find_references(ready, model(), {key: order}) for order in ([2, 5, 9], [9, 2, 5, 2]))
+    assert other == found
+    prompts = ready.items().set_index("item")["prompt"]
+    texts = [each.texts[0] for each in other.items]
+    asked = [str(build_tokenizer().decode(list(text.tokens[: text.start]))) for text in texts]
+    assert all(prompts[each.item] in prompt for each, prompt in zip(other.items, asked, strict=True))
 
 
 def replies(evaluator: Evaluator, task: str, said: Sequence[tuple[float, str]]) -> pd.DataFrame:
@@ -275,9 +368,8 @@ def test_losses_are_those_of_lm_eval(folder: Path, engine: TransformersEngine) -
     """lm-eval's own log-likelihood of the reply, per token."""
     ready = evaluator(folder, chat=False, words={"lm_eval": "own_words"})
     found = find_references(ready, engine.lm)
-    task = ready.tasks["own_words"].task
-    task.build_all_requests(samples=sorted(ready.documents("search")["own_words"]))
-    instances = list(task.instances)
+    asked = ready.requests(engine.lm, ready.documents("search"))["own_words"]
+    instances = [instance for own in asked.values() for instance in own]
     expected = [logprob for logprob, _ in engine.lm.loglikelihood(instances)]
     with torch.no_grad():
         losses = item_losses(engine.model, found.items)
@@ -297,13 +389,6 @@ def test_a_sample_is_spread_over_tasks_and_parts_share_nothing(folder: Path) -> 
     ids = [{(each.task, each.item) for each in part.items} for part in (apart, rest)]
     assert not ids[0] & ids[1]
     assert len(ids[0] | ids[1]) == len(sample.items)
-
-
-def test_references_stand_on_their_items_in_any_order(folder: Path) -> None:
-    ready = evaluator(folder, words=task("exact"))
-    name = next(iter(ready.tasks))
-    lm = model()
-    assert find_references(ready, lm, {name: [5, 1, 3]}) == find_references(ready, lm, {name: [1, 3, 5]})
 
 
 def test_references_ask_as_the_evaluation_does(folder: Path) -> None:

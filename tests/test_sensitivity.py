@@ -182,6 +182,33 @@ def test_an_expert_that_helps_one_score_and_harms_the_other_is_found_and_named(t
     assert any("retrain one model on the data of both" in each.sentence for each in others)
 
 
+@pytest.mark.parametrize("scorer", ["choice", "exact"])
+def test_scores_that_differ_in_direction_alone_have_opposite_gains_and_are_in_conflict(
+    inputs: Inputs, tmp_path: Path, scorer: str
+) -> None:
+    item = {"answer": 0, "choices": ["y", "n"]} if scorer == "choice" else {"answer": "yes"}
+    lines = [json.dumps({"prompt": f"Is it so, number {i}?", **item}) for i in range(24)]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    tasks = [{"items": "items.jsonl", "scorer": scorer}]
+    again = [{"items": "./items.jsonl", "scorer": scorer}]
+    suite = {
+        "description": "test",
+        "chat_template": False,
+        "holdout": 0.0,
+        "objectives": {"more": {"tasks": tasks}},
+        "guards": {"less": {"tasks": again, "direction": "minimize", "margin": 0.1}},
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    frame = probe(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(device="cpu"), print)
+    gains = layer_gains(frame).set_index(["point", "layer", "coefficient"])
+    more, less = (gains[gains["score_name"] == name] for name in ("more", "less"))
+    assert (np.sign(more["gain"]) == -np.sign(less["gain"])).all()
+    assert more.loc[more["is_clear"] & less["is_clear"], "opposed"].eq("less").all()
+    for each in conflicts(frame, HALVES):
+        assert each.cosine == pytest.approx(-1, abs=0.01)
+        assert each.kind == "strong"
+
+
 def frame_of(folds: dict[str, list[list[float]]]) -> pd.DataFrame:
     """Slopes by score, fold and coefficient: experts a, b … of one tensor."""
     return pd.DataFrame(

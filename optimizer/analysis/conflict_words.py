@@ -12,8 +12,9 @@ from optimizer.analysis.conflicts import Conflict, Kind, Place, Slope
 from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED, fold_facts
 
 HOW_TO_READ = (
-    "A gain is how far the loss on a score's reference replies falls per unit of a coefficient (λ), locally, "
-    "in nats; below zero, raising it harms."
+    "A gain is how far a score's loss on its reference replies falls per unit of a coefficient (λ), locally, "
+    "in nats; below zero, raising it harms. Where a score gets better without these replies, it is the loss "
+    "of still saying them."
 )
 TITLES = {
     BASE: "At the base",
