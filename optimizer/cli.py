@@ -67,6 +67,13 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where what is made once is kept: replies, the compiled kernel. Default: ~/.cache/mergetune.",
+        metavar="DIR",
+    ),
+]
 _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "candidate": "CANDIDATE",
     "baseline": "--baseline",
@@ -76,6 +83,7 @@ _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "noise_floor": "--noise-floor",
     "engine": "--engine",
     "batch_size": "--batch-size",
+    "cache": "--cache",
     "store": "--store",
 }
 
@@ -109,9 +117,10 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run directory. Default: runs/STUDY in this folder.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Run a study, or go on with it: baselines, search, holdout, report and merged model."""
-    _run(study, out or Path("runs") / study.stem, None)
+    _run(study, out or Path("runs") / study.stem, None, cache)
 
 
 @app.command()
@@ -120,11 +129,12 @@ def demo(
     engine: Annotated[
         Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")
     ] = "auto",
+    cache: Cache = None,
 ) -> None:
     """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
     from optimizer.library import shared_folder
 
-    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, engine)
+    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, engine, cache)
 
 
 @app.command()
@@ -153,13 +163,14 @@ def inspect(
     device: Annotated[
         str | None, typer.Option(help="With --suite: where the model runs, such as cpu or cuda:1.")
     ] = None,
+    cache: Cache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge or retrain? Check that models fit together, and compare what they learned."""
     from optimizer.analysis.advice import as_data, judge
     from optimizer.analysis.conflicts import sensitivity_as_data
     from optimizer.analysis.task_vectors import task_vector_statistics
-    from optimizer.library import find
+    from optimizer.library import find, use_cache
     from optimizer.merging.inputs import open_inputs
     from optimizer.models import find_model
     from optimizer.search_space_config import layer_groups, read_search_space
@@ -169,6 +180,7 @@ def inspect(
         from optimizer.analysis.chart import check_chart_path, write_chart
 
         check_chart_path(chart)
+    use_cache(cache, _remark)
     for option, value in (("--batch-size", batch_size), ("--device", device)):
         if value is not None and suite is None:
             raise MergetuneError(f"{option} {value} goes with --suite. Name a suite, or leave it out.")
@@ -202,10 +214,13 @@ def merge(
         Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
     ],
     out: Annotated[Path, typer.Argument(help="The model directory to write.", metavar="OUT")],
+    cache: Cache = None,
 ) -> None:
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
     from optimizer.export import merge_recipe
+    from optimizer.library import use_cache
 
+    use_cache(cache, _remark)
     merge_recipe(recipe, out)
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 
@@ -232,13 +247,16 @@ def soup(
     run: Annotated[
         Path | None, typer.Option(help="Where the suite's measurements are kept. Default: OUT.soup.")
     ] = None,
+    cache: Cache = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
     from optimizer.config import engine_options
+    from optimizer.library import use_cache
     from optimizer.run_dir import RunDir
     from optimizer.soup import make_soup
     from optimizer.soup_plan import SoupPlan
 
+    use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
     plan = SoupPlan.read(out, models, base, last, suite, split, config)
     tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
@@ -263,6 +281,7 @@ def evaluate(
     ] = "all",
     engine: Engine = "auto",
     batch_size: BatchSize = None,
+    cache: Cache = None,
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -272,12 +291,13 @@ def evaluate(
 
     from optimizer.config import engine_options
     from optimizer.evaluate import Evaluator, Measurement
-    from optimizer.library import find
+    from optimizer.library import find, use_cache
     from optimizer.meter import Meter
     from optimizer.model_under_test import open_model
     from optimizer.run_dir import write_parquet
     from optimizer.suite import read_suite
 
+    use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +351,9 @@ def check(
     ] = None,
     engine: Engine = "auto",
     batch_size: BatchSize = None,
+    cache: Cache = None,
     store: Annotated[
-        Path | None, typer.Option(help="Where replies are kept. Default: ~/.cache/mergetune/replies.")
+        Path | None, typer.Option(help="Where replies are kept. Default: `replies` in the cache.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -345,7 +366,7 @@ def check(
     from optimizer.check.outputs import as_data, as_table, write_outputs
     from optimizer.check.run import CheckOptions, check_models, check_stored
     from optimizer.config import engine_options
-    from optimizer.library import find
+    from optimizer.library import find, use_cache, writable
     from optimizer.model_under_test import open_model
     from optimizer.reply_store import ReplyStore, default_store
     from optimizer.run_dir import write_parquet
@@ -367,8 +388,9 @@ def check(
     elif candidate is None or baseline is None:
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:
+        use_cache(cache, _remark)
         models = [open_model(reference, base, tokenizer) for reference in (candidate, baseline)]
-        kept = ReplyStore(store) if store else default_store()
+        kept = ReplyStore(writable(store, "--store")) if store else default_store()
         checked = check_models(models[0], models[1], deployed, options, kept, _remark)
     result = checked.check
     if out is not None:
@@ -426,10 +448,10 @@ def _remark(text: str) -> None:
     _err.print(text, highlight=False, markup=False)
 
 
-def _run(study: Path, out: Path, engine: EngineKind | None) -> None:
+def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) -> None:
     from optimizer.study import run_study
 
-    page = run_study(study, out, _out, engine)
+    page = run_study(study, out, _out, engine, cache)
     _out.print(f"Report: {page}", highlight=False, markup=False)
     if (out / "best").is_dir():
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
@@ -526,8 +548,10 @@ def main() -> None:
 
 def _message(error: Exception) -> str | None:
     """Return what the user can do about an error, None where that is for us to mend."""
-    if isinstance(error, MergetuneError):
-        return str(error)
+    if isinstance(error, MergetuneError):  # what it quotes may be no Unicode
+        return str(error).encode(errors="backslashreplace").decode()
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES) and error.filename:
+        return f"{error.filename}: cannot be written or read ({error.strerror}). Name another place."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full ({error}). What was measured is kept: make room and run again."
     return None

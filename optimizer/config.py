@@ -67,6 +67,9 @@ class StudyConfig(Strict):
     - `mean`: the merged model has the base's tokens and all that were added. The row of an added
       token is the mean over the experts that have it, whatever the coefficients.
 
+    `cache` is where things made once per machine are kept, such as the compiled kernel; by default this
+    user's cache.
+
     `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
 
@@ -81,6 +84,7 @@ class StudyConfig(Strict):
     sampler: Annotated[SamplerConfig, KindAlone] = SamplerConfig()
     warm_start: Annotated[WarmStartConfig, KindAlone] = WarmStartConfig()
     finalists: int = Field(3, ge=1)
+    cache: str | None = None
     allow_flat_objectives: bool = False
     seed: int = Field(0, ge=0)
 

@@ -19,6 +19,7 @@ import pandas as pd
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import ITEM_KEYS
 from optimizer.near_copies import MOST_HOLDERS, Finder, Question, words_of
+from optimizer.yaml_io import read_text
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -130,13 +131,7 @@ def read_training_texts(path: Path) -> list[str]:
     Raises:
         MergetuneError: the file is missing, is no text, or a line is not JSON; the message names it.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergetuneError(
-            f"{path}: cannot be read ({error}). Training data must be JSON lines, JSON or plain text, "
-            "in UTF-8."
-        ) from error
+    content = read_text(path)
     if path.suffix not in {".json", ".jsonl", ".ndjson"}:
         paragraphs = re.split(r"\n\s*\n", content.strip())
         return paragraphs if len(paragraphs) > 1 else content.splitlines()
@@ -147,12 +142,14 @@ def read_training_texts(path: Path) -> list[str]:
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # else JSON lines by another name
                 raise MergetuneError(f"{path}, line {error.lineno}: is not JSON: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:
+            raise MergetuneError(f"{path}: is not JSON: {error}.") from error
     texts = []
     for number, line in enumerate(content.split("\n"), start=1):  # strings may hold other line ends
         if line.strip():
             try:
                 texts.append("\n".join(_strings(json.loads(line))))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise MergetuneError(f"{path}, line {number}: is not JSON: {error}.") from error
     return texts
 

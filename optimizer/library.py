@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +16,9 @@ from optimizer.yaml_io import nearest
 Kind = Literal["search_spaces", "evals", "examples", "reports"]
 
 _PACKAGE = Path(__file__).parent
+_CACHE = "MERGETUNE_CACHE"  # set by `use_cache`
+# What vLLM and Triton would write into this user's home.
+_CACHES_OF_OTHERS = {"VLLM_CACHE_ROOT": "vllm", "VLLM_CONFIG_ROOT": "vllm", "TRITON_CACHE_DIR": "triton"}
 
 
 def shared_folder(kind: Kind) -> Path:
@@ -45,6 +52,65 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
     return found[name]
 
 
+def use_cache(given: Path | None, say: Callable[[str], None]) -> None:
+    """Settle before any work where things made once per machine are kept, in processes started here, too.
+
+    Where this user's cache cannot be written, a temporary folder takes its place, and `say` is told so.
+
+    Raises:
+        MergetuneError: `given` cannot be written, or no temporary folder can be made.
+    """
+    own = cache_folder()
+    folder = own if given is None else given.expanduser().resolve()
+    try:
+        folder = writable(folder, "--cache")
+    except MergetuneError as error:
+        if given is not None:
+            raise
+        folder = _temporary_folder(error)
+        say(
+            f"warning: {own} cannot be written: what is kept there for the next time goes into a temporary "
+            "folder, and is lost at the end. Name another folder with --cache DIR."
+        )
+    if folder != own:
+        os.environ[_CACHE] = str(folder)
+        for variable, name in _CACHES_OF_OTHERS.items():
+            os.environ.setdefault(variable, str(folder / name))
+
+
 def cache_folder() -> Path:
     """Return where things made once per machine are kept; it may not exist yet."""
+    chosen = os.environ.get(_CACHE)
+    return Path(chosen) if chosen else _own_cache()
+
+
+def in_cache(name: str) -> Path:
+    """Return the place of a thing in the cache: where it is, though that be read-only, or is to be made."""
+    folders = (cache_folder(), _own_cache())
+    return next((folder / name for folder in folders if (folder / name).exists()), folders[0] / name)
+
+
+def writable(folder: Path, option: str) -> Path:
+    """Return a folder, made if need be; raises `MergetuneError` naming the option where it is read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise MergetuneError(
+            f"{folder}: must be a folder that can be written ({error.strerror}). "
+            f"Name another with {option} DIR."
+        ) from error
+
+
+def _own_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mergetune"
+
+
+def _temporary_folder(reason: MergetuneError) -> Path:
+    try:
+        folder = tempfile.mkdtemp(prefix="mergetune-")
+    except OSError as error:
+        raise MergetuneError(f"{reason} There is no temporary folder either: {error}") from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from optimizer.answers import answer_text, choice_index
 from optimizer.errors import MergetuneError
 from optimizer.scorers import Scorer
 from optimizer.suite import Item, Suite, TaskConfig
@@ -21,9 +22,9 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
 
     assert config.items is not None
     assert config.scorer is not None  # TaskConfig
-    data = {"test": _dataset(items[config.items], config.system)}
+    data = {"test": _dataset(items[config.items], config)}
     if config.fewshot_items is not None:
-        data["fewshot"] = _dataset(items[config.fewshot_items], config.system)
+        data["fewshot"] = _dataset(items[config.fewshot_items], config)
     common = {
         "task": name,
         "custom_dataset": lambda **_: data,
@@ -38,7 +39,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
         own = {
             "output_type": "multiple_choice",
             "doc_to_choice": _payload("choices"),
-            "doc_to_target": _payload("answer"),
+            "doc_to_target": _right_choice,
             "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         }
     else:
@@ -56,16 +57,18 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
     return ConfigurableTask(config={**common, **own})
 
 
-def _dataset(items: Sequence[Item], system: str) -> Any:
+def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
     """Hold items as a dataset of plain strings: Arrow would give answers of other shapes one schema."""
     from datasets import Dataset
 
+    assert config.scorer is not None  # TaskConfig
+    kind = config.scorer.kind
     return Dataset.from_list(
         [
             {
                 "prompt": item.prompt,
-                "system": system if item.system is None else item.system,
-                "target": item.answer if isinstance(item.answer, str) else json.dumps(item.answer),
+                "system": config.system if item.system is None else item.system,
+                "target": "" if item.answer is None else answer_text(kind, item.answer),
                 "payload": item.model_dump_json(),
             }
             for item in items
@@ -88,10 +91,18 @@ def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
     return lambda doc: json.loads(doc["payload"])[key]
 
 
+def _right_choice(doc: Mapping[str, str]) -> int | None:
+    item = json.loads(doc["payload"])
+    return choice_index(item["choices"], item["answer"])
+
+
 def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], list[str]], dict[str, float]]:
     def process_results(doc: Mapping[str, str], results: list[str]) -> dict[str, float]:
         item = json.loads(doc["payload"])
-        return {"score": scorer.score(results[0], item["answer"], item["patterns"])}
+        try:
+            return {"score": scorer.score(results[0], item["answer"], item["patterns"])}
+        except MergetuneError as error:
+            raise MergetuneError(f"The item {doc['prompt'][:80]!r} cannot be scored: {error}") from error
 
     return process_results
 

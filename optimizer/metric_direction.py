@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimizer.errors import MergetuneError
 from optimizer.lm_requests import filtered
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def reply_scores(
         bound: the task.
         asked: its requests by document.
         replies: the texts by document; of a document without one nothing is returned.
+
+    Raises:
+        MergetuneError: a pattern of the user's cannot be searched for in one of them.
     """
     requests = {index: asked[index] for index in replies}
     for index, own in requests.items():
@@ -85,6 +89,8 @@ def reply_scores(
         }
         of_one, parts = bound.aggregation.of_one, bound.aggregation.parts
         scores = {index: of_one(value, parts(value)) for index, value in values.items()}
+    except MergetuneError:  # the suite's to mend
+        raise
     except Exception:  # whatever a task's own code raises at a reply that is none
         return {}
     return {index: score for index, score in scores.items() if math.isfinite(score)}

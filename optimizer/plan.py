@@ -64,6 +64,12 @@ class Plan:
                 )
         return cls(config, folder, space, suite)
 
+    @property
+    def cache(self) -> Path | None:
+        """The folder that the study file names as its cache, absolute."""
+        given = self.config.cache
+        return None if given is None else (self.folder / Path(given).expanduser()).resolve()
+
     def training_texts(self) -> dict[str, list[str]]:
         """Read what each expert was trained on, as far as the study file names it.
 
@@ -99,7 +105,10 @@ class Plan:
         sources = {"base": inputs.base_source, **inputs.expert_sources}
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
-            **self.config.model_dump(exclude={"base", "experts", "training_data", "search_space", "suite"}),
+            **self.config.model_dump(
+                exclude={"base", "experts", "training_data", "search_space", "suite", "cache"}
+            ),
+            cache=str(self.cache) if self.cache else None,
             base=reference_to(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
             training_data={

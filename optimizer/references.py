@@ -256,10 +256,12 @@ class _TaskReferences:
 
 
 def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
-    """Return the answer as few-shot examples show it; None where it is a list of words that all count."""
+    """Return the answer as few-shot examples show it; None: there is none, or a list of words that count."""
     task, scorer = bound.task, bound.config.scorer
-    if scorer is not None and scorer.kind == "contains" and isinstance(item_answer(doc), list):
-        return None
+    if scorer is not None:
+        answer = item_answer(doc)
+        if answer is None or (scorer.kind == "contains" and isinstance(answer, list)):
+            return None
     first = next(iter(_as_list(right_answer(task, doc))), None)
     prefix = task.doc_to_prefix(doc)
     if prefix:

@@ -14,7 +14,7 @@ import pandas as pd
 from filelock import FileLock
 from lm_eval.api.model import LM
 
-from optimizer.library import cache_folder
+from optimizer.library import cache_folder, writable
 from optimizer.lm_requests import request_key
 from optimizer.run_dir import readable, write_parquet
 
@@ -64,8 +64,8 @@ class ReplyStore:
 
 
 def default_store() -> ReplyStore:
-    """Return the store in this user's cache."""
-    return ReplyStore(cache_folder() / "replies")
+    """Return the store in this user's cache; raises `MergetuneError` where it cannot be written."""
+    return ReplyStore(writable(cache_folder() / "replies", "--cache"))
 
 
 class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types

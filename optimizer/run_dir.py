@@ -52,7 +52,13 @@ from optimizer.yaml_io import Strict, write_text, write_yaml
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
-_FREE = {"budget", "finalists", "training_data", "allow_flat_objectives"}  # may change when a study goes on
+_FREE = {
+    "budget",
+    "finalists",
+    "training_data",
+    "allow_flat_objectives",
+    "cache",
+}  # may change when a study goes on
 
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from optuna.trial import Trial
@@ -25,6 +26,7 @@ from optimizer.flat_objectives import flat_objectives
 from optimizer.front_space import FrontSpace
 from optimizer.interrupts import Interrupts
 from optimizer.leakage import leakage_warnings
+from optimizer.library import use_cache
 from optimizer.merging.inputs import Inputs
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
@@ -52,16 +54,23 @@ _TRIAL = "trial-"  # begins the names of what the sampler proposed
 log = logging.getLogger("mergetune")
 
 
-def run_study(study_file: Path, out: Path, console: Console, engine: EngineKind | None = None) -> Path:
+def run_study(
+    study_file: Path,
+    out: Path,
+    console: Console,
+    engine: EngineKind | None = None,
+    cache: Path | None = None,
+) -> Path:
     """Run a study, or go on with the one in `out`; returns the report's path.
 
-    `engine` takes the place of the study file's `engine.kind`.
+    `engine` takes the place of the study file's `engine.kind`, and `cache` that of its `cache`.
 
     Raises:
         MergetuneError: something the user has to mend; what was measured stays on disk.
         KeyboardInterrupt: after a report of what is there was written.
     """
     plan = Plan.read(study_file, engine)
+    use_cache(cache or plan.cache, partial(console.print, highlight=False, markup=False))
     inputs = plan.open_inputs(out)
     space = _bound(plan.space, inputs, plan.config.seed)
     finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from optimizer.answers import answer_problem, choice_problem, stop_problem
 from optimizer.errors import MergetuneError
-from optimizer.scorers import Scorer
-from optimizer.yaml_io import KindAlone, Regex, Strict, read_yaml, validate
+from optimizer.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
+from optimizer.scorers import ReplyPattern, Scorer
+from optimizer.yaml_io import KindAlone, Strict, read_yaml, validate
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
@@ -130,14 +132,17 @@ class SuiteConfig(Strict):
 
 
 class Item(Strict):
-    """One line of a JSONL file; further keys are allowed and kept out of the prompt."""
+    """An item of a JSONL file; further keys are allowed and kept out of the prompt.
+
+    What `answer` may be depends on the scorer: see `Scorer`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     prompt: str = Field(min_length=1)
     answer: Any = None
     choices: tuple[str, ...] = ()
-    patterns: tuple[Regex, ...] = ()
+    patterns: tuple[ReplyPattern, ...] = ()
     system: str | None = None
 
 
@@ -167,12 +172,11 @@ def read_suite(path: Path) -> Suite:
     """
     config = read_yaml(path, SuiteConfig)
     items: dict[str, tuple[Item, ...]] = {}
-    for name, score in {**config.objectives, **config.guards}.items():
+    for name, score in config.scores.items():
         for task in score.tasks:
-            if task.items is not None and task.scorer is not None:
-                items[task.items] = _read_items(path.parent / task.items, task.scorer, name)
-            if task.fewshot_items is not None and task.scorer is not None:
-                items[task.fewshot_items] = _read_items(path.parent / task.fewshot_items, task.scorer, name)
+            for file, are_asked in ((task.items, True), (task.fewshot_items, False)):
+                if file is not None:
+                    items[file] = _read_items(path.parent / file, task, are_asked, name)
     return Suite(path.stem, path, config, items)
 
 
@@ -182,48 +186,51 @@ def split_of(content: str, holdout: float) -> Split:
     return "holdout" if number / 2**64 < holdout else "search"
 
 
-def _read_items(path: Path, scorer: Scorer, score: str) -> tuple[Item, ...]:
+def _read_items(path: Path, task: TaskConfig, are_asked: bool, score: str) -> tuple[Item, ...]:
+    """Read the items that a task asks, or else its few-shot examples."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may stand within a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergetuneError(f"{path}: cannot be read ({error}); `{score}` needs it.") from error
-    items = [
-        _read_item(line, f"{path}, line {number}", scorer)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not items:
+        values = read_objects(path)
+    except MergetuneError as error:
+        raise MergetuneError(f"{error} The items of `{score}` are read from it.") from error
+    if not values:
         raise MergetuneError(f"{path}: holds no items, but `{score}` needs at least one.")
-    return tuple(items)
+    return tuple(_item(data, place, task, are_asked) for place, data in values)
 
 
-def _read_item(line: str, place: str, scorer: Scorer) -> Item:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MergetuneError(f"{place}: is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise MergetuneError(
-            f'{place}: must be one JSON object, such as {{"prompt": "…", "answer": "…"}}, but is {line:.80}.'
-        )
-    if "prompt" not in data:
-        turns = " Conversations are not read: an item is one turn." if "messages" in data else ""
-        keys = f"has `{'`, `'.join(data)}`" if data else "is empty"
-        raise MergetuneError(f"{place}: `prompt` is missing; the line {keys}.{turns}")
+def _item(data: dict[str, Any], place: str, task: TaskConfig, is_asked: bool) -> Item:
+    refuse_without_prompt(data, place)
     item = validate(data, Item, place)
-    if scorer.kind == "choice":
-        if len(item.choices) < 2 or item.answer not in range(len(item.choices)):
-            raise MergetuneError(
-                f"{place}: the scorer `choice` needs two `choices` or more and `answer`, the index of the "
-                f"right one, but got {len(item.choices)} choices and answer={item.answer!r}."
-            )
-    elif scorer.kind == "regex":
-        if not scorer.patterns and not item.patterns:
-            raise MergetuneError(f"{place}: the scorer `regex` needs `patterns`, here or in the suite.")
-    elif item.answer is None:
-        raise MergetuneError(f"{place}: the scorer `{scorer.kind}` needs `answer`.")
-    elif scorer.kind == "contains" and item.answer in ("", [], [""]):
-        raise MergetuneError(
-            f"{place}: `answer` must not be empty, for every reply contains that, but is {item.answer!r}."
-        )
+    if problem := _problem(item, task, is_asked):
+        like = next((key for key in LIKE_ANSWER if key in data), None)
+        remedy = f" Rename `{like}` to `answer`." if like and "answer" not in data else ""
+        raise MergetuneError(f"{place}: {problem}{remedy}")
     return item
+
+
+def _problem(item: Item, task: TaskConfig, is_asked: bool) -> str | None:
+    """Say why a task's scorer cannot take an item; None where it can."""
+    assert task.scorer is not None  # TaskConfig
+    kind = task.scorer.kind
+    if not _is_unicode(item):
+        return "must be Unicode, but half a character, such as \\ud83d, stands alone in it."
+    if kind == "choice":
+        return choice_problem(item.choices, item.answer)
+    if kind == "regex" and is_asked:
+        has_some = task.scorer.patterns or item.patterns
+        return None if has_some else "the scorer `regex` needs `patterns`, here or in the suite."
+    if item.patterns and kind != "regex":
+        return f"`patterns` belongs to the scorer `regex`, but this task's is `{kind}`."
+    if item.answer is None:
+        null = ' JSON\'s null as an answer is written "null", in quotes.' if kind == "json" else ""
+        needs = f"the scorer `{kind}` needs `answer`" if is_asked else "a few-shot example needs `answer`"
+        return f"{needs}, but it is missing or null.{null}"
+    stop = task.stop if is_asked else ()
+    return answer_problem(kind, item.answer) or stop_problem(kind, item.answer, stop, task.scorer.ignore_case)
+
+
+def _is_unicode(item: Item) -> bool:
+    try:
+        json.dumps(item.model_dump(), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

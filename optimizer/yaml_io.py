@@ -6,7 +6,8 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Iterable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -69,46 +70,79 @@ _FILES = (
 )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses a key given twice instead of keeping the last one."""
+_KEY_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}
+# What YAML 1.1 reads a word as that stands without quotes.
+_READ_AS = {
+    "tag:yaml.org,2002:bool": "true or false",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:null": "nothing",
+    "tag:yaml.org,2002:timestamp": "a date",
+}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`, which the keys given here override
-                continue
-            key = self.construct_object(key_node, deep=True)
-            is_plain = isinstance(key, Hashable)
-            if not is_plain or key in seen:
-                wrong = "is given twice" if is_plain else "must be plain text"
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` {wrong}", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that takes text alone for keys, and none twice.
+
+    A merge key (`<<`) gives what its mapping does not say itself; of several mappings the first counts.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if problem := _wrong_key(key, seen):
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _wrong_key(key: yaml.Node, seen: Collection[str]) -> str | None:
+    """Say what is wrong with a key of a mapping that has these keys before it."""
+    if not isinstance(key, yaml.ScalarNode):
+        return "a key must be plain text"
+    if key.tag not in _KEY_TAGS:
+        return (
+            f"a key must be text, but YAML reads `{key.value}` as {_READ_AS.get(key.tag, 'something else')}: "
+            f'put it in quotes, "{key.value}"'
+        )
+    return f"the key `{key.value}` is given twice" if key.value in seen else None
 
 
 def read_yaml(path: Path, model: type[M]) -> M:
     """Read `path` as a `model`.
 
+    Anchors, aliases and merge keys are YAML's own; a key at the top that begins with `x-` is left out, so
+    that something to refer to can stand there.
+
     Raises:
         MergetuneError: the file is missing, is not YAML, is of another kind, or breaks a rule of `model`;
             the message names the file, the path of each offending key and, for a misspelling, the valid key.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors may write a mark at the beginning
-    except OSError as error:
-        raise MergetuneError(f"{path}: cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise MergetuneError(f"{path}: must be text in UTF-8, but is not: {error}.") from error
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
-        raise MergetuneError(f"{path}: is not valid YAML: {error}") from error
+        raise MergetuneError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from error
+    except RecursionError as error:
+        raise MergetuneError(f"{path}: is not valid YAML: it is nested too deep.") from error
+    except Exception as error:  # whatever is raised at a value that is none of its kind, as 2024-99-99
+        raise MergetuneError(f"{path}: is not valid YAML: a value is wrong: {error}.") from error
     if not isinstance(data, dict):
         raise MergetuneError(f"{path}: must hold `key: value` pairs, {_received(data)}.")
+    data = {key: value for key, value in data.items() if not key.startswith("x-")}
     _check_kind(data, model, path)
     return validate(data, model, str(path))
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Return what is wrong, where, and what helps."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{error}."
+    place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    while_at = f"{error.context}: " if error.context else ""
+    remedy = " Indent with spaces: YAML takes no tabs there." if "'\\t'" in str(error.problem) else ""
+    return f"{place}: {while_at}{error.problem}.{remedy}"
 
 
 def validate(data: object, model: type[M], origin: str) -> M:
@@ -130,6 +164,38 @@ def to_yaml(model: BaseModel) -> str:
 def write_yaml(path: Path, model: BaseModel) -> None:
     """Write `model` to `path`, whole or not at all."""
     write_text(path, to_yaml(model))
+
+
+# How files begin that are no text in UTF-8, what such a file is, and what is to be done with it.
+_NO_TEXT = (
+    (b"\x1f\x8b", "is compressed by gzip", "Unpack it: gunzip"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd", "Unpack it: unzstd"),
+    (b"PK\x03\x04", "is an archive (zip, xlsx)", "Unpack it, or export it as text"),
+    (b"PAR1", "is a Parquet file", "Export it as text"),
+    (b"\xff\xfe", "is text in UTF-16", "Save it in UTF-8, such as with: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is text in UTF-16", "Save it in UTF-8, such as with: iconv -f UTF-16 -t UTF-8"),
+)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that a user wrote, in UTF-8; a byte-order mark at its beginning is left out.
+
+    Raises:
+        MergetuneError: the file cannot be read, or is no such text; the message says what it is.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MergetuneError(f"{path}: cannot be read: {error.strerror}.") from error
+    for begin, what, remedy in _NO_TEXT:
+        if content.startswith(begin):
+            raise MergetuneError(f"{path}: must be text in UTF-8, but {what}. {remedy}.")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise MergetuneError(
+            f"{path}: must be text in UTF-8, but is not ({error}). Save it in UTF-8."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -211,7 +277,9 @@ def _sentence(place: _Place, details: list[Any], model: type[BaseModel]) -> str:
         rule = f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
     is_said = " but " in rule or (detail["type"] == "value_error" and isinstance(detail["input"], dict))
     received = "" if is_said else f", {_received(detail['input'])}"
-    return f"{f'`{path}`: ' if path else ''}{rule}{received}."
+    is_unquoted = types == ["text"] and isinstance(detail["input"], (bool, int, float, date))
+    remedy = " Put it in quotes." if is_unquoted else ""
+    return f"{f'`{path}`: ' if path else ''}{rule}{received}.{remedy}"
 
 
 _TYPES = {
@@ -229,8 +297,6 @@ def _type_wanted(detail: Any, model: type[BaseModel] | None) -> str | None:
 
 
 def _rule(detail: Any, place: _Place) -> str:
-    if detail["type"] == "invalid_key":
-        return "a key must be plain text"
     if detail["type"] == "too_short":
         return f"must name at least one {str(place[-1]).removesuffix('s')}"
     return re.sub(r"^\w+ should ", "must ", str(detail["msg"]).removeprefix("Value error, "))

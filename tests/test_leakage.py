@@ -177,6 +177,11 @@ class TestReading:
         path.write_text('{"text": "a"}\n{"text": "b"}\n')
         assert read_training_texts(path) == ["a", "b"]
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        for name, content in (("data.jsonl", '{"text": "a"}\r\n'), ("data.txt", "a\r\n")):
+            (tmp_path / name).write_text(content, encoding="utf-8-sig", newline="")
+            assert read_training_texts(tmp_path / name) == ["a"]
+
     def test_plain_text_is_read_by_paragraphs_or_else_by_lines(self, tmp_path: Path) -> None:
         path = tmp_path / "data.txt"
         path.write_text("one\ntwo\n\n \nthree\n")
@@ -189,7 +194,7 @@ class TestReading:
         [
             ("a.jsonl", b'{"a": "b"}\n{"a": \n', r"a\.jsonl, line 2: is not JSON"),
             ("a.json", b'[{"a": "b"},\n{"a": ]', r"a\.json, line 2: is not JSON"),
-            ("a.txt", b"\xff\xfe\x00", r"a\.txt: cannot be read .*UTF-8"),
+            ("a.txt", b"\xff\xfe\x00", r"a\.txt: must be text in UTF-8, but is text in UTF-16"),
         ],
     )
     def test_what_cannot_be_read_is_named(

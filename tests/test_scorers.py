@@ -1,14 +1,40 @@
-"""Scorers: what counts as right, and what does not."""
+"""Scorers: what counts as right, what does not, and which answers no reply could satisfy."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from optimizer.scorers import Scorer, json_equal, parse_json
+from optimizer.answers import (
+    NOT_JSON,
+    ScorerKind,
+    answer_problem,
+    answer_text,
+    choice_index,
+    load_json,
+    parse_json,
+)
+from optimizer.errors import MergetuneError
+from optimizer.evaluate import Evaluator
+from optimizer.scorers import Scorer, json_equal
+from optimizer.suite import read_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    max_leaves=6,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,10 +42,26 @@ CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3
     [
         ("exact", " Paris \n", "Paris", 1),
         ("exact", "paris", "Paris", 0),
+        ("exact", "true", True, 1),
+        ("exact", "True", True, 0),
+        ("exact", "2", 2, 1),
+        ("exact", "0.5", 0.5, 1),
+        ("exact", "Paris", ["Rome", "Paris"], 1),
+        ("exact", "false", ["no", False], 1),
+        ("exact", '["Rome", "Paris"]', ["Rome", "Paris"], 0),
         ("contains", "It is Paris.", "Paris", 1),
         ("contains", "Paris and Rome", ["Rome", "Paris"], 1),
         ("contains", "Paris", ["Rome", "Paris"], 0),
+        ("contains", "It is true.", True, 1),
+        ("contains", "2 + 2 = 4", [2, 4], 1),
         ("json", '{"arguments": {"days": 3.0, "tags": ["x", "y"], "title": "z"}, "tool": "add"}', CALL, 1),
+        ("json", '{"a": 1}', '{"a": 1}', 1),
+        ("json", '{"a":1.0}', ' {"a": 1}\n', 1),
+        ("json", '{"a": 2}', '{"a": 1}', 0),
+        ("json", "1000.0", "1e3", 1),
+        ("json", '"Paris"', '"Paris"', 1),
+        ("json", "null", "null", 1),
+        ("json", '{"name": "f", "arguments": "{\\"a\\": 1}"}', {"name": "f", "arguments": '{"a": 1}'}, 1),
         ("json", '```json\n{"a": 1}\n```', {"a": 1}, 1),
         ("json", 'Sure! {"a": 1}', {"a": 1}, 0),
         ("json", '{"a": true}', {"a": 1}, 0),
@@ -27,6 +69,7 @@ CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3
         ("json", '{"a": 1', {"a": 1}, 0),
         ("json", "null", {"a": 1}, 0),
         ("json", "[" * 100_000, [], 0),
+        ("json", "```\n" + "\n" * 20_000, [], 0),
     ],
 )
 def test_scores(kind: Any, reply: str, answer: Any, score: float) -> None:
@@ -35,6 +78,7 @@ def test_scores(kind: Any, reply: str, answer: Any, score: float) -> None:
 
 def test_case_may_be_ignored() -> None:
     assert Scorer(kind="exact", ignore_case=True).score("PARIS", "paris") == 1
+    assert Scorer(kind="exact", ignore_case=True).score("True", True) == 1
     assert Scorer(kind="regex", ignore_case=True, patterns=("^yes",)).score("YES!", None) == 1
 
 
@@ -47,8 +91,10 @@ def test_more_digits_than_python_reads_are_a_wrong_answer() -> None:
     assert Scorer(kind="json").score("9" * 5000, 9) == 0
 
 
-def test_json_of_not_a_number_is_no_number() -> None:
-    assert not json_equal(parse_json("NaN"), 1)
+@pytest.mark.parametrize("reply", ["NaN", "-Infinity", "[NaN]", ""])
+def test_what_json_does_not_have_is_no_json(reply: str) -> None:
+    assert parse_json(reply) is NOT_JSON
+    assert not json_equal(parse_json(reply), 1)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +103,233 @@ def test_json_of_not_a_number_is_no_number() -> None:
         ({"kind": "regex", "patterns": ["("]}, "regular expression"),
         ({"kind": "exact", "patterns": ["x"]}, "belongs to the scorer `regex`"),
         ({"kind": "json", "per_character": True}, "belongs to the scorer `choice`"),
+        ({"kind": "json", "ignore_case": True}, "belongs to `exact`, `contains` and `regex`"),
+        ({"kind": "choice", "ignore_case": True}, "belongs to `exact`, `contains` and `regex`"),
     ],
 )
 def test_options_of_another_scorer_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scorer.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", ".*", "^", "$", "^.*", ".*$", "[^x]*", r"\s*", "(yes)?", "yes|", "(?i)", "^a|b?"]
+)
+def test_a_pattern_that_every_reply_matches_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="not every reply matches"):
+        Scorer(kind="regex", patterns=(pattern,))
+
+
+@pytest.mark.parametrize("pattern", ["(?!)", "$^"])
+def test_a_pattern_that_no_reply_matches_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="some reply matches"):
+        Scorer(kind="regex", patterns=(pattern,))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            "^.*$",
+            "^[^x]*$",
+            r"\A.{0,80}\Z",
+            "(?s)^(?!.*sorry)",
+            r"^(?:\w+\s?)*\?$",
+            "a?\\$",
+            r"\b",
+            "(?=x)?",
+        ),
+        *(r"\A[^.!?:\n]{2,60}!", r"\?\s*\Z", "^*a", r"^\s*$"),
+    ],
+)
+def test_a_pattern_that_some_replies_match_is_taken(pattern: str) -> None:
+    assert Scorer(kind="regex", patterns=(pattern,)).patterns == (pattern,)
+
+
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    [  # as it stands in the file; the reply that is right for exact, contains and json; None: refused
+        ('"Paris"', ("Paris", "Paris", None)),
+        ('" Paris\\n"', ("Paris", "Paris", None)),
+        ('"Zoë"', ("Zoë", "Zoë", None)),
+        ("2", ("2", "2", "2")),
+        ("-7", ("-7", "-7", "-7")),
+        ("0.5", ("0.5", "0.5", "0.5")),
+        ("1.50", (None, None, "1.5")),  # a reply may write it in two ways
+        ("1e3", (None, None, "1000.0")),
+        ("1000.0", (None, None, "1000.0")),
+        ("12345678901234567890123", ("12345678901234567890123",) * 3),
+        ("0.12345678901234567890123", (None, None, "0.12345678901234568")),
+        ("true", ("true", "true", "true")),
+        ("false", ("false", "false", "false")),
+        ("null", (None, None, None)),
+        ('""', ("", None, None)),
+        ('" "', ("", None, None)),
+        ("[]", (None, None, "[]")),
+        ("{}", (None, None, "{}")),
+        ('["a", "b"]', ("a", "a, b", '["a", "b"]')),
+        ('["a", 2, true]', ("a", "a, 2, true", '["a", 2, true]')),
+        ('["a", ""]', ("a", None, '["a", ""]')),
+        ('["a", " "]', ("a", None, '["a", " "]')),
+        ('["a", null]', (None, None, '["a", null]')),
+        ('["a", ["b"]]', (None, None, '["a", ["b"]]')),
+        ('[{"a": 1}]', (None, None, '[{"a": 1}]')),
+        ('{"a": [1, {"b": null}]}', (None, None, '{"a": [1, {"b": null}]}')),
+        ('"{\\"a\\": 1}"', ('{"a": 1}', '{"a": 1}', '{"a": 1}')),
+        ('"5"', ("5", "5", "5")),
+        ('"null"', ("null", "null", "null")),
+        ('"\\"Paris\\""', ('"Paris"', '"Paris"', '"Paris"')),
+        ('"{\\"a\\": NaN}"', ('{"a": NaN}', '{"a": NaN}', None)),
+    ],
+)
+def test_an_answer_is_read_as_what_it_plainly_is_or_refused(
+    tmp_path: Path, answer: str, texts: tuple[str | None, ...]
+) -> None:
+    (tmp_path / "items.jsonl").write_text(f'{{"prompt": "x", "answer": {answer}}}\n')
+    kinds: tuple[ScorerKind, ...] = ("exact", "contains", "json")
+    for kind, text in zip(kinds, texts, strict=True):
+        suite = write_suite(tmp_path, {"scorer": kind})
+        if text is None:
+            with pytest.raises(MergetuneError, match=r"items\.jsonl, line 1: .*`answer`"):
+                read_suite(suite)
+            continue
+        (item,) = read_suite(suite).items["items.jsonl"]
+        assert answer_text(kind, item.answer) == text
+        assert Scorer(kind=kind).score(text, item.answer) == 1
+        assert Scorer(kind=kind).score("of no use", item.answer) == 0
+
+
+@pytest.mark.parametrize("answer", ["NaN", "-Infinity", '{"a": NaN}', "9" * 5000, "[" * 100_000])
+def test_an_answer_that_json_does_not_have_is_refused(tmp_path: Path, answer: str) -> None:
+    (tmp_path / "items.jsonl").write_text(f'{{"prompt": "x", "answer": {answer}}}\n')
+    with pytest.raises(MergetuneError, match=r"items\.jsonl, line 1: is not JSON"):
+        read_suite(write_suite(tmp_path, {"scorer": "json"}))
+
+
+@pytest.mark.parametrize("kind", ["exact", "contains", "json"])
+@given(value=JSON)
+def test_the_text_of_every_answer_that_is_taken_scores(kind: ScorerKind, value: Any) -> None:
+    answer = load_json(json.dumps(value))
+    if answer_problem(kind, answer) is None:
+        assert Scorer(kind=kind).score(answer_text(kind, answer), answer) == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["blue", "red"], 1, 1),
+        (["blue", "red"], 1.0, 1),
+        (["blue", "red"], "A", 0),
+        (["blue", "red"], " red", 1),
+        ([" blue", " red"], "red", 1),
+        (["B", "A"], "A", 1),  # its text comes before its letter
+        (["10", "1"], "1", 1),
+        (["blue", "red"], "1", None),  # from 0, or from 1?
+        (["blue", "red"], "C", None),
+        (["blue", "red"], "green", None),
+        (["no", "yes"], True, None),
+        (["blue", "red"], 2, None),
+        (["blue", "red"], -1, None),
+        (["blue", "red"], 0.5, None),
+        (["blue", "red"], None, None),
+        (["blue", "red"], [0], None),
+        (["blue", ""], 0, None),
+        (["blue", " "], 0, None),
+        (["blue", "blue "], 0, None),
+        (["blue"], 0, None),
+    ],
+)
+def test_a_choice_is_named_by_index_text_or_letter(
+    tmp_path: Path, choices: list[str], answer: Any, index: int | None
+) -> None:
+    items = [{"prompt": f"Sky {n}?", "choices": choices, "answer": answer} for n in range(2)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    path = write_suite(tmp_path, {"scorer": "choice"})
+    if index is None:
+        with pytest.raises(MergetuneError, match="line 1: the scorer `choice` needs"):
+            read_suite(path)
+        return
+    assert choice_index(choices, answer) == index
+    (bound,) = Evaluator(read_suite(path)).tasks.values()
+    assert bound.task.doc_to_target(bound.docs[0]) == index
+    assert bound.target(0) == choices[index]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "stop", "answer", "is_refused"),
+    [
+        ("exact", "\n", "one\ntwo", True),
+        ("exact", "\n", "one\n", False),  # space at the ends does not count
+        ("exact", ".", ["Yes", "No."], True),
+        ("contains", ".", ["Yes", "No."], True),
+        ("exact", ";", "one", False),
+        ("json", "\n", {"text": "one\ntwo"}, False),
+        ("json", "}", {"a": 1}, True),
+        ("json", " ", {"a": 1}, False),
+        ({"kind": "exact", "ignore_case": True}, "Y", "Yes", False),
+        ({"kind": "exact", "ignore_case": True}, "\n", "one\ntwo", True),
+    ],
+)
+def test_an_answer_that_a_stop_string_cuts_off_is_refused(
+    tmp_path: Path, scorer: Any, stop: str, answer: Any, is_refused: bool
+) -> None:
+    (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": "x", "answer": answer}))
+    path = write_suite(tmp_path, {"scorer": scorer, "stop": [stop]})
+    if is_refused:
+        with pytest.raises(MergetuneError, match="line 1: `answer` holds the stop string"):
+            read_suite(path)
+    else:
+        read_suite(path)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "text"),
+    [
+        ("exact", True, "true"),
+        ("exact", ["a", "b"], "a"),
+        ("contains", [1, "b"], "1, b"),
+        ("json", '{"name":"Zoë"}', '{"name":"Zoë"}'),
+        ("json", {"name": "Zoë"}, '{"name": "Zoë"}'),
+        ({"kind": "regex", "patterns": ["^[0-9]"]}, 4, "4"),
+    ],
+)
+def test_examples_show_the_text_that_is_scored(tmp_path: Path, scorer: Any, answer: Any, text: str) -> None:
+    items = [{"prompt": f"p{n}", "answer": answer} for n in range(3)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = {"scorer": scorer, "fewshot_items": "items.jsonl", "num_fewshot": 1}
+    (bound,) = Evaluator(read_suite(write_suite(tmp_path, task))).tasks.values()
+    (example,) = list(bound.task.fewshot_docs())[:1]
+    assert bound.task.doc_to_target(example) == text
+    assert bound.task.process_results(bound.docs[1], [text]) == {"score": 1}
+    assert bound.target(1).endswith("^[0-9]" if isinstance(scorer, dict) else text)
+
+
+def test_an_example_needs_an_answer_though_its_scorer_does_not(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"prompt": "x"}\n')
+    scorer = {"kind": "regex", "patterns": ["^x"]}
+    read_suite(write_suite(tmp_path, {"scorer": scorer}))
+    with pytest.raises(MergetuneError, match="line 1: a few-shot example needs `answer`"):
+        read_suite(
+            write_suite(tmp_path, {"scorer": scorer, "fewshot_items": "items.jsonl", "num_fewshot": 1})
+        )
+
+
+def test_a_pattern_without_end_names_item_and_pattern(tmp_path: Path) -> None:
+    items = [{"prompt": f"Say a, {n} times.", "patterns": ["^(a|aa)+$"]} for n in range(2)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (bound,) = Evaluator(read_suite(write_suite(tmp_path, {"scorer": "regex"}))).tasks.values()
+    assert bound.task.process_results(bound.docs[0], ["a" * 36]) == {"score": 1}
+    with pytest.raises(MergetuneError, match=r"The item 'Say a, 1 times.' .* the pattern '\^\(a\|aa\)\+\$'"):
+        bound.task.process_results(bound.docs[1], ["a" * 60 + "b"])
+
+
+def test_a_pattern_with_repetitions_in_repetitions_ends() -> None:
+    assert Scorer(kind="regex", patterns=(r"^(\w+\s?)+[.!?]$",)).score("a" * 36, None) == 0
+
+
+def write_suite(folder: Path, task: dict[str, Any]) -> Path:
+    tasks = [{"items": "items.jsonl", **task}]
+    suite = {"description": "test", "chat_template": False, "holdout": 0}
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump({**suite, "objectives": {"skill": {"tasks": tasks}}}))
+    return path

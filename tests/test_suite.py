@@ -43,10 +43,14 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         (
             '{"question": "x", "answer": "y"}',
             "exact",
-            "`prompt` is missing; the line has `question`, `answer`",
+            "`prompt` is missing; the item has `question`, `answer`",
         ),
-        ('{"messages": []}', "exact", "has `messages`. Conversations are not read: an item is one turn"),
-        ("{}", "exact", "`prompt` is missing; the line is empty"),
+        (
+            '{"messages": []}',
+            "exact",
+            "has `messages`, which .* Conversations are not read: an item is one turn",
+        ),
+        ("{}", "exact", "`prompt` is missing; the item is empty"),
         ('["x"]', "exact", r'items\.jsonl, line 2: must be one JSON object.*but is \["x"\]'),
         ('{"prompt": 3, "answer": "y"}', "exact", "line 2: `prompt`: must be text, but got 3"),
         ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
@@ -57,7 +61,7 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         (
             '{"prompt": "x", "choices": ["a", "b"], "answer": 2}',
             "choice",
-            "line 2: the scorer `choice` needs two",
+            "line 2: the scorer `choice` needs `answer`",
         ),
         ('{"prompt": "x"}', {"kind": "regex"}, "line 2: the scorer `regex` needs `patterns`"),
         (
@@ -68,7 +72,9 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, scorer: Any, message: str) -> None:
-    good = {"prompt": "x", "answer": 0, "choices": ["a", "b"], "patterns": ["x"]}
+    good = {"prompt": "x", "answer": 0, "choices": ["a", "b"]}
+    if isinstance(scorer, dict):
+        good["patterns"] = ["x"]
     with pytest.raises(MergetuneError, match=message):
         read_suite(write_suite(tmp_path, [json.dumps(good), line], scorer))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def mistakes(**data: Any) -> list[str]:
         ),
         ({"parts": {"a": {"low": 1, "size": 1.5}}}, ["`parts.a.size`: must be a whole number, but got 1.5."]),
         ({"names": "x"}, ["`names`: must be a list, but got 'x'."]),
-        ({"names": ["x", 3]}, ["`names.1`: must be text, but got 3."]),
+        ({"names": ["x", 3]}, ["`names.1`: must be text, but got 3. Put it in quotes."]),
         ({"layers": [1]}, ["`layers.1`: is required, but missing."]),
         ({"is_on": "maybe"}, ["`is_on`: must be true or false, but got 'maybe'."]),
         ({"is_on": None}, ["`is_on`: must be true or false, but is empty."]),
@@ -82,7 +83,13 @@ def test_a_list_that_is_left_empty_is_absent() -> None:
         (b"- parts", r"must hold `key: value` pairs, but got \['parts'\]"),
         (b"parts: [", "is not valid YAML"),
         (b"parts: {a: 1}\nparts: {a: 2}", "the key `parts` is given twice"),
-        (b"parts: {{ value }}", "the key .* must be plain text"),
+        (b"parts: {{ value }}", "line 1, column 9: a key must be plain text"),
+        (b"parts:\n\ta: 1", "line 2, column 1: .* Indent with spaces: YAML takes no tabs there"),
+        (b"parts: {<<: {a: 1}, <<: {b: 1}}", "the key `<<` is given twice"),
+        (b"parts: {<<: 3}", "expected a mapping or list of mappings for merging"),
+        (b"parts: 2024-99-99", "a value is wrong"),
+        (b"[" * 5000, "nested too deep"),
+        (b"\x1f\x8b\x08", "must be text in UTF-8, but is compressed by gzip. Unpack it"),
         (b"\xff\xfe\x00", "must be text in UTF-8"),
     ],
 )
@@ -143,7 +150,63 @@ objectives:
         read_yaml(tmp_path / "twice.yaml", SuiteConfig)
 
 
-def test_a_key_that_is_not_text_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "study.yaml").write_text("base: b\n1: 5\n")
-    with pytest.raises(MergetuneError, match="a key must be plain text"):
-        read_yaml(tmp_path / "study.yaml", StudyConfig)
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("1", "a number"),
+        ("2024", "a number"),
+        ("1.5", "a number"),
+        ("no", "true or false"),
+        ("on", "true or false"),
+        ("~", "nothing"),
+        ("2024-01-01", "a date"),
+    ],
+)
+def test_a_key_that_yaml_reads_as_something_else_needs_quotes(tmp_path: Path, key: str, what: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(f"base: b\nexperts: {{{key}: a}}\n")
+    said = (
+        f'line 2, column 11: a key must be text, but YAML reads `{key}` as {what}: put it in quotes, "{key}"'
+    )
+    with pytest.raises(MergetuneError, match=re.escape(said)):
+        read_yaml(path, StudyConfig)
+
+
+def test_a_key_in_quotes_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("base: b\nexperts: {'no': a, \"2024\": b}\nsearch_space: s\nsuite: s\n")
+    assert read_yaml(path, StudyConfig).experts == {"no": "a", "2024": "b"}
+
+
+def parts(tmp_path: Path, text: str) -> dict[str, Part | float]:
+    (tmp_path / "file.yaml").write_text(text)
+    return read_yaml(tmp_path / "file.yaml", Whole).parts
+
+
+def test_what_a_mapping_says_itself_counts_before_what_is_merged_into_it(tmp_path: Path) -> None:
+    text = "x-part: &part {low: 1, size: 2}\nparts:\n  a: {<<: *part, size: 3}\n  b: {size: 4, <<: *part}\n"
+    assert parts(tmp_path, text) == {"a": Part(low=1, size=3), "b": Part(low=1, size=4)}
+
+
+def test_of_several_merged_mappings_the_first_counts(tmp_path: Path) -> None:
+    text = "x-one: &one {low: 1}\nx-two: &two {low: 2, size: 2}\nparts: {a: {<<: [*one, *two]}}\n"
+    assert parts(tmp_path, text) == {"a": Part(low=1, size=2)}
+
+
+def test_a_mapping_that_was_merged_may_be_merged_again(tmp_path: Path) -> None:
+    text = "parts: &parts\n  a: &a {low: 1, size: 2}\n  b: &b {<<: *a, low: 2}\n  c: {<<: *b, low: 3}\n"
+    found = {"a": Part(low=1, size=2), "b": Part(low=2, size=2), "c": Part(low=3, size=2)}
+    assert parts(tmp_path, text) == found
+    # what is merged stands deeper than what it is merged into, and is read after it
+    text = "x-a: &a {low: 1}\nx-deep: {deep: {b: &b {<<: *a, low: 2}}}\nparts: {c: {<<: *b}}\n"
+    assert parts(tmp_path, text) == {"c": Part(low=2)}
+
+
+def test_a_key_given_twice_in_what_is_merged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MergetuneError, match="line 1, column 24: the key `low` is given twice"):
+        parts(tmp_path, "x-part: &part {low: 1, low: 2}\nparts: {a: {<<: *part}}\n")
+
+
+def test_only_keys_at_the_top_are_left_out_by_their_beginning(tmp_path: Path) -> None:
+    with pytest.raises(MergetuneError, match=r"`parts\.a\.x-size`: unknown key"):
+        parts(tmp_path, "x-any: [1]\nparts: {a: {low: 1, x-size: 2}}\n")

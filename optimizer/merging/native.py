@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from optimizer.library import cache_folder
+from optimizer.library import in_cache
 
 if TYPE_CHECKING:
     from optimizer.merging.elementwise import Numbers
@@ -132,7 +132,7 @@ def _build(compiler: str) -> Path:
         repr((_FLAGS, _TUNING)),
     )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = cache_folder() / f"kernel-{digest}.so"
+    path = in_cache(f"kernel-{digest}.so")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
