@@ -24,6 +24,7 @@ from torch import Tensor
 from optimizer.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.guarded_process import GuardedProcess, last_words
+from optimizer.engines.model_text import ModelText
 from optimizer.engines.vllm_arguments import ENVIRONMENT, engine_arguments, for_device
 from optimizer.engines.vllm_engine import VllmEngine
 from optimizer.evaluate import Evaluator
@@ -71,7 +72,8 @@ class LoraVllm:
     """A vLLM for up to `max_loras` adapters at a time, in a process of its own."""
 
     def __init__(self, config: EngineConfig, base: Path, rank: int, max_loras: int, log: Path) -> None:
-        arguments = engine_arguments(config, base) | {
+        max_length = ModelText.read(base, config.max_length).max_length
+        arguments = engine_arguments(config, base, max_length) | {
             "enable_lora": True,
             "max_lora_rank": min(each for each in _RANKS if each >= rank),
             "max_loras": max_loras,

@@ -180,7 +180,8 @@ class Bench:
         shared = self._config.model_dump(include={"dtype", "max_length", "device"})
         try:
             config = EngineConfig(kind="transformers", **shared)
-            with closing(TransformersEngine(config, self.inputs.base.folder, self.inputs.merger)) as lent:
+            base, merger, chat = self.inputs.base.folder, self.inputs.merger, self.inputs.chat
+            with closing(TransformersEngine(config, base, merger, chat)) as lent:
                 yield lent
         finally:
             free_memory()  # even if it could not be started

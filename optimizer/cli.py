@@ -189,6 +189,8 @@ def inspect(
     space = read_search_space(find("search_spaces", search_space, folder))
     found = {name: find_model(reference, folder) for name, reference in _named(experts).items()}
     inputs = open_inputs(find_model(base, folder), found)
+    if skills is not None:
+        inputs = inputs.speaking(skills.config.chat_template)
     groups = layer_groups(space, inputs.base.names)
     statistics = task_vector_statistics(inputs, groups)
     verdict = judge(statistics)
@@ -301,8 +303,9 @@ def evaluate(
     config = engine_options(engine, batch_size)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    evaluator = Evaluator(read_suite(find("evals", suite, Path())))
-    with closing(Meter(open_model(model, base, tokenizer), config, evaluator, None, _remark)) as meter:
+    asked = read_suite(find("evals", suite, Path()))
+    opened, evaluator = open_model(model, base, tokenizer, asked.config.chat_template), Evaluator(asked)
+    with closing(Meter(opened, config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
     if out is not None:
         write_parquet(out, items)
@@ -389,7 +392,10 @@ def check(
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:
         use_cache(cache, _remark)
-        models = [open_model(reference, base, tokenizer) for reference in (candidate, baseline)]
+        models = [
+            open_model(reference, base, tokenizer, deployed.config.chat_template)
+            for reference in (candidate, baseline)
+        ]
         kept = ReplyStore(writable(store, "--store")) if store else default_store()
         checked = check_models(models[0], models[1], deployed, options, kept, _remark)
     result = checked.check

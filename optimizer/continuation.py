@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from optimizer.engines.completions import Scoring, context_and_continuation, generation_settings
+from optimizer.engines.completions import Scoring, generation_settings
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import Task
+
+    from optimizer.engines.completions import CompletionsLM
 
 
 class Closing(NamedTuple):
@@ -21,15 +22,15 @@ class Closing(NamedTuple):
     tokens: Sequence[int]
 
 
-def continued(lm: TemplateLM, context: str, continuation: str) -> Scoring:
-    """Return a context and its continuation; see `context_and_continuation`."""
-    before, after = context_and_continuation(lm, context, continuation)
-    tokens = [*before, *after][-lm.max_length :]
-    return Scoring(tokens, max(len(tokens) - len(after), 1))
+def continued(lm: CompletionsLM, context: str, continuation: str) -> Scoring:
+    """Return a context and its continuation in the tokens that a log-likelihood is measured on."""
+    before, after = lm.split(context, continuation)
+    tokens = lm.fitted(before, after)
+    return Scoring(tokens, len(tokens) - len(after))
 
 
 def replied(
-    lm: TemplateLM, prompt: str, settings: Mapping[str, Any], reply: str, closing: Closing
+    lm: CompletionsLM, prompt: str, settings: Mapping[str, Any], reply: str, closing: Closing
 ) -> Scoring:
     """Return a prompt with a reply and what ends it; a reply cut at the greatest length has no end.
 
@@ -38,11 +39,11 @@ def replied(
     limit, _stop, _sampling = generation_settings(settings)
     before = lm.tok_encode(prompt)
     after = [*_tokens_after(lm, prompt, before, reply + closing.text), *closing.tokens][:limit]
-    before = before[-max(lm.max_length - limit, 1) :]
+    before = lm.fitted_prompt(prompt, limit)
     return Scoring([*before, *after], len(before))
 
 
-def closing(lm: TemplateLM, task: Task, chat: bool) -> Closing:
+def closing(lm: CompletionsLM, task: Task, chat: bool) -> Closing:
     """Return what ends a task's replies.
 
     In a conversation it is what the chat template puts there; else what stands after the examples'
@@ -56,7 +57,7 @@ def closing(lm: TemplateLM, task: Task, chat: bool) -> Closing:
     return Closing(stops[0], []) if stops else Closing("", [lm.eot_token_id])
 
 
-def _end_of_turn(lm: TemplateLM) -> list[int]:
+def _end_of_turn(lm: CompletionsLM) -> list[int]:
     """Return the tokens after a reply in the chat template up to its first special one."""
     tokenizer: Any = lm.tokenizer
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
@@ -70,7 +71,7 @@ def _end_of_turn(lm: TemplateLM) -> list[int]:
     return tokens[: ends[0] + 1] if ends else [lm.eot_token_id]
 
 
-def _tokens_after(lm: TemplateLM, prompt: str, before: Sequence[int], text: str) -> list[int]:
+def _tokens_after(lm: CompletionsLM, prompt: str, before: Sequence[int], text: str) -> list[int]:
     """Return a text's tokens after a prompt, whose own tokens stay as they are."""
     whole: list[int] = lm.tok_encode(prompt + text)
     if whole[: len(before)] == list(before):

@@ -31,7 +31,8 @@ def write_merged(
     """Write the merge of `recipe` as a model directory, whole or not at all.
 
     Beside the model stand `recipe.yaml`, a model card and, where mergekit can express the recipe,
-    `mergekit.yaml`. They name the models that were opened, whatever the recipe's paths start from.
+    `mergekit.yaml`. They name the models that were opened, whatever the recipe's paths start from. The
+    tokenizer is the base's, with the chat template that conversations were measured with.
 
     Raises:
         MergetuneError: the disk is full, or the recipe does not fit the models.
@@ -41,6 +42,8 @@ def write_merged(
         "README.md": model_card(folder.name, recipe, inputs, scores or {}),
         "recipe.yaml": to_yaml(recipe),
     }
+    if inputs.chat is not None:
+        notes |= inputs.chat.files(inputs.base.folder)
     if (foreign := mergekit_yaml(recipe, inputs)) is not None:
         notes["mergekit.yaml"] = foreign
     write_model(folder, inputs.merger.merge(recipe), inputs.base, notes)

@@ -15,6 +15,7 @@ from optimizer.engines.engine import EngineConfig
 from optimizer.engines.start import start_chosen
 from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import is_adapter
+from optimizer.merging.chat_template import ChatTemplate, choose_template, open_tokenizer
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs, open_recipe
 from optimizer.models import find_model
@@ -32,12 +33,16 @@ _RELEVANT = (".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model in files: `folder` as it is or, where there is a recipe, what is merged on top of it."""
+    """A model in files: `folder` as it is or, where there is a recipe, what is merged on top of it.
+
+    `chat` takes the place of its chat template.
+    """
 
     reference: str
     folder: Path
     inputs: Inputs | None = None
     recipe: MergeRecipe | None = None
+    chat: ChatTemplate | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -46,6 +51,8 @@ class LocalModel:
         total = hashlib.sha256(weights.encode())
         if self.recipe is not None:
             total.update(self.recipe.digest.encode())
+        if self.chat is not None:
+            total.update(repr(self.chat).encode())
         for file in sorted(self.folder.iterdir()):
             if file.suffix in _RELEVANT and file.name not in _IRRELEVANT:
                 total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
@@ -53,11 +60,12 @@ class LocalModel:
 
     def prompts(self) -> TokenizerPrompts:
         """Return what renders its prompts, as every engine does; nothing is started for that."""
-        from transformers import AutoTokenizer
-
         from optimizer.engines.completions import TokenizerPrompts
 
-        return TokenizerPrompts(AutoTokenizer.from_pretrained(self.folder))
+        tokenizer = open_tokenizer(self.folder)
+        if self.chat is not None:
+            self.chat.put_into(tokenizer)
+        return TokenizerPrompts(tokenizer)
 
     @contextmanager
     def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
@@ -66,7 +74,7 @@ class LocalModel:
         Raises:
             MergetuneError: it cannot be started.
         """
-        engine, _ = start_chosen(config, self.folder, self.inputs, None, None, say)
+        engine, _ = start_chosen(config, self.folder, self.inputs, None, None, say, self.chat)
         try:
             if self.recipe is not None:
                 engine.load(self.recipe)
@@ -106,7 +114,9 @@ class ServedModel:
 ModelUnderTest = LocalModel | ServedModel
 
 
-def open_model(reference: str, base: str | None = None, tokenizer: str | None = None) -> ModelUnderTest:
+def open_model(
+    reference: str, base: str | None = None, tokenizer: str | None = None, chat: bool | str = False
+) -> ModelUnderTest:
     """Open a model to be scored; paths are relative to this folder.
 
     Args:
@@ -114,10 +124,12 @@ def open_model(reference: str, base: str | None = None, tokenizer: str | None = 
             address, `http://host:port`, with `#name` where it serves several models.
         base: the model that an adapter belongs to.
         tokenizer: see `ServedModel`.
+        chat: the suite's: whether it has conversations, or the chat template that writes them. A server
+            writes them with its own.
 
     Raises:
-        MergetuneError: there is no such model, an adapter came without its base, or an option does not
-            go with the model.
+        MergetuneError: there is no such model, an adapter came without its base, an option does not go
+            with the model, or there is no chat template for the suite's conversations.
     """
     if reference.startswith(("http://", "https://")):
         url, _, name = reference.partition("#")
@@ -127,14 +139,18 @@ def open_model(reference: str, base: str | None = None, tokenizer: str | None = 
         if not Path(reference).is_file():
             raise MergetuneError(f"{reference}: there is no such recipe.")
         recipe, inputs = open_recipe(Path(reference))
-        return LocalModel(reference, inputs.base.folder, inputs, recipe)
+        return _merged(reference, inputs.speaking(chat), recipe)
     folder = find_model(reference, here)
     if not is_adapter(folder):
-        return LocalModel(reference, folder)
+        return LocalModel(reference, folder, chat=choose_template(folder, chat))
     if base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
     inputs = open_inputs(find_model(base, here), {"adapter": folder})
-    return LocalModel(reference, inputs.base.folder, inputs, _whole(inputs))
+    return _merged(reference, inputs.speaking(chat), _whole(inputs))
+
+
+def _merged(reference: str, inputs: Inputs, recipe: MergeRecipe) -> LocalModel:
+    return LocalModel(reference, inputs.base.folder, inputs, recipe, inputs.chat)
 
 
 def _whole(inputs: Inputs) -> MergeRecipe:

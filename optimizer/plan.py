@@ -85,17 +85,23 @@ class Plan:
     def open_inputs(self, out: Path | None = None) -> Inputs:
         """Fetch, open and check the models.
 
-        With `vocabulary: mean` a base with more tokens is written to the run directory `out`.
+        With `vocabulary: mean` a base with more tokens is written to the run directory `out`. The chat
+        template is that of the suite's file or the base, or else of the experts.
+
+        Raises:
+            MergetuneError: the models cannot be had or merged, or the suite has conversations and there is
+                no chat template, or several to choose from.
         """
         base = find_model(self.config.base, self.folder)
         experts = {
             name: find_model(reference, self.folder) for name, reference in self.config.experts.items()
         }
-        if out is None:
-            return open_inputs(base, experts, self.config.vocabulary)
-        run = RunDir(out)
-        run.check_own()
-        return open_inputs(base, experts, self.config.vocabulary, run.extended_base)
+        run = None if out is None else RunDir(out)
+        if run is not None:
+            run.check_own()
+        extended = None if run is None else run.extended_base
+        inputs = open_inputs(base, experts, self.config.vocabulary, extended)
+        return inputs.speaking(self.suite.config.chat_template)
 
     def record(self, inputs: Inputs, rules: str) -> StudyRecord:
         """Return what the run directory keeps of the study: hub ids pinned, absolute paths, digests.

@@ -38,7 +38,7 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
         MergetuneError: no item has a reference, or the engine cannot hold these models.
     """
     evaluator = Evaluator(suite)
-    with closing(TransformersEngine(config, inputs.base.folder, inputs.merger)) as engine:
+    with closing(TransformersEngine(config, inputs.base.folder, inputs.merger, inputs.chat)) as engine:
         references = _references(engine, evaluator, inputs, say)
         for reason in references.missing.values():
             say(f"warning: {reason}")

@@ -157,7 +157,7 @@ class _TaskReferences:
         bound = evaluator.tasks[name]
         self._evaluator, self._lm = evaluator, lm
         self._name, self._bound, self._task = name, bound, bound.task
-        self._chat = evaluator.suite.config.chat_template
+        self._chat = bool(evaluator.suite.config.chat_template)
         self._sign = evaluator.suite.config.scores[bound.score_name].sign
         self.why_none = "no answer of its items, and no reply given, has a high score"
 

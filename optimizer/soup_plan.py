@@ -88,19 +88,21 @@ class SoupPlan:
 
         Raises:
             MergetuneError: a model cannot be had or does not fit the others, an adapter came without
-                its base, or writing the soup would replace what it is made of.
+                its base, there is no chat template for the suite's conversations, or writing the soup
+                would replace what it is made of.
         """
+        chat = self.study.suite.config.chat_template if self.study else False
         folders = {name: find_model(reference, Path()) for name, reference in self.models.items()}
         if self.base is not None:
             base = find_model(self.base, Path())
             _check_out(self.out, [base, *folders.values()])
-            return open_inputs(base, folders)
+            return open_inputs(base, folders).speaking(chat)
         _check_out(self.out, folders.values())
         adapters = [path for path in folders.values() if is_adapter(path)]
         if adapters:
             raise MergetuneError(f"{adapters[0]}: is an adapter. Name the model it belongs to with --base.")
         first, *others = folders
-        inputs = open_inputs(folders[first], {name: folders[name] for name in others})
+        inputs = open_inputs(folders[first], {name: folders[name] for name in others}).speaking(chat)
         return replace(
             inputs,
             experts=(FullExpert(first, inputs.base), *inputs.experts),

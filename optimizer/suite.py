@@ -15,7 +15,7 @@ from optimizer.answers import answer_problem, choice_problem, stop_problem
 from optimizer.errors import MergetuneError
 from optimizer.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
 from optimizer.scorers import ReplyPattern, Scorer
-from optimizer.yaml_io import KindAlone, Strict, read_yaml, validate
+from optimizer.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
@@ -105,13 +105,15 @@ class GuardConfig(ScoreConfig):
 class SuiteConfig(Strict):
     """The file of a suite. `holdout` is the share of the items that the search never sees.
 
-    `system: merge_into_user` writes system messages before the first user message, for models whose chat
+    `chat_template` says whether prompts are messages of a conversation, written by the model's own chat
+    template, or by that of a file beside the suite; once the suite is read, it is the file's text. `system:
+    merge_into_user` writes system messages before the first user message, for models whose chat
     template takes none. `truncate` says what becomes of a prompt that is too long: `refuse` ends with an
     error before any work, `left` cuts off its beginning.
     """
 
     description: str
-    chat_template: bool
+    chat_template: bool | Annotated[str, Field(min_length=1)]
     system: Literal["message", "merge_into_user"] = "message"
     truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
@@ -171,6 +173,9 @@ def read_suite(path: Path) -> Suite:
             names file and line.
     """
     config = read_yaml(path, SuiteConfig)
+    if isinstance(config.chat_template, str):
+        text = _read_template(path, config.chat_template)
+        config = config.model_copy(update={"chat_template": text})
     items: dict[str, tuple[Item, ...]] = {}
     for name, score in config.scores.items():
         for task in score.tasks:
@@ -184,6 +189,15 @@ def split_of(content: str, holdout: float) -> Split:
     """Assign an item to a split by a hash of its content: stable when items are added or reordered."""
     number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
     return "holdout" if number / 2**64 < holdout else "search"
+
+
+def _read_template(suite: Path, given: str) -> str:
+    try:
+        return read_text(suite.parent / given)
+    except MergetuneError as error:
+        raise MergetuneError(
+            f"{suite}: `chat_template` must be true, false or a file relative to the suite's folder. {error}"
+        ) from error
 
 
 def _read_items(path: Path, task: TaskConfig, are_asked: bool, score: str) -> tuple[Item, ...]:

@@ -24,6 +24,7 @@ import torch
 import yaml
 from helpers import build_llama
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimizer.check.run import CheckOptions, check_models
@@ -31,7 +32,6 @@ from optimizer.engines.chat_lm import served_lm
 from optimizer.engines.completions import Choosing, Generation, Scoring
 from optimizer.engines.endpoint import Endpoint
 from optimizer.engines.engine import EngineConfig
-from optimizer.engines.quiet_hflm import QuietHFLM
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
 from optimizer.model_under_test import open_model
@@ -51,7 +51,7 @@ class Served:
     url: str
     folder: Path
     model: Any
-    reference: QuietHFLM
+    reference: HFLM
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_for(url, server, log)
-        reference = QuietHFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
         yield Served(url, folder, model, reference)
     finally:
         with suppress(ProcessLookupError):
@@ -179,7 +179,7 @@ def test_candidates_are_scored_as_by_transformers(endpoint: Endpoint, served: Se
     text = served.reference.tokenizer.encode(PROMPTS[0])
     logprobs = _logprobs(served, text)[-1]
     candidates = [7, int(logprobs.argmax()), 0, 300]
-    found, _ = endpoint.choose([Choosing(text, candidates), Choosing([5] * 255, candidates)])
+    found, _ = endpoint.choose([Choosing(text, candidates), Choosing([5] * 254, candidates)])
     assert found.logprobs == pytest.approx(logprobs[candidates].tolist(), abs=1e-3)
     assert list(found.are_likeliest) == [False, True, False, False]
 

@@ -257,8 +257,7 @@ def in_engine(base: Path, tensors: dict[str, Tensor]) -> Any:
     """Load a candidate into a living engine of the base; return the engine's model."""
     engine = TransformersEngine(EngineConfig(device="cpu"), base)
     engine.replace(tensors.items())
-    lm: Any = engine.lm
-    return lm.model
+    return engine.model
 
 
 family_names = pytest.mark.parametrize("name", FAMILIES)

@@ -27,6 +27,7 @@ from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import Engine, EngineConfig
 from optimizer.engines.self_test import RECORD
 from optimizer.engines.start import start_engine
+from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.vllm_engine import VllmEngine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import Evaluator
@@ -229,7 +230,8 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
 
 def token_logprobs(engine: Engine, texts: list[list[int]]) -> torch.Tensor:
     """Score the tokens of texts by the transformers model itself."""
-    model: Any = engine.lm.model
+    assert isinstance(engine, TransformersEngine)
+    model = engine.model
     found = []
     for tokens in map(torch.tensor, texts):
         with torch.no_grad():

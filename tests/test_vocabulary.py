@@ -22,10 +22,11 @@ from optimizer.config import VocabularyRule, read_study
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.errors import MergetuneError
-from optimizer.export import merge_recipe
+from optimizer.export import merge_recipe, write_merged
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.vocabulary import MatchedExpert
+from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import RunDir
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -241,11 +242,16 @@ class TestMean:
         inputs = open_inputs(base, {"a": expert}, "mean", tmp_path / "extended")
         (warning,) = (warning for warning in inputs.warnings if "task vector" not in warning)
         assert "takes that of `a`, and the token that ends its messages" in warning
-        tokenizer: Any = AutoTokenizer.from_pretrained(inputs.base.folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(inputs.base.folder)
+        recipe = MergeRecipe.of_one_group(
+            "task_arithmetic", inputs.base_source, inputs.expert_sources, {"lambda": {"a": 1.0}}
+        )
+        write_merged(tmp_path / "best", recipe, inputs)
+        tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "best")
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
         assert tokenizer.chat_template == CHATML
         assert tokenizer.eos_token_id == 320
-        assert model.config.eos_token_id == model.generation_config.eos_token_id == 320
+        # what the expert declares, what the template writes, and what ended a text before
+        assert model.generation_config.eos_token_id == [320, tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
 
     def test_a_folder_made_of_the_same_is_used_again(
         self, mean: Inputs, tiny_base: Path, experts: dict[str, Path]

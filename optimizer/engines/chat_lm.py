@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from optimizer.engines.completions import CompletionsLM, generation_settings
+from optimizer.engines.completions import CompletionsLM, Truncate, generation_settings
 from optimizer.engines.endpoint import Endpoint
+from optimizer.engines.model_text import sane_length
 from optimizer.errors import MergetuneError
 from optimizer.merging.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+_UNKNOWN_LENGTH = 10**9  # tokens: the server will refuse what is too long
 
 
 class _Conversation(str):
@@ -46,6 +49,21 @@ class ChatLM(LM):  # type: ignore[misc]
         self._endpoint, self._optional_scorer = endpoint, scorer
 
     @property
+    def truncate(self) -> Truncate:
+        """What becomes of a text that is too long to be scored; replies are left to the server."""
+        return self._optional_scorer.truncate if self._optional_scorer else "refuse"
+
+    @truncate.setter
+    def truncate(self, truncate: Truncate) -> None:
+        if self._optional_scorer:
+            self._optional_scorer.truncate = truncate
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that prompt and reply may have together; None where nothing says it."""
+        return self._optional_scorer.max_length if self._optional_scorer else self._endpoint.max_length
+
+    @property
     def tokenizer_name(self) -> str:
         """The model's name."""
         return self._endpoint.model.replace("/", "__")
@@ -53,6 +71,16 @@ class ChatLM(LM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], **_: Any) -> str:
         """Return the messages for the server to render."""
         return _Conversation(json.dumps(chat_history))
+
+    def excess_tokens(self, request: Instance) -> int:
+        """Return how many tokens a request has beyond the model's length; 0 where that cannot be known.
+
+        It can with the tokenizer and, for conversations, its chat template: see `CompletionsLM`.
+        """
+        scorer, prompt = self._optional_scorer, request.args[0]
+        if scorer is None or (isinstance(prompt, _Conversation) and not scorer.tokenizer.chat_template):
+            return 0
+        return scorer.excess_tokens(replace(request, arguments=(self._render(prompt), *request.args[1:])))
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate replies: to conversations by the chat endpoint, to plain prompts as text."""
@@ -122,4 +150,5 @@ def served_lm(
         raise MergetuneError(
             f"The tokenizer must be a directory or hub id that holds one, but is `{tokenizer}`: {error}"
         ) from error
-    return ChatLM(endpoint, CompletionsLM(endpoint, loaded, endpoint.max_length or loaded.model_max_length))
+    length = endpoint.max_length or sane_length(loaded) or _UNKNOWN_LENGTH
+    return ChatLM(endpoint, CompletionsLM(endpoint, loaded, length))

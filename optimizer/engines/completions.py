@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 MAX_CANDIDATES = 100  # for one next token; vLLM takes 128
-_DEFAULT_NEW_TOKENS = 256  # as lm-eval's HFLM
+Truncate = Literal["refuse", "left"]
+
+_DEFAULT_NEW_TOKENS = 256  # as everywhere in lm-eval
+_AT_RANDOM = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # without effect on greedy replies
+_REMEDY = (
+    "Shorten the prompt or, where the model can take more, raise `engine.max_length`; or let the beginning "
+    "of a prompt be cut off (`truncate: left` in the suite)."
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Generation:
         tokens: the prompt.
         max_new_tokens: the longest reply.
         stop: texts that end the reply, and are no part of it.
-        stop_tokens: tokens that do, beside the model's own end of sequence.
+        stop_tokens: tokens that do, and are no part of it either.
         sampling: `temperature`, 0 for greedy, and what else the sampler takes, such as `top_p`.
     """
 
@@ -91,6 +98,11 @@ class TokenizerPrompts:
 
     tokenizer: Any
 
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's directory or hub id."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -99,20 +111,33 @@ class TokenizerPrompts:
 
 
 class CompletionsLM(TemplateLM):  # type: ignore[misc]
-    """A `Completer` as lm-eval sees it: prompts, truncation and stops are those of `HFLM`.
+    """A `Completer` as lm-eval sees it; tokens, prompts, lengths and stops are the same in every engine.
 
     Args:
         completer: what answers the requests.
         tokenizer: the model's, from transformers.
         max_length: the most tokens that prompt and reply may have together.
         seed: of every reply that is drawn at random, so that it does not depend on the other items.
+        end_tokens: the tokens that end every reply.
+
+    Attributes:
+        truncate: what becomes of a prompt that is too long: `refuse` raises `MergetuneError`, `left` cuts
+            its beginning off.
     """
 
-    def __init__(self, completer: Completer, tokenizer: Any, max_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        completer: Completer,
+        tokenizer: Any,
+        max_length: int,
+        seed: int = 0,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._completer, self._seed = completer, seed
+        self.truncate: Truncate = "refuse"
+        self._completer, self._seed, self._end_tokens = completer, seed, tuple(end_tokens)
 
     @property
     def eot_token_id(self) -> int:
@@ -129,7 +154,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's directory or hub id."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
+        return TokenizerPrompts(self.tokenizer).tokenizer_name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return a text's tokens; a text that begins with the BOS token gets no second one."""
@@ -137,7 +162,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         prefix = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and has_bos_prefix(string, prefix):
             chosen = {"add_special_tokens": False}
-        tokens: list[int] = self.tokenizer.encode(string, **chosen)
+        # not verbose: lengths are checked here, and transformers would warn of the tokenizer's own
+        tokens: list[int] = self.tokenizer.encode(string, verbose=False, **chosen)
         return tokens
 
     def apply_chat_template(
@@ -147,13 +173,58 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         return render(self.tokenizer, chat_history, add_generation_prompt)
 
     def excess_tokens(self, request: Instance) -> int:
-        """Return by how many tokens a request is too long; see `excess_tokens`."""
-        return excess_tokens(self, request, self.max_length - 1)  # one token must be generated
+        """Return how many tokens a request has beyond the model's length; 0 where it fits.
+
+        A reply takes the prompt's tokens and `max_gen_toks`; a log-likelihood those of both texts and one
+        more, for some servers must generate one. Rolling log-likelihoods come in windows that fit.
+        """
+        if request.request_type == "loglikelihood_rolling":
+            return 0
+        if request.request_type == "generate_until":
+            prompt, settings = request.args
+            needed = len(self._prompt(prompt)) + generation_settings(settings)[0]
+        else:
+            needed = sum(map(len, self.split(*request.args))) + 1
+        return max(needed - self.max_length, 0)
+
+    def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a context and of what follows it.
+
+        Raises:
+            MergetuneError: no token belongs to the continuation alone.
+        """
+        if context:
+            before, after = self._encode_pair(context, continuation)
+        else:
+            before, after = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            if after[:1] == before:
+                after = after[1:]
+        if not after:
+            raise MergetuneError(
+                "A continuation whose log-likelihood is asked for must have a token of its own, but "
+                f"{continuation!r:.200} after {context[-100:]!r} has none. Correct the item's choices."
+            )
+        return before, after
+
+    def fitted(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
+        """Return a context, cut as `truncate` says, together with the tokens to be scored after it.
+
+        Raises:
+            MergetuneError: it is too long and may not be cut, or what is scored leaves no room for it.
+        """
+        what = f"{len(after)} tokens to be scored and one to be generated"
+        return [*self._cut(before, self.max_length - 1 - len(after), what), *after]
+
+    def fitted_prompt(self, prompt: str, max_new_tokens: int) -> list[int]:
+        """Return a prompt's tokens, cut as `truncate` says to leave room for a reply; raises as `fitted`."""
+        what = f"a reply of up to {max_new_tokens} tokens (`max_new_tokens`)"
+        return self._cut(self._prompt(prompt), self.max_length - max_new_tokens, what)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score continuations."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        return self._loglikelihood_tokens(
+            [(request.args, *self.split(*request.args)) for request in requests], disable_tqdm=disable_tqdm
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
         """Score whole texts, in windows of the model's length where they are longer."""
@@ -199,11 +270,27 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
             sampling.setdefault("seed", self._seed)
         # special tokens are no part of the text that stops are looked for in
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        stop_tokens = [special[text] for text in until if text in special]
+        stop_tokens = {*self._end_tokens, *(special[text] for text in until if text in special)}
         stop = [text for text in until if text not in special]
-        room = room_for_prompt(max_new_tokens, self.max_length)
-        tokens = self.tok_encode(prompt)[-room:]
-        return Generation(tokens, max_new_tokens, stop, stop_tokens, sampling), stop
+        tokens = self.fitted_prompt(prompt, max_new_tokens)
+        return Generation(tokens, max_new_tokens, stop, sorted(stop_tokens), sampling), stop
+
+    def _prompt(self, prompt: str) -> list[int]:
+        return self.tok_encode(prompt) or [self.prefix_token_id]
+
+    def _cut(self, tokens: Sequence[int], room: int, what: str) -> list[int]:
+        if room < 1:
+            raise MergetuneError(
+                f"There must be room for a prompt, but the model's length is {self.max_length} tokens and "
+                f"there are {what}. Lower that or, if the model takes more, raise `engine.max_length`."
+            )
+        if len(tokens) > room and self.truncate == "refuse":
+            raise MergetuneError(
+                f"A prompt and what follows it must fit into the model's length of {self.max_length} tokens, "
+                f"but the prompt has {len(tokens)} and there are {what}, so that there is room for {room}. "
+                f"{_REMEDY}"
+            )
+        return list(tokens[-room:])
 
     def _loglikelihood_tokens(
         self,
@@ -215,12 +302,11 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         same_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         scorings: dict[int, Scoring] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
+            tokens = self.fitted(context, continuation)
             if len(continuation) == 1:
-                same_context[tuple(context[-(self.max_length - 1) :])].append(number)
-            else:  # one token must be generated, so one less fits
-                tokens = [*context, *continuation][-(self.max_length - 1) :]
-                start = max(len(tokens) - len(continuation), 1)
-                scorings[number] = Scoring(tokens, start)
+                same_context[tuple(tokens[:-1])].append(number)
+            else:
+                scorings[number] = Scoring(tokens, len(tokens) - len(continuation))
         choosings = [
             (numbers[start : start + MAX_CANDIDATES], context)
             for context, numbers in same_context.items()
@@ -236,53 +322,14 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         return [found[number] for number in range(len(requests))]
 
 
-def excess_tokens(lm: TemplateLM, request: Instance, most_scored: int) -> int:
-    """Return by how many tokens a request is longer than the model takes, 0 where it fits.
-
-    Args:
-        lm: with the model's tokenizer and length.
-        request: whole texts are scored in windows, and always fit.
-        most_scored: how many tokens a context and its continuation may have together.
-    """
-    if request.request_type == "loglikelihood_rolling":
-        return 0
-    if request.request_type == "generate_until":
-        prompt, settings = request.args
-        n_tokens = len(lm.tok_encode(prompt)) + generation_settings(settings)[0]
-        return max(n_tokens - int(lm.max_length), 0)
-    context, continuation = context_and_continuation(lm, *request.args)
-    return max(len(context) + len(continuation) - most_scored, 0)
-
-
-def context_and_continuation(lm: TemplateLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a context and of its continuation, as `TemplateLM.loglikelihood` splits them.
-
-    Where there is no context, the token that a text begins with is one.
-    """
-    if context:
-        before, after = lm._encode_pair(context, continuation)
-        return before, after
-    tokens: list[int] = lm.tok_encode(continuation, add_special_tokens=False)
-    if tokens[:1] == [lm.prefix_token_id]:
-        return tokens[:1], tokens[1:]
-    return [lm.prefix_token_id], tokens
-
-
-def room_for_prompt(max_new_tokens: int, max_length: int) -> int:
-    """Return how many tokens a prompt may have; raises `MergetuneError` where replies leave it none."""
-    if max_new_tokens >= max_length:
-        raise MergetuneError(
-            f"A reply must leave room for its prompt, but `max_new_tokens` is {max_new_tokens}, and the "
-            f"model's length is {max_length} tokens. Give a smaller one, or the engine a longer `max_length`."
-        )
-    return max_length - max_new_tokens
-
-
 def generation_settings(settings: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
     """Return the longest reply in tokens, the stops and the sampling of an lm-eval request."""
     sampling = dict(normalize_gen_kwargs(dict(settings), _DEFAULT_NEW_TOKENS))
     stop = [text for text in handle_stop_sequences(sampling.pop("until", None), eos=None) if text]
     max_new_tokens = int(sampling.pop("max_gen_toks"))
     if not sampling.pop("do_sample"):
-        sampling = {"temperature": 0.0}
+        others = {name: value for name, value in sampling.items() if name not in _AT_RANDOM}
+        sampling = {"temperature": 0.0, **others}
+    if sampling.get("num_beams") == 1:  # what every engine does
+        del sampling["num_beams"]
     return max_new_tokens, stop, sampling

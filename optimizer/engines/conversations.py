@@ -18,7 +18,8 @@ _WITHOUT_SYSTEM = (
     "`system` out."
 )
 _OTHERWISE = (
-    "Mend the model's chat template, or ask without conversations: `chat_template: false` in the suite."
+    "Name another chat template in the suite (`chat_template: FILE.jinja`, relative to the suite), or ask "
+    "without conversations (`chat_template: false`)."
 )
 
 
@@ -35,9 +36,8 @@ def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = Tru
     """
     if not tokenizer.chat_template:
         raise MergetuneError(
-            f"{tokenizer.name_or_path}: conversations need a chat template, but the tokenizer has none. Put "
-            "a chat_template.jinja, such as that of an expert, beside the model's weights, or ask without "
-            "conversations: `chat_template: false` in the suite."
+            f"{tokenizer.name_or_path}: conversations need a chat template, but the tokenizer has none. "
+            f"{_OTHERWISE}"
         )
     try:
         text = _rendered(tokenizer, messages, add_generation_prompt)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +19,18 @@ from optimizer.errors import EngineError, MergetuneError, TrialError
 _SECONDS_TO_CONNECT = 10.0
 _PASSING = (429, 502, 503)  # failures of a moment, worth another try
 _NAN = "Out of range float values are not JSON compliant"  # Python's json, and so vLLM's status 400
+# What servers say of a prompt that is too long: vLLM, OpenAI, SGLang, TGI, llama.cpp and others.
+_TOO_LONG = re.compile(
+    r"context[ _](length|size|window)|max(imum)?[ _](model[ _]len|input|context)|longer than|too long", re.I
+)
+# For a vLLM whose defaults are those of the model's generation_config.json.
+_NEUTRAL = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 _MOST_TIED = 4  # tokens that share the highest logit
 
 Asked = TypeVar("Asked")
@@ -101,12 +113,17 @@ class Endpoint:
     def complete(self, path: str, **body: Any) -> dict[str, Any]:
         """Post to `/v1/completions` or `/v1/chat/completions`; return the answer's one choice."""
         given = {key: value for key, value in body.items() if value != []}  # some refuse an empty list
-        answer = self.post(path, {"model": self.model, **given})
+        answer = self.post(path, {"model": self.model, **self._defaults, **given})
         try:
             choice: dict[str, Any] = answer["choices"][0]
         except (KeyError, IndexError, TypeError) as error:
             raise self._fault(path, f"`choices`, but answered {str(answer)[:200]!r}") from error
         return choice
+
+    @property
+    def _defaults(self) -> Mapping[str, float]:
+        """What replies depend on unless a request says it: the server's own defaults may be others."""
+        return {"top_p": 1.0, **(_NEUTRAL if self.is_vllm else {})}
 
     def get(self, path: str) -> Any:
         """Return the JSON that a path such as `/v1/models` answers with; None if that is empty."""
@@ -135,6 +152,12 @@ class Endpoint:
             raise self._fault(path, f"an answer, but failed with {reply.status_code}: {_said(reply)}")
         if not reply.ok and _NAN in reply.text:
             raise TrialError(f"{address}: the model's log-probabilities are NaN or infinite.")
+        if reply.status_code in (400, 413, 422) and _TOO_LONG.search(_said(reply)):
+            raise MergetuneError(
+                f"{address}: a prompt and what follows it must fit into the length that the model is served "
+                f"with, but the server refuses ({reply.status_code}): {_said(reply)} Shorten the prompt, "
+                "lower `max_new_tokens`, or serve the model with a greater length."
+            )
         if not reply.ok:
             raise MergetuneError(f"{address} refused a request ({reply.status_code}): {_said(reply)}")
         try:
@@ -207,14 +230,12 @@ class Endpoint:
                 logprobs=1,
                 logprob_token_ids=list(request.candidates),
                 return_tokens_as_token_ids=True,
-                repetition_penalty=1.0,  # the model's own could make another token the likeliest
             )["logprobs"]
             (likeliest,), (found,) = logprobs["tokens"], logprobs["top_logprobs"]
             names = [f"token_id:{token}" for token in request.candidates]
             if found.keys() >= set(names):  # older versions know no `logprob_token_ids`
                 return Scored([found[name] for name in names], [name == likeliest for name in names])
-        room = (self.max_length or sys.maxsize) - 1  # for the token that is generated
-        texts = [[*request.tokens, token][-room:] for token in request.candidates]
+        texts = [[*request.tokens, token] for token in request.candidates]
         each = [self._score(Scoring(text, len(text) - 1)) for text in texts]
         return Scored([one.logprobs[0] for one in each], [one.are_likeliest[0] for one in each])
 

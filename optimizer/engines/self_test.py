@@ -39,7 +39,7 @@ def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngi
     """
     log, record, key = folder / "engine.log", folder / RECORD, _key(config, inputs)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
-        return VllmEngine(config, inputs.base.folder, inputs.paths, log)
+        return VllmEngine(config, inputs.base.folder, inputs.paths, log, inputs.chat)
     a, b = _scaled(inputs, 1.0), _scaled(inputs, _SCALE)
     # the same place for the same model: vLLM keeps what it compiles by the path
     place = cache_folder() / "self-test" / b.digest[:16]
@@ -47,7 +47,7 @@ def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngi
     with FileLock(f"{place}.lock"):
         write_model(place, inputs.merger.merge(b), inputs.base)
         try:
-            engine = VllmEngine(config, place, inputs.paths, log)
+            engine = VllmEngine(config, place, inputs.paths, log, inputs.chat)
         finally:
             shutil.rmtree(place)
     try:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optimizer.engines.completions import CompletionsLM
 from optimizer.engines.engine import EngineConfig, LoadTime
+from optimizer.engines.model_text import ModelText
 from optimizer.engines.stored_weights import StoredWeights
 from optimizer.errors import MergetuneError
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from optimizer.merging.chat_template import ChatTemplate
     from optimizer.merging.merger import Merger
     from optimizer.recipe import MergeRecipe
 
@@ -24,26 +27,39 @@ _BATCH_SIZE = 32
 
 
 class TransformersEngine:
-    """A `transformers` causal language model, evaluated by lm-eval's `HFLM`, weights copied in place."""
+    """A `transformers` causal language model whose weights are copied in place.
 
-    def __init__(self, config: EngineConfig, base: Path, merger: Merger | None = None) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    Args:
+        config: the engine's options.
+        base: the directory that it starts with.
+        merger: what merges recipes; None where nothing is to be merged.
+        chat: takes the place of the model's chat template.
+    """
 
-        from optimizer.engines.quiet_hflm import QuietHFLM
+    def __init__(
+        self,
+        config: EngineConfig,
+        base: Path,
+        merger: Merger | None = None,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        from optimizer.engines.transformers_completer import TransformersCompleter
 
         device = _usable(config.device)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=config.dtype)
+        text = ModelText.read(base, config.max_length, chat)
+        # a configuration of our own: what the base's generation_config.json says must not change replies
+        neutral: Any = GenerationConfig
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=config.dtype, generation_config=neutral()
+        )
         model.to(device).eval()
-        _decode_greedily(model)
         self._merger = merger
         self._weights = StoredWeights(model)
-        self._lm = QuietHFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=config.batch_size or _BATCH_SIZE,
-            max_length=config.max_length,
-            softmax_dtype=torch.float32,  # in bfloat16, log-probabilities would be rounded to steps of 0.03
+        self._completer = TransformersCompleter(model, text.tokenizer, config.batch_size or _BATCH_SIZE)
+        self._lm = CompletionsLM(
+            self._completer, text.tokenizer, text.max_length, config.seed, text.end_tokens
         )
 
     @property
@@ -54,7 +70,7 @@ class TransformersEngine:
     @property
     def model(self) -> Any:
         """The model itself."""
-        return self._lm.model
+        return self._completer.model
 
     def load(self, recipe: MergeRecipe) -> LoadTime:
         """Merge straight into the model's own tensors; see `Engine.load`."""
@@ -92,7 +108,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model."""
-        del self._weights, self._lm
+        del self._weights, self._lm, self._completer
         free_memory()
 
 
@@ -115,13 +131,3 @@ def _usable(device: str) -> str:
             f"The device `{device}` cannot compute here ({reason}). Give `auto`, or `cpu`."
         ) from error
     return device
-
-
-def _decode_greedily(model: Any) -> None:
-    """Put the model's own generation settings away, but for its special tokens: replies are greedy.
-
-    Beams, penalties, forced and forbidden tokens would change replies, and not alike in every engine.
-    """
-    own = model.generation_config
-    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = type(own)(**tokens, do_sample=False)

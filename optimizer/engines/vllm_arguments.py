@@ -10,25 +10,31 @@ from typing import Any
 
 from optimizer.engines.engine import EngineConfig
 
-# For vLLM's processes: no reports of usage, and no warnings of tokenizers about forks.
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# For vLLM's processes: no reports of usage, no warnings of tokenizers about forks, and no length but ours.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
 SECONDS_TO_START = 3600.0  # of silence: a large model is read, and compiled
 _CPU_CACHE_GIB = 4
 
 
-def engine_arguments(config: EngineConfig, model: Path) -> dict[str, Any]:
+def engine_arguments(config: EngineConfig, model: Path, max_length: int) -> dict[str, Any]:
     """Return vLLM's `EngineArgs` for a configuration; `config.arguments` come last.
 
-    `enforce_eager` is null where `for_device` is to decide.
+    What the model's generation_config.json says of sampling is left out. `enforce_eager` is null where
+    `for_device` is to decide.
     """
     optional = {
-        "max_model_len": config.max_length,
         "max_num_seqs": config.batch_size,
         "kv_cache_memory_bytes": config.kv_cache_gib and int(config.kv_cache_gib * 2**30),
     }
     return {
         "model": str(model),
         "dtype": config.dtype,
+        "max_model_len": max_length,
+        "generation_config": "vllm",
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optimizer.engines.completions import Completer, CompletionsLM, Scoring
 from optimizer.engines.engine import EngineConfig, LoadTime
+from optimizer.engines.model_text import ModelText
 from optimizer.engines.vllm_process import VllmProcess
 from optimizer.engines.vllm_server import VllmServer
 from optimizer.errors import EngineError, MergetuneError, TrialError
@@ -17,6 +18,7 @@ from optimizer.merging.inputs import ModelPaths
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from optimizer.merging.chat_template import ChatTemplate
     from optimizer.recipe import MergeRecipe
 
 
@@ -46,20 +48,28 @@ class VllmEngine:
         model: the directory that it starts with.
         paths: the models that recipes name; None where nothing is to be merged.
         log: the file that its output is added to.
+        chat: takes the place of the model's chat template.
 
     Raises:
         EngineError: vLLM does not start; the message says why.
     """
 
-    def __init__(self, config: EngineConfig, model: Path, paths: ModelPaths | None, log: Path) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Path,
+        paths: ModelPaths | None,
+        log: Path,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        text = ModelText.read(model, config.max_length, chat)
         kind = VllmProcess if config.server is None else VllmServer
-        self.vllm: Vllm = kind(config, model, log)
+        self.vllm: Vllm = kind(config, model, text.max_length, log)
         self._counts = itertools.count(1)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            self._lm = CompletionsLM(self.vllm, tokenizer, self.vllm.max_length, config.seed)
+            self._lm = CompletionsLM(
+                self.vllm, text.tokenizer, self.vllm.max_length, config.seed, text.end_tokens
+            )
             self.vllm.score([Scoring([self._lm.eot_token_id] * 2, 1)])  # some models start, but do not run
             if paths is not None:
                 self.vllm.call_workers("mergetune_open", {"paths": paths.model_dump_json()})

@@ -17,10 +17,10 @@ from optimizer.errors import EngineError
 class VllmProcess:
     """A `Vllm` in a process of its own; a silent or dead one is an `EngineError`."""
 
-    def __init__(self, config: EngineConfig, model: Path, log: Path) -> None:
+    def __init__(self, config: EngineConfig, model: Path, max_length: int, log: Path) -> None:
         self._log, self._timeout_s = log, config.timeout_s
         self._process = GuardedProcess(
-            "optimizer.engines.vllm_host:serve", engine_arguments(config, model), log, ENVIRONMENT
+            "optimizer.engines.vllm_host:serve", engine_arguments(config, model, max_length), log, ENVIRONMENT
         )
         try:
             self.max_length: int = self._answer("start", SECONDS_TO_START)["max_length"]

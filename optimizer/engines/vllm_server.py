@@ -31,13 +31,11 @@ class VllmServer:
 
     max_length: int
 
-    def __init__(self, config: EngineConfig, model: Path, log: Path) -> None:
+    def __init__(self, config: EngineConfig, model: Path, max_length: int, log: Path) -> None:
         assert config.server is not None  # what this is for
         self._log, self._version = log, ""
         port = _free_port(config.server)
-        # replies as greedy as in every engine, whatever the model's generation_config.json says
-        arguments = {"override_generation_config": {"repetition_penalty": 1.0}}
-        arguments |= engine_arguments(config, model) | {"host": _HOST, "port": port}
+        arguments = engine_arguments(config, model, max_length) | {"host": _HOST, "port": port}
         self._process = GuardedProcess("optimizer.engines.vllm_host:serve_http", arguments, log, _ENVIRONMENT)
         try:
             url = f"http://{_HOST}:{port}"

@@ -183,7 +183,7 @@ def _compare_configs(base: Path, expert: Path, vocabulary: VocabularyRule) -> It
             continue
         if leaf == "vocab_size" and vocabulary != "refuse":
             continue
-        if leaf == "eos_token_id" and _takes_template(base, expert, vocabulary):
+        if leaf == "eos_token_id" and _takes_template(base, expert):
             continue
         differing = f"{path}: `{key}` is {theirs.get(key)}, but the base has {ours.get(key)}"
         if leaf in _NOTABLE_KEYS:
@@ -195,9 +195,9 @@ def _compare_configs(base: Path, expert: Path, vocabulary: VocabularyRule) -> It
             )
 
 
-def _takes_template(base: Path, expert: Path, vocabulary: VocabularyRule) -> bool:
-    """Say whether the merged model takes a chat template from an expert: see `extend_base`."""
-    return vocabulary == "mean" and not read_chat_template(base) and bool(read_chat_template(expert))
+def _takes_template(base: Path, expert: Path) -> bool:
+    """Say whether the merged model may take a chat template from an expert: see `shared_template`."""
+    return not read_chat_template(base) and bool(read_chat_template(expert))
 
 
 def _is_ignored(key: str) -> bool:
@@ -350,9 +350,7 @@ def _compare_tokenizers(base: Path, expert: Path, vocabulary: VocabularyRule) ->
             "expert may have been trained on other tokens; the merged model takes the base's.",
             is_fatal=False,
         )
-    if read_chat_template(base) != read_chat_template(expert) and not _takes_template(
-        base, expert, vocabulary
-    ):
+    if read_chat_template(base) != read_chat_template(expert) and not _takes_template(base, expert):
         yield _Finding(
             f"{expert}: the chat template differs from the base's; the merged model takes the "
             "base's, so check that it is the one that this expert was trained with.",

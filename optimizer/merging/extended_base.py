@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import MergetuneError
+from optimizer.merging.chat_template import open_tokenizer
 from optimizer.merging.checkpoint import Checkpoint, Expert, has_token_rows
 from optimizer.merging.tensor_files import read_json, shortened
 from optimizer.merging.tokenizer_files import (
     read_added_tokens,
-    read_chat_template,
-    read_special_token,
     read_vocabulary,
 )
 from optimizer.merging.vocabulary import check_rows, own_tensor
@@ -35,8 +34,7 @@ def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path | None
     """Return the base with the tokens that experts added, as a model directory written to `folder`.
 
     New tokens follow the base's in the order of the experts, and take spare rows of the embeddings
-    first. The row of a new token is the mean over the experts that have it. A base without a chat
-    template takes that of the first expert with one, and the token that ends its messages.
+    first. The row of a new token is the mean over the experts that have it.
 
     A `folder` made of the same models is used as it is. Where nothing is added, that is `base`.
 
@@ -44,8 +42,8 @@ def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path | None
         MergetuneError: the folder holds something else, or the tokens cannot be added.
     """
     added = {expert.name: new_tokens(base.folder, expert.folder) for expert in experts}
-    parts = _Parts(base, experts, added, find_speaker(base, experts))
-    if not any(added.values()) and parts.speaker is None:
+    parts = _Parts(base, experts, added)
+    if not any(added.values()):
         return base
     if folder is None:
         raise ValueError("a base with more tokens needs a folder")
@@ -65,13 +63,6 @@ def settled_tokens(base: Path) -> frozenset[str]:
     return frozenset(_read_marker(base).get("rows", ()))
 
 
-def find_speaker(base: Checkpoint, experts: Sequence[Expert]) -> Expert | None:
-    """Return the expert whose chat template the base takes, having none itself."""
-    if read_chat_template(base.folder):
-        return None
-    return next((expert for expert in experts if read_chat_template(expert.folder)), None)
-
-
 def new_tokens(base: Path, expert: Path) -> dict[str, int]:
     """Return the tokens that only the expert has, with its rows of them, in their order there."""
     ours, theirs = read_vocabulary(base) or {}, read_vocabulary(expert) or {}
@@ -82,14 +73,12 @@ def new_tokens(base: Path, expert: Path) -> dict[str, int]:
 class _Parts:
     """What an extended base is made of.
 
-    `added` holds, by expert, the tokens that the base lacks and their rows in the expert; `speaker`
-    is the expert whose chat template is taken.
+    `added` holds, by expert, the tokens that the base lacks and their rows in the expert.
     """
 
     base: Checkpoint
     experts: Sequence[Expert]
     added: Mapping[str, Mapping[str, int]]
-    speaker: Expert | None
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -97,7 +86,6 @@ class _Parts:
         return {
             "base": self.base.digest,
             "experts": [[expert.name, expert.digest, self.added[expert.name]] for expert in self.experts],
-            "chat_template": self.speaker.name if self.speaker else None,
         }
 
     def mean_rows(self, name: str, tokens: Sequence[str]) -> Tensor:
@@ -118,17 +106,16 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """A tokenizer with new tokens: its files, the rows of those tokens, and what ends a message."""
+    """A tokenizer with new tokens: its files, and the rows of those tokens."""
 
     files: dict[str, str]
     rows: dict[str, int]
-    end: int | None
 
 
 def _extend_tokenizer(parts: _Parts) -> _Tokenizer:
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(parts.base.folder)
+    tokenizer = open_tokenizer(parts.base.folder)
     rows: dict[str, int] = {}
     for expert in parts.experts:
         known = read_added_tokens(expert.folder)
@@ -136,27 +123,12 @@ def _extend_tokenizer(parts: _Parts) -> _Tokenizer:
             attributes = {key: known[token][key] for key in _ATTRIBUTES if key in known[token]}
             tokenizer.add_tokens(AddedToken(token, **attributes))
             rows[token] = tokenizer.convert_tokens_to_ids(token)
-    end = _take_template(tokenizer, parts.speaker.folder) if parts.speaker else None
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         paths = [path for path in Path(saved).iterdir() if path.suffix in _SAVED]
         files = {path.name: path.read_text(encoding="utf-8") for path in paths}
         _check_vocabulary(parts.base.folder, Path(saved), rows)
-    return _Tokenizer(files, rows, end)
-
-
-def _take_template(tokenizer: Any, speaker: Path) -> int | None:
-    """Take the chat template and the token that ends a message; return the token's row."""
-    template = read_chat_template(speaker)
-    if isinstance(template, list):  # files list named templates, tokenizers map them
-        template = {entry["name"]: entry["template"] for entry in template}
-    tokenizer.chat_template = template
-    end = read_special_token(speaker, "eos_token")
-    if end is None:
-        return None
-    tokenizer.eos_token = end
-    row: int = tokenizer.eos_token_id
-    return row
+    return _Tokenizer(files, rows)
 
 
 def _check_vocabulary(base: Path, saved: Path, rows: Mapping[str, int]) -> None:
@@ -174,12 +146,6 @@ def _write(folder: Path, parts: _Parts, tokenizer: _Tokenizer, origin: Mapping[s
     layout = _extend_layout(parts.base, tokenizer.rows)
     values = {"vocab_size": max(shape[0] for name, (_, shape) in layout.items() if has_token_rows(name))}
     notes = tokenizer.files | {MARKER: json.dumps({**origin, "rows": tokenizer.rows}, indent=1)}
-    if tokenizer.end is not None:
-        values["eos_token_id"] = tokenizer.end
-        generation = parts.base.folder / "generation_config.json"
-        if generation.exists():
-            changed = read_json(generation) | {"eos_token_id": tokenizer.end}
-            notes[generation.name] = json.dumps(changed, indent=2)
     config = _changed_config(parts.base.config, values)
     config["_name_or_path"] = model_name(parts.base.folder, parts.base.config)
     tensors = _extend_tensors(parts, tokenizer.rows, layout)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import open_expert
+from optimizer.merging.chat_template import ChatTemplate, choose_template, shared_template
 from optimizer.merging.checkpoint import Checkpoint, Expert
 from optimizer.merging.compatibility import (
     base_norm,
@@ -17,7 +18,7 @@ from optimizer.merging.compatibility import (
     check_task_vectors,
     task_vector_norms,
 )
-from optimizer.merging.extended_base import extend_base, find_speaker, settled_tokens
+from optimizer.merging.extended_base import extend_base, settled_tokens
 from optimizer.merging.merger import Merger
 from optimizer.merging.vocabulary import match_tokens
 from optimizer.models import find_model, reference_to
@@ -49,7 +50,8 @@ class ModelPaths(Strict):
 class Inputs:
     """A base and its experts, fit to be merged; `warnings` holds what is only suspicious.
 
-    `given` is the base that was given where `base` is that one with the tokens that experts added.
+    `given` is the base that was given where `base` is that one with the tokens that experts added. `chat`
+    takes the place of the base's chat template; `speakers` are the experts that have one where it has none.
     """
 
     base: Checkpoint
@@ -58,6 +60,8 @@ class Inputs:
     warnings: tuple[str, ...]
     vocabulary: VocabularyRule = "refuse"
     given: Path | None = None
+    chat: ChatTemplate | None = None
+    speakers: tuple[str, ...] = ()
 
     @cached_property
     def merger(self) -> Merger:
@@ -93,6 +97,14 @@ class Inputs:
         experts = {name: sources[name] for name in recipe.experts}
         return recipe.model_copy(update={"base": self.base_source, "experts": experts})
 
+    def speaking(self, chat: bool | str) -> Inputs:
+        """Return the same models with the chat template of a suite: see `choose_template`.
+
+        Raises:
+            MergetuneError: there are to be conversations and there is no template, or several.
+        """
+        return replace(self, chat=choose_template(self.base.folder, chat, self.chat, self.speakers))
+
     @property
     def changed(self) -> dict[str, tuple[str, ...]]:
         """The tensors that each expert changes."""
@@ -122,13 +134,23 @@ def open_inputs(
     opened = _open_experts(experts, given, vocabulary)
     warnings = check_compatibility(given, opened, vocabulary)
     if vocabulary == "mean":
-        warnings += _warn_of_template(find_speaker(given, opened))
         checkpoint = extend_base(given, opened, extended_base)
     opened = _in_rows(opened, checkpoint, vocabulary)
     norms = task_vector_norms(checkpoint, opened)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
+    chat, speakers = shared_template(checkpoint.folder, opened)
+    warnings += _warn_of_template(chat, speakers)
     is_extended = checkpoint is not given
-    return Inputs(checkpoint, opened, norms, tuple(warnings), vocabulary, base if is_extended else None)
+    return Inputs(
+        checkpoint,
+        opened,
+        norms,
+        tuple(warnings),
+        vocabulary,
+        base if is_extended else None,
+        chat,
+        speakers,
+    )
 
 
 def open_recipe(file: Path) -> tuple[MergeRecipe, Inputs]:
@@ -168,10 +190,22 @@ def _in_rows(experts: tuple[Expert, ...], base: Checkpoint, vocabulary: Vocabula
     return tuple(match_tokens(expert, base, settled) for expert in experts)
 
 
-def _warn_of_template(speaker: Expert | None) -> list[str]:
-    if speaker is None:
+def _warn_of_template(chat: ChatTemplate | None, speakers: Sequence[str]) -> list[str]:
+    """Say what becomes of the experts' chat templates where the base has none."""
+    names = " and ".join(f"`{name}`" for name in speakers)
+    if not speakers:
         return []
+    if chat is None:
+        return [
+            f"The base has no chat template, and those of {names} differ: the merged model has none, unless "
+            "the suite names a file with one (`chat_template: FILE.jinja`)."
+        ]
+    if not chat.ends:
+        return [
+            f"The base has no chat template: the merged model takes that of {names}, but the base's "
+            "tokenizer lacks the token that ends its messages. Take it over with `vocabulary: mean`."
+        ]
     return [
-        f"The base has no chat template: the merged model takes that of `{speaker.name}`, and the token that "
+        f"The base has no chat template: the merged model takes that of {names}, and the token that "
         "ends its messages, so check that the other experts were trained with them, too."
     ]

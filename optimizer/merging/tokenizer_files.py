@@ -65,6 +65,16 @@ def read_special_token(folder: Path, key: str) -> str | None:
     return None
 
 
+def read_eos_ids(folder: Path) -> list[int]:
+    """Return the tokens that end a text by generation_config.json or, where it names none, config.json."""
+    config = _read_if_there(folder / "config.json")
+    for source in (_read_if_there(folder / "generation_config.json"), config, config.get("text_config")):
+        found = source.get("eos_token_id") if isinstance(source, dict) else None
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
 def read_pipeline(folder: Path) -> dict[str, Any]:
     """Return the steps of `tokenizer.json` that, beside the vocabulary, turn text into tokens."""
     tokenizer = _read_if_there(folder / "tokenizer.json")

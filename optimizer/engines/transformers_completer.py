@@ -1,0 +1,159 @@
+"""A transformers model as a `Completer`: batches of like lengths, greedy unless told otherwise."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
+from optimizer.errors import MergetuneError
+
+_PAD = 0  # any token: what stands in its places is never looked at
+
+
+class TransformersCompleter:
+    """A causal language model of transformers as a `Completer`.
+
+    What its generation_config.json says has no part in the replies.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        batch_size: how many requests are worked on at a time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.model = model
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Generation]) -> list[str]:
+        """See `Completer.generate`."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            kind = request.max_new_tokens, request.stop, request.stop_tokens, sorted(request.sampling.items())
+            groups[repr(kind)].append(number)
+        replies: dict[int, str] = {}
+        for numbers in groups.values():
+            for batch in self._batches(numbers, lambda number: len(requests[number].tokens)):
+                replies |= zip(batch, self._replies([requests[number] for number in batch]), strict=True)
+        return [replies[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[Scoring]) -> list[Scored]:
+        """See `Completer.score`."""
+        found: dict[int, Scored] = {}
+        for batch in self._batches(range(len(requests)), lambda number: len(requests[number].tokens)):
+            own = [requests[number] for number in batch]
+            logits = self._logits([request.tokens[:-1] for request in own])
+            for number, request, row in zip(batch, own, logits, strict=True):
+                wanted = torch.tensor(request.tokens[request.start :], device=row.device)
+                logprobs = _logprobs(row[request.start - 1 : len(request.tokens) - 1])  # (n_scored, n_tokens)
+                scores = logprobs.gather(1, wanted[:, None])[:, 0]
+                found[number] = Scored(scores.tolist(), (logprobs.argmax(dim=1) == wanted).tolist())
+        return [found[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def choose(self, requests: Sequence[Choosing]) -> list[Scored]:
+        """See `Completer.choose`."""
+        found: dict[int, Scored] = {}
+        for batch in self._batches(range(len(requests)), lambda number: len(requests[number].tokens)):
+            own = [requests[number] for number in batch]
+            logits = self._logits([request.tokens for request in own])
+            for number, request, row in zip(batch, own, logits, strict=True):
+                candidates = torch.tensor(request.candidates, device=row.device)
+                logprobs = _logprobs(row[len(request.tokens) - 1])  # (n_tokens,)
+                likeliest = (candidates == logprobs.argmax()).tolist()
+                found[number] = Scored(logprobs[candidates].tolist(), likeliest)
+        return [found[number] for number in range(len(requests))]
+
+    def _batches(self, numbers: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+        """Part requests into batches, the longest first: what does not fit in memory shows at once."""
+        ordered = sorted(numbers, key=length, reverse=True)
+        for start in range(0, len(ordered), self._batch_size):
+            yield ordered[start : start + self._batch_size]
+
+    def _logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the logits after every token, (n_texts, length, n_tokens); shorter texts end earlier."""
+        length = max(map(len, texts))
+        tokens = torch.tensor([[*text, *[_PAD] * (length - len(text))] for text in texts])
+        logits: Tensor = self.model(tokens.to(self.model.device)).logits
+        return logits
+
+    def _replies(self, requests: Sequence[Generation]) -> list[str]:
+        """Reply to requests that differ in nothing but their prompts."""
+        first = requests[0]
+        length = max(len(request.tokens) for request in requests)
+        padded = [[*[_PAD] * (length - len(each.tokens)), *each.tokens] for each in requests]
+        mask = [[0] * (length - len(each.tokens)) + [1] * len(each.tokens) for each in requests]
+        criteria = [_StopTexts(self._tokenizer, first.stop, length)] if first.stop else []
+        tokens = self.model.generate(
+            input_ids=torch.tensor(padded, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            generation_config=_generation_config(first),
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
+        return [self._text(row, first.stop_tokens) for row in tokens[:, length:].tolist()]
+
+    def _text(self, tokens: Sequence[int], ends: Sequence[int]) -> str:
+        """Return a reply up to the first token that ends it."""
+        end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        text: str = self._tokenizer.decode(
+            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a reply once it holds one of these texts, which are looked for in its last tokens."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, stop, prompt_length
+        # a token holds a byte or more; two of slack for those without text
+        self._n_last = max(len(text.encode()) for text in stop) + 2
+
+    def __call__(self, input_ids: Tensor, _scores: Tensor, **_: Any) -> Tensor:
+        last = input_ids[:, self._start :][:, -self._n_last :]
+        texts = self._tokenizer.batch_decode(
+            last, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        held = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(held, device=input_ids.device)
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    """Return log-probabilities in float32: in bfloat16 they would be rounded to steps of 0.03."""
+    return logits.float().log_softmax(dim=-1)
+
+
+def _generation_config(request: Generation) -> GenerationConfig:
+    """Return all that a reply depends on beside the model and the prompt.
+
+    Raises:
+        MergetuneError: transformers knows no such setting.
+    """
+    sampling = {name: value for name, value in request.sampling.items() if name != "seed"}
+    kind: Any = GenerationConfig  # it has no types
+    if unknown := sampling.keys() - kind().to_dict().keys():
+        raise MergetuneError(
+            f"transformers does not take these generation settings: {', '.join(sorted(unknown))}. Leave them "
+            "out of the task."
+        )
+    is_greedy = not sampling.get("temperature", 1.0)
+    if is_greedy:
+        del sampling["temperature"]
+    else:
+        sampling.setdefault("top_k", 0)  # transformers' own default is 50
+        torch.manual_seed(request.sampling.get("seed", 0))
+    return kind(  # type: ignore[no-any-return]
+        do_sample=not is_greedy,
+        max_new_tokens=request.max_new_tokens,
+        eos_token_id=list(request.stop_tokens) or None,
+        pad_token_id=_PAD,
+        **sampling,
+    )
