@@ -56,20 +56,48 @@ class ItemScores:
         return replace(self, names=tuple(names), scores=self.scores[:, [self.names.index(n) for n in names]])
 
 
+class ItemJoin:
+    """Joins measurements that come one after another, item by item: of each, the scores alone are kept."""
+
+    def __init__(self) -> None:
+        self._keys = pd.DataFrame(columns=ITEM_KEYS)  # of the first measurement, in its order
+        self._others: set[str] = set()  # the scores that are no means of items
+        self._present = np.ones(0, dtype=bool)  # whether all have the item
+        self._scores: dict[str, Floats] = {}  # by candidate, (n_items,)
+
+    def add(self, name: str, frame: pd.DataFrame) -> None:
+        """Take in a candidate's measurement; raises `ValueError` where an item is in it twice."""
+        if not self._scores:
+            self._keys, self._present = frame[ITEM_KEYS], np.ones(len(frame), dtype=bool)
+            self._others = not_means(frame)
+        scores = linear_scores(frame)["score"].to_numpy(np.float64)
+        same = all(frame[key].array.equals(self._keys[key].array) for key in ITEM_KEYS)
+        if not same or not self._scores:
+            own = pd.MultiIndex.from_frame(frame[ITEM_KEYS])
+            if not own.is_unique:
+                raise ValueError(f"`{name}` has an item twice: {own[own.duplicated()][0]}.")
+            places = own.get_indexer(pd.MultiIndex.from_frame(self._keys))  # -1: it lacks the item
+            self._present &= places >= 0
+            scores = scores[places] if len(scores) else np.zeros(len(places))
+        self._scores[name] = scores
+
+    def items(self) -> dict[str, ItemScores]:
+        """Return the linear scores by objective and guard, on the items that all candidates have."""
+        found, names = {}, self._keys["score_name"].to_numpy()
+        for key in pd.unique(names[self._present]):
+            rows = self._present & (names == key)
+            scores = np.column_stack([own[rows] for own in self._scores.values()])
+            tasks = self._keys["task"].to_numpy()[rows]
+            found[str(key)] = ItemScores(tuple(self._scores), scores, tasks, key not in self._others)
+        return found
+
+
 def join_items(frames: Mapping[str, pd.DataFrame]) -> dict[str, ItemScores]:
     """Join measurements, by candidate, item by item: the linear scores by objective and guard."""
-    columns = {name: linear_scores(frame).set_index(ITEM_KEYS)["score"] for name, frame in frames.items()}
-    joined = pd.concat(columns, axis=1, join="inner")
-    others = not_means(next(iter(frames.values())))
-    return {
-        str(key): ItemScores(
-            tuple(frames),
-            rows.to_numpy(np.float64),
-            rows.index.get_level_values("task").to_numpy(),
-            is_mean=str(key) not in others,
-        )
-        for key, rows in joined.groupby(level="score_name", sort=False)
-    }
+    join = ItemJoin()
+    for name, frame in frames.items():
+        join.add(name, frame)
+    return join.items()
 
 
 @dataclass(frozen=True)

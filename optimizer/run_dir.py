@@ -29,7 +29,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +38,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 from filelock import FileLock, Timeout
+from pyarrow import parquet
 from pydantic import AfterValidator, Field
 
 from optimizer.config import StudyConfig
@@ -233,13 +234,17 @@ class RunDir:
         """Keep the per-item scores of a candidate on one split."""
         write_parquet(self._file(name, f"{split}.parquet"), measurement.items)
 
-    def measurement(self, name: str, split: Split) -> pd.DataFrame | None:
-        """Return the per-item scores of a candidate on one split, None where it was not measured."""
-        return _read_table(self._file(name, f"{split}.parquet"))
+    def measurement(self, name: str, split: Split, responses: bool = True) -> pd.DataFrame | None:
+        """Return the per-item scores of a candidate on one split, None where it was not measured.
+
+        Without `responses`, what the model said is left on disk: most of a file, and most of its table.
+        """
+        left_out = () if responses else ("response",)
+        return _read_table(self._file(name, f"{split}.parquet"), left_out)
 
     def scores(self, name: str, split: Split) -> dict[str, Score] | None:
         """Return the scores of a candidate on one split, None where it was not measured."""
-        items = self.measurement(name, split)
+        items = self.measurement(name, split, responses=False)
         return None if items is None else Measurement(items, 0.0).scores()
 
     def all_scores(self, split: Split) -> dict[str, dict[str, Score]]:
@@ -402,9 +407,12 @@ def _read_candidate(file: Path) -> Candidate:
         return Candidate.model_validate_json(file.read_text(encoding="utf-8"))
 
 
-def _read_table(file: Path) -> pd.DataFrame | None:
+def _read_table(file: Path, left_out: Sequence[str] = ()) -> pd.DataFrame | None:
     with readable(file):
-        return pd.read_parquet(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        columns = [name for name in parquet.read_schema(file).names if name not in left_out]
+        return pd.read_parquet(file, columns=columns)
 
 
 def _rows(items: pd.DataFrame) -> set[tuple[str, ...]]:

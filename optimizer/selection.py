@@ -12,7 +12,7 @@ import pandas as pd
 from optimizer import pareto, resampling
 from optimizer.evaluate import Measurement, Score
 from optimizer.gains import ROUNDING, Gain, GainScale, best_gain
-from optimizer.resampling import Floats, Hypervolume, Indices, ItemScores, join_items
+from optimizer.resampling import Floats, Hypervolume, Indices, ItemJoin, ItemScores, join_items
 from optimizer.run_dir import RunDir
 from optimizer.smoothing import Smoothing, smooth
 from optimizer.suite import GuardConfig, ObjectiveConfig, Split, SuiteConfig
@@ -392,12 +392,16 @@ def choose(run: RunDir) -> Choice | None:
     None before the base and what the guards refer to are measured.
     """
     suite, candidates = run.study.suite_config, run.candidates()
-    found = {candidate.name: run.measurement(candidate.name, "search") for candidate in candidates}
-    frames = {name: frame for name, frame in found.items() if frame is not None}
-    if not {BASE, *map(reference_name, suite.guards.values())} <= frames.keys():
+    measured: dict[str, Scores] = {}
+    join = ItemJoin()
+    for candidate in candidates:
+        frame = run.measurement(candidate.name, "search", responses=False)
+        if frame is not None:
+            measured[candidate.name] = Measurement(frame, 0.0).scores()
+            join.add(candidate.name, frame)
+    if not {BASE, *map(reference_name, suite.guards.values())} <= measured.keys():
         return None
-    measured = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
-    items = join_items(frames)
+    items = join.items()
     smoothing, scales = smooth(candidates, measured, items, run.study.seed), Scales.of(items, measured, suite)
     chosen = recommend(smoothing.scores, suite, scales, measured if smoothing.smoothers else None)
     return Choice(measured, smoothing, scales, noisy_front(items, suite), chosen)
@@ -405,7 +409,7 @@ def choose(run: RunDir) -> Choice | None:
 
 def scales_of(run: RunDir, names: Iterable[str], split: Split = "search") -> Scales:
     """Return the scales of a run's scores, from what was measured of these candidates on one split."""
-    found = {name: run.measurement(name, split) for name in names}
+    found = {name: run.measurement(name, split, responses=False) for name in names}
     frames = {name: frame for name, frame in found.items() if frame is not None}
     return Scales.of_frames(frames, run.study.suite_config)
 

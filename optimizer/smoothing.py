@@ -20,9 +20,8 @@ Whether choosing by smoothed scores beats choosing by measured ones: benchmarks/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -31,9 +30,6 @@ from scipy import linalg, optimize
 from optimizer.evaluate import Score
 from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
 from optimizer.run_dir import Candidate
-
-if TYPE_CHECKING:
-    from sklearn.gaussian_process.kernels import Kernel
 
 MIN_POINTS = 8
 _N_STARTS = 4
@@ -133,7 +129,7 @@ def fit_smoother(points: Floats, joined: ItemScores, seed: int = 0) -> Smoother 
     centred = (values - values.mean()) / scale
     smooth_kernel = fit_kernel(smooth_prior(points.shape[1]), points, centred, noise, seed)
     rough_kernel = fit_kernel(rough_prior(), points, centred, noise, seed)
-    gram = np.asarray(smooth_kernel(points))
+    gram = smooth_kernel(points)
     if loo_log_density(gram, centred, noise) <= loo_log_density(rough_kernel(points), centred, noise):
         return "the coefficients do not help to predict it"
     found = posterior(gram, noise)
@@ -165,60 +161,109 @@ def loo_log_density(gram: Floats, values: Floats, noise: Floats) -> float:
     return float(-0.5 * (residuals**2 / variances + np.log(2 * np.pi * variances)).sum())
 
 
-def log_likelihood(gram: Floats, gradient: Floats, values: Floats, noise: Floats) -> tuple[float, Floats]:
-    """Return the log marginal likelihood and its gradient (Rasmussen & Williams 2006, eqs. 2.30 and 5.9).
+def log_likelihood(gram: Floats, values: Floats, noise: Floats) -> tuple[float, Floats]:
+    """Return the log marginal likelihood and its slope by `gram`, (n, n).
 
-    `gradient`, (n, n, n_hyperparameters), is that of `gram`.
+    Rasmussen & Williams 2006, eq. 2.30; by eq. 5.9, the slope by a hyperparameter is that by the gram times
+    the gram's own, summed over all pairs.
     """
-    factor = linalg.cho_factor(gram + noise, lower=True)
-    solved = linalg.cho_solve(factor, values)
-    log_determinant = 2 * np.log(np.diag(factor[0])).sum()
+    factor, lower = linalg.cho_factor(gram + noise, lower=True)
+    solved = linalg.cho_solve((factor, lower), values)
+    log_determinant = 2 * np.log(np.diag(factor)).sum()
     value = -0.5 * (values @ solved + log_determinant + len(values) * math.log(2 * math.pi))
-    inner = np.outer(solved, solved) - linalg.cho_solve(factor, np.eye(len(values)))
-    return float(value), 0.5 * np.einsum("ij,ijk->k", inner, gradient)
+    half = np.tril(linalg.lapack.dpotri(factor, lower=lower)[0])  # of the inverse
+    inverse = half + np.tril(half, -1).T
+    return float(value), 0.5 * (np.outer(solved, solved) - inverse)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The covariance of the truth, K = constant + σ² · Matérn 5/2 + τ² · 1, by the logarithms of its terms.
+
+    `theta` holds log σ², the log length scales and log τ²: (n_coefficients + 2,). With log τ² alone, (1,), no
+    candidate says anything of another.
+    """
+
+    theta: Floats
+
+    def __call__(self, points: Floats) -> Floats:
+        """Return the covariances of points, (n, n_coefficients): (n, n)."""
+        return self.with_slopes(points)[0]
+
+    def with_slopes(self, points: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Return the covariances of points, and what turns a slope by them into one by `theta`."""
+        own = math.exp(self.theta[-1])
+        gram = np.full((len(points), len(points)), _FLAT)
+        gram[np.diag_indices_from(gram)] += own
+        if len(self.theta) == 1:
+            return gram, lambda slope: np.array([own * np.trace(slope)])
+        variance, scaled = math.exp(self.theta[0]), points / np.exp(self.theta[1:-1])
+        correlation, steepness = _matern(scaled)
+        surface = variance * correlation
+        gram += surface
+
+        def by_theta(slope: Floats) -> Floats:
+            # Σᵢⱼ Mᵢⱼ (zᵢₖ − zⱼₖ)² for every coefficient k by one product: no (n, n, n_coefficients) is made.
+            steep = 2 * variance * slope * steepness  # (n, n), symmetric as the slope is
+            lengths = (steep.sum(axis=1)[:, None] * scaled**2 - scaled * (steep @ scaled)).sum(axis=0)
+            return np.array([(slope * surface).sum(), *lengths, own * np.trace(slope)])
+
+        return gram, by_theta
+
+
+def _matern(scaled: Floats) -> tuple[Floats, Floats]:
+    """Return the Matérn 5/2 correlation of points in units of the length scales, and its steepness: (n, n).
+
+    With s = √5 r it is (1 + s + s²/3) e⁻ˢ (Rasmussen & Williams 2006, eq. 4.17); its slope by a log length
+    scale is the squared distance along that coefficient, times 5/3 (1 + s) e⁻ˢ.
+    """
+    squares = (scaled**2).sum(axis=1)
+    distances = squares[:, None] + squares - 2 * scaled @ scaled.T
+    np.fill_diagonal(distances, 0.0)
+    s = np.sqrt(5 * np.maximum(distances, 0.0))
+    decay = np.exp(-s)
+    return (1 + s + s**2 / 3) * decay, 5 / 3 * (1 + s) * decay
 
 
 @dataclass(frozen=True)
 class _Prior:
-    """A kernel with the log-normal priors of its hyperparameters: (n_hyperparameters,) each."""
+    """Log-normal priors of a kernel's hyperparameters, (n_hyperparameters,) each, and their log bounds."""
 
-    kernel: Kernel
     centre: Floats
     spread: Floats
+    bounds: Floats  # (n_hyperparameters, 2)
 
 
 def fit_kernel(prior: _Prior, points: Floats, values: Floats, noise: Floats, seed: int) -> Kernel:
     """Return the kernel with the hyperparameters of greatest posterior density, from several starts."""
-    bounds = prior.kernel.bounds
 
     def loss(theta: Floats) -> tuple[float, Floats]:
-        gram, gradient = prior.kernel.clone_with_theta(theta)(points, eval_gradient=True)
-        value, slope = log_likelihood(gram, gradient, values, noise)
+        gram, by_theta = Kernel(theta).with_slopes(points)
+        value, slope = log_likelihood(gram, values, noise)
         offset = (theta - prior.centre) / prior.spread
-        return 0.5 * float(offset @ offset) - value, offset / prior.spread - slope
+        return 0.5 * float(offset @ offset) - value, offset / prior.spread - by_theta(slope)
 
     rng = np.random.default_rng(seed)
     drawn = rng.normal(prior.centre, 0.7 * prior.spread, size=(_N_STARTS - 1, len(prior.centre)))
-    starts = np.clip([prior.centre, *drawn], *bounds.T)
-    runs = [optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds) for start in starts]
+    starts = np.clip([prior.centre, *drawn], *prior.bounds.T)
+    runs = [
+        optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=optimize.Bounds(*prior.bounds.T))
+        for start in starts
+    ]
     best = min(runs, key=lambda run: float(run.fun))
-    return prior.kernel.clone_with_theta(best.x)
+    return Kernel(np.asarray(best.x))
 
 
 def smooth_prior(n_dims: int) -> _Prior:
     """Length scales grow with √d, so that many coefficients do not overfit (Hvarfner et al. 2024)."""
-    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-
-    surface = ConstantKernel(1.0, (1e-3, 1e2)) * Matern(np.ones(n_dims), (3e-2, 1e3), nu=2.5)
-    kernel = ConstantKernel(_FLAT, "fixed") + surface + WhiteKernel(0.01, (1e-5, 1e1))
-    lengths = np.full(n_dims, math.sqrt(2) + 0.5 * math.log(n_dims))
-    centre = np.concatenate([[0.0], lengths, [math.log(0.01)]])
-    return _Prior(kernel, centre, np.concatenate([[1.5], np.full(n_dims, math.sqrt(3)), [2.0]]))
+    length = math.sqrt(2) + 0.5 * math.log(n_dims)
+    return _Prior(
+        np.array([0.0, *[length] * n_dims, math.log(0.01)]),
+        np.array([1.5, *[math.sqrt(3)] * n_dims, 2.0]),
+        np.log([(1e-3, 1e2), *[(3e-2, 1e3)] * n_dims, (1e-5, 1e1)]),
+    )
 
 
 def rough_prior() -> _Prior:
     """The same without neighbours."""
-    from sklearn.gaussian_process.kernels import ConstantKernel, WhiteKernel
-
-    kernel = ConstantKernel(_FLAT, "fixed") + WhiteKernel(1.0, (1e-5, 1e1))
-    return _Prior(kernel, np.zeros(1), np.full(1, 1.5))
+    return _Prior(np.zeros(1), np.full(1, 1.5), np.log([(1e-5, 1e1)]))

@@ -6,6 +6,7 @@ import tracemalloc
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import dominates
 from hypothesis import given, settings
@@ -15,9 +16,70 @@ from optuna._hypervolume import compute_hypervolume
 from scipy import stats
 
 from optimizer import pareto, resampling, statistics
+from optimizer.evaluate import ITEM_KEYS
 from optimizer.resampling import Floats
 
 TASKS = np.repeat(["easy", "hard"], [8, 12])
+
+
+# --- joining
+
+
+def measurement(rows: dict[tuple[str, str, str], float]) -> pd.DataFrame:
+    frame = pd.DataFrame([*rows], columns=ITEM_KEYS)
+    return frame.assign(score=[*rows.values()])
+
+
+def joined_by_hand(frames: dict[str, pd.DataFrame]) -> dict[str, dict[tuple[str, str], list[float]]]:
+    """By score and (task, item): the scores of all candidates, of the items that all have."""
+    tables = [
+        {(str(score), str(task), str(item)): float(value) for score, task, item, value in frame.to_numpy()}
+        for frame in frames.values()
+    ]
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for score, task, item in tables[0]:
+        if all((score, task, item) in table for table in tables):
+            found.setdefault(score, {})[task, item] = [table[score, task, item] for table in tables]
+    return found
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_scores_are_joined_by_their_keys_in_whatever_order_they_stand(data: st.DataObject) -> None:
+    keys = [(score, task, item) for score in "xy" for task in "st" for item in "abc"]
+    subsets = st.lists(st.sampled_from(keys), min_size=1, unique=True)
+    orders = st.one_of(st.just(keys), st.permutations(keys), subsets)
+    numbers = iter(range(100))  # each score is another, so that one at a wrong place is seen
+    frames = {
+        name: measurement({key: float(next(numbers)) for key in data.draw(orders)})
+        for name in ("m", "n", "o")
+    }
+    found, expected = resampling.join_items(frames), joined_by_hand(frames)
+    assert list(found) == list(expected)
+    for score, by_item in expected.items():
+        assert found[score].names == ("m", "n", "o")
+        assert found[score].scores.tolist() == [*by_item.values()]
+        assert list(found[score].tasks) == [task for task, _ in by_item]
+
+
+def test_an_item_that_is_there_twice_is_an_error() -> None:
+    twice = pd.concat([measurement({("x", "t", "a"): 1.0}), measurement({("x", "t", "a"): 0.0})])
+    once = measurement({("x", "t", "a"): 1.0, ("x", "t", "b"): 0.0})
+    for frames in ({"m": twice}, {"m": once, "n": twice}):
+        with pytest.raises(ValueError, match=r"has an item twice: \('x', 't', 'a'\)"):
+            resampling.join_items(frames)
+
+
+def test_of_many_measurements_the_scores_alone_are_kept() -> None:
+    items = [f"item-{i:020d}" for i in range(5000)]
+    join = resampling.ItemJoin()
+    tracemalloc.start()
+    for number in range(100):
+        frame = pd.DataFrame({"score_name": "x", "task": "t", "item": items, "score": float(number)})
+        join.add(f"m{number}", frame)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6  # the scores take 4 MB, all tables would take 50 MB
 
 
 # --- the bootstrap

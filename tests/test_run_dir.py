@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from synthetic_run import Plan, write_run
 
@@ -48,6 +49,14 @@ def test_a_cut_before_anything_was_kept_leaves_a_directory_that_can_be_used(
     (early / "record.json").unlink()
     with pytest.raises(MergetuneError, match="holds other files"):
         claim(RunDir(early), run.study)
+
+
+def test_without_responses_the_rest_of_a_measurement_is_the_same(run: RunDir) -> None:
+    whole, rest = (run.measurement("base", "search", responses=wanted) for wanted in (True, False))
+    assert whole is not None
+    assert rest is not None
+    assert list(rest.columns) == ["score_name", "task", "item", "score"]
+    pd.testing.assert_frame_equal(rest, whole.drop(columns="response"))
 
 
 def test_a_record_that_changes_is_seen_at_once(run: RunDir) -> None:

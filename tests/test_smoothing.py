@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,36 @@ def data(seed: int, n: int = 25) -> tuple[Floats, Floats]:
 
 def likelihood_of(kernel: Kernel, points: Floats, values: Floats, noise: Floats) -> tuple[float, Floats]:
     gram, gradient = kernel(points, eval_gradient=True)
-    return smoothing.log_likelihood(gram, gradient, values, noise)
+    value, slope = smoothing.log_likelihood(gram, values, noise)
+    return value, np.einsum("ij,ijk->k", slope, gradient)
+
+
+def scikit_learns(theta: Floats) -> Kernel:
+    """Build the kernel of these hyperparameters: constant, surface and what is each candidate's own."""
+    constant = ConstantKernel(smoothing._FLAT, "fixed")
+    if len(theta) == 1:
+        return (constant + WhiteKernel()).clone_with_theta(theta)
+    surface = ConstantKernel() * Matern(np.ones(len(theta) - 2), nu=2.5)
+    return (constant + surface + WhiteKernel()).clone_with_theta(theta)
+
+
+def fit_as_scikit_learn(
+    prior: smoothing._Prior, points: Floats, values: Floats, noise: Floats, seed: int
+) -> Kernel:
+    """Fit as `fit_kernel` does, with their kernel and its gradient, (n, n, n_hyperparameters)."""
+
+    def loss(theta: Floats) -> tuple[float, Floats]:
+        value, slope = likelihood_of(scikit_learns(theta), points, values, noise)
+        offset = (theta - prior.centre) / prior.spread
+        return 0.5 * float(offset @ offset) - value, offset / prior.spread - slope
+
+    drawn = np.random.default_rng(seed).normal(prior.centre, 0.7 * prior.spread, (3, len(prior.centre)))
+    starts = np.clip([prior.centre, *drawn], *prior.bounds.T)
+    runs = [
+        optimize.minimize(loss, s, jac=True, method="L-BFGS-B", bounds=optimize.Bounds(*prior.bounds.T))
+        for s in starts
+    ]
+    return scikit_learns(min(runs, key=lambda run: float(run.fun)).x)
 
 
 def full_noise(n: int) -> Floats:
@@ -84,6 +114,43 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
     slope = likelihood_of(KERNEL, points, values, noise)[1]
     assert slope == pytest.approx(optimize.approx_fprime(KERNEL.theta, likelihood, 1e-6), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("n_dims", [0, 1, 2, 24])
+def test_the_kernel_and_its_slopes_are_scikit_learns(n_dims: int) -> None:
+    rng = np.random.default_rng(14)
+    points = np.repeat(rng.random((15, max(n_dims, 1))), 2, axis=0)  # each twice
+    theta = rng.normal(size=n_dims + 2 if n_dims else 1)
+    gram, by_theta = smoothing.Kernel(theta).with_slopes(points)
+    theirs, gradient = scikit_learns(theta)(points, eval_gradient=True)
+    assert gram == pytest.approx(theirs, rel=1e-12)
+    slope = full_noise(30)
+    expected = np.einsum("ij,ijk->k", slope, gradient)
+    assert by_theta(slope) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n_dims", "n"), [(2, 25), (5, 40), (24, 60)])
+def test_a_fit_is_the_one_with_scikit_learns_kernel(n_dims: int, n: int) -> None:
+    points = np.random.default_rng(n).random((n, n_dims))
+    joined = items(points, surface(points), 80, n)
+    values, noise = score_means(joined.scores), smoothing.common_noise(score_covariance(joined.scores))
+    centred, scaled = (values - values.mean()) / values.std(), noise / values.var()
+    for prior in (smoothing.smooth_prior(n_dims), smoothing.rough_prior()):
+        ours = smoothing.fit_kernel(prior, points, centred, scaled, 0)
+        theirs = fit_as_scikit_learn(prior, points, centred, scaled, 0)
+        smoothed, expected = (smoothing.posterior(k(points), scaled).weights @ values for k in (ours, theirs))
+        assert smoothed == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_slopes_of_many_coefficients_take_little_memory() -> None:
+    points = np.random.default_rng(15).random((300, 200))
+    theta = np.full(202, 1.0)
+    tracemalloc.start()
+    gram, by_theta = smoothing.Kernel(theta).with_slopes(points)
+    by_theta(gram)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6  # (300, 300, 202) slopes at once would take 145 MB
 
 
 def test_leaving_one_out_is_what_it_says() -> None:

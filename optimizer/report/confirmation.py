@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from optimizer.run_dir import HoldoutUse, RunDir
 from optimizer.selection import BASE, Choice, Scores
 from optimizer.statistics import PairedDifference, noise_variance, paired_difference
 from optimizer.suite import Split
+
+# Returns the per-item scores of a candidate on one split, None where it was not measured.
+Read = Callable[[str, Split], pd.DataFrame | None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Confirmation:
 
 def measured_noise(run: RunDir, metrics: Sequence[Metric]) -> Noise | None:
     """Compare the base's two measurements, item by item; None where there is one only."""
-    first, second = run.measurement(BASE, "search"), run.noise()
+    first, second = run.measurement(BASE, "search", responses=False), run.noise()
     if first is None or second is None:
         return None
     both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_again"))
@@ -90,6 +93,7 @@ def confirmation(
     holdout: Mapping[str, Scores],
     metrics: Sequence[Metric],
     noise: Noise | None,
+    read: Read,
 ) -> Confirmation:
     """Compare what the search said of the finalists with what the holdout says.
 
@@ -104,7 +108,7 @@ def confirmation(
     if choice is None or not names:
         return Confirmation(uses, (), (), None, None, None)
     rows = [_optimism(name, metric, choice, holdout[name], variances) for name in names for metric in metrics]
-    mean = _mean_optimism(run, names, objectives, variances)
+    mean = _mean_optimism(read, names, objectives, variances)
     shifts = [
         one.difference.value - one.smoothed_difference.value for one in rows if one.metric in objectives
     ]
@@ -133,7 +137,7 @@ def _optimism(
 
 
 def _mean_optimism(
-    run: RunDir, names: Sequence[str], objectives: Sequence[Metric], variances: Mapping[str, float]
+    read: Read, names: Sequence[str], objectives: Sequence[Metric], variances: Mapping[str, float]
 ) -> MeanOptimism:
     """Average search − holdout over finalists and objectives.
 
@@ -141,7 +145,7 @@ def _mean_optimism(
     """
     estimates, variance = [], 0.0
     for metric in objectives:
-        search, holdout = (_mean_of(run, names, metric, split) for split in ("search", "holdout"))
+        search, holdout = (_mean_of(read, names, metric, split) for split in ("search", "holdout"))
         estimates.append(metric.sign * (search.estimate - holdout.estimate))
         variance += search.stderr**2 + holdout.stderr**2 + variances.get(metric.name, 0.0)
     estimate = float(np.mean(estimates))
@@ -149,8 +153,8 @@ def _mean_optimism(
     return MeanOptimism(estimate, PairedDifference(estimate, stderr, math.inf).interval())
 
 
-def _mean_of(run: RunDir, names: Sequence[str], metric: Metric, split: Split) -> PairedDifference:
-    frames = [frame for name in names if (frame := run.measurement(name, split)) is not None]
+def _mean_of(read: Read, names: Sequence[str], metric: Metric, split: Split) -> PairedDifference:
+    frames = [frame for name in names if (frame := read(name, split)) is not None]
     rows = pd.concat(linear_scores(frame[frame["score_name"] == metric.name]) for frame in frames)
     items = rows.groupby(["task", "item"])["score"].mean()
     tasks = items.index.get_level_values("task").to_numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ import pandas as pd
 
 from optimizer import pareto, selection
 from optimizer.recipe import single_layers
-from optimizer.report.confirmation import Confirmation, Noise, confirmation, measured_noise
+from optimizer.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from optimizer.report.insights import (
     Changed,
     Changes,
@@ -148,19 +149,20 @@ class ReportData:
 def gather(run: RunDir) -> ReportData:
     """Read a run directory, finished or not, and work out all that the report shows."""
     suite = run.study.suite_config
-    candidates = run.candidates()
-    search, holdout = run.all_scores("search"), run.all_scores("holdout")
+    candidates, choice = run.candidates(), selection.choose(run)
+    search = choice.measured if choice else run.all_scores("search")
+    holdout = run.all_scores("holdout")
+    read: Read = functools.cache(functools.partial(run.measurement, responses=False))
     metrics = metrics_of(suite, [*search.values(), *holdout.values()])
-    anchored = {selection.BASE, *(m.reference for m in metrics)} <= search.keys()
-    choice = selection.choose(run) if anchored else None
     chosen = choice.recommendation if choice else None
     noise = measured_noise(run, metrics)
-    confirmed_by = confirmation(run, choice, holdout, metrics, noise)
-    front = selection.front(search, suite) if anchored else []
+    confirmed_by = confirmation(run, choice, holdout, metrics, noise, read)
+    front = selection.front(search, suite) if choice else []
     slopes = run.sensitivity()
     tensors, changed = _tensors(run)
     if any(candidate.recipe.method == "passthrough" for candidate in candidates):
         changed = None  # it scales tensors that no expert changes, too
+    lines = recipe_lines([c for c in candidates if c.name in search], tensors, changed)
     entries = tuple(
         Entry(
             candidate,
@@ -168,13 +170,13 @@ def gather(run: RunDir) -> ReportData:
             holdout.get(candidate.name, {}),
             _excess(candidate.name, search, suite),
             _excess(candidate.name, holdout, suite),
-            _guard_changes(run, candidate, chosen, metrics, noise),
+            _guard_changes(read, candidate, chosen, metrics, noise),
             candidate.name in front,
             chosen is not None and candidate.name == chosen.name,
             choice.smoothing.scores[candidate.name] if choice else search[candidate.name],
             choice.front.probability[candidate.name] if choice else 0.0,
             candidate.name in confirmed_by.finalists,
-            recipe_lines(candidate, tensors, changed),
+            lines[candidate.name],
         )
         for candidate in candidates
         if candidate.name in search
@@ -192,11 +194,11 @@ def gather(run: RunDir) -> ReportData:
         entries=entries,
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
-        verdict=_verdict(run, chosen, entries, metrics, split, noise),
+        verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),
         stopped=_stopped(run, candidates),
         warnings=tuple(run.read_json("warnings.json") or ()),
         n_items=_count_items(search, holdout),
-        hypervolume=_hypervolume(entries, suite) if anchored else (),
+        hypervolume=_hypervolume(entries, suite) if choice else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
         depth=tuple(_depth(tensors, changed, chosen, complete)),
         unchanged=unchanged_roles(tensors, changed),
@@ -222,7 +224,7 @@ def _excess(name: str, measured: Mapping[str, Scores], suite: SuiteConfig) -> di
 
 
 def _guard_changes(
-    run: RunDir,
+    read: Read,
     candidate: Candidate,
     chosen: Recommendation | None,
     metrics: Sequence[Metric],
@@ -237,7 +239,7 @@ def _guard_changes(
     found: dict[Split, Scores] = {}
     for split in _SPLITS:
         names = {candidate.name, *(guard.reference for guard in guards)}
-        frames = {name: run.measurement(name, split) for name in names}
+        frames = {name: read(name, split) for name in names}
         known = {name: frame for name, frame in frames.items() if frame is not None}
         found[split] = {
             guard.name: difference(known[candidate.name], known[guard.reference], guard, variances)
@@ -248,7 +250,8 @@ def _guard_changes(
 
 
 def _verdict(
-    run: RunDir,
+    read: Read,
+    suite: SuiteConfig,
     chosen: Recommendation | None,
     entries: Sequence[Entry],
     metrics: Sequence[Metric],
@@ -259,12 +262,11 @@ def _verdict(
     frames = {
         entry.name: frame
         for entry in entries
-        if (entry.role != "merge" or entry.recommended)
-        and (frame := run.measurement(entry.name, split)) is not None
+        if (entry.role != "merge" or entry.recommended) and (frame := read(entry.name, split)) is not None
     }
     averages = [entry.name for entry in entries if entry.role == "average"]
     variances = noise.variances if noise else {}
-    return judge(chosen, frames, metrics, run.study.suite_config, split, averages, variances)
+    return judge(chosen, frames, metrics, suite, split, averages, variances)
 
 
 def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:
@@ -328,12 +330,12 @@ def _changes(
     metrics: Sequence[Metric],
     split: Split,
 ) -> list[Changes]:
+    """Compare the recommended merge to every expert; what the experts said is read one by one."""
     own = run.measurement(chosen.name, split) if chosen is not None else None
     if own is None:
         return []
     names = [n for n in map(selection.expert_name, run.study.experts) if n in measured]
-    frames = {name: run.measurement(name, split) for name in names}
-    experts = {name: frame for name, frame in frames.items() if frame is not None}
+    experts = ((name, frame) for name in names if (frame := run.measurement(name, split)) is not None)
     return changes(own, experts, metrics, run.items())
 
 

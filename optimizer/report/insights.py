@@ -117,21 +117,42 @@ def coefficients_over_depth(
     return values
 
 
-def recipe_lines(candidate: Candidate, tensors: Sequence[str], changed: Changed | None) -> tuple[str, ...]:
-    """Write a recipe's coefficients, a line per layer group: `early: tools 0.70, persona 0.30`.
+def recipe_lines(
+    candidates: Sequence[Candidate], tensors: Sequence[str], changed: Changed | None
+) -> dict[str, tuple[str, ...]]:
+    """Write each recipe's coefficients, a line per layer group: `early: tools 0.70, persona 0.30`.
 
     Where the groups are many (a group per layer, between anchors) the point of the search space
     says the same in fewer words. Coefficients without effect are left out; see `coefficients`.
     """
-    recipe = candidate.recipe
-    if len(recipe.groups) > _MANY_GROUPS and candidate.params:
-        return tuple(
-            f"{parameter_name(key, recipe.experts)} {value:.2f}" for key, value in candidate.params.items()
-        )
-    group_of = assign_groups(recipe.groups, tensors)
+    found: dict[str, tuple[str, ...]] = {}
+    layouts: dict[tuple[str, ...], list[list[str]]] = {}  # the tensors of each group, by the selectors
+    for candidate in candidates:
+        recipe = candidate.recipe
+        if len(recipe.groups) > _MANY_GROUPS and candidate.params:
+            found[candidate.name] = tuple(
+                f"{parameter_name(key, recipe.experts)} {value:.2f}"
+                for key, value in candidate.params.items()
+            )
+            continue
+        selectors = tuple(repr((g.layers, g.roles, g.match)) for g in recipe.groups)
+        if selectors not in layouts:
+            layouts[selectors] = _group_tensors(recipe.groups, tensors)
+        found[candidate.name] = _group_lines(recipe, layouts[selectors], changed)
+    return found
+
+
+def _group_tensors(groups: Sequence[RecipeGroup], tensors: Sequence[str]) -> list[list[str]]:
+    """Return the tensors of each layer group."""
+    group_of = assign_groups(groups, tensors)
+    return [[name for name, taker in group_of.items() if taker is group] for group in groups]
+
+
+def _group_lines(
+    recipe: MergeRecipe, own_tensors: Sequence[Sequence[str]], changed: Changed | None
+) -> tuple[str, ...]:
     lines: dict[str, list[str]] = {}
-    for group in recipe.groups:
-        own = [name for name, taker in group_of.items() if taker is group]
+    for group, own in zip(recipe.groups, own_tensors, strict=True):
         named = [
             f"{'' if parameter == 'lambda' else parameter + ' '}{expert} {value:.2f}"
             for parameter, values in coefficients(recipe, group, own, changed).items()
@@ -167,21 +188,22 @@ def parameter_name(key: str, experts: Iterable[str]) -> str:
 
 def changes(
     own: pd.DataFrame,
-    experts: Mapping[str, pd.DataFrame],
+    experts: Iterable[tuple[str, pd.DataFrame]],
     metrics: Sequence[Metric],
     items: pd.DataFrame,
 ) -> list[Changes]:
     """Compare the recommended merge to every expert, item by item."""
     texts = items.set_index(["task", "item"])[["prompt", "target"]]
     found = []
-    for expert, frame in experts.items():
-        both = paired(own, frame).join(texts, on=["task", "item"])
+    for expert, frame in experts:
+        both = paired(own, frame)
         for metric in metrics:
             rows = both[both["score_name"] == metric.name]
             rows = rows.assign(gain=metric.sign * rows["score"]).sort_values("gain", kind="stable")
             gained, lost = rows[rows["gain"] > 0].iloc[::-1], rows[rows["gain"] < 0]
             sizes = len(rows), len(gained), len(lost)
-            found.append(Changes(expert, metric, *sizes, _examples(gained), _examples(lost)))
+            examples = (_examples(some.head(N_EXAMPLES), texts) for some in (gained, lost))
+            found.append(Changes(expert, metric, *sizes, *examples))
     return found
 
 
@@ -253,6 +275,7 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
     return " + ".join(roles)
 
 
-def _examples(rows: pd.DataFrame) -> tuple[Example, ...]:
+def _examples(rows: pd.DataFrame, texts: pd.DataFrame) -> tuple[Example, ...]:
+    rows = rows.join(texts, on=["task", "item"])
     fields = ["prompt", "target", "response", "own", "response_other", "score_other"]
-    return tuple(Example(*row) for row in rows[fields].head(N_EXAMPLES).itertuples(index=False, name=None))
+    return tuple(Example(*row) for row in rows[fields].itertuples(index=False, name=None))

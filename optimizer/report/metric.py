@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,7 +65,7 @@ def _is_unanimous(score: Score) -> bool:
     return score.n_items > 1 and score.stderr == 0
 
 
-def metrics_of(suite: SuiteConfig, measured: Iterable[dict[str, Score]]) -> tuple[Metric, ...]:
+def metrics_of(suite: SuiteConfig, measured: Iterable[Mapping[str, Score]]) -> tuple[Metric, ...]:
     """List the suite's objectives, then its guards; one is a percentage if all its scores lie in [0, 1]."""
     scores = list(measured)
 

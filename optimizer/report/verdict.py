@@ -72,7 +72,8 @@ def difference(
 
     `noise` holds variances that two measurements of one model show, by score: they widen the error.
     """
-    found = Measurement(paired(first, second)[[*ITEM_KEYS, "score"]], 0.0).scores()[metric.name]
+    own, other = (frame[frame["score_name"] == metric.name] for frame in (first, second))
+    found = Measurement(paired(own, other)[[*ITEM_KEYS, "score"]], 0.0).scores()[metric.name]
     return replace(found, stderr=math.hypot(found.stderr, math.sqrt(noise.get(metric.name, 0.0))))
 
 
