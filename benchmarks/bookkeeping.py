@@ -9,7 +9,7 @@ function of the coefficients. `--items` counts those of each score, so that a ca
 items × (objectives + guards) of them. Each stage runs in a child process of its own; its peak of resident
 memory is that of the whole process, imports included.
 
-- `front`: the front and its hypervolume, once, as in the line of progress before every trial;
+- `front`: the front, as in the line of progress before every trial, and its hypervolume;
 - `trial`: what is done for one trial beside asking the sampler, merging and scoring: its scores worked out
   and written, and Optuna told;
 - `choose`: what a study does after its last trial, and a report in its course: reading every score by item,
@@ -47,7 +47,7 @@ from optimizer.recipe import OUTSIDE_LAYERS, MergeRecipe, RecipeGroup, Source
 from optimizer.report import gather, write_report
 from optimizer.resampling import Floats, ItemJoin
 from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from optimizer.search import CANDIDATE, open_search, tell
+from optimizer.search import CANDIDATE, open_search, success, tell
 from optimizer.selection import BASE, expert_name
 from optimizer.smoothing import smooth
 from optimizer.suite import Split, SuiteConfig
@@ -225,7 +225,7 @@ def _seconds(work: Callable[[], object], repetitions: int = 1) -> float:
 
 
 def time_front(run: RunDir) -> float:
-    """Find the front and its hypervolume, as in a line of progress."""
+    """Find the front, as in a line of progress, and its hypervolume."""
     suite, scores = run.study.suite_config, run.all_scores("search")
     floor = selection.objective_points({BASE: scores[BASE]}, suite)[0]
 
@@ -276,7 +276,7 @@ def time_trial(run: RunDir) -> float:
     with tempfile.TemporaryDirectory(dir=run.path) as folder:
         search = open_search(Path(folder) / "study.db", ["maximize"] * len(suite.objectives), sampler)
         for _ in known:
-            tell(search, search.ask(distributions), [scores[name].value for name in suite.objectives])
+            tell(search, search.ask(distributions), success([scores[n].value for n in suite.objectives], {}))
         trials = [search.ask(distributions) for _ in range(10)]
         scratch = RunDir(Path(folder))
         (scratch.path / "candidates").mkdir()
@@ -287,7 +287,7 @@ def time_trial(run: RunDir) -> float:
             scratch.write_candidate(candidate, Measurement(frame, 1.0))
             own = Measurement(frame, 1.0).scores()
             asked.set_user_attr(CANDIDATE, candidate.name)
-            tell(search, asked, [own[name].value for name in suite.objectives])
+            tell(search, asked, success([own[n].value for n in suite.objectives], {}))
 
         return _seconds(trial, repetitions=10)
 

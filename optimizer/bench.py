@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,16 @@ from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
 from optimizer.references import References, find_references
 from optimizer.reply_store import ReplyStore, StoredLM
-from optimizer.run_dir import Candidate, CandidateKind, Cost, RunDir
+from optimizer.run_dir import MOST_ATTEMPTS, Candidate, CandidateKind, Cost, RunDir, SpaceKind
+from optimizer.search import Outcome, failure, success
 from optimizer.sensitivity import RECOMMENDED, anchor_points, measure_sensitivity
 from optimizer.suite import Split
 
 if TYPE_CHECKING:
     from optimizer.engines.transformers_engine import TransformersEngine
 
-_ATTEMPTS = 2  # at a candidate, where the engine breaks
 _FAULTS_IN_A_ROW = 6
+_NOISE, _SENSITIVITY = "noise", "sensitivity"  # name attempts, and seconds
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
 
 log = logging.getLogger("mergetune")
@@ -57,20 +59,46 @@ def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequen
     )
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A model that was measured: what it cost, its scores, and how the engine broke before."""
+
+    cost: Cost
+    measurement: Measurement
+    faults: tuple[str, ...]
+
+
 class Bench:
     """Where candidates are measured: a living engine and the suite, and what they found.
 
-    An engine that breaks is replaced, and the candidate tried once more.
+    An engine that breaks is replaced, and the candidate tried once more. Every attempt is counted on disk
+    before it begins: what ends the process itself is given up after two.
+
+    Args:
+        engine: how to start the engine.
+        inputs: what is merged.
+        evaluator: the suite.
+        run: where all is kept.
+        progress: is told what is done.
+        interrupted: says whether the user has pressed Ctrl-C, which may come out as any exception.
 
     Raises:
         MergetuneError: the engine cannot be started.
     """
 
     def __init__(
-        self, engine: EngineConfig, inputs: Inputs, evaluator: Evaluator, run: RunDir, progress: Progress
+        self,
+        engine: EngineConfig,
+        inputs: Inputs,
+        evaluator: Evaluator,
+        run: RunDir,
+        progress: Progress,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
+        self._candidates = {candidate.name: candidate for candidate in run.candidates()}
+        self._interrupted = interrupted
         self._replies = ReplyStore(run.path / "replies")
         self._broken_in_a_row = 0
         progress.at_work("starting the engine …")
@@ -86,87 +114,108 @@ class Bench:
             progress.say(f"warning: what was measured here before was measured with {others}.")
         run.write_versions(self._config.kind, versions)
 
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The candidates in the order measured."""
+        return list(self._candidates.values())
+
     def measure(
-        self, kind: CandidateKind, name: str, recipe: MergeRecipe, params: Mapping[str, float] | None
+        self,
+        kind: CandidateKind,
+        name: str,
+        recipe: MergeRecipe,
+        params: Mapping[str, float] | None,
+        space: SpaceKind = "search_space",
     ) -> Candidate:
-        """Merge, load and score one candidate on the search split, unless that was done before."""
-        known = self.run.candidate(name)  # perhaps from the holdout split alone
+        """Merge, load and score one candidate on the search split, unless that was done before.
+
+        What goes wrong with a trial is its own failure, whatever it is; a baseline must be measured.
+
+        Raises:
+            MergetuneError: a baseline cannot be measured, or something is wrong that is no fault of the
+                candidate and that the user has to mend.
+        """
+        known = self._candidates.get(name)  # perhaps from the holdout split alone
         if known is not None and (name in self.scores or (known.state == "failed" and kind == "trial")):
             return known
         fields: dict[str, Any] = {
             "name": name,
-            "number": len(self.run.candidates()) if known is None else known.number,
+            "number": len(self._candidates) if known is None else known.number,
             "kind": kind,
             "recipe": recipe,
             "params": params,
+            "space": space,
             "holdout_cost": Cost() if known is None else known.holdout_cost,
         }
+        what, began = f"search.{name}", time.perf_counter()
 
-        began = time.perf_counter()
-
-        def fail(reason: str) -> Candidate:
-            cost = Cost(lost_s=time.perf_counter() - began)
-            failed = Candidate.model_validate({**fields, "state": "failed", "reason": reason, "cost": cost})
-            self.run.write_candidate(failed, None)
+        def say(reason: str) -> None:
             self.progress.say(candidate_line(name, None, 0.0, reason))
-            return failed
 
-        if self.run.begin_attempt(name) > _ATTEMPTS and kind == "trial":
-            return fail(f"{_ATTEMPTS} attempts were cut off: the process was killed, or ran out of memory")
-        try:
-            cost, measurement, faults = self._score(
-                recipe, "search", lambda fault: self.progress.say(candidate_line(name, None, 0.0, fault))
+        found = self._try(what, recipe, "search", say)
+        if isinstance(found, str) and kind == "baseline":
+            self.run.forget_attempts(what)  # for it is tried anew at the next start
+            raise MergetuneError(
+                f"The baseline `{name}` cannot be measured: {found}\nMend what is wrong and run the same "
+                f"command again; what was measured is kept. {self.run.path / 'run.log'} has more."
             )
-        except BaseException as error:
-            reason = _reason(error)
-            if reason is None:
-                self.run.end_attempts(name)
-                raise
-            log.exception("%s failed", name)
-            if kind == "baseline":
-                raise MergetuneError(f"The baseline `{name}` cannot be measured: {reason}") from error
-            return fail(reason)
-        candidate = Candidate.model_validate({**fields, "cost": cost, "faults": faults})
-        self.run.write_candidate(candidate, measurement)
-        self.scores[name] = measurement.scores()
+        if isinstance(found, str):
+            cost = Cost(lost_s=time.perf_counter() - began)
+            candidate = self._keep({**fields, "state": "failed", "reason": found, "cost": cost}, None)
+            self.run.forget_attempts(what)
+            say(found)
+            return candidate
+        candidate = self._keep({**fields, "cost": found.cost, "faults": found.faults}, found.measurement)
+        self.run.forget_attempts(what)
         self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
         return candidate
 
     def measure_noise(self) -> None:
-        """Score the base once more on the search split: what differs is noise of the measurement alone."""
-        base = self.run.candidate(selection.BASE)
+        """Score the base once more on the search split: what differs is noise of the measurement alone.
+
+        Where that cannot be done, the study goes on without.
+        """
+        base = self._candidates.get(selection.BASE)
         if base is None or self.run.noise() is not None:
             return
         self.progress.at_work("the base once more")
-        cost, again, _ = self._score(base.recipe, "search", self.progress.say, repeat=1)
-        self.run.write_noise(again)
+        found = self._try(_NOISE, base.recipe, "search", self.progress.say, repeat=1)
+        if isinstance(found, str):
+            self.progress.say(f"warning: no noise floor, the base cannot be measured once more: {found}")
+            return
+        self.run.add_seconds(_NOISE, found.cost.total_s)
+        self.run.write_noise(found.measurement)
+        self.run.forget_attempts(_NOISE)
         first = self.run.measurement(selection.BASE, "search")
         assert first is not None  # measured before
-        both = first.merge(again.items, on=ITEM_KEYS, suffixes=("", "_again"), validate="one_to_one")
+        again = found.measurement.items
+        both = first.merge(again, on=ITEM_KEYS, suffixes=("", "_again"), validate="one_to_one")
         n_differ = int((both["score"].fillna(0) != both["score_again"].fillna(0)).sum())
         self.progress.say(
-            f"noise floor: the base once more, {cost.total_s:.1f} s; {n_differ} of {len(first)} items differ"
+            f"noise floor: the base once more, {found.cost.total_s:.1f} s; "
+            f"{n_differ} of {len(both)} items differ"
         )
 
-    def confirm(self, candidate: Candidate) -> None:
-        """Score a candidate on the holdout split, unless that was done before; says why if it cannot be."""
-        if self.run.measurement(candidate.name, "holdout") is not None:
-            return
-        self.progress.at_work(f"holdout: {candidate.name}")
+    def confirm(self, candidate: Candidate) -> str | None:
+        """Score a candidate on the holdout split, unless that was done before; says and returns why not."""
+        name = candidate.name
+        if name in self._candidates and self.run.holds_measurement(name, "holdout"):
+            return None
+        self.progress.at_work(f"holdout: {name}")
 
         def say(reason: str) -> None:
-            self.progress.say(f"holdout: {candidate_line(candidate.name, None, 0.0, reason)}")
+            self.progress.say(f"holdout: {candidate_line(name, None, 0.0, reason)}")
 
-        try:
-            cost, measurement, _ = self._score(candidate.recipe, "holdout", say)
-        except (TrialError, torch.OutOfMemoryError) as error:
-            log.exception("%s failed on the holdout split", candidate.name)
-            say(str(error))
-            return
-        self.run.write_measurement(candidate.name, "holdout", measurement)
-        self.run.write_candidate(candidate.model_copy(update={"holdout_cost": cost}), None)
-        line = candidate_line(candidate.name, measurement.scores(), cost.total_s, "")
+        found = self._try(f"holdout.{name}", candidate.recipe, "holdout", say)
+        if isinstance(found, str):
+            say(found)
+            return found
+        self.run.write_measurement(name, "holdout", found.measurement)
+        self._keep(candidate.model_copy(update={"holdout_cost": found.cost}), None)
+        self.run.forget_attempts(f"holdout.{name}")
+        line = candidate_line(name, found.measurement.scores(), found.cost.total_s, "")
         self.progress.say(f"holdout: {line}")
+        return None
 
     @contextmanager
     def transformers(self) -> Iterator[TransformersEngine]:
@@ -200,7 +249,11 @@ class Bench:
         return found
 
     def measure_sensitivity(self, recommended: MergeRecipe) -> None:
-        """Take the slopes at the base, the uniform average and this merge, unless that was done before."""
+        """Take the slopes at the base, the uniform average and this merge, unless that was done before.
+
+        Raises:
+            MergetuneError: it was begun twice, and the process ended in the middle of it.
+        """
         points = anchor_points(self.inputs.base_source, self.inputs.expert_sources)
         points[RECOMMENDED] = recommended
         wanted = {recipe.digest for recipe in points.values() if has_slopes(recipe.method)}
@@ -208,14 +261,36 @@ class Bench:
         if known is not None and (known.empty or wanted <= set(known["digest"])):
             return
         self.progress.at_work("taking the slopes of every coefficient …")
-        with self.transformers() as engine:
-            found = measure_sensitivity(
-                engine,
-                self.inputs.merger,
-                points,
-                self.references(engine),
-            )
+        with self.attempt(_SENSITIVITY):
+            began = time.perf_counter()
+            try:
+                with self.transformers() as engine:
+                    found = measure_sensitivity(engine, self.inputs.merger, points, self.references(engine))
+            finally:
+                self.run.add_seconds(_SENSITIVITY, time.perf_counter() - began)
         self.run.write_sensitivity(found)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Count an attempt on disk while the block runs: it stays counted if the process does not outlive it.
+
+        Raises:
+            MergetuneError: two were counted before.
+        """
+        before = self.run.attempts(what)
+        if before.begun >= MOST_ATTEMPTS:
+            raise MergetuneError(
+                f"{before.reason}. (`attempts/{what}.json` in the run directory counts that.)"
+            )
+        self.run.begin_attempt(what)
+        try:
+            yield
+        finally:
+            self.run.take_back_attempt(what)
+
+    def ends_study(self, error: BaseException) -> bool:
+        """Say whether an exception is more than the failure of what was being done: Ctrl-C, or an exit."""
+        return not isinstance(error, Exception) or self._interrupted()
 
     def close(self) -> None:
         """End the engine."""
@@ -230,17 +305,73 @@ class Bench:
             self.engine = start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
         return self.engine
 
-    def _score(
-        self, recipe: MergeRecipe, split: Split, on_fault: Callable[[str], object], repeat: int = 0
-    ) -> tuple[Cost, Measurement, tuple[str, ...]]:
-        """Merge, load and score, once more where the engine breaks; returns its faults, too.
+    def _keep(self, candidate: Candidate | Mapping[str, Any], measurement: Measurement | None) -> Candidate:
+        """Write a candidate down."""
+        kept = Candidate.model_validate(candidate)
+        self.run.write_candidate(kept, measurement)
+        self._candidates[kept.name] = kept
+        if measurement is not None:
+            self.scores[kept.name] = measurement.scores()
+        return kept
 
-        Replies are kept as they come; those of a `repeat` stand apart.
+    def _try(
+        self,
+        what: str,
+        recipe: MergeRecipe,
+        split: Split,
+        on_fault: Callable[[str], object],
+        repeat: int = 0,
+    ) -> _Scored | str:
+        """Score, unless that was begun twice before and came to no end; returns why it cannot be done.
+
+        Args:
+            what: names the attempts.
+            recipe: what to merge.
+            split: what to score it on.
+            on_fault: told how an engine broke before another attempt is made.
+            repeat: replies of one repeat are those of no other.
+
+        Raises:
+            MergetuneError: the user has something to mend, or this process cannot go on.
+            OSError: the disk cannot be written.
         """
+        if (before := self.run.attempts(what, recipe.digest)).begun >= MOST_ATTEMPTS:
+            return before.reason
+        try:
+            return self._score(what, recipe, split, on_fault, repeat)
+        except BaseException as error:
+            if isinstance(error, (MergetuneError, OSError)) and not isinstance(error, TrialError):
+                self.run.forget_attempts(what)
+                raise
+            if self.ends_study(error):
+                self.run.take_back_attempt(what, recipe.digest)
+                raise
+            log.exception("%s failed", what)
+            reason = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, EngineError):  # whose fault is kept
+                self.run.add_fault(what, recipe.digest, reason)
+            if _has_lost_gpu():
+                raise MergetuneError(
+                    f"The GPU cannot be used any more in this process, since `{what}` failed ({reason}). "
+                    "Run the same command again to go on: what was measured is kept, and what fails twice "
+                    "is left out."
+                ) from error
+            return reason
+
+    def _score(
+        self,
+        what: str,
+        recipe: MergeRecipe,
+        split: Split,
+        on_fault: Callable[[str], object],
+        repeat: int,
+    ) -> _Scored:
+        """Merge, load and score, once more where the engine breaks; replies are kept as they come."""
         name = f"{recipe.digest}-{repeat}" if repeat else recipe.digest
         faults: tuple[str, ...] = ()
         began, lost_s = time.perf_counter(), 0.0
         while True:
+            self.run.begin_attempt(what, recipe.digest)
             try:
                 engine = self._living()
                 loaded = engine.load(recipe)
@@ -249,10 +380,12 @@ class Bench:
             except EngineError as fault:
                 log.exception("the engine broke")
                 faults = (*faults, str(fault))
-                if len(faults) < _ATTEMPTS:
+                self.run.add_fault(what, recipe.digest, str(fault))
+                is_last = self.run.attempts(what, recipe.digest).begun >= MOST_ATTEMPTS
+                if not is_last:
                     on_fault(str(fault))
                 self._restart(str(fault))
-                if len(faults) == _ATTEMPTS:
+                if is_last:
                     raise
                 lost_s = time.perf_counter() - began
                 continue
@@ -264,7 +397,7 @@ class Bench:
                 lost_s=lost_s,
                 n_items=len(measurement.items),
             )
-            return cost, measurement, faults
+            return _Scored(cost, measurement, faults)
 
     def _restart(self, reason: str) -> None:
         """Put a new engine in place of one that broke."""
@@ -282,27 +415,30 @@ class Bench:
                 f"The engine broke ({reason}) and cannot be started again: {error}"
             ) from error
 
-    def outcome(self, candidate: Candidate) -> tuple[list[float], dict[str, float]]:
-        """Return a complete candidate's objective values and guard violations, as Optuna takes them.
+    def outcome(self, candidate: Candidate | None) -> Outcome:
+        """Return what Optuna is told of a candidate; None stands for a point that has no recipe.
 
-        Optuna adds the violations up, so that each is in the unit of `selection.guard_units`.
+        Optuna adds the guards' excesses up, so that each is in the unit of `selection.guard_units`.
         """
         suite = self.evaluator.suite.config
-        scores = self.scores[candidate.name]
-        values = [scores[name].value for name in suite.objectives]
-        return values, selection.relative_violations(scores, self.scores, suite)
+        if candidate is not None and candidate.state == "complete":
+            scores = self.scores[candidate.name]
+            values = [scores[name].value for name in suite.objectives]
+            return success(values, selection.relative_violations(scores, self.scores, suite))
+        measured = [each for each in self._candidates.values() if each.name in self.scores]
+        directions = [objective.better for objective in suite.objectives.values()]
+        return failure([self.outcome(each) for each in measured], directions)
 
 
-def _reason(error: BaseException) -> str | None:
-    """Return why a candidate failed; None where an error says nothing of it.
-
-    Such are a stop, a full disk, and what the user has to mend.
-    """
-    if isinstance(error, (TrialError, torch.OutOfMemoryError)):
-        return str(error)
-    if isinstance(error, (MergetuneError, OSError)) or not isinstance(error, Exception):
-        return None
-    return f"{type(error).__name__}: {error}"  # a task's own code may raise anything
+def _has_lost_gpu() -> bool:
+    """Say whether this process's CUDA context is broken, as an assert on the device leaves it for good."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _versions(kind: EngineKind) -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from optuna.distributions import FloatDistribution
+from scipy.stats import qmc
 
 from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
 from optimizer.search_space import SearchSpace, nearest_in
@@ -42,20 +44,58 @@ class FrontSpace:
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
         """Return the recipe at a point of the space; see `SearchSpace.recipe`."""
+        return self._fine.recipe(self._fine_point(params))
+
+    def corner(self, number: int) -> dict[str, float]:
+        """Return where a point of the descent lies: 0 is the origin."""
+        towards = {f"toward.{i}": float(i == number) for i in range(1, len(self._others) + 1)}
+        return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0)}
+
+    def design(self, n_points: int, seed: int) -> list[dict[str, float]]:
+        """Return points that fill the space near the corners evenly: mixtures of them, moderately multiplied.
+
+        A mixture's shares sum to 1, and the multipliers stay in the middle half of their ranges: a scrambled
+        Sobol sequence (Owen 1998), whose first coordinates, sorted, cut [0, 1] into the shares.
+        """
+        n_others, (low, high) = len(self._others), _TIMES
+        sobol = qmc.Sobol(len(self.distributions), seed=seed)
+        found = []
+        for row in sobol.random_base2(max(n_points - 1, 0).bit_length())[:n_points]:
+            shares = np.diff(np.sort(row[:n_others]), prepend=0.0)
+            factors = 1 + (high - low) / 2 * (row[n_others:] - 0.5)
+            found.append(dict(zip(self.distributions, [*shares.tolist(), *factors.tolist()], strict=True)))
+        return found
+
+    def place(self, fine_point: Mapping[str, float]) -> dict[str, float] | None:
+        """Return where a point of the fine space lies in this one, exactly: at a corner, multiplied.
+
+        None where it lies at none. Nothing between the corners is looked at.
+        """
+        for number in range(1 + len(self._others)):
+            corner = self.corner(number)
+            params = corner | self._factors(self._fine_point(corner), fine_point)
+            ranges = self.distributions.items()
+            is_inside = all(each.low <= params[key] <= each.high for key, each in ranges)
+            if is_inside and self._fine_point(params) == fine_point:
+                return params
+        return None
+
+    def _fine_point(self, params: Mapping[str, float]) -> dict[str, float]:
         found = dict(self._origin)
         for i, other in enumerate(self._others, start=1):
             for key, value in other.items():
                 found[key] += params[f"toward.{i}"] * (value - self._origin[key])
         for key, multiplier in self._multipliers.items():
             found[key] *= params[multiplier]
-        return self._fine.recipe(
-            {key: nearest_in(self._fine.distributions[key], value) for key, value in found.items()}
-        )
+        return {key: nearest_in(self._fine.distributions[key], value) for key, value in found.items()}
 
-    def corner(self, number: int) -> dict[str, float]:
-        """Return where a point of the descent lies: 0 is the origin."""
-        towards = {f"toward.{i}": float(i == number) for i in range(1, len(self._others) + 1)}
-        return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0)}
+    def _factors(self, begin: Mapping[str, float], end: Mapping[str, float]) -> dict[str, float]:
+        """Return what each multiplier would have to be to lead from one point to another."""
+        factors: dict[str, float] = {}
+        for key in sorted(self._multipliers, key=lambda key: -abs(begin[key])):  # the most exact ones first
+            if begin[key] != 0:
+                factors.setdefault(self._multipliers[key], end[key] / begin[key])
+        return factors
 
 
 def _multipliers(

@@ -49,11 +49,9 @@ def candidate_line(name: str, scores: Mapping[str, Score] | None, seconds: float
     return f"{name:<16} {shown}  {seconds:.1f} s"
 
 
-def study_line(
-    number: int, total: int, seconds_per_trial: float | None, n_front: int, hypervolume: float
-) -> str:
+def study_line(number: int, total: int, seconds_per_trial: float | None, n_front: int) -> str:
     """Return the line of where the search stands, before trial `number` of `total`."""
     left = (
         "…" if seconds_per_trial is None else f"{seconds_per_trial * (total - number + 1) / 60:.0f} min left"
     )
-    return f"trial {number} of {total} · front {n_front} · hypervolume {hypervolume:.4f} · {left}"
+    return f"trial {number} of {total} · front {n_front} · {left}"

@@ -8,11 +8,12 @@ model.json        the base's layers and tensors, those each expert changes, and 
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
-attempts.json     how often each candidate was begun
+attempts/         WHAT.json: how often something was begun that has not come to its end
 replies/          what each candidate replied, by the digest of its recipe and of the request
 warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
+seconds.json      what the second measurement of the base and those slopes took
 holdout.json      when the holdout split was used, and for which finalists
 lock              held by the process that is at work here
 run.log           what happened, with times
@@ -29,7 +30,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,7 +40,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from filelock import FileLock, Timeout
 from pyarrow import parquet
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from optimizer.config import StudyConfig
 from optimizer.engines.engine import EngineKind
@@ -65,6 +66,9 @@ _FREE = {
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
 
 CandidateKind = Literal["baseline", "trial"]
+SpaceKind = Literal["search_space", "front"]  # the study's own, or the one around the points of a warm start
+
+MOST_ATTEMPTS = 2  # at one thing, over all sittings
 
 
 class StudyRecord(StudyConfig):
@@ -108,8 +112,8 @@ class Cost(Strict):
 class Candidate(Strict):
     """One model of the study.
 
-    `number` counts the candidates in the order measured; `params` is the point in the search space,
-    None if the recipe lies outside. `faults` says how the engine broke before it could be measured.
+    `number` counts the candidates in the order measured; `params` is its point in the space that `space`
+    names, None if the recipe lies outside. `faults` says how the engine broke before it could be measured.
     """
 
     name: str
@@ -117,11 +121,41 @@ class Candidate(Strict):
     kind: CandidateKind
     recipe: MergeRecipe
     params: dict[str, float] | None = None
+    space: SpaceKind = "search_space"
     state: Literal["complete", "failed"] = "complete"
     reason: str | None = None
     faults: tuple[str, ...] = ()
     cost: Cost = Field(default_factory=Cost)
     holdout_cost: Cost = Field(default_factory=Cost)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_of_earlier_versions(cls, data: object) -> object:
+        """Tell by the coefficients' names which space a point is of, where a file does not say it."""
+        if not isinstance(data, dict) or "space" in data:
+            return data
+        is_front = any(name.startswith(("toward.", "times.")) for name in data.get("params") or ())
+        return {**data, "space": "front"} if is_front else data
+
+
+class Attempts(Strict):
+    """How often something was begun that has not come to its end.
+
+    `of` is the digest of the recipe, where it is about one; `faults` says how attempts ended, as far as
+    anything could still be said of them.
+    """
+
+    of: str = ""
+    begun: int = 0
+    faults: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Say how the attempts ended."""
+        n_silent = self.begun - len(self.faults)
+        times = {1: "once", 2: "twice"}.get(n_silent, f"{n_silent} times")
+        silent = f"{times} the process ended in the middle of it (killed, perhaps for want of memory)"
+        return f"begun {self.begun} times: {'; '.join((*self.faults, *([silent] if n_silent else [])))}"
 
 
 class WarmStart(Strict):
@@ -204,22 +238,6 @@ class RunDir:
             self.write_measurement(candidate.name, "search", measurement)
         write_text(self._file(candidate.name, "json"), candidate.model_dump_json(by_alias=True, indent=1))
 
-    def begin_attempt(self, name: str) -> int:
-        """Count an attempt at a candidate before it begins, and return which one it is.
-
-        So a candidate that ends the process is not tried for ever.
-        """
-        attempts = self.read_json("attempts.json") or {}
-        attempts[name] = attempts.get(name, 0) + 1
-        self.write_json("attempts.json", attempts)
-        return int(attempts[name])
-
-    def end_attempts(self, name: str) -> None:
-        """Forget the attempts at a candidate."""
-        attempts = self.read_json("attempts.json") or {}
-        attempts.pop(name, None)
-        self.write_json("attempts.json", attempts)
-
     def candidates(self) -> list[Candidate]:
         """Return the candidates in the order measured."""
         found = map(_read_candidate, (self.path / "candidates").glob("*.json"))
@@ -242,6 +260,10 @@ class RunDir:
         left_out = () if responses else ("response",)
         return _read_table(self._file(name, f"{split}.parquet"), left_out)
 
+    def holds_measurement(self, name: str, split: Split) -> bool:
+        """Say whether a candidate was measured on one split."""
+        return self._file(name, f"{split}.parquet").is_file()
+
     def scores(self, name: str, split: Split) -> dict[str, Score] | None:
         """Return the scores of a candidate on one split, None where it was not measured."""
         items = self.measurement(name, split, responses=False)
@@ -262,15 +284,55 @@ class RunDir:
             found = self.read_json("warm_start.json")
             return None if found is None else WarmStart.model_validate(found)
 
-    def spent_s(self) -> float:
-        """Return the seconds that went into measuring candidates, failed ones too, and following slopes.
+    def attempts(self, what: str, of: str = "") -> Attempts:
+        """Return the attempts at something that were begun and came to no end.
 
-        Only what is on disk counts, so that a study that goes on ends where it would have ended.
+        Args:
+            what: names it, and a file.
+            of: the digest of its recipe; attempts at another one do not count.
+        """
+        file = self._attempts_file(what)
+        with readable(file):
+            text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+            found = Attempts.model_validate_json(text)
+        return found if found.of == of else Attempts(of=of)
+
+    def begin_attempt(self, what: str, of: str = "") -> None:
+        """Count an attempt; that is on disk before this returns, whatever becomes of this process then."""
+        known = self.attempts(what, of)
+        self._write_attempts(what, known.model_copy(update={"begun": known.begun + 1}))
+
+    def add_fault(self, what: str, of: str, fault: str) -> None:
+        """Keep how the attempt begun last ended; it still counts."""
+        known = self.attempts(what, of)
+        self._write_attempts(what, known.model_copy(update={"faults": (*known.faults, fault)}))
+
+    def take_back_attempt(self, what: str, of: str = "") -> None:
+        """Count the attempt begun last no more."""
+        known = self.attempts(what, of)
+        if known.begun > 1:
+            self._write_attempts(what, known.model_copy(update={"begun": known.begun - 1}))
+        else:
+            self.forget_attempts(what)
+
+    def forget_attempts(self, what: str) -> None:
+        """Count no attempt any more: it came to its end, or is to be tried anew."""
+        self._attempts_file(what).unlink(missing_ok=True)
+
+    def add_seconds(self, what: str, seconds: float) -> None:
+        """Add to the seconds of something that is measured beside the candidates."""
+        known = self._seconds()
+        self.write_json("seconds.json", {**known, what: known.get(what, 0.0) + seconds})
+
+    def spent_s(self) -> float:
+        """Return the seconds that went into measuring and following slopes, before the search and after it.
+
+        Failed candidates, the base's second measurement and the final slopes are among them; the holdout is
+        not. Only what is on disk counts, so that a study that goes on ends where it would have ended.
         """
         start = self.warm_start()
-        return sum(candidate.cost.total_s for candidate in self.candidates()) + (
-            start.seconds if start else 0
-        )
+        measured = sum(candidate.cost.total_s for candidate in self.candidates())
+        return measured + (start.seconds if start else 0.0) + sum(self._seconds().values())
 
     def write_noise(self, measurement: Measurement) -> None:
         """Keep the second measurement of the base on the search split."""
@@ -341,6 +403,28 @@ class RunDir:
         """Where the base with the tokens that experts added stands."""
         return self.path.resolve() / "base"
 
+    def _seconds(self) -> dict[str, float]:
+        return self.read_json("seconds.json") or {}
+
+    def _attempts_file(self, what: str) -> Path:
+        return self.path / "attempts" / f"{what}.json"
+
+    def _write_attempts(self, what: str, attempts: Attempts) -> None:
+        """Write them down so that they outlast the machine."""
+        file = self._attempts_file(what)
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(attempts.model_dump_json())
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
     @property
     def _record_file(self) -> Path:
         return self.path / "record.json"
@@ -365,6 +449,13 @@ class RunDir:
                 f"{self.path}: holds another study; only `{'`, `'.join(sorted(_FREE))}` may change when it "
                 "goes on.\n" + "\n".join(changed) + "\nGive a new run directory, or take the changes back."
             )
+
+
+def searched(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates that are points of the space which the search went on in: never of two spaces."""
+    inside = [candidate for candidate in candidates if candidate.params is not None]
+    around = [candidate for candidate in inside if candidate.space == "front"]
+    return around or inside
 
 
 @contextmanager

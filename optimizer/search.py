@@ -3,25 +3,85 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.config import SamplerConfig
 from optimizer.errors import MergetuneError
-from optimizer.run_dir import Candidate
 from optimizer.suite import Direction
 from optimizer.yaml_io import nearest
+
+_NAME = "mergetune"  # of the Optuna study in its file
 
 # User attributes of a trial: the name of its candidate, and why there is none where its point has no recipe.
 CANDIDATE, REFUSED = "candidate", "refused"
 
+# The constraint that a point which cannot be measured breaks, and every other keeps. Samplers learn from it
+# where they ignore a failed trial, which leaves such a region as promising as before; Optuna's GP wants the
+# same constraints of all trials.
+FAILED = "could not be measured"
+
 # A GP learns a smooth landscape from few trials; beyond this many dimensions it no longer does
 # (Optuna's documentation gives its budget as 10 to 100 trials).
 _GP_MAX_DIMENSIONS = 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What Optuna is told of a point: the objectives' values in their order, and each constraint's excess.
+
+    A constraint is kept at 0 and below.
+    """
+
+    values: tuple[float, ...]
+    constraints: Mapping[str, float]
+
+    @property
+    def has_failed(self) -> bool:
+        """Say whether the point could not be measured."""
+        return self.constraints[FAILED] > 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """A candidate that is a point of the searched space, and what became of it."""
+
+    name: str
+    params: Mapping[str, float]
+    outcome: Outcome
+
+
+def success(values: Sequence[float], guards: Mapping[str, float]) -> Outcome:
+    """Return the outcome of a point that was measured.
+
+    Args:
+        values: of the objectives, in their order.
+        guards: by how much each guard is broken.
+    """
+    return Outcome(tuple(values), {**guards, FAILED: -1.0})
+
+
+def failure(known: Sequence[Outcome], directions: Sequence[Direction]) -> Outcome:
+    """Return the outcome of a point that could not be measured: infeasible, and else like the worst known.
+
+    Values far beyond those known would spoil what a sampler learns of all others.
+
+    Args:
+        known: the outcomes of what was measured; at least one.
+        directions: of the objectives, in their order.
+    """
+    columns = zip(*(each.values for each in known), strict=True)
+    worst = {"maximize": min, "minimize": max}
+    values = tuple(worst[direction](column) for direction, column in zip(directions, columns, strict=True))
+    constraints = {name: max(each.constraints[name] for each in known) for name in known[0].constraints}
+    return Outcome(values, {**constraints, FAILED: 1.0})
 
 
 def check_sampler(config: SamplerConfig) -> None:
@@ -52,6 +112,12 @@ def make_sampler(config: SamplerConfig, n_dimensions: int, seed: int) -> optuna.
         raise MergetuneError(f"`sampler`: {found.__name__} refuses its options: {error}") from error
 
 
+def n_startup(config: SamplerConfig, n_dimensions: int) -> int:
+    """Return how many points the sampler wants to know before it proposes others than random ones."""
+    parameter = inspect.signature(_sampler_class(config, n_dimensions)).parameters.get("n_startup_trials")
+    return int(config.options.get("n_startup_trials", parameter.default)) if parameter else 0
+
+
 def try_sampler(
     config: SamplerConfig, directions: Sequence[Direction], distributions: Mapping[str, BaseDistribution]
 ) -> None:
@@ -66,9 +132,7 @@ def try_sampler(
     for end in ("low", "high"):
         params = {name: getattr(each, end) for name, each in distributions.items()}
         search.add_trial(
-            optuna.trial.create_trial(
-                values=[0.0] * len(directions), params=params, distributions=dict(distributions)
-            )
+            _trial(Known("", params, success([0.0] * len(directions), {})), distributions, {}, {})
         )
     try:
         search.ask(dict(distributions))
@@ -80,23 +144,25 @@ def try_sampler(
 
 
 def open_search(
-    storage: Path, directions: Sequence[Direction], sampler: optuna.samplers.BaseSampler
+    storage: Path, directions: Sequence[Direction | StudyDirection], sampler: optuna.samplers.BaseSampler
 ) -> optuna.Study:
     """Open the Optuna study in an SQLite file, new or going on."""
     _quiet()
     return optuna.create_study(
-        storage=f"sqlite:///{storage}",
-        study_name="mergetune",
+        storage=_url(storage),
+        study_name=_NAME,
         directions=list(directions),
         sampler=sampler,
         load_if_exists=True,
     )
 
 
-def tell(search: optuna.Study, trial: optuna.Trial | int, values: Sequence[float] | None) -> bool:
-    """Tell a trial's values, None where it failed; returns False where that was the last of a grid."""
+def tell(search: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> bool:
+    """Tell what became of a trial; returns False where that was the last of a grid."""
+    for name, excess in outcome.constraints.items():
+        trial.set_constraint(name, excess)
     try:
-        search.tell(trial, values, TrialState.FAIL if values is None else None)
+        search.tell(trial, list(outcome.values))
     except RuntimeError as error:  # so a sampler that has proposed every point ends a loop of Optuna's own
         if "Study.stop" not in str(error):
             raise
@@ -111,40 +177,88 @@ def refused(search: optuna.Study) -> set[str]:
 
 def catch_up(
     search: optuna.Study,
-    candidates: Sequence[Candidate],
+    storage: Path,
+    known: Sequence[Known],
     distributions: Mapping[str, BaseDistribution],
-    outcome: Callable[[Candidate], tuple[list[float], Mapping[str, float]]],
-) -> None:
-    """Tell Optuna what is on disk and it does not know, and take back what was cut off.
+    failure: Outcome,
+) -> optuna.Study:
+    """Make Optuna know what is on disk, and nothing else; returns the study to go on with.
 
-    A trial that was asked for and never measured is enqueued again; a candidate measured but never
-    told (the process died in between, or it is a baseline) is added.
+    Candidates that it was never told (the process died in between, or they are baselines) are added. Where it
+    holds something else than the disk does (another version told it otherwise), all is told anew. A trial
+    that was asked for and never measured is enqueued again.
 
     Args:
         search: the Optuna study.
-        candidates: those on disk.
-        distributions: of the search space.
-        outcome: gives a complete candidate's objective values and constraints.
+        storage: its file.
+        known: what is on disk.
+        distributions: of the space to search.
+        failure: what to tell of points that have no recipe.
     """
-    on_disk = {candidate.name for candidate in candidates}
+    before = search.get_trials()
+    no_recipe = [trial for trial in before if REFUSED in trial.user_attrs]
+    wanted = {each.name: each for each in known}
+    wanted |= {
+        name: Known(name, trial.params, failure)
+        for trial in no_recipe
+        if (name := trial.user_attrs[CANDIDATE])
+    }
+    told = {
+        str(trial.user_attrs.get(CANDIDATE)): trial for trial in before if trial.state == TrialState.COMPLETE
+    }
+    if not all(_agrees(trial, wanted.get(name), distributions) for name, trial in told.items()):
+        directions, sampler, told = search.directions, search.sampler, {}
+        optuna.delete_study(study_name=_NAME, storage=_url(storage))
+        search = open_search(storage, directions, sampler)
+    states = {trial.user_attrs.get(CANDIDATE): _sampler_state(trial) for trial in before}
+    why = {trial.user_attrs[CANDIDATE]: trial.user_attrs[REFUSED] for trial in no_recipe}
+    for name, each in wanted.items():
+        if name not in told:
+            attributes = {CANDIDATE: name} | ({REFUSED: why[name]} if name in why else {})
+            search.add_trial(_trial(each, distributions, attributes, states.get(name, {})))
     for trial in search.get_trials(states=[TrialState.RUNNING]):
-        tell(search, trial.number, None)
-        if trial.user_attrs.get(CANDIDATE) not in on_disk and trial.params:
+        search.tell(trial.number, state=TrialState.FAIL)
+    for trial in before:
+        is_cut_off = trial.state == TrialState.RUNNING and trial.user_attrs.get(CANDIDATE) not in wanted
+        if is_cut_off and trial.params:
             search.enqueue_trial(trial.params)
-    told = {trial.user_attrs.get(CANDIDATE) for trial in search.get_trials(states=[TrialState.COMPLETE])}
-    for candidate in candidates:
-        if candidate.params is None or candidate.state != "complete" or candidate.name in told:
-            continue
-        values, constraints = outcome(candidate)
-        search.add_trial(
-            optuna.trial.create_trial(
-                values=values,
-                params=candidate.params,
-                distributions=dict(distributions),
-                constraints=dict(constraints),
-                user_attrs={CANDIDATE: candidate.name},
-            )
-        )
+    return search
+
+
+def _agrees(trial: FrozenTrial, known: Known | None, distributions: Mapping[str, BaseDistribution]) -> bool:
+    """Say whether Optuna holds what is known; the values of a failed point are those of when it was told."""
+    if known is None or trial.distributions.keys() != distributions.keys() or trial.params != known.params:
+        return False
+    ours, theirs = known.outcome, trial.constraints
+    if theirs.keys() != ours.constraints.keys() or theirs[FAILED] != ours.constraints[FAILED]:
+        return False
+    is_same = trial.values == list(ours.values) and theirs == ours.constraints
+    return ours.has_failed or is_same
+
+
+def _trial(
+    known: Known,
+    distributions: Mapping[str, BaseDistribution],
+    attributes: Mapping[str, str],
+    state: Mapping[str, Any],
+) -> FrozenTrial:
+    return optuna.trial.create_trial(
+        values=list(known.outcome.values),
+        params=dict(known.params),
+        distributions=dict(distributions),
+        constraints=dict(known.outcome.constraints),
+        user_attrs=dict(attributes),
+        system_attrs=dict(state),
+    )
+
+
+def _sampler_state(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what a sampler wrote down of a trial, such as the generation that it is of."""
+    return {name: value for name, value in trial.system_attrs.items() if not name.startswith("constraints")}
+
+
+def _url(storage: Path) -> str:
+    return f"sqlite:///{storage}"
 
 
 def _quiet() -> None:

@@ -29,7 +29,7 @@ from scipy import linalg, optimize
 
 from optimizer.evaluate import Score
 from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
-from optimizer.run_dir import Candidate
+from optimizer.run_dir import Candidate, searched
 
 MIN_POINTS = 8
 _N_STARTS = 4
@@ -111,7 +111,7 @@ def search_points(candidates: Sequence[Candidate]) -> pd.DataFrame:
 
     Coefficients that are the same for all say nothing and are left out.
     """
-    inside = {candidate.name: candidate.params for candidate in candidates if candidate.params is not None}
+    inside = {candidate.name: candidate.params for candidate in searched(candidates)}
     points = pd.DataFrame.from_dict(inside, orient="index").dropna(axis="columns")
     points = points.loc[:, points.nunique() > 1]
     return (points - points.min()) / (points.max() - points.min())

@@ -230,15 +230,15 @@ def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Spli
     if "holdout" in splits:
         candidate = bench.run.candidate(name)
         if candidate is None:
-            number = len(bench.run.candidates())
-            candidate = Candidate(name=name, number=number, kind="baseline", recipe=recipe)
-            bench.run.write_candidate(candidate, None)
-        bench.confirm(candidate)
-    frames = {split: bench.run.measurement(name, split) for split in splits}
-    found = [items for items in frames.values() if items is not None]
-    if len(found) < len(frames):
-        raise MergetuneError(f"`{name}` cannot be measured; {bench.run.path / 'run.log'} says why.")
-    return pd.concat(found, ignore_index=True)
+            candidate = Candidate(name=name, number=len(bench.candidates), kind="baseline", recipe=recipe)
+        if reason := bench.confirm(candidate):
+            bench.run.forget_attempts(f"holdout.{name}")
+            raise MergetuneError(
+                f"`{name}` cannot be measured: {reason}\n{bench.run.path / 'run.log'} has more. Mend what is "
+                "wrong and run the same command again; what was measured is kept."
+            )
+    frames = [bench.run.measurement(name, split) for split in splits]
+    return pd.concat([frame for frame in frames if frame is not None], ignore_index=True)
 
 
 def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:

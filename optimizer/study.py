@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import optuna
 from optuna.trial import Trial
 from rich.console import Console
 
-from optimizer import pareto, selection
+from optimizer import selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench, write_facts
 from optimizer.descent import most_points
@@ -35,8 +36,10 @@ from optimizer.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from optimizer.search import (
     CANDIDATE,
     REFUSED,
+    Known,
     catch_up,
     make_sampler,
+    n_startup,
     open_search,
     refused,
     tell,
@@ -47,7 +50,7 @@ from optimizer.search_space_config import SearchSpaceConfig, finer
 from optimizer.selection import Recommendation
 from optimizer.soup import measure_greedy_soup
 from optimizer.suite import Direction
-from optimizer.warm_start import check_warm_start, start_search
+from optimizer.warm_start import Searched, check_warm_start, start_search
 
 _TRIAL = "trial-"  # begins the names of what the sampler proposed
 
@@ -89,7 +92,8 @@ def run_study(
         write_facts(run, inputs, evaluator, leaks)
         for warning in (*inputs.warnings, *leaks):
             progress.say(f"warning: {warning}")
-        with closing(Bench(plan.config.engine, inputs, evaluator, run, progress)) as bench:
+        bench = Bench(plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested)
+        with closing(bench):
             try:
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
@@ -155,16 +159,20 @@ def _directions(plan: Plan) -> list[Direction]:
     return [objective.better for objective in plan.suite.config.objectives.values()]
 
 
-def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupts: Interrupts) -> None:
+def _search(plan: Plan, searched: Searched, bench: Bench, interrupts: Interrupts) -> None:
     """Ask, merge, evaluate, tell, until the budget is spent."""
-    run, known, n_allowed = bench.run, bench.run.candidates(), plan.config.budget.trials
-    sampler = make_sampler(plan.config.sampler, len(space.distributions), plan.config.seed + len(known))
-    search = open_search(run.path / "study.db", _directions(plan), sampler)
-    n_trials, spent_s = _last_number(known, refused(search)), run.spent_s()
+    run, space, n_allowed = bench.run, searched.space, plan.config.budget.trials
+    known = _known(searched, bench)
+    seed = plan.config.seed + len(bench.candidates)
+    sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
+    storage = run.path / "study.db"
+    search = open_search(storage, _directions(plan), sampler)
+    n_trials, spent_s = _last_number(bench.candidates, refused(search)), run.spent_s()
     last = n_allowed if space.distributions else min(n_allowed, 1)  # with nothing to search one says it all
     due = range(n_trials + 1, last + 1)
     if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
-        catch_up(search, known, space.distributions, bench.outcome)
+        search = catch_up(search, storage, known, space.distributions, bench.outcome(None))
+        _enqueue_design(search, plan, space, known)
     started, seconds_per_trial = time.monotonic(), None
     for number in due:
         interrupts.check()
@@ -173,31 +181,49 @@ def _search(plan: Plan, space: SearchSpace | FrontSpace, bench: Bench, interrupt
         if spent_s >= _hours_s(plan):
             bench.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
             break
-        bench.progress.at_work(_standing(bench, number, last, seconds_per_trial))
+        n_front = len(selection.front(bench.scores, bench.evaluator.suite.config))
+        bench.progress.at_work(study_line(number, last, seconds_per_trial, n_front))
         trial = search.ask(dict(space.distributions))
-        candidate = _measure(bench, space, trial, f"{_TRIAL}{number:04d}")
-        values = None
+        candidate = _measure(bench, searched, trial, f"{_TRIAL}{number:04d}")
         if candidate is not None:
             spent_s += candidate.cost.total_s
-        if candidate is not None and candidate.state == "complete":
-            values, constraints = bench.outcome(candidate)
-            for guard, excess in constraints.items():
-                trial.set_constraint(guard, excess)
-        if not tell(search, trial, values):
+        if not tell(search, trial, bench.outcome(candidate)):
             bench.progress.say("The sampler has proposed every point that there is.")
             break
 
 
-def _measure(bench: Bench, space: SearchSpace | FrontSpace, trial: Trial, name: str) -> Candidate | None:
+def _enqueue_design(
+    search: optuna.Study, plan: Plan, space: SearchSpace | FrontSpace, known: Sequence[Known]
+) -> None:
+    """Where the search goes on around the points of a warm start, begin near them and not at random."""
+    if isinstance(space, SearchSpace):
+        return
+    n_given = sum(not each.name.startswith(_TRIAL) for each in known)
+    n_missing = n_startup(plan.config.sampler, len(space.distributions)) - n_given
+    for params in space.design(max(n_missing, 0), plan.config.seed):
+        search.enqueue_trial(params, skip_if_exists=True)  # a study that goes on has some of them
+
+
+def _known(searched: Searched, bench: Bench) -> list[Known]:
+    """Return the candidates that are points of the searched space, with what became of them."""
+    points = {candidate.name: searched.point(candidate) for candidate in bench.candidates}
+    return [
+        Known(candidate.name, point, bench.outcome(candidate))
+        for candidate in bench.candidates
+        if (point := points[candidate.name]) is not None
+    ]
+
+
+def _measure(bench: Bench, searched: Searched, trial: Trial, name: str) -> Candidate | None:
     """Measure a trial's point; None where it has no recipe, such as where shares sum to 0."""
     trial.set_user_attr(CANDIDATE, name)
     try:
-        recipe = space.recipe(trial.params)
+        recipe = searched.space.recipe(trial.params)
     except TrialError as error:
         bench.progress.say(f"{name} failed: {error}")
         trial.set_user_attr(REFUSED, str(error))
         return None
-    return bench.measure("trial", name, recipe, trial.params)
+    return bench.measure("trial", name, recipe, trial.params, searched.kind)
 
 
 def _last_number(known: Sequence[Candidate], refused: Collection[str]) -> int:
@@ -230,7 +256,7 @@ def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Collection[str 
         bench.run.add_holdout_use(use)
     compared = [name for name in bench.scores if name == selection.BASE or selection.is_expert(name)]
     names = {*compared, *averages, *finalists}
-    for candidate in bench.run.candidates():
+    for candidate in bench.candidates:
         if candidate.name in names and candidate.state == "complete":
             bench.confirm(candidate)
 
@@ -242,6 +268,8 @@ def _take_slopes(bench: Bench, chosen: Recommendation) -> None:
     try:
         bench.measure_sensitivity(candidate.recipe)
     except Exception as error:  # whatever it is, the report and the merged model are still to come
+        if bench.ends_study(error):
+            raise
         log.exception("no sensitivity")
         bench.progress.say(f"no sensitivity: {error}")
 
@@ -255,12 +283,3 @@ def _write_best(bench: Bench, chosen: Recommendation | None) -> None:
     results = bench.run.scores(chosen.name, "holdout") or bench.scores[chosen.name]
     write_merged(bench.run.path / "best", candidate.recipe, bench.inputs, results)
     bench.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")
-
-
-def _standing(bench: Bench, number: int, total: int, seconds_per_trial: float | None) -> str:
-    suite = bench.evaluator.suite.config
-    on_front = selection.front(bench.scores, suite)
-    points = selection.objective_points({name: bench.scores[name] for name in on_front}, suite)
-    floor = selection.objective_points({"": bench.scores[selection.BASE]}, suite)[0]
-    volume = pareto.hypervolume(points, floor)
-    return study_line(number, total, seconds_per_trial, len(on_front), volume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from optimizer import selection
 from optimizer.baselines import baselines, uniform_name
@@ -13,8 +14,10 @@ from optimizer.config import WarmStartConfig
 from optimizer.descent import Ground, Known, Params, descend
 from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
-from optimizer.run_dir import WarmStart
+from optimizer.run_dir import Candidate, SpaceKind, WarmStart
 from optimizer.search_space import SearchSpace, nearest_in
+
+_WARM_START = "warm_start"  # names attempts
 
 log = logging.getLogger("mergetune")
 
@@ -25,12 +28,31 @@ def check_warm_start(config: WarmStartConfig, fine: SearchSpace) -> None:
         raise MergetuneError(f"`warm_start: gradient` cannot be done: {_no_slopes(fine)}")
 
 
+@dataclass(frozen=True)
+class Searched:
+    """The space that a study searches, and where candidates lie in it that are points of another.
+
+    Attributes:
+        space: the study's own, or the one around the points of the warm start.
+        kind: which of the two.
+        places: points of the space, by the name of a candidate whose own is of another space.
+    """
+
+    space: SearchSpace | FrontSpace
+    kind: SpaceKind
+    places: Mapping[str, Params] = field(default_factory=dict)
+
+    def point(self, candidate: Candidate) -> Params | None:
+        """Return where a candidate lies in the space; None where it does not."""
+        return candidate.params if candidate.space == self.kind else self.places.get(candidate.name)
+
+
 def start_search(
     bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace, n_trials: int
-) -> SearchSpace | FrontSpace:
+) -> Searched:
     """Follow the slopes and measure where they lead, unless that was done; returns the space to search.
 
-    With a finer grain that is the space around the points found. The baselines are then no points of it.
+    With a finer grain that is the space around the points found.
 
     Args:
         bench: where the baselines were measured.
@@ -42,29 +64,30 @@ def start_search(
     Raises:
         MergetuneError: it was asked for and cannot be done.
     """
+    own = Searched(space, "search_space")
     found = bench.run.warm_start()
     if found is None and n_trials == 0:
-        return space
+        return own
     if found is None:
         found = _follow_slopes(bench, config, fine)
         bench.run.write_warm_start(found)
     if not found.points:
-        return space
+        return own
     if config.grain == "search_space":
-        _measure(bench, space, found.points[:n_trials])
-        return space
+        _measure(bench, own, found.points[:n_trials])
+        return own
     around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
-    # The sampler is told every candidate with params, and the baselines' are of another space.
-    for candidate in bench.run.candidates():
-        if candidate.kind == "baseline" and candidate.params is not None:
-            bench.run.write_candidate(candidate.model_copy(update={"params": None}), None)
-    _measure(bench, around, [around.corner(number) for number in range(len(found.points))][:n_trials])
-    return around
+    places = {name: around.place(params) for name, params in _points(bench, fine).items()}
+    inside = {name: place for name, place in places.items() if place is not None}
+    searched = Searched(around, "front", inside)
+    _measure(bench, searched, [around.corner(number) for number in range(len(found.points))][:n_trials])
+    return searched
 
 
-def _measure(bench: Bench, space: SearchSpace | FrontSpace, points: Sequence[Params]) -> None:
+def _measure(bench: Bench, searched: Searched, points: Sequence[Params]) -> None:
     for number, params in enumerate(points, start=1):
-        bench.measure("trial", f"{selection.GRADIENT}{number}", space.recipe(params), params)
+        recipe = searched.space.recipe(params)
+        bench.measure("trial", f"{selection.GRADIENT}{number}", recipe, params, searched.kind)
 
 
 def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
@@ -76,10 +99,17 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
         return WarmStart(reason=_no_slopes(space))
     began = time.perf_counter()
     try:
-        found = _descend(bench, space)
+        with bench.attempt(_WARM_START):
+            found = _descend(bench, space)
     except Exception as error:  # transformers and torch have many ways to say that they cannot
+        if bench.ends_study(error):
+            raise
         if config.kind == "gradient":
-            raise MergetuneError(f"`warm_start: gradient` cannot be done: {error}") from error
+            bench.run.forget_attempts(_WARM_START)
+            raise MergetuneError(
+                f"`warm_start: gradient` cannot be done: {error}\nMend what is wrong and run the same "
+                "command again, or take `warm_start: auto`, which goes on without, in a new run directory."
+            ) from error
         log.exception("no warm start")
         found = WarmStart(reason=str(error))
     found = found.model_copy(update={"seconds": time.perf_counter() - began})
@@ -103,7 +133,7 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     names |= {uniform_name(len(bench.inputs.experts)), start_name}
     known = {
         candidate.name: Known(candidate.recipe, bench.scores[candidate.name])
-        for candidate in bench.run.candidates()
+        for candidate in bench.candidates
         if candidate.name in names
     }
     with bench.transformers() as engine:

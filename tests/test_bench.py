@@ -109,12 +109,12 @@ def test_what_a_tasks_own_code_raises_fails_the_trial_alone(
 def test_a_candidate_that_ends_the_process_is_tried_twice(half: Inputs, tmp_path: Path) -> None:
     with benched(half, tmp_path, io.StringIO()) as bench:
         for _ in range(2):  # killed in the middle: the attempt was begun and never ended
-            bench.run.begin_attempt("trial-0001")
-        bench.run.begin_attempt("trial-0002")
+            bench.run.begin_attempt("search.trial-0001", at(half, 0.5).digest)
+        bench.run.begin_attempt("search.trial-0002", at(half, 1.0).digest)
         poison = bench.measure("trial", "trial-0001", at(half, 0.5), None)
         other = bench.measure("trial", "trial-0002", at(half, 1.0), None)
     assert poison.state == "failed"
-    assert "2 attempts were cut off" in str(poison.reason)
+    assert "begun 2 times: twice the process ended in the middle of it" in str(poison.reason)
     assert other.state == "complete"
 
 
@@ -132,8 +132,9 @@ def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_a
                 bench.scores["base"] = rest | {"calm": Score(right / n_items, 0.05, n_items)}
                 for lost, met in ((n_items // 10, True), (n_items // 10 + 1, False)):
                     bench.scores["trial"] = rest | {"calm": Score((right - lost) / n_items, 0.05, n_items)}
-                    values, constraints = bench.outcome(tried)
-                    assert values == [0.5, 0.5]
+                    told = bench.outcome(tried)
+                    constraints = told.constraints
+                    assert told.values == (0.5, 0.5)
                     assert constraints["calm"] == pytest.approx(0 if met else 1 / n_items / 0.1)
                     assert (constraints["calm"] <= 0) == met
 

@@ -12,7 +12,7 @@ from synthetic_run import Plan, write_run
 from optimizer.config import Budget
 from optimizer.errors import MergetuneError
 from optimizer.reply_store import ReplyStore
-from optimizer.run_dir import RunDir, StudyRecord
+from optimizer.run_dir import Candidate, RunDir, StudyRecord
 
 
 @pytest.fixture
@@ -119,3 +119,33 @@ def test_a_broken_file_of_the_store_is_named_too(tmp_path: Path) -> None:
     (tmp_path / "model.parquet").write_text("no parquet")
     with pytest.raises(MergetuneError, match=r"model\.parquet: cannot be read .*Delete it"):
         store.read("model")
+
+
+def test_attempts_outlast_the_process_and_belong_to_one_recipe(run: RunDir) -> None:
+    run.begin_attempt("search.x", "one")
+    run.add_fault("search.x", "one", "the engine broke")
+    run.begin_attempt("search.x", "one")
+    found = RunDir(run.path).attempts("search.x", "one")
+    assert (found.begun, found.faults) == (2, ("the engine broke",))
+    assert "the engine broke; once the process ended in the middle of it" in found.reason
+    assert run.attempts("search.x", "another").begun == 0
+    run.take_back_attempt("search.x", "one")
+    assert run.attempts("search.x", "one").begun == 1
+    run.forget_attempts("search.x")
+    assert run.attempts("search.x", "one").begun == 0
+
+
+def test_the_second_base_and_the_final_slopes_count_as_spent(run: RunDir) -> None:
+    before = run.spent_s()
+    run.add_seconds("noise", 3.0)
+    run.add_seconds("sensitivity", 4.0)
+    run.add_seconds("sensitivity", 5.0)
+    assert RunDir(run.path).spent_s() == pytest.approx(before + 12.0)
+
+
+def test_a_point_of_an_earlier_version_is_read_as_one_of_its_space(run: RunDir) -> None:
+    own = run.candidates()[0].model_dump(mode="json", by_alias=True)
+    del own["space"]
+    around = {"toward.1": 0.5, "times.all.a": 1.0}
+    assert Candidate.model_validate(own).space == "search_space"
+    assert Candidate.model_validate({**own, "params": around}).space == "front"

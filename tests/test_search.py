@@ -12,37 +12,30 @@ from optuna.trial import TrialState
 
 from optimizer.config import SamplerConfig
 from optimizer.errors import MergetuneError
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import Candidate
-from optimizer.search import CANDIDATE, catch_up, make_sampler, open_search, tell, try_sampler
+from optimizer.search import (
+    CANDIDATE,
+    FAILED,
+    Known,
+    Outcome,
+    catch_up,
+    failure,
+    make_sampler,
+    open_search,
+    success,
+    tell,
+    try_sampler,
+)
 
 SPACE: dict[str, BaseDistribution] = {"lambda.all.a": FloatDistribution(0, 2)}
 
 
-def candidate(name: str, value: float, **fields: Any) -> Candidate:
-    recipe = MergeRecipe.model_validate(
-        {
-            "method": "task_arithmetic",
-            "base": {"path": "base"},
-            "experts": {"a": {"path": "a"}},
-            "groups": [{"name": "all", "lambda": {"a": value}}],
-        }
-    )
-    kind = "trial" if name.startswith("trial") else "baseline"
-    data = {
-        "name": name,
-        "number": 0,
-        "kind": kind,
-        "recipe": recipe,
-        "params": {"lambda.all.a": value},
-        **fields,
-    }
-    return Candidate.model_validate(data)
+def known(name: str, value: float, failed: bool = False) -> Known:
+    own = outcome(value)
+    return Known(name, {"lambda.all.a": value}, failure([own], ["maximize"] * 2) if failed else own)
 
 
-def outcome(found: Candidate) -> tuple[list[float], dict[str, float]]:
-    value = found.recipe.groups[0].per_expert("lambda")["a"]
-    return [value, -value], {"guard": value - 1.5}
+def outcome(value: float) -> Outcome:
+    return success([value, -value], {"guard": value - 1.5})
 
 
 def search(folder: Path) -> optuna.Study:
@@ -98,36 +91,42 @@ def test_samplers_that_can_are_not(kind: str) -> None:
         try_sampler(SamplerConfig(kind=kind), ["maximize"], space)
 
 
+def told_anew(study: optuna.Study, folder: Path, *points: Known) -> optuna.Study:
+    return catch_up(study, folder / "study.db", points, SPACE, failure([outcome(0.0)], ["maximize"] * 2))
+
+
 def test_a_grid_that_was_searched_ends_the_search(tmp_path: Path) -> None:
     space = {"lambda.all.a": FloatDistribution(0, 1, step=0.5)}
     sampler = SamplerConfig.model_validate({"kind": "BruteForceSampler"})
     try_sampler(sampler, ["maximize", "maximize"], space)
     study = open_search(tmp_path / "study.db", ["maximize"], make_sampler(sampler, 1, seed=0))
-    assert [tell(study, study.ask(dict(space)), values) for values in ([1.0], None, [0.5])] == [
-        *(True, True, False)
-    ]
-    assert [trial.state for trial in study.trials] == [
-        *(TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE)
-    ]
+    done = success([1.0], {})
+    outcomes = [done, failure([done], ["maximize"]), done]
+    assert [tell(study, study.ask(dict(space)), each) for each in outcomes] == [True, True, False]
 
 
-def test_measured_candidates_are_told_once(tmp_path: Path) -> None:
+def test_what_is_known_is_told_once(tmp_path: Path) -> None:
     study = search(tmp_path)
-    measured = [candidate("base", 0.0), candidate("trial-0001", 1.0), candidate("outside", 0.5, params=None)]
-    measured.append(candidate("trial-0002", 1.9, state="failed", reason="NaN"))
+    points = known("base", 0.0), known("trial-0001", 1.0), known("trial-0002", 1.9, failed=True)
     for _ in range(2):
-        catch_up(study, measured, SPACE, outcome)
-    assert [trial.user_attrs[CANDIDATE] for trial in study.trials] == ["base", "trial-0001"]
+        study = told_anew(study, tmp_path, *points)
+    assert [trial.user_attrs[CANDIDATE] for trial in study.trials] == ["base", "trial-0001", "trial-0002"]
     assert study.trials[1].values == [1.0, -1.0]
-    assert study.trials[1].constraints == {"guard": -0.5}
+    assert study.trials[1].constraints == {"guard": -0.5, FAILED: -1.0}
+    assert study.trials[2].constraints[FAILED] > 0
+
+
+def test_a_failure_looks_like_the_worst_that_is_known() -> None:
+    found = failure([outcome(0.5), outcome(1.0)], ["maximize", "minimize"])
+    assert found.values == (0.5, -0.5)
+    assert found.constraints == {"guard": -0.5, FAILED: 1.0}
 
 
 def test_a_trial_cut_off_before_it_was_measured_is_tried_again(tmp_path: Path) -> None:
     study = search(tmp_path)
     lost = study.ask(SPACE)
     lost.set_user_attr(CANDIDATE, "trial-0001")
-    again = search(tmp_path)  # as a new process after kill -9
-    catch_up(again, [], SPACE, outcome)
+    again = told_anew(search(tmp_path), tmp_path)  # as a new process after kill -9
     assert again.trials[0].state == TrialState.FAIL
     assert again.ask(SPACE).params == lost.params
 
@@ -136,9 +135,48 @@ def test_a_trial_cut_off_between_disk_and_optuna_is_not_repeated(tmp_path: Path)
     study = search(tmp_path)
     trial = study.ask(SPACE)
     trial.set_user_attr(CANDIDATE, "trial-0001")
-    measured = candidate("trial-0001", trial.params["lambda.all.a"])
-    again = search(tmp_path)
-    catch_up(again, [measured], SPACE, outcome)
-    states = [trial.state for trial in again.trials]
-    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+    again = told_anew(search(tmp_path), tmp_path, known("trial-0001", trial.params["lambda.all.a"]))
+    assert [each.state for each in again.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert again.trials[1].params == trial.params
+
+
+def test_a_study_of_an_earlier_version_is_told_anew(tmp_path: Path) -> None:
+    """Its trials lack a constraint, and the GP refuses trials that have different ones."""
+    study = search(tmp_path)
+    points = [known(f"trial-{i:04d}", i / 10, failed=i == 3) for i in range(12)]
+    for each in points:
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=list(each.outcome.values),
+                params=dict(each.params),
+                distributions=SPACE,
+                constraints={"guard": 0.0},
+                user_attrs={CANDIDATE: each.name},
+                system_attrs={"generation": 2},
+            )
+        )
+    study = told_anew(search(tmp_path), tmp_path, *points)
+    assert all(trial.constraints.keys() == {"guard", FAILED} for trial in study.trials)
+    assert {trial.system_attrs["generation"] for trial in study.trials} == {2}
+    study.ask(SPACE)
+
+
+@pytest.mark.parametrize("kind", ["GPSampler", "TPESampler"])
+def test_a_region_that_fails_is_left(tmp_path: Path, kind: str) -> None:
+    """The better a point looks the nearer it lies to a region where nothing can be measured."""
+    space: dict[str, BaseDistribution] = {f"lambda.all.{name}": FloatDistribution(0, 2) for name in "ab"}
+    sampler = make_sampler(SamplerConfig(kind=kind), 2, seed=0)
+    study = open_search(tmp_path / "study.db", ["maximize", "maximize"], sampler)
+    seen: list[Outcome] = []
+    fails: list[bool] = []
+    for a, b in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.8), (1.0, 1.0), (0.3, 0.6)]:
+        study.enqueue_trial({"lambda.all.a": a, "lambda.all.b": b})
+    for _ in range(35):
+        trial = study.ask(space)
+        a, b = trial.params["lambda.all.a"], trial.params["lambda.all.b"]
+        fails.append(a + b > 2.2)
+        if not fails[-1]:
+            seen.append(success([a + b / 2, b + a / 2], {}))
+        tell(study, trial, failure(seen, ["maximize"] * 2) if fails[-1] else seen[-1])
+    assert sum(fails[-15:]) <= 7
+    assert not all(fails[10:20])

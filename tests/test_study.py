@@ -389,3 +389,82 @@ def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tie
     measured = found.measurement(scored.name, "search")
     assert measured is not None
     assert again.equals(measured)
+
+
+_POISON = """
+import os, signal
+from pathlib import Path
+
+
+def process_results(doc, results):
+    if Path({marker!r}).exists():
+        {effect}
+    return {{"acc": float(len(results[0]) % 2)}}
+"""
+
+
+def poisoned_study(folder: Path, models: dict[str, Path], name: str, effect: str) -> Path:
+    """Write a study with a task whose own code does something while one candidate is measured."""
+    study = study_of(folder, models, budget={"trials": 4})
+    (folder / "poison.jsonl").write_text("\n".join(json.dumps({"prompt": f"Tell {i}."}) for i in range(12)))
+    marker = str(folder / "run" / "attempts" / f"{name}.json")
+    (folder / "poison.py").write_text(_POISON.format(marker=marker, effect=effect))
+    (folder / "poison.yaml").write_text(
+        f"""task: poison
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "poison.jsonl"}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: prompt
+doc_to_target: ""
+process_results: !function poison.process_results
+generation_kwargs: {{max_gen_toks: 4, until: []}}
+metric_list: [{{metric: acc}}]
+"""
+    )
+    suite = yaml.safe_load((folder / "suite.yaml").read_text())
+    suite["include_path"] = "."
+    suite["objectives"]["own"] = {"tasks": [{"lm_eval": "poison"}]}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return study
+
+
+def test_a_task_whose_own_code_fails_on_one_candidate_fails_that_one_alone(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    study = poisoned_study(tmp_path, models, "search.trial-0002", 'raise KeyError("boom")')
+    run(study, tmp_path / "run")
+    found = {each.name: each for each in RunDir(tmp_path / "run").candidates() if each.kind == "trial"}
+    assert [each.state for each in found.values()] == ["complete", "failed", "complete", "complete"]
+    assert found["trial-0002"].reason == "KeyError: 'boom'"
+    assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_trial_that_kills_the_process_twice_is_given_up_and_the_study_goes_on(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    study, out = poisoned_study(tmp_path, models, "search.trial-0002", kill), tmp_path / "run"
+    for _ in range(2):
+        process = in_process(study, out)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+    process = in_process(study, out)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    found = {each.name: each for each in RunDir(out).candidates() if each.kind == "trial"}
+    assert [each.state for each in found.values()] == ["complete", "failed", "complete", "complete"]
+    assert "twice the process ended in the middle of it" in (found["trial-0002"].reason or "")
+
+
+def test_a_baseline_that_kills_the_process_twice_is_an_error_that_names_it(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    study, out = poisoned_study(tmp_path, models, "search.expert-a", kill), tmp_path / "run"
+    for _ in range(2):
+        process = in_process(study, out)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+    with pytest.raises(MergetuneError, match=r"baseline `expert-a` cannot be measured: begun 2 times"):
+        run(study, out)

@@ -21,6 +21,7 @@ from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
 from optimizer.run_dir import RunDir
 from optimizer.search_space import SearchSpace
 from optimizer.search_space_config import SearchSpaceConfig, finer
+from optimizer.smoothing import search_points
 
 
 def study_of(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:
@@ -104,7 +105,14 @@ def test_a_finer_grain_searches_around_what_it_found(finished_finer: RunDir, tmp
     for candidate in trials:
         assert candidate.params is not None
         assert candidate.params.keys() == towards | {"times.all.a", "times.all.b"}
-    assert not any(c.params for c in found.candidates() if c.kind == "baseline")
+    spaces = {c.name: (c.space, c.params is not None) for c in found.candidates()}
+    assert spaces["average-0.5"] == ("search_space", True)  # a baseline keeps its own point
+    assert {spaces[candidate.name] for candidate in trials} == {("front", True)}
+    smoothed = search_points(found.candidates())
+    assert set(smoothed.index) == {candidate.name for candidate in trials}
+    study = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{found.path / 'study.db'}")
+    told = {trial.user_attrs.get("candidate") for trial in study.trials}
+    assert {candidate.name for candidate in trials} <= told
     for candidate, point in zip(trials, start.points, strict=False):
         lambdas = {
             f"lambda.{group.name}.{expert}": value
@@ -297,6 +305,34 @@ def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
     recipe = around.recipe({**around.corner(0), "times.attention.a": 1.5})
     moved = {group.name for group in recipe.groups if group.per_expert("lambda")["a"] == 0.75}
     assert moved == {of_fine[name].name for name, group in of_coarse.items() if group.name == "attention"}
+
+
+def test_what_lies_at_a_corner_is_found_there_and_nothing_else(inputs: Inputs) -> None:
+    fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
+    points = [dict.fromkeys(fine.distributions, 0.5), dict.fromkeys(fine.distributions, 0.9)]
+    space = FrontSpace(fine, points, bound(COARSE, inputs).groups, inputs.base.names)
+    for value, toward in ((0.4, 0.0), (0.75, 0.0), (1.2, 1.0)):
+        wanted = dict.fromkeys(fine.distributions, value)
+        place = space.place(wanted)
+        assert place is not None
+        assert place["toward.1"] == toward
+        assert space.recipe(place) == fine.recipe(wanted)
+    uneven = {key: 0.4 + 0.1 * ("layer0" in key) for key in fine.distributions}
+    for outside in (dict.fromkeys(fine.distributions, 0.0), dict.fromkeys(fine.distributions, 1.5), uneven):
+        assert space.place(outside) is None
+
+
+def test_the_design_around_the_points_is_the_same_at_every_start(inputs: Inputs) -> None:
+    fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
+    points = [dict.fromkeys(fine.distributions, value) for value in (0.5, 0.9, 0.2)]
+    space = FrontSpace(fine, points, bound(COARSE, inputs).groups, inputs.base.names)
+    found = space.design(7, seed=0)
+    assert found == space.design(7, seed=0)
+    assert space.design(0, seed=0) == []
+    assert len({tuple(params.values()) for params in found}) == 7
+    for params in found:
+        assert params["toward.1"] + params["toward.2"] <= 1
+        assert all(0.75 <= value <= 1.25 for key, value in params.items() if key.startswith("times"))
 
 
 def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:

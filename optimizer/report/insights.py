@@ -16,7 +16,7 @@ from optimizer.method_table import METHODS
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
 from optimizer.report.metric import Metric
 from optimizer.report.verdict import paired
-from optimizer.run_dir import Candidate
+from optimizer.run_dir import Candidate, searched
 from optimizer.selection import GRADIENT
 
 MIN_TRIALS = 20
@@ -81,7 +81,7 @@ def influences(
     PED-ANOVA asks how the best part differs from the rest, and takes low for good: it is given the
     score with its sign turned.
     """
-    inside = [c for c in candidates if c.params is not None and c.name in scores]
+    inside = [c for c in searched(candidates) if c.name in scores]
     points = pd.DataFrame([c.params for c in inside]).dropna(axis="columns")
     points = points.loc[:, points.nunique() > 1]
     if len(points) < MIN_TRIALS or points.empty:
