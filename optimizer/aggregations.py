@@ -12,7 +12,7 @@ whatever works on means of items works on them. For the mean itself they are the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +87,19 @@ def linear_scores(items: pd.DataFrame) -> pd.DataFrame:
     if not not_means(items):
         return items
     scores = items["score"].to_numpy(dtype=np.float64, copy=True)
-    has_parts = items["parts"].notna().to_numpy()
-    own = items[has_parts].assign(place=np.flatnonzero(has_parts))
-    for _, rows in own.groupby(["score_name", "task"], sort=False):
-        aggregation = by_name(str(rows["aggregation"].iloc[0]))
-        scores[rows["place"]] = aggregation.linear(np.array(rows["parts"].tolist(), dtype=np.float64))
+    rows_of = items.assign(place=np.arange(len(items))).groupby(["score_name", "task"], sort=False)
+    for _, rows in rows_of:
+        if rows["parts"].notna().any():
+            scores[rows["place"]] = settled(rows["aggregation"]).linear(parts_of(rows, [""])[:, 0])
     return items.assign(score=scores)
+
+
+def settled(names: Iterable[str]) -> Aggregation:
+    """Return the aggregation of one task's items by the names that stand beside them.
+
+    That of a mean is `nanmean` where an item has no value.
+    """
+    return by_name(next((name for name in names if name != "mean"), "mean"))
 
 
 def not_means(items: pd.DataFrame) -> set[str]:
@@ -105,16 +112,20 @@ def not_means(items: pd.DataFrame) -> set[str]:
 def parts_of(rows: pd.DataFrame, suffixes: Sequence[str]) -> NDArray[np.float64]:
     """Return the parts of one task's items in measurements that were joined: (n_items, n_models, n_parts).
 
-    `suffixes` are those of the columns `score` and `parts`; of a mean the scores are the parts.
+    `suffixes` are those of the columns `score`, `aggregation` and `parts`; a mean's parts are the scores.
     """
-    is_mean = rows["aggregation"].iloc[0] == "mean"
+    names = pd.concat([rows[f"aggregation{suffix}"] for suffix in suffixes])
+    counts = (1.0,) if settled(names).name == "nanmean" else ()
     columns = [
-        rows[f"score{suffix}"].to_numpy(np.float64)[:, None]
-        if is_mean
-        else np.array(rows[f"parts{suffix}"].tolist(), dtype=np.float64)
+        [
+            parts if has_parts else (score, *counts)
+            for score, parts, has_parts in zip(
+                rows[f"score{suffix}"], rows[f"parts{suffix}"], rows[f"parts{suffix}"].notna(), strict=True
+            )
+        ]
         for suffix in suffixes
     ]
-    return np.stack(columns, axis=1)
+    return np.stack([np.array(column, dtype=np.float64) for column in columns], axis=1)
 
 
 def by_name(name: str) -> Aggregation:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimizer.aggregations import Aggregation, aggregation_of
+from optimizer.aggregations import Aggregation, aggregation_of, by_name
 from optimizer.errors import MergetuneError, TrialError
 from optimizer.lm_requests import filter_names
 from optimizer.lm_tasks import fix_fewshot, item_patterns
@@ -75,23 +75,26 @@ class BoundTask:
         if any(isinstance(each, tuple) and math.isnan(each[0]) for each in results):
             raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
         scores = self.task.process_results(self.docs[index], list(results))
-        score, parts = self._value(scores.get(self.metric, math.nan))
+        # as in lm-eval, what the task gives no value for is left out of a mean
+        is_left_out = self.metric not in scores and self.aggregation.name == "mean"
+        aggregation = by_name("nanmean") if is_left_out else self.aggregation
+        score, parts = self._value(scores.get(self.metric, math.nan), aggregation)
         return {
             "score_name": self.score_name,
             "task": self.name,
             "item": self.item_ids[index],
             "score": score,
             "response": _response(requests, results),
-            "aggregation": self.aggregation.name,
+            "aggregation": aggregation.name,
             "parts": parts,
             "rules": self.rules,
         }
 
-    def _value(self, value: Any) -> tuple[float, list[float] | None]:
+    def _value(self, value: Any, aggregation: Aggregation) -> tuple[float, list[float] | None]:
         """Return the score of one item and its parts; None where the metric is the mean of the scores."""
         try:
-            parts = self.aggregation.parts(value)
-            score = self.aggregation.of_one(value, parts)
+            parts = aggregation.parts(value)
+            score = aggregation.of_one(value, parts)
         except (TypeError, ValueError) as error:
             raise MergetuneError(
                 f"`{self.metric}` of `{self.task.task_name}` must have a number per item, but has {value!r}. "
@@ -99,7 +102,7 @@ class BoundTask:
             ) from error
         if not all(map(math.isfinite, parts)):
             raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
-        return score, None if self.aggregation.name == "mean" else list(parts)
+        return score, None if aggregation.name == "mean" else list(parts)
 
 
 def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: SuiteConfig) -> BoundTask:
@@ -224,7 +227,7 @@ def _try_metric(bound: BoundTask) -> None:
     except Exception:  # whatever a task's own code raises at replies that no model gave
         return
     if bound.metric in scores:
-        bound._value(scores[bound.metric])
+        bound._value(scores[bound.metric], bound.aggregation)
 
 
 def _better(bound: BoundTask) -> Direction | None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from optimizer import __version__
 from optimizer.errors import MergetuneError
+from optimizer.number_text import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -314,7 +315,8 @@ def evaluate(
         typer.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
         return
     for name, score in scores.items():
-        _out.print(f"{name:<16} {score.value:.3f} ± {score.stderr:.3f}  ({score.n_items} items)")
+        shown = f"{number(score.value)} ± {number(score.stderr)}"
+        _out.print(f"{name:<16} {shown}  ({score.n_items} items)", highlight=False, markup=False)
 
 
 @app.command()
@@ -525,10 +527,10 @@ def _soup_table(tasting: Tasting) -> Table:
     table.add_column("score", justify="right")
     table.add_column("kept")
     for row in tasting.rows:
-        shown = [f"{score.value:.3f} ± {score.stderr:.3f}" for score in row.scores.values()]
+        shown = [f"{number(score.value)} ± {number(score.stderr)}" for score in row.scores.values()]
         kept = "" if row.is_kept is None else "yes" if row.is_kept else "no"
         broken = " (breaks a guard)" if row.standing.allowance < 0 else ""
-        table.add_row(escape(row.label), *shown, f"{row.standing.gain:.3f}{broken}", kept)
+        table.add_row(escape(row.label), *shown, f"{number(row.standing.gain)}{broken}", kept)
     return table
 
 

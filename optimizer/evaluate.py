@@ -247,8 +247,10 @@ def _rows(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> Itera
 def _mean_over_tasks(rows: pd.DataFrame) -> Score:
     """Mean of the tasks' means; standard error of that mean, the tasks being strata.
 
-    It is infinite where a task has a single item.
+    The error is infinite where a task has a single item. The mean has the twelve digits that count, so that
+    equal scores are equal, whatever the order they were added up in.
     """
     by_task = rows.groupby("task")["score"].agg(["mean", "var", "size"])
     variance = (by_task["var"].fillna(math.inf) / by_task["size"]).sum() / len(by_task) ** 2
-    return Score(float(by_task["mean"].mean()), math.sqrt(variance), int(rows["has_value"].sum()))
+    mean = float(f"{by_task['mean'].mean():.12g}")
+    return Score(mean, math.sqrt(variance), int(rows["has_value"].sum()))

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from optimizer.evaluate import Score
+from optimizer.number_text import number
 
 log = logging.getLogger("mergetune")
 
@@ -45,7 +46,7 @@ def candidate_line(name: str, scores: Mapping[str, Score] | None, seconds: float
     """Return the line of one measured candidate."""
     if scores is None:
         return f"{name:<16} failed: {reason}"
-    shown = "  ".join(f"{key} {score.value:.3f}±{score.stderr:.3f}" for key, score in scores.items())
+    shown = "  ".join(f"{key} {number(score.value)}±{number(score.stderr)}" for key, score in scores.items())
     return f"{name:<16} {shown}  {seconds:.1f} s"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from optimizer.bound_task import BoundTask, right_answer
 from optimizer.continuation import closing, continued, replied
 from optimizer.engines.completions import Scoring
+from optimizer.gains import ROUNDING
 from optimizer.lm_tasks import item_answer
 from optimizer.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
 
@@ -190,7 +191,7 @@ class _TaskReferences:
         for index, instances in asked.items():
             # of equal scores the first one counts: that of the better model
             score, reply = max(candidates[index], key=lambda each: rise * each[0], default=(0.0, ""))
-            if most and rise * score >= SUFFICIENT * abs(most):
+            if most and rise * score >= (SUFFICIENT - ROUNDING) * abs(most):
                 prompt, settings = instances[0].args[:2]
                 text = replied(self._lm, prompt, settings, reply, end)
                 yield self._reference(index, (text,), is_unwanted=rise * self._sign < 0)

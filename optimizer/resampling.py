@@ -69,7 +69,7 @@ class ItemJoin:
         """Take in a candidate's measurement; raises `ValueError` where an item is in it twice."""
         if not self._scores:
             self._keys, self._present = frame[ITEM_KEYS], np.ones(len(frame), dtype=bool)
-            self._others = not_means(frame)
+        self._others |= not_means(frame)
         scores = linear_scores(frame)["score"].to_numpy(np.float64)
         same = all(frame[key].array.equals(self._keys[key].array) for key in ITEM_KEYS)
         if not same or not self._scores:

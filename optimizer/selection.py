@@ -12,6 +12,7 @@ import pandas as pd
 from optimizer import pareto, resampling
 from optimizer.evaluate import Measurement, Score
 from optimizer.gains import ROUNDING, Gain, GainScale, best_gain
+from optimizer.number_text import number, signed
 from optimizer.resampling import Floats, Hypervolume, Indices, ItemJoin, ItemScores, join_items
 from optimizer.run_dir import RunDir
 from optimizer.smoothing import Smoothing, smooth
@@ -260,7 +261,7 @@ def _changes(candidates: Mapping[str, Scores], name: str, scales: Scales) -> Ite
         if all(0 <= scores[key].value <= 1 for scores in candidates.values()):
             yield key, f"{100 * change:+.1f} ± {100 * stderr:.1f} points".replace("-", "−")
         else:
-            yield key, f"{change:+.3f} ± {stderr:.3f}".replace("-", "−")
+            yield key, f"{signed(change)} ± {number(stderr)}"
 
 
 def _signed(

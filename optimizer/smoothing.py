@@ -28,6 +28,7 @@ import pandas as pd
 from scipy import linalg, optimize
 
 from optimizer.evaluate import Score
+from optimizer.gains import ROUNDING
 from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
 from optimizer.run_dir import Candidate, searched
 
@@ -123,7 +124,7 @@ def fit_smoother(points: Floats, joined: ItemScores, seed: int = 0) -> Smoother 
         return f"fewer than {MIN_POINTS} candidates have a point in the search space"
     values = score_means(joined.scores, joined.tasks)
     scale = float(values.std())
-    if scale < 1e-9:
+    if scale <= ROUNDING * float(np.abs(values).max()):
         return "all candidates have the same score"
     noise = common_noise(score_covariance(joined.scores, joined.tasks)) / scale**2
     centred = (values - values.mean()) / scale

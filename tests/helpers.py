@@ -146,3 +146,23 @@ def merge_with_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base)
     merged: Any = PeftModel.from_pretrained(model, str(adapter))
     return dict(merged.merge_and_unload().state_dict())
+
+
+def plain_loop(
+    model: Any, tokenizer: Any, prompts: Sequence[str], choices: Sequence[str], max_new_tokens: int
+) -> tuple[list[str], list[int]]:
+    """Return greedy replies and each prompt's likeliest choice, with transformers alone."""
+    replies, likeliest = [], []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)[0, ids.shape[1] :]
+        replies.append(tokenizer.decode(out, skip_special_tokens=True))
+        logprobs = []
+        for choice in choices:
+            whole = tokenizer(prompt + choice, return_tensors="pt").input_ids
+            with torch.no_grad():
+                steps = model(whole).logits[0, :-1].float().log_softmax(-1)
+            of_each = steps[torch.arange(whole.shape[1] - 1), whole[0, 1:]]
+            logprobs.append(float(of_each[ids.shape[1] - 1 :].sum()))
+        likeliest.append(logprobs.index(max(logprobs)))
+    return replies, likeliest

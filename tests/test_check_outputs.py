@@ -18,7 +18,8 @@ from rich.console import Console
 from optimizer.check.judge import Check, judge
 from optimizer.check.outputs import as_data, as_html, as_junit, as_markdown, as_table
 from optimizer.check.page import drawings, shown_flips
-from optimizer.check.words import about, clean, excerpt, number
+from optimizer.check.words import about, clean, excerpt
+from optimizer.number_text import number
 from optimizer.sequential import look, split_alpha
 from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
 

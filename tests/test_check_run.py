@@ -19,7 +19,7 @@ from test_cli import mergetune
 from optimizer.check.run import Checked, CheckOptions, check_models, check_stored
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
+from optimizer.evaluate import ITEM_KEYS, Evaluator
 from optimizer.library import shared_folder
 from optimizer.meter import Meter
 from optimizer.model_under_test import open_model
@@ -139,6 +139,10 @@ def test_a_clear_verdict_comes_early(
     assert early.check.verdict == whole.check.verdict
     assert early.check.saving is not None
     assert early.check.saving.n_measured == len(early.candidate) < early.check.saving.n_items == 150
+    both = early.candidate.merge(whole.candidate, on=ITEM_KEYS, validate="one_to_one")
+    assert len(both) == len(early.candidate)
+    assert both["score_x"].equals(both["score_y"])
+    assert both["response_x"].equals(both["response_y"])
 
 
 def test_the_command_ends_with_its_verdict_and_writes_all_reports(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
+from helpers import plain_loop
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -23,7 +23,7 @@ from optimizer.engines.engine import Engine, EngineConfig
 from optimizer.engines.start import start_engine
 from optimizer.errors import MergetuneError
 from optimizer.evaluate import ITEM_KEYS, Evaluator, Measurement
-from optimizer.resampling import bootstrap_parts
+from optimizer.resampling import bootstrap_parts, join_items
 from optimizer.suite import read_suite
 
 
@@ -109,19 +109,8 @@ def test_the_table_is_that_of_a_plain_loop(tmp_path: Path, engine: Any) -> None:
     """A dozen lines with the model alone, without lm-eval, give the same replies and scores by item."""
     asked = [f"Say {'again ' * (i % 5)}number {i}." for i in range(14)]
     choices = [" Yes", " no, never"]
-    model, tokenizer = engine.model, engine.lm.tokenizer
-    replies, likeliest = {}, {}
-    for prompt in asked:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        out = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-        replies[prompt] = tokenizer.decode(out, skip_special_tokens=True)
-        logprobs = []
-        for choice in choices:
-            whole = tokenizer(prompt + choice, return_tensors="pt").input_ids
-            steps = model(whole).logits[0, :-1].float().log_softmax(-1)
-            of_each = steps[torch.arange(whole.shape[1] - 1), whole[0, 1:]]
-            logprobs.append(float(of_each[ids.shape[1] - 1 :].sum()))
-        likeliest[prompt] = int(np.argmax(logprobs))
+    said, likeliest = plain_loop(engine.model, engine.lm.tokenizer, asked, choices, max_new_tokens=5)
+    replies = dict(zip(asked, said, strict=True))
     answers = [reply if i % 3 else "nothing like it" for i, reply in enumerate(replies.values())]
     write_lines(
         tmp_path / "say.jsonl", [{"prompt": p, "answer": a} for p, a in zip(asked, answers, strict=True)]
@@ -143,8 +132,8 @@ def test_the_table_is_that_of_a_plain_loop(tmp_path: Path, engine: Any) -> None:
             expected = replies[row["prompt"]].strip() == answers[i].strip()
             assert row["response"].strip() == replies[row["prompt"]].strip()
         else:
-            expected = likeliest[row["prompt"]] == i % 2
-            assert row["response"] == choices[likeliest[row["prompt"]]].strip()
+            expected = likeliest[i] == i % 2
+            assert row["response"] == choices[likeliest[i]].strip()
         assert row["score"] == float(expected)
 
 
@@ -197,7 +186,8 @@ import math
 def results(doc, replies):
     number = int(doc["q"].split()[-1].rstrip(":"))
     wer = {"wer": number / 100, "hit": float(number % 2)}
-    return {**wer, "unclear": math.nan if number % 4 == 0 else 1.0, "percent": 1.0, "odd": number}
+    own = {"unclear": math.nan if number % 4 == 0 else 1.0, "percent": 1.0, "odd": number}
+    return {**wer, **own, **({"scarce": number} if number % 3 == 0 else {})}
 def percent(values): return 100 * sum(values) / len(values)
 def skipping(values):
     kept = [value for value in values if value == value]
@@ -215,6 +205,7 @@ def write_own_task(folder: Path, code: str = CODE) -> None:
         {"metric": "percent", "aggregation": "!function own.percent", "higher_is_better": True},
         {"metric": "odd", "aggregation": "!function own.worst", "higher_is_better": True},
         {"metric": "text", "aggregation": "bleu", "higher_is_better": True},
+        {"metric": "scarce", "aggregation": "mean", "higher_is_better": True},
     ]
     config = {
         "output_type": "generate_until",
@@ -238,6 +229,22 @@ def test_items_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     found = ready.measure(NumberLM(), "search")
     assert found.items["score"].isna().sum() == 6
     assert (found.scores()["o"].value, found.scores()["o"].n_items) == (1.0, 18)
+
+
+def test_an_item_that_the_task_gives_no_value_for_is_left_out_as_by_lm_eval(tmp_path: Path) -> None:
+    write_own_task(tmp_path)
+    ready = make(tmp_path, {"o": {"lm_eval": "own", "metric": "scarce"}})
+    bound, lm = next(iter(ready.tasks.values())), NumberLM()
+    task_dict = {"tasks": {bound.task.task_name: bound.task}, "groups": {}}
+    theirs = evaluate(lm=lm, task_dict=task_dict, bootstrap_iters=0)["results"]["own"]
+    found = ready.measure(lm, "search")
+    score, kept = found.scores()["o"], np.arange(0, len(ROWS), 3)
+    assert score.value == pytest.approx(theirs["scarce,none"]) == pytest.approx(kept.mean())
+    assert score.n_items == len(kept)
+    whole = found.items.assign(score=1.0, aggregation="mean", parts=None)  # of another model, on all items
+    joined = join_items({"base": whole, "some": found.items})["o"]
+    assert joined.scores.mean(axis=0) == pytest.approx([1.0, kept.mean()])
+    assert not joined.is_mean
 
 
 def test_an_aggregation_of_the_tasks_own_may_be_a_multiple_of_the_mean(tmp_path: Path) -> None:

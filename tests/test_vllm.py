@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import build_llama, fine_tune
+from helpers import build_llama, fine_tune, plain_loop
 from lm_eval.api.instance import Instance
 from rich.console import Console
 from test_guarded_process import wait_until_gone
@@ -30,7 +30,7 @@ from optimizer.engines.start import start_engine
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.vllm_engine import VllmEngine
 from optimizer.errors import EngineError, MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
+from optimizer.evaluate import ITEM_KEYS, Evaluator
 from optimizer.library import find, shared_folder
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import demo_model
@@ -184,6 +184,43 @@ class TestTiny:
         )
         assert stopped == wanted
         assert stopped[0] == ours[0].split(middle)[0]
+
+    @pytest.mark.parametrize("split", ["all", "search", "holdout"])
+    def test_the_table_of_a_suite_is_that_of_a_plain_loop(
+        self, tiny: Pair, tmp_path: Path, split: Literal["all", "search", "holdout"]
+    ) -> None:
+        tiny.load(1.0, 0.0)
+        assert isinstance(tiny.plain, TransformersEngine)
+        prompts = [f"Count {'on ' * (i % 4)}from {i}:" for i in range(16)]
+        choices = [" Yes", " no, never"]
+        said, likeliest = plain_loop(tiny.plain.model, tiny.vllm.lm.tokenizer, prompts, choices, 6)
+        rows: dict[str, list[dict[str, Any]]] = {
+            "say": [{"prompt": prompt, "answer": f"{i}"} for i, prompt in enumerate(prompts)],
+            "pick": [{"prompt": prompt, "choices": ["Yes", "no, never"], "answer": 0} for prompt in prompts],
+        }
+        for name, own in rows.items():
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in own))
+        suite = {
+            "description": "x",
+            "chat_template": False,
+            "holdout": 0.5,
+            "objectives": {
+                "say": {"tasks": [{"items": "say.jsonl", "scorer": "contains", "max_new_tokens": 6}]},
+                "pick": {"tasks": [{"items": "pick.jsonl", "scorer": "choice"}]},
+            },
+        }
+        (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+        evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
+        found = evaluator.measure_documents(tiny.vllm.lm, evaluator.documents(split)).items
+        table = found.merge(evaluator.items(), on=ITEM_KEYS, validate="one_to_one")
+        assert len(table) == len(found) == sum(map(len, evaluator.documents(split).values()))
+        for row in table.to_dict("records"):
+            i = prompts.index(row["prompt"])
+            if row["score_name"] == "pick":
+                assert row["score"] == float(likeliest[i] == 0)
+            else:
+                assert row["response"].rstrip("\ufffd") == said[i].rstrip("\ufffd")
+                assert row["score"] == float(str(i) in said[i])
 
     def test_sampling_obeys_its_settings_and_repeats(self, tiny: Pair) -> None:
         def draw(**settings: float) -> list[str]:

@@ -52,7 +52,6 @@ def measure_until_clear(
     tasks = {
         str(name): list(own["task"].unique()) for name, own in baseline.groupby("score_name", sort=False)
     }
-    to_the_end = not_means(baseline)  # for the bounds of a look are of means
     looks: dict[str, Look] = {}
     frames: list[pd.DataFrame] = []
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
@@ -60,6 +59,7 @@ def measure_until_clear(
         batch = {task: order[task][start:end] for name in open_scores for task in tasks[name]}
         frames.append(meter.measure(batch))
         measured = pd.concat(frames, ignore_index=True)
+        to_the_end = not_means(baseline) | not_means(measured)  # for the bounds of a look are of means
         for name in list(open_scores):
             sizes = [len(order[task]) for task in tasks[name]]
             if end >= max(sizes):  # all its items: the fixed test at the end decides

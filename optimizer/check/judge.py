@@ -37,7 +37,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from optimizer.aggregations import by_name, linear_scores, not_means, parts_of
+from optimizer.aggregations import linear_scores, not_means, parts_of, settled
 from optimizer.check.pairs import pairs
 from optimizer.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
 from optimizer.check.words import summary_of
@@ -235,7 +235,7 @@ def _resampled(rows: pd.DataFrame) -> Floats | None:
         return None
     rng, differences = np.random.default_rng(0), []
     for _, own in rows.groupby("task", sort=False):
-        aggregation = by_name(str(own["aggregation"].iloc[0]))
+        aggregation = settled(pd.concat([own["aggregation"], own["aggregation_baseline"]]))
         scores = bootstrap_parts(parts_of(own, ("", "_baseline")), aggregation.combine, seed=rng)
         differences.append(scores[:, 0] - scores[:, 1])
     return np.asarray(np.mean(differences, axis=0))

@@ -26,13 +26,12 @@ from optimizer.check.words import (
     excerpt,
     full_name,
     measured,
-    number,
     reading,
     short_name,
-    signed,
     span,
     verdict_words,
 )
+from optimizer.number_text import number, signed
 from optimizer.yaml_io import write_text
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}

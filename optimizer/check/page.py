@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from optimizer import number_text
 from optimizer.check import words
 from optimizer.check.judge import Check, Flip
 from optimizer.check.row import Row
@@ -33,8 +34,8 @@ def as_html(check: Check) -> str:
     """Return the page: the verdict, the figures with their intervals drawn, and the items that changed."""
     filters: dict[str, Callable[..., str]] = {
         "clean": words.clean,
-        "number": words.number,
-        "signed": words.signed,
+        "number": number_text.number,
+        "signed": number_text.signed,
         "span": words.span,
         "excerpt": lambda text: words.excerpt(text, _TEXT),
     }

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from optimizer.number_text import number, signed
+
 if TYPE_CHECKING:
     from optimizer.check.judge import Check
     from optimizer.check.row import Row
@@ -26,19 +28,6 @@ def excerpt(text: str, limit: int) -> str:
     """Clean a text and cut it to `limit` characters, saying so."""
     rest = len(text) - limit
     return clean(text) if rest <= 0 else f"{clean(text[:limit])}… [{rest:,} more characters]"
-
-
-def number(value: float) -> str:
-    """Write a value: `0.713`, of tiny ones two digits."""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
-    return text.replace("-", "−")
-
-
-def signed(value: float) -> str:
-    """Write a difference with its sign: `+0.021`."""
-    return f"+{number(value)}" if value > 0 else number(value)
 
 
 def span(interval: Interval) -> str:

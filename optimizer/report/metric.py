@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimizer.evaluate import Score
+from optimizer.number_text import number
 from optimizer.selection import BASE, reference_name
 from optimizer.suite import SuiteConfig
 
@@ -27,7 +28,7 @@ class Metric:
 
     def number(self, value: float) -> str:
         """Write a value alone, for axes and margins."""
-        return f"{value:.1%}" if self.percent else f"{value:.3f}"
+        return f"{value:.1%}" if self.percent else number(value)
 
     def text(self, score: Score) -> str:
         """Write a score with its standard error, or with its count where all items agree.
@@ -47,17 +48,17 @@ class Metric:
 
     def signed(self, difference: float) -> str:
         """Write a difference alone, with its sign: `+2.1`."""
-        value = 100 * difference if self.percent else difference
-        return f"{'+' if value >= 0 else '−'}{abs(value):.{1 if self.percent else 3}f}"
+        size = f"{100 * abs(difference):.1f}" if self.percent else number(abs(difference))
+        return f"{'+' if difference >= 0 else '−'}{size}"
 
     def size(self, difference: float) -> str:
         """Write the size of a difference that has no error of its own, such as a margin."""
-        return f"{100 * difference:.1f} points" if self.percent else f"{difference:.3f}"
+        return f"{100 * difference:.1f} points" if self.percent else number(difference)
 
     def _error(self, score: Score) -> str:
         if score.n_items < 2:
             return "?"  # one item has no spread
-        return f"{100 * score.stderr:.1f}" if self.percent else f"{score.stderr:.3f}"
+        return f"{100 * score.stderr:.1f}" if self.percent else number(score.stderr)
 
 
 def _is_unanimous(score: Score) -> bool:

@@ -1,0 +1,21 @@
+"""Numbers as they are shown to people."""
+
+from __future__ import annotations
+
+import math
+
+_FEW, _MANY = 1e-3, 1e6  # within these sizes three digits after the point say what there is to say
+
+
+def number(value: float) -> str:
+    """Write a value: `0.713`; of tiny and huge ones the first digits, `2.1e−05`."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    text = f"{value:.3f}" if value == 0 or _FEW <= size < _MANY else f"{value:.{2 if size < 1 else 4}g}"
+    return text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Write a difference with its sign: `+0.021`."""
+    return f"+{number(value)}" if value > 0 else number(value)
