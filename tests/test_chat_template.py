@@ -146,7 +146,7 @@ def test_without_a_template_conversations_are_refused_before_any_work(
             with pytest.raises(MergetuneError, match=r"has no chat template.*FILE\.jinja"):
                 refused()
     elif missing == "file":
-        with pytest.raises(MergetuneError, match=r"deploy\.jinja cannot be read"):
+        with pytest.raises(MergetuneError, match=r"deploy\.jinja: cannot be read"):
             read_suite(write_suite(tmp_path, "deploy.jinja"))
     else:
         with pytest.raises(MergetuneError, match="cannot write a question and a reply"):

@@ -122,7 +122,8 @@ class _StopTexts(StoppingCriteria):
         texts = self._tokenizer.batch_decode(
             last, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        held = [any(stop in text for stop in self._stop) for text in texts]
+        # the bytes of a character that is not whole yet are no text
+        held = [any(stop in text.rstrip("\ufffd") for stop in self._stop) for text in texts]
         return torch.tensor(held, device=input_ids.device)
 
 
