@@ -139,7 +139,7 @@ def open_inputs(
     norms = task_vector_norms(checkpoint, opened)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
     chat, speakers = shared_template(checkpoint.folder, opened)
-    warnings += _warn_of_template(chat, speakers)
+    warnings += _warn_of_template(chat, speakers, len(opened))
     is_extended = checkpoint is not given
     return Inputs(
         checkpoint,
@@ -190,11 +190,13 @@ def _in_rows(experts: tuple[Expert, ...], base: Checkpoint, vocabulary: Vocabula
     return tuple(match_tokens(expert, base, settled) for expert in experts)
 
 
-def _warn_of_template(chat: ChatTemplate | None, speakers: Sequence[str]) -> list[str]:
+def _warn_of_template(chat: ChatTemplate | None, speakers: Sequence[str], n_experts: int) -> list[str]:
     """Say what becomes of the experts' chat templates where the base has none."""
     names = " and ".join(f"`{name}`" for name in speakers)
     if not speakers:
         return []
+    is_shared = len(speakers) == n_experts
+    others = "" if is_shared else " Check that the other experts were trained with them, too."
     if chat is None:
         return [
             f"The base has no chat template, and those of {names} differ: the merged model has none, unless "
@@ -207,5 +209,5 @@ def _warn_of_template(chat: ChatTemplate | None, speakers: Sequence[str]) -> lis
         ]
     return [
         f"The base has no chat template: the merged model takes that of {names}, and the token that "
-        "ends its messages, so check that the other experts were trained with them, too."
+        f"ends its messages.{others}"
     ]
