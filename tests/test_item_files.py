@@ -89,7 +89,10 @@ def test_an_item_of_another_form_is_called_what_it_is(tmp_path: Path, values: An
     ("content", "message"),
     [
         (b"prompt,answer\nSay hi,hi\n", "line 1: is not JSON: .*A table .CSV. is written so by pandas"),
-        (gzip.compress(LINE.encode()), "must be text in UTF-8, but is compressed by gzip. Unpack it"),
+        (
+            gzip.compress(LINE.encode(), mtime=0),
+            "must be text in UTF-8, but is compressed by gzip. Unpack it",
+        ),
         (b"PK\x03\x04 and so on", "is an archive"),
         (b"PAR1 and so on", "is a Parquet file"),
         (LINE.encode("utf-16"), "is text in UTF-16. Save it in UTF-8"),
