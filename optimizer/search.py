@@ -186,7 +186,7 @@ def catch_up(
 
     Candidates that it was never told (the process died in between, or they are baselines) are added. Where it
     holds something else than the disk does (another version told it otherwise), all is told anew. A trial
-    that was asked for and never measured is enqueued again.
+    that was asked for and never measured, or is no longer on disk, is enqueued again.
 
     Args:
         search: the Optuna study.
@@ -219,8 +219,9 @@ def catch_up(
     for trial in search.get_trials(states=[TrialState.RUNNING]):
         search.tell(trial.number, state=TrialState.FAIL)
     for trial in before:
-        is_cut_off = trial.state == TrialState.RUNNING and trial.user_attrs.get(CANDIDATE) not in wanted
-        if is_cut_off and trial.params:
+        was_asked = trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
+        is_lost = trial.user_attrs.get(CANDIDATE) not in wanted
+        if was_asked and is_lost and trial.params.keys() == distributions.keys():
             search.enqueue_trial(trial.params)
     return search
 

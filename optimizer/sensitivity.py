@@ -42,6 +42,7 @@ def measure_sensitivity(
     *,
     n_items: int = N_ITEMS,
     folds: int = 4,
+    max_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Return the slope of every objective's and guard's loss with respect to every tensor's coefficients.
 
@@ -56,6 +57,7 @@ def measure_sensitivity(
         references: what to say to which items.
         n_items: the items of each score.
         folds: how many folds they are cut into; a score with fewer items has a fold for each.
+        max_tokens: the most tokens in one batch; by default as `slopes`.
 
     Returns:
         A row per point, score_name, fold, tensor, parameter and expert (empty where one coefficient is
@@ -68,11 +70,12 @@ def measure_sensitivity(
     """
     from optimizer.gradients import has_slopes, slopes
 
+    limits = {} if max_tokens is None else {"max_tokens": max_tokens}
     cut = _folds(references.sample(n_items), folds)
     tables = [pd.DataFrame(columns=COLUMNS)]
     for point, recipe in points.items():
         for number, fold in enumerate(cut if has_slopes(recipe.method) else []):
-            found = slopes(engine, merger, recipe, fold)
+            found = slopes(engine, merger, recipe, fold, **limits)
             sizes = {name: len(own) for name, own in fold.by_score.items()}
             names = found.table["score_name"]
             own = found.table.assign(

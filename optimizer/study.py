@@ -90,13 +90,14 @@ def run_study(
         Interrupts() as interrupts,
     ):
         write_facts(run, inputs, evaluator, leaks)
-        for warning in (*inputs.warnings, *leaks):
+        for warning in (*run.set_aside_broken(), *inputs.warnings, *leaks):
             progress.say(f"warning: {warning}")
         bench = Bench(plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested)
         with closing(bench):
             try:
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
                     bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
+                bench.measure_broken()
                 _check_objectives(plan, bench)
                 soup = measure_greedy_soup(bench, space, inputs)
                 bench.measure_noise()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optimizer import selection
 from optimizer.baselines import baselines, uniform_name
@@ -14,6 +14,7 @@ from optimizer.config import WarmStartConfig
 from optimizer.descent import Ground, Known, Params, descend
 from optimizer.errors import MergetuneError
 from optimizer.front_space import FrontSpace
+from optimizer.memory import in_smaller_batches
 from optimizer.run_dir import Candidate, SpaceKind, WarmStart
 from optimizer.search_space import SearchSpace, nearest_in
 
@@ -146,10 +147,13 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
         scored = [(params, bench.scores[name]) for name, params in points.items()]
         n_texts = n_items - len(references.items) + references.n_texts
         ground = Ground(engine, bench.inputs.merger, space, references, suite, known, scored, n_texts)
-        found = descend(
-            ground,
-            start,
-            on_step=lambda step, of: bench.progress.at_work(f"following slopes: {step} of {of}"),
+        found = in_smaller_batches(
+            lambda n_tokens: descend(
+                replace(ground, max_tokens=n_tokens),
+                start,
+                on_step=lambda step, of: bench.progress.at_work(f"following slopes: {step} of {of}"),
+            ),
+            bench.progress.say,
         )
     return WarmStart(
         points=tuple(point.params for point in found.points),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import typing
 from collections.abc import Collection, Iterable
@@ -15,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from optimizer.atomic_files import write_text
 from optimizer.errors import MergetuneError
 
 
@@ -196,13 +196,6 @@ def read_text(path: Path) -> str:
         raise MergetuneError(
             f"{path}: must be text in UTF-8, but is not ({error}). Save it in UTF-8."
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file to a temporary name and rename it: a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

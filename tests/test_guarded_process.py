@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from optimizer.engines.guarded_process import GuardedProcess, last_words
 
@@ -25,6 +28,16 @@ def answer(connection: Connection, settings: dict[str, Any]) -> None:
     connection.send((child.pid, settings))
     while True:
         connection.send(connection.recv())
+
+
+def share(connection: Connection, _settings: dict[str, Any]) -> None:
+    """Hold 64 MiB of shared memory together with a child, and tell its name and the child's number."""
+    memory = SharedMemory(create=True, size=2**26)
+    child = os.fork()
+    if child == 0:
+        time.sleep(300)
+    connection.send((memory.name, child))
+    time.sleep(300)
 
 
 def is_alive(pid: int) -> bool:
@@ -55,6 +68,46 @@ def test_it_answers_and_takes_its_children_with_it_when_killed(tmp_path: Path) -
     assert process.ending() == "killed by SIGKILL"
     process.kill()  # twice does no harm
     assert "hello from the child" in last_words(tmp_path / "log")
+
+
+def test_nothing_is_left_when_kill_returns(tmp_path: Path) -> None:
+    process = GuardedProcess(f"{__name__}:share", {}, tmp_path / "log", ENVIRONMENT)
+    name, child = process.connection.recv()
+    memory = Path("/dev/shm", name)
+    assert memory.stat().st_size == 2**26
+    process.kill()
+    assert not is_alive(process.pid)
+    assert not is_alive(child)
+    assert not memory.exists()
+
+
+def test_the_memory_shared_goes_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom pathlib import Path\n"
+        "from optimizer.engines.guarded_process import GuardedProcess\n"
+        f"target, log = {__name__ + ':share'!r}, Path({str(tmp_path / 'log')!r})\n"
+        f"process = GuardedProcess(target, {{}}, log, {ENVIRONMENT!r})\n"
+        "print(process.pid, *process.connection.recv(), flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid, name, child = parent.stdout.readline().split()
+    parent.kill()
+    parent.wait()
+    wait_until_gone(int(pid), int(child))
+    assert not Path("/dev/shm", name).exists()
+
+
+def test_files_of_the_users_folder_do_not_shadow_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("optimizer.py", "json.py", "vllm.py"):
+        (tmp_path / name).write_text("raise RuntimeError('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    process = GuardedProcess(TARGET, {"a": 1}, tmp_path / "log", ENVIRONMENT)
+    assert process.connection.recv()[1] == {"a": 1}
+    process.kill()
 
 
 def test_children_are_ended_even_if_the_process_died_before(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_auto_takes_transformers_where_vllm_starts_but_cannot_compute(tiny_base:
     [
         ({"kind": "transformers", "gpu_memory_utilization": 0.5}, "no option of `kind: transformers`"),
         ({"kind": "vllm", "device": "cuda"}, "no option of `kind: vllm`"),
-        ({"server": {"prot": 8000}}, "Did you mean `port`"),
+        ({"server": {"port": 8000}}, "`server`: unknown key"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
     ],
 )

@@ -275,13 +275,16 @@ def test_kill_9_loses_nothing_and_the_study_goes_on(tmp_path: Path, models: dict
     assert "trial-0001  " not in printed
 
 
-def test_ctrl_c_ends_with_a_report_and_the_study_goes_on(tmp_path: Path, models: dict[str, Path]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_its_like_end_with_a_report_and_the_study_goes_on(
+    number: signal.Signals, tmp_path: Path, models: dict[str, Path]
+) -> None:
     study, out = study_of(tmp_path, models, budget={"trials": 500}), tmp_path / "run"
     process = in_process(study, out)
     wait_for(out / "candidates" / "trial-0001.json", process)
     with pytest.raises(MergetuneError, match="another `mergetune run` is at work"):
         run(study, out)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert "Interrupted" in printed
@@ -290,6 +293,32 @@ def test_ctrl_c_ends_with_a_report_and_the_study_goes_on(tmp_path: Path, models:
     n_kept = sum(found.kind == "trial" for found in RunDir(out).candidates())
     printed = run(study_of(tmp_path, models, budget={"trials": n_kept + 1}), out)
     assert f"trial-{n_kept + 1:04d}" in printed
+
+
+def test_what_a_killed_run_left_half_written_is_swept_and_broken_files_are_measured_again(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(finished.path, copy.path)
+    (copy.path / ".best.abc").mkdir()
+    (copy.path / ".best.abc" / "config.json").write_text("{}")
+    for name in ("record.json.77.tmp", "candidates/trial-0001.json.77.tmp", "attempts/x.json.77.tmp"):
+        (copy.path / name).write_text("half")
+    candidates = copy.path / "candidates"
+    (candidates / "trial-0001.json").write_bytes(b"")
+    (candidates / "trial-0002.search.parquet").write_bytes(b"")
+    (candidates / "base.json").write_bytes(b"")
+    before = {name: finished.scores(name, "search") for name in ("base", "trial-0001", "trial-0002")}
+    params = {c.name: c.params for c in finished.candidates()}
+    printed = run(finished.path / "study.yaml", copy.path)
+    for name in ("trial-0001.json", "trial-0002.search.parquet", "base.json"):
+        assert f"{name} cannot be read" in printed
+        assert (candidates / f"{name}.broken").exists()
+    assert not [path for path in copy.path.rglob("*") if path.suffix == ".tmp" or path.name[:6] == ".best."]
+    for name in ("base", "trial-0002"):
+        assert copy.scores(name, "search") == before[name]
+    again = [c for c in copy.candidates() if c.params == params["trial-0001"]]
+    assert [copy.scores(c.name, "search") for c in again] == [before["trial-0001"]]
 
 
 def test_the_budget_of_hours_ends_the_search(tmp_path: Path, models: dict[str, Path]) -> None:

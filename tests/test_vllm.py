@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from optimizer.engines.self_test import RECORD
 from optimizer.engines.start import start_engine
 from optimizer.engines.transformers_engine import TransformersEngine
 from optimizer.engines.vllm_engine import VllmEngine
-from optimizer.errors import EngineError, MergetuneError, TrialError
+from optimizer.errors import MergetuneError, TrialError
 from optimizer.evaluate import ITEM_KEYS, Evaluator
 from optimizer.library import find, shared_folder
 from optimizer.merging.inputs import Inputs, open_inputs
@@ -121,14 +120,10 @@ def open_models(models: dict[str, Path]) -> Inputs:
     return open_inputs(models["base"], {name: models[name] for name in "ab"})
 
 
-@pytest.fixture(scope="module", params=["process", "server"])
-def tiny(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
-) -> Iterator[Pair]:
-    """The tiny Llama in float32, both ways of running vLLM."""
-    server = {"server": {"concurrency": 8}} if request.param == "server" else {}
-    folder = tmp_path_factory.mktemp(request.param)
-    pair = start_pair(open_models(models), folder, dtype="float32", **SMALL, **server)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Iterator[Pair]:
+    """The tiny Llama in float32."""
+    pair = start_pair(open_models(models), tmp_path_factory.mktemp("tiny"), dtype="float32", **SMALL)
     yield pair
     pair.vllm.close()
 
@@ -418,25 +413,3 @@ def test_an_engine_that_cannot_start_says_why(
 ) -> None:
     with pytest.raises(MergetuneError, match=message):
         start_engine(EngineConfig(kind="vllm", **(SMALL | options)), models["base"], None, tmp_path)
-
-
-def test_a_port_in_use_is_refused_before_anything_starts(models: dict[str, Path]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        config = EngineConfig(kind="vllm", server={"port": port})
-        with pytest.raises(MergetuneError, match=f"but {port} is in use"):
-            start_engine(config, models["base"])
-
-
-def test_a_server_whose_weights_were_changed_behind_its_back_gives_no_scores(tiny: Pair) -> None:
-    vllm: Any = tiny.vllm.vllm
-    if not hasattr(vllm, "_endpoint"):
-        pytest.skip("only a server can be reached by others")
-    tiny.load(1.0, 1.0)
-    vllm._endpoint.post("/update_weight_version", {"new_version": "other"})
-    with pytest.raises(EngineError, match="has the weights `other`"):
-        loglikelihoods(tiny.vllm, [("One", " two three")])
-    tiny.load(1.0, 1.0)
-    assert loglikelihoods(tiny.vllm, [("One", " two three")])

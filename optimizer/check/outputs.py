@@ -18,6 +18,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from optimizer.atomic_files import write_text
 from optimizer.check.judge import EXIT, Check, Flip
 from optimizer.check.page import as_html as as_html
 from optimizer.check.row import Row
@@ -32,7 +33,6 @@ from optimizer.check.words import (
     verdict_words,
 )
 from optimizer.number_text import number, signed
-from optimizer.yaml_io import write_text
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 _FLIPS_A_FAILURE = 5

@@ -81,4 +81,4 @@ def _obstacle(config: EngineConfig, model: Path) -> str | None:
 @functools.cache
 def _probed() -> subprocess.CompletedProcess[str]:
     """Ask vLLM once what it can; to import it takes seconds."""
-    return subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, check=False)

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
 EngineKind = Literal["auto", "transformers", "vllm"]
 
 
-class ServerConfig(Strict):
-    """An OpenAI-compatible vLLM server on loopback that the engine starts, watches and stops.
-
-    `port: null` takes a free one; `concurrency` is the number of requests under way at a time.
-    """
-
-    port: int | None = Field(None, gt=0, lt=65536)
-    concurrency: int = Field(64, gt=0)
-
-
 class EngineConfig(Strict):
     """The study file's `engine`.
 
@@ -60,7 +50,14 @@ class EngineConfig(Strict):
     seed: int = Field(0, ge=0)
     timeout_s: float = Field(600, gt=0)
     arguments: dict[str, Any] = Field(default_factory=dict)
-    server: ServerConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, data: object) -> object:
+        """Leave out what 0.1.0 wrote down of an option that is gone, where it was not used."""
+        if isinstance(data, dict) and data.get("server", data) is None:
+            return {key: value for key, value in data.items() if key != "server"}
+        return data
 
     @model_validator(mode="after")
     def _suits_kind(self) -> EngineConfig:
@@ -75,7 +72,7 @@ class EngineConfig(Strict):
 _OF_TRANSFORMERS = ("device",)
 _OF_VLLM = (
     *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager"),
-    *("seed", "timeout_s", "arguments", "server"),
+    *("seed", "timeout_s", "arguments"),
 )
 
 

@@ -6,26 +6,32 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_SECONDS_TO_DIE = 30  # of a killed process; more only where the kernel holds it
+import psutil
+
+_TELLING = re.compile(r"Error|Exception|error:|insufficient|out of memory|No space left")
+_SECONDS_TO_DIE = 30  # of killed processes; more only where the kernel holds them
+_SHARED_MEMORY = "/dev/shm/"  # where Linux shows it as files
 
 
 class GuardedProcess:
     """A function in a Python process of its own, connected by a pipe.
 
     The process leads a session, so that Ctrl-C does not reach it, and `kill` takes all that it
-    started with it. It kills itself and them when the other end of the pipe is closed, as it is when
-    this process dies.
+    started with it, and the memory that they share. It kills itself and them when the other end of the pipe
+    is closed, as it is when this process dies. Files of the folder that it is started in are not imported.
 
     Args:
         target: `module:function`; called with the connection and the settings.
@@ -38,14 +44,14 @@ class GuardedProcess:
         self, target: str, settings: Mapping[str, Any], log: Path, environment: Mapping[str, str]
     ) -> None:
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", __name__, target, str(theirs.fileno()), json.dumps(settings)]
+        command = [sys.executable, "-P", "-m", __name__, target, str(theirs.fileno()), json.dumps(settings)]
         with theirs, log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **environment},
+                env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -63,19 +69,20 @@ class GuardedProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
-        """End the process and all that it started, unless that was done."""
+        """End the process and all that it started, unless that was done; returns when they are gone."""
         if self.connection.closed:
             return
         self.connection.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait(_SECONDS_TO_DIE)
+        _end_group(self.pid)
+        deadline = time.monotonic() + _SECONDS_TO_DIE
+        while (self._process.poll() is None or any(_members(self.pid))) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def last_words(log: Path, count: int = 3) -> str:
     """Return the last lines of a log that tell of an error, and where it is."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    telling = [line for line in lines if "Error" in line or "error:" in line][-count:]
+    telling = list(dict.fromkeys(line.strip() for line in lines if _TELLING.search(line)))[-count:]
     said = " ".join(["It said:", *telling]) + " " if telling else ""
     return f"{said}Its log: {log}"
 
@@ -85,7 +92,32 @@ def _die_with(pipe: int, seconds: float | None) -> None:
     poll = select.poll()
     poll.register(pipe, 0)  # reports a hang-up only
     if poll.poll(None if seconds is None else 1000 * seconds):
-        os.killpg(0, signal.SIGKILL)
+        _end_group(os.getpgid(0))
+
+
+def _end_group(group: int) -> None:
+    """Kill the processes of a group, and remove the memory that they share."""
+    for process in _members(group):
+        for path in _shared_memory(process.pid):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _members(group: int) -> Iterator[psutil.Process]:
+    """Yield the living processes of a group; one that has ended and was not waited for holds nothing."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Return the files of shared memory that a process has mapped, where the system shows it."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        return {Path(line[line.index(_SHARED_MEMORY) :]) for line in lines if _SHARED_MEMORY in line}
+    return set()
 
 
 def _main(target: str, descriptor: str, settings: str) -> None:

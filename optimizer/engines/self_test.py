@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from optimizer.atomic_files import write_text
 from optimizer.engines.choice import installed_version
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import EngineConfig
@@ -20,7 +21,6 @@ from optimizer.library import cache_folder
 from optimizer.merging.inputs import Inputs
 from optimizer.merging.writer import write_model
 from optimizer.recipe import MergeRecipe
-from optimizer.yaml_io import write_text
 
 RECORD = "self_test.json"
 _TOLERANCE = 0.02  # nats, in the mean: what the order of sums does in bfloat16 on a GPU

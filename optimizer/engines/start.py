@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from optimizer.engines.choice import choose_engine
 from optimizer.engines.engine import Engine, EngineConfig, EngineKind
 from optimizer.errors import MergetuneError
+from optimizer.library import cache_folder, writable
 from optimizer.merging.chat_template import ChatTemplate
 from optimizer.merging.inputs import Inputs
+
+_SECONDS_KEPT = 30 * 24 * 3600.0
 
 
 def start_chosen(
@@ -52,7 +57,8 @@ def start_engine(
         config: its options.
         model: the directory to start with: the base, or any model that is only to be scored.
         inputs: what is to be merged, if anything is.
-        folder: where its log is kept, and that it passed its self-test; without one there is no test.
+        folder: where its log is kept, and that it passed its self-test; without one there is no test, and the
+            log goes into the cache.
         chat: takes the place of the model's chat template; where something is merged, `inputs.chat` does.
 
     Raises:
@@ -69,6 +75,15 @@ def start_engine(
 
     if inputs is not None and folder is not None:
         return start_tested(config, inputs, folder)
-    with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs) / "engine.log"
-        return VllmEngine(config, model, inputs.paths if inputs else None, log, chat)
+    return VllmEngine(config, model, inputs.paths if inputs else None, _log(), chat)
+
+
+def _log() -> Path:
+    """Return a new log file in the cache; those of a month ago are removed."""
+    folder = writable(cache_folder() / "logs", "--cache")
+    now = time.time()
+    for file in folder.glob("engine-*.log"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if now - file.stat().st_mtime > _SECONDS_KEPT:
+                file.unlink()
+    return folder / f"engine-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"

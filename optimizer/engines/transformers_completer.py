@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.errors import MergetuneError
+from optimizer.errors import MergetuneError, TrialError
+from optimizer.memory import free_memory, is_out_of_memory
+
+Asked = TypeVar("Asked", Generation, Scoring, Choosing)
+Answer = TypeVar("Answer")
 
 _PAD = 0  # any token: what stands in its places is never looked at
 
@@ -40,43 +44,71 @@ class TransformersCompleter:
             groups[repr(kind)].append(number)
         replies: dict[int, str] = {}
         for numbers in groups.values():
-            for batch in self._batches(numbers, lambda number: len(requests[number].tokens)):
-                replies |= zip(batch, self._replies([requests[number] for number in batch]), strict=True)
+            replies |= self._in_batches(numbers, requests, self._replies)
         return [replies[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def score(self, requests: Sequence[Scoring]) -> list[Scored]:
         """See `Completer.score`."""
-        found: dict[int, Scored] = {}
-        for batch in self._batches(range(len(requests)), lambda number: len(requests[number].tokens)):
-            own = [requests[number] for number in batch]
-            logits = self._logits([request.tokens[:-1] for request in own])
-            for number, request, row in zip(batch, own, logits, strict=True):
-                wanted = torch.tensor(request.tokens[request.start :], device=row.device)
-                logprobs = _logprobs(row[request.start - 1 : len(request.tokens) - 1])  # (n_scored, n_tokens)
-                scores = logprobs.gather(1, wanted[:, None])[:, 0]
-                found[number] = Scored(scores.tolist(), (logprobs.argmax(dim=1) == wanted).tolist())
+        found = self._in_batches(range(len(requests)), requests, self._scored)
         return [found[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def choose(self, requests: Sequence[Choosing]) -> list[Scored]:
         """See `Completer.choose`."""
-        found: dict[int, Scored] = {}
-        for batch in self._batches(range(len(requests)), lambda number: len(requests[number].tokens)):
-            own = [requests[number] for number in batch]
-            logits = self._logits([request.tokens for request in own])
-            for number, request, row in zip(batch, own, logits, strict=True):
-                candidates = torch.tensor(request.candidates, device=row.device)
-                logprobs = _logprobs(row[len(request.tokens) - 1])  # (n_tokens,)
-                likeliest = (candidates == logprobs.argmax()).tolist()
-                found[number] = Scored(logprobs[candidates].tolist(), likeliest)
+        found = self._in_batches(range(len(requests)), requests, self._chosen)
         return [found[number] for number in range(len(requests))]
 
-    def _batches(self, numbers: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Part requests into batches, the longest first: what does not fit in memory shows at once."""
-        ordered = sorted(numbers, key=length, reverse=True)
-        for start in range(0, len(ordered), self._batch_size):
-            yield ordered[start : start + self._batch_size]
+    def _in_batches(
+        self, numbers: Iterable[int], requests: Sequence[Asked], answer: Callable[[list[Asked]], list[Answer]]
+    ) -> dict[int, Answer]:
+        """Answer requests by their numbers, the longest first: what does not fit in memory shows at once.
+
+        A batch that does not fit is halved, and so are those after it.
+
+        Raises:
+            TrialError: not even one request fits.
+        """
+        ordered = sorted(numbers, key=lambda number: len(requests[number].tokens), reverse=True)
+        found: dict[int, Answer] = {}
+        while ordered:
+            batch = ordered[: self._batch_size]
+            try:
+                found |= zip(batch, answer([requests[number] for number in batch]), strict=True)
+                del ordered[: len(batch)]
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())
+            free_memory()
+            if len(batch) == 1:
+                raise TrialError(
+                    f"Memory is too small for a single prompt of {len(requests[batch[0]].tokens)} tokens "
+                    f"({reason}). Take a device with more, a smaller `engine.dtype` or shorter items."
+                )
+            self._batch_size = len(batch) // 2
+        return found
+
+    def _scored(self, requests: Sequence[Scoring]) -> list[Scored]:
+        found = []
+        logits = self._logits([request.tokens[:-1] for request in requests])
+        for request, row in zip(requests, logits, strict=True):
+            wanted = torch.tensor(request.tokens[request.start :], device=row.device)
+            logprobs = _logprobs(row[request.start - 1 : len(request.tokens) - 1])  # (n_scored, n_tokens)
+            scores = logprobs.gather(1, wanted[:, None])[:, 0]
+            found.append(Scored(scores.tolist(), (logprobs.argmax(dim=1) == wanted).tolist()))
+        return found
+
+    def _chosen(self, requests: Sequence[Choosing]) -> list[Scored]:
+        found = []
+        logits = self._logits([request.tokens for request in requests])
+        for request, row in zip(requests, logits, strict=True):
+            candidates = torch.tensor(request.candidates, device=row.device)
+            logprobs = _logprobs(row[len(request.tokens) - 1])  # (n_tokens,)
+            likeliest = (candidates == logprobs.argmax()).tolist()
+            found.append(Scored(logprobs[candidates].tolist(), likeliest))
+        return found
 
     def _logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Return the logits after every token, (n_texts, length, n_tokens); shorter texts end earlier."""

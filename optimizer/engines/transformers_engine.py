@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,9 @@ from optimizer.engines.completions import CompletionsLM
 from optimizer.engines.engine import EngineConfig, LoadTime
 from optimizer.engines.model_text import ModelText
 from optimizer.engines.stored_weights import StoredWeights
+from optimizer.engines.weight_facts import WeightFacts
 from optimizer.errors import MergetuneError
+from optimizer.memory import check_room, free_bytes, free_memory
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from optimizer.recipe import MergeRecipe
 
 _BATCH_SIZE = 32
+_SHARE = 0.8  # of a GPU's free memory that weights may take where they are spread; activations take the rest
 
 
 class TransformersEngine:
@@ -49,12 +51,19 @@ class TransformersEngine:
 
         device = _usable(config.device)
         text = ModelText.read(base, config.max_length, chat)
+        facts = WeightFacts.read(base, config.dtype)
+        spread = _spread(device, facts.nbytes) if config.device == "auto" else None
+        if spread is None:
+            check_room(str(base), facts.nbytes, device)
         # a configuration of our own: what the base's generation_config.json says must not change replies
         neutral: Any = GenerationConfig
+        placed = {} if spread is None else {"device_map": "auto", "max_memory": spread}
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=config.dtype, generation_config=neutral()
+            base, dtype=facts.dtype, generation_config=neutral(), **placed
         )
-        model.to(device).eval()
+        model.eval()
+        if spread is None:
+            model.to(device)
         self._merger = merger
         self._weights = StoredWeights(model)
         self._completer = TransformersCompleter(model, text.tokenizer, config.batch_size or _BATCH_SIZE)
@@ -112,13 +121,6 @@ class TransformersEngine:
         free_memory()
 
 
-def free_memory() -> None:
-    """Give back what nothing uses any more, on a GPU as well: another process may need it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _usable(device: str) -> str:
     """Return the device that computes, CUDA for `auto` where there is one."""
     if device == "auto":
@@ -131,3 +133,11 @@ def _usable(device: str) -> str:
             f"The device `{device}` cannot compute here ({reason}). Give `auto`, or `cpu`."
         ) from error
     return device
+
+
+def _spread(device: str, needed: int) -> dict[int, int] | None:
+    """Return the bytes that each GPU may take where a model fits none alone, but all together."""
+    if device != "cuda" or needed <= _SHARE * free_bytes(device):
+        return None
+    room = {i: int(_SHARE * free_bytes(f"cuda:{i}")) for i in range(torch.cuda.device_count())}
+    return room if len(room) > 1 and needed <= sum(room.values()) else None

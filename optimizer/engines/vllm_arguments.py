@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ SECONDS_TO_START = 3600.0  # of silence: a large model is read, and compiled
 _CPU_CACHE_GIB = 4
 
 
-def engine_arguments(config: EngineConfig, model: Path, max_length: int) -> dict[str, Any]:
+def engine_arguments(config: EngineConfig, model: Path, dtype: str, max_length: int) -> dict[str, Any]:
     """Return vLLM's `EngineArgs` for a configuration; `config.arguments` come last.
 
     What the model's generation_config.json says of sampling is left out. `enforce_eager` is null where
@@ -32,7 +31,7 @@ def engine_arguments(config: EngineConfig, model: Path, max_length: int) -> dict
     }
     return {
         "model": str(model),
-        "dtype": config.dtype,
+        "dtype": dtype,
         "max_model_len": max_length,
         "generation_config": "vllm",
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -62,15 +61,3 @@ def for_device(arguments: Mapping[str, Any]) -> dict[str, Any]:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         settled.setdefault("kv_cache_memory_bytes", _CPU_CACHE_GIB * 2**30)
     return settled
-
-
-def as_flags(arguments: Mapping[str, Any]) -> list[str]:
-    """Return arguments as `vllm serve` takes them."""
-    flags = []
-    for name, value in arguments.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
-    return flags

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from optimizer.engines.completions import Completer, CompletionsLM, Scoring
+from optimizer.engines.completions import CompletionsLM, Scoring
 from optimizer.engines.engine import EngineConfig, LoadTime
 from optimizer.engines.model_text import ModelText
 from optimizer.engines.vllm_process import VllmProcess
-from optimizer.engines.vllm_server import VllmServer
+from optimizer.engines.weight_facts import WeightFacts
 from optimizer.errors import EngineError, MergetuneError, TrialError
 from optimizer.merging.inputs import ModelPaths
 
@@ -20,24 +19,6 @@ if TYPE_CHECKING:
 
     from optimizer.merging.chat_template import ChatTemplate
     from optimizer.recipe import MergeRecipe
-
-
-class Vllm(Completer, Protocol):
-    """A vLLM that answers requests, and what else of it an engine needs."""
-
-    max_length: int
-
-    def call_workers(self, method: str, keywords: Mapping[str, str]) -> list[Any]:
-        """Call a method of `MergeWorker` in every worker."""
-        ...
-
-    def renew(self, version: str) -> None:
-        """Forget what other weights computed, and stamp what these will compute."""
-        ...
-
-    def close(self) -> None:
-        """End its processes."""
-        ...
 
 
 class VllmEngine:
@@ -63,8 +44,8 @@ class VllmEngine:
         chat: ChatTemplate | None = None,
     ) -> None:
         text = ModelText.read(model, config.max_length, chat)
-        kind = VllmProcess if config.server is None else VllmServer
-        self.vllm: Vllm = kind(config, model, text.max_length, log)
+        dtype = WeightFacts.read(model, config.dtype).dtype
+        self.vllm = VllmProcess(config, model, dtype, text.max_length, log)
         self._counts = itertools.count(1)
         try:
             self._lm = CompletionsLM(
@@ -72,7 +53,7 @@ class VllmEngine:
             )
             self.vllm.score([Scoring([self._lm.eot_token_id] * 2, 1)])  # some models start, but do not run
             if paths is not None:
-                self.vllm.call_workers("mergetune_open", {"paths": paths.model_dump_json()})
+                self.vllm.open_models(paths.model_dump_json())
         except BaseException:
             self.close()
             raise
@@ -84,7 +65,7 @@ class VllmEngine:
 
     def load(self, recipe: MergeRecipe) -> LoadTime:
         """Have every worker merge; see `Engine.load`."""
-        answers = self.vllm.call_workers("mergetune_load", {"recipe": recipe.model_dump_json(by_alias=True)})
+        answers = self.vllm.load(recipe.model_dump_json(by_alias=True))
         for answer in answers:
             if "error" in answer:
                 raise (TrialError if answer["of_trial"] else MergetuneError)(answer["error"])

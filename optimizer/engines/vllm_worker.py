@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +39,14 @@ class MergeWorker:
         """Open the models that recipes name."""
         self.mergetune_merger = ModelPaths.model_validate_json(paths).open()
 
-    def mergetune_load(self, recipe: str) -> dict[str, Any]:
-        """Merge a recipe into the living model.
+    def mergetune_load(self, recipe: str, progress: str) -> dict[str, Any]:
+        """Merge a recipe into the living model; `progress` is a file that says how far it is.
 
         Returns the recipe's `digest`, `merge_s` and `load_s`; or `error`, a message, with `of_trial`
         for coefficients that cannot be merged. The model is whole even then, but no candidate.
         """
         wanted = MergeRecipe.model_validate_json(recipe)
-        merged = _Whole(self.mergetune_merger, wanted)
+        merged = _Whole(self.mergetune_merger, wanted, Path(progress))
         with self._mergetune_threads():
             time = LoadTime.of(lambda tensors: self.reload_weights(weights_iterator=tensors), iter(merged))
         self._mergetune_renew_tied_head()
@@ -83,8 +85,9 @@ class MergeWorker:
 class _Whole:
     """The tensors of a merge; where it fails the base's follow, for half a reload ruins a model."""
 
-    def __init__(self, merger: Merger, recipe: MergeRecipe) -> None:
-        self._merger, self._recipe = merger, recipe
+    def __init__(self, merger: Merger, recipe: MergeRecipe, progress: Path) -> None:
+        self._merger, self._recipe, self._progress = merger, recipe, progress
+        self._told = 0.0
         self.error: MergetuneError | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -92,9 +95,16 @@ class _Whole:
         try:
             for name, tensor in self._merger.merge(self._recipe):
                 yielded.add(name)
+                self._tell(f"tensor {len(yielded)} of {len(base.names)}")
                 yield name, tensor
         except MergetuneError as error:
             self.error = error
             for name in base.names:
                 if name not in yielded:
                     yield name, base.view(name)
+
+    def _tell(self, what: str) -> None:
+        """Say how far it is, once a second: a long merge is no hang."""
+        if (now := time.monotonic()) - self._told >= 1:
+            self._progress.write_text(what, encoding="utf-8")
+            self._told = now

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optimizer.atomic_files import replacing
 from optimizer.library import in_cache
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def _build(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
             _compile([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], _TUNING)
-            built.replace(path)
+            with replacing(path) as temporary:
+                built.replace(temporary)
     return path
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizer.atomic_files import sync
 from optimizer.errors import MergetuneError
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.tensor_files import INDEX, SINGLE
@@ -99,7 +100,8 @@ def write_model(
             _write_companions(temporary, like, config or {}, notes or {})
             places = _lay_out(temporary, layout, max_shard_bytes)
             _write_tensors(tensors, layout, places)
-            _sync(temporary)
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)  # before the folder gets its name, lest a power cut empties the files
         temporary.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(temporary, folder)
     finally:
@@ -268,19 +270,6 @@ def _write(place: _Place, tensor: Tensor) -> None:
         file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _sync(folder: Path) -> None:
-    """Have the disk hold the files before the folder gets its name, lest a power cut empties them."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            if path.is_file():  # some network file systems cannot sync folders
-                raise
-        finally:
-            os.close(descriptor)
-
-
 def _move_into_place(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; if that fails, `folder` is as it was."""
     old = new.with_name(f"{new.name}.old")
@@ -292,4 +281,5 @@ def _move_into_place(new: Path, folder: Path) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

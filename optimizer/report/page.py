@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from optimizer.analysis.heat_maps import heat_maps
+from optimizer.atomic_files import write_bytes, write_text
 from optimizer.models import short_name
 from optimizer.recipe import MergeRecipe, Source
 from optimizer.report import charts, study_charts
@@ -23,7 +23,6 @@ from optimizer.report.insights import MIN_TRIALS
 from optimizer.run_dir import Candidate, RunDir, StudyRecord
 from optimizer.templates import render_page
 from optimizer.theme import themed
-from optimizer.yaml_io import write_text
 
 _COLUMNS = 3  # of charts in the picture for slides
 
@@ -153,7 +152,7 @@ def _write_pictures(data: ReportData, folder: Path) -> None:
     image, drawing = io.BytesIO(), io.StringIO()
     slide.save(image, format="png", scale_factor=2)
     slide.save(drawing, format="svg")
-    _write_bytes(folder / "pareto.png", image.getvalue())
+    write_bytes(folder / "pareto.png", image.getvalue())
     write_text(folder / "pareto.svg", drawing.getvalue())
 
 
@@ -181,9 +180,3 @@ def _named(recipe: MergeRecipe, study: StudyRecord, base: str) -> MergeRecipe:
 
     experts = {name: named(source, study.experts[name]) for name, source in recipe.experts.items()}
     return recipe.model_copy(update={"base": named(recipe.base, base), "experts": experts})
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

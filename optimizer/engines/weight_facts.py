@@ -1,0 +1,42 @@
+"""What an engine has to know of a model's weights before it reads them: their dtype and their size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optimizer.merging.tensor_files import open_weights
+
+_COMPUTED_IN = {"float32", "bfloat16", "float16"}
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """The dtype that an engine computes in, and the bytes that the weights take in it.
+
+    `dtype` is what was asked for; of `auto`, the one that most of the stored bytes have, in every engine
+    alike: what is scored is then what is written. Where that is no dtype to compute in it stays `auto`.
+    """
+
+    dtype: str
+    nbytes: int
+
+    @classmethod
+    def read(cls, folder: Path, wanted: str) -> WeightFacts:
+        """Read the headers of a model directory's weights; raises `MergetuneError` as `open_weights` does."""
+        files = open_weights(folder)
+        sizes: Counter[torch.dtype] = Counter()
+        counts: Counter[torch.dtype] = Counter()
+        for view in map(files.view, files.names):
+            sizes[view.dtype] += view.nbytes
+            counts[view.dtype] += view.numel() if view.is_floating_point() else 0
+        stored = str(max(sizes, key=sizes.__getitem__, default=torch.float32)).removeprefix("torch.")
+        dtype = wanted if wanted != "auto" else stored if stored in _COMPUTED_IN else "auto"
+        if dtype == "auto":
+            return cls(dtype, sum(sizes.values()))
+        floats = sum(counts.values()) * getattr(torch, dtype).itemsize
+        others = sum(size for each, size in sizes.items() if not counts[each])
+        return cls(dtype, floats + others)
