@@ -69,6 +69,14 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        help="For a server: the variable that holds its key, such as api.example.com=OPENAI_API_KEY.",
+        metavar="HOST=VARIABLE",
+    ),
+]
 Cache = Annotated[
     Path | None,
     typer.Option(
@@ -81,6 +89,7 @@ _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "baseline": "--baseline",
     "base": "--base",
     "tokenizer": "--tokenizer",
+    "api_key": "--api-key",
     "fast": "--fast",
     "noise_floor": "--noise-floor",
     "engine": "--engine",
@@ -280,6 +289,7 @@ def evaluate(
     suite: Suite,
     base: Base = None,
     tokenizer: Tokenizer = None,
+    api_key: ApiKeys = None,
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
     ] = "all",
@@ -289,14 +299,14 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score any model on a suite, item by item; a server's API key is taken from OPENAI_API_KEY."""
+    """Score any model on a suite, item by item."""
     from contextlib import closing
     from dataclasses import asdict
 
     from optimizer.atomic_files import write_parquet
     from optimizer.config import engine_options
     from optimizer.evaluate import Evaluator, Measurement
-    from optimizer.library import find, use_cache
+    from optimizer.library import find, use_cache, writable
     from optimizer.meter import Meter
     from optimizer.model_under_test import open_model
     from optimizer.suite import read_suite
@@ -304,9 +314,13 @@ def evaluate(
     use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        writable(out.parent, "--out")
+        if out.is_dir():
+            raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
     asked = read_suite(find("evals", suite, Path()))
-    opened, evaluator = open_model(model, base, tokenizer, asked.config.chat_template), Evaluator(asked)
+    keys = _named_variables(api_key)
+    opened = open_model(model, base, tokenizer, asked.config.chat_template, keys)
+    evaluator = Evaluator(asked)
     with closing(Meter(opened, config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
     if out is not None:
@@ -337,6 +351,7 @@ def check(
     ] = None,
     base: Base = None,
     tokenizer: Tokenizer = None,
+    api_key: ApiKeys = None,
     split: Annotated[
         Literal["search", "holdout", "all"] | None,
         typer.Option(help="Which of the suite's items. Default: those held out, if the suite holds out any."),
@@ -395,8 +410,10 @@ def check(
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:
         use_cache(cache, _remark)
+        if out is not None:
+            writable(out, "--out")
         models = [
-            open_model(reference, base, tokenizer, deployed.config.chat_template)
+            open_model(reference, base, tokenizer, deployed.config.chat_template, _named_variables(api_key))
             for reference in (candidate, baseline)
         ]
         kept = ReplyStore(writable(store, "--store")) if store else default_store()
@@ -450,6 +467,14 @@ def presets() -> None:
     _out.print("Suites", style="bold")
     for name, path in list_presets("evals").items():
         _out.print(f"  {name:<32} {escape(read_yaml(path, SuiteConfig).description)}")
+
+
+def _named_variables(given: Sequence[str] | None) -> dict[str, str]:
+    """Return the variables that hold API keys by host, from HOST=VARIABLE each."""
+    pairs = [text.partition("=") for text in given or ()]
+    if wrong := next((host for host, _, variable in pairs if not host or not variable), None):
+        raise MergetuneError(f"--api-key must be HOST=VARIABLE, but is {wrong}.")
+    return {host: variable for host, _, variable in pairs}
 
 
 def _remark(text: str) -> None:

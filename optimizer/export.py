@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
-from jinja2 import Template
+from jinja2 import Environment, StrictUndefined
 
 from optimizer.evaluate import Score
 from optimizer.library import shared_folder
@@ -16,6 +17,7 @@ from optimizer.merging.inputs import Inputs, open_recipe
 from optimizer.merging.vocabulary import MatchedExpert
 from optimizer.merging.writer import write_model
 from optimizer.models import DEMO_MODEL, model_name, reference_to
+from optimizer.number_text import number
 from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
 from optimizer.yaml_io import to_yaml
 
@@ -51,16 +53,23 @@ def write_merged(
 
 def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[str, Score]) -> str:
     """Return the model card: sources, scores with their standard errors, and the recipe."""
-    template = Template((shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8"))
-    card: str = template.render(
+    environment = Environment(undefined=StrictUndefined)
+    environment.filters |= {"line": _line, "number": number}
+    text = (shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8")
+    card: str = environment.from_string(text).render(
         title=title,
         base_model=model_name(inputs.given or inputs.base.folder, inputs.base.config),
         sources={"base": recipe.base, **recipe.experts},
         scores=scores,
         recipe=recipe,
-        recipe_yaml=to_yaml(recipe).strip(),
+        recipe_yaml=indent(to_yaml(recipe).strip(), "    "),
     )
     return card
+
+
+def _line(text: str) -> str:
+    """Write what others wrote, such as a model's name of itself, so that it ends no line, cell or code."""
+    return " ".join(text.split()).replace("`", "'").replace("|", "\\|").replace("<", "&lt;")
 
 
 def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:

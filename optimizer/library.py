@@ -39,7 +39,7 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
         MergetuneError: it is neither.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = (folder / name).expanduser().resolve()
+        path = (folder / Path(name).expanduser()).resolve()
         if not path.is_file():
             raise MergetuneError(f"{path}: there is no such file. Give a path relative to {folder}.")
         return path

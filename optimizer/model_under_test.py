@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.start import start_chosen
@@ -87,19 +89,21 @@ class LocalModel:
 class ServedModel:
     """What an OpenAI-compatible server answers with; its weights are not touched, and may change unseen.
 
-    `name` is what the server knows it by, None where it serves only one; for `tokenizer` see `served_lm`.
+    `name` is what the server knows it by, None where it serves only one; for `tokenizer` see `served_lm`;
+    `key_variable` is the environment variable that holds the server's API key.
     """
 
     reference: str
     url: str
     name: str | None
     tokenizer: str | None
+    key_variable: str | None = None
 
     digest = None
 
     @contextmanager
     def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
-        """Connect to the server, with its API key from OPENAI_API_KEY; only `batch_size` is heeded.
+        """Connect to the server; only `batch_size` is heeded.
 
         Raises:
             MergetuneError: the server or its model is not there.
@@ -108,14 +112,21 @@ class ServedModel:
 
         requests = config.batch_size or _REQUESTS
         say(f"engine: {self.url}, as it is served")
-        yield served_lm(self.url, self.name, self.tokenizer, requests, os.environ.get("OPENAI_API_KEY"))
+        key = None if self.key_variable is None else os.environ.get(self.key_variable)
+        if self.key_variable is not None and not key:
+            raise MergetuneError(f"{self.url}: the variable {self.key_variable} holds no API key. Set it.")
+        yield served_lm(self.url, self.name, self.tokenizer, requests, key)
 
 
 ModelUnderTest = LocalModel | ServedModel
 
 
 def open_model(
-    reference: str, base: str | None = None, tokenizer: str | None = None, chat: bool | str = False
+    reference: str,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    chat: bool | str = False,
+    key_variables: Mapping[str, str] = MappingProxyType({}),
 ) -> ModelUnderTest:
     """Open a model to be scored; paths are relative to this folder.
 
@@ -126,6 +137,8 @@ def open_model(
         tokenizer: see `ServedModel`.
         chat: the suite's: whether it has conversations, or the chat template that writes them. A server
             writes them with its own.
+        key_variables: by host, or host:port, the environment variable that holds a server's API key; a key
+            goes to no other host.
 
     Raises:
         MergetuneError: there is no such model, an adapter came without its base, an option does not go
@@ -133,7 +146,9 @@ def open_model(
     """
     if reference.startswith(("http://", "https://")):
         url, _, name = reference.partition("#")
-        return ServedModel(reference, url, name or None, tokenizer)
+        address = urlsplit(url)
+        variable = key_variables.get(address.netloc, key_variables.get(address.hostname or ""))
+        return ServedModel(reference, url, name or None, tokenizer, variable)
     here = Path()
     if reference.endswith((".yaml", ".yml")):
         if not Path(reference).is_file():

@@ -24,7 +24,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 def check_reference(reference: str, folder: Path) -> None:
     """Check, without any download, that a reference can be meant: see `find_model`."""
-    path = (folder / reference).expanduser()
+    path = folder / Path(reference).expanduser()
     if path.is_dir() or reference == DEMO_MODEL or _HUB_ID.fullmatch(reference):
         return
     raise MergetuneError(
@@ -45,7 +45,7 @@ def find_model(reference: str, folder: Path) -> Path:
         MergetuneError: there is no such model, or it cannot be fetched.
     """
     check_reference(reference, folder)
-    path = (folder / reference).expanduser()
+    path = folder / Path(reference).expanduser()
     if path.is_dir():
         return path.resolve()
     if reference == DEMO_MODEL:

@@ -137,6 +137,6 @@ class Plan:
 def _training_files(config: StudyConfig, folder: Path) -> dict[str, list[Path]]:
     """Return the files that each expert was trained on, as absolute paths."""
     return {
-        name: [(folder / file).expanduser().resolve() for file in files]
+        name: [(folder / Path(file).expanduser()).resolve() for file in files]
         for name, files in config.training_data.items()
     }

@@ -229,6 +229,8 @@ class RunDir:
 
     def check_own(self) -> None:
         """Raise `MergetuneError` if the directory holds files of something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise MergetuneError(f"{self.path}: must be a run directory, but is a file. Give another --out.")
         if not self.path.is_dir() or self._record_file.exists():
             return
         if not all(_EARLY.fullmatch(entry.name) for entry in self.path.iterdir()):
@@ -431,7 +433,7 @@ class RunDir:
         for folder in (self.path, self.path / "candidates", self.path / "attempts", self.path / "replies"):
             for path in folder.glob(f"*{TEMPORARY}"):
                 path.unlink()
-        for pattern in (".best.*", ".base.*"):
+        for pattern in (".best.*", ".base.*", ".self-test.*", "self-test"):
             for folder in self.path.glob(pattern):
                 shutil.rmtree(folder)
 

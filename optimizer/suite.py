@@ -181,7 +181,7 @@ def read_suite(path: Path) -> Suite:
         for task in score.tasks:
             for file, are_asked in ((task.items, True), (task.fewshot_items, False)):
                 if file is not None:
-                    items[file] = _read_items(path.parent / file, task, are_asked, name)
+                    items[file] = _read_items(path.parent / Path(file).expanduser(), task, are_asked, name)
     return Suite(path.stem, path, config, items)
 
 
@@ -193,7 +193,7 @@ def split_of(content: str, holdout: float) -> Split:
 
 def _read_template(suite: Path, given: str) -> str:
     try:
-        return read_text(suite.parent / given)
+        return read_text(suite.parent / Path(given).expanduser())
     except MergetuneError as error:
         raise MergetuneError(
             f"{suite}: `chat_template` must be true, false or a file relative to the suite's folder. {error}"

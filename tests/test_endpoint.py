@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -217,7 +218,7 @@ def test_conversations_are_rendered_by_the_server(served: Served) -> None:
         assert replies[0] == replies[1] != ""
 
 
-def write_suite(folder: Path, chat_template: bool) -> Suite:
+def write_suite(folder: Path, chat_template: bool, choices: bool = True) -> Suite:
     files: dict[str, list[Any]] = {
         "say": [{"prompt": f"{prompt} {i}", "answer": "a"} for i, prompt in enumerate(PROMPTS * 3)],
         "pick": [{"prompt": p, "choices": ["yes", "no one", "!"], "answer": 0} for p in PROMPTS],
@@ -225,14 +226,14 @@ def write_suite(folder: Path, chat_template: bool) -> Suite:
     for name, items in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
     say = {"items": "say.jsonl", "scorer": "contains", "max_new_tokens": 8, "system": "Be brief."}
+    objectives = {"say": {"tasks": [say]}}
+    if choices:
+        objectives["pick"] = {"tasks": [{"items": "pick.jsonl", "scorer": "choice"}]}
     suite = {
         "description": "test",
         "chat_template": chat_template,
         "holdout": 0,
-        "objectives": {
-            "say": {"tasks": [say]},
-            "pick": {"tasks": [{"items": "pick.jsonl", "scorer": "choice"}]},
-        },
+        "objectives": objectives,
     }
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     return read_suite(folder / "suite.yaml")
@@ -304,6 +305,32 @@ def test_the_key_is_sent_and_not_told() -> None:
             Endpoint(url, api_key="secret").generate(GENERATION)
     assert not isinstance(caught.value, EngineError)
     assert "secret" not in str(caught.value)
+
+
+def test_the_key_goes_to_the_host_that_was_named_for_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        seen.append(body["key"])
+        return 200, {"choices": [{"message": {"content": "abc"}}]}
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    evaluator = Evaluator(write_suite(tmp_path, True, choices=False))
+    with plain_server(answer) as url:
+        host = urlsplit(url).netloc
+        named = {"example.com": None, host: "Bearer secret", "127.0.0.1": "Bearer secret"}
+        for name, key in named.items():
+            with open_model(url, key_variables={name: "OPENAI_API_KEY"}).started(EngineConfig(), print) as lm:
+                evaluator.measure(lm, "search")
+            assert set(seen) == {key}
+            seen.clear()
+        with (
+            pytest.raises(MergetuneError, match="MY_KEY holds no API key"),
+            open_model(url, key_variables={host: "MY_KEY"}).started(EngineConfig(), print),
+        ):
+            pass
 
 
 def test_a_model_that_computes_nan_fails_its_trial() -> None:

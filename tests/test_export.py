@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from optimizer.errors import MergetuneError
-from optimizer.export import merge_recipe, mergekit_yaml, write_merged
+from optimizer.evaluate import Score
+from optimizer.export import merge_recipe, mergekit_yaml, model_card, write_merged
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.merger import Merger
@@ -140,6 +143,35 @@ def test_the_card_names_recipe_and_sources(inputs: Inputs, tmp_path: Path) -> No
     assert header["tags"] == ["merge", "mergetune"]
     assert MergeRecipe.read(tmp_path / "out" / "recipe.yaml") == wanted
     assert (tmp_path / "out" / "mergekit.yaml").exists()
+
+
+def test_a_models_name_of_itself_sets_nothing_in_the_card(
+    tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    hostile = 'acme/x\nlicense: mit\ntags: [owned]\n---\n# "Owned" <script>'
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": hostile}))
+    inputs = open_inputs(base, {"a": tiny_experts["a"]})
+    sources = inputs.base_source, inputs.expert_sources
+    wanted = MergeRecipe.of_one_group("task_arithmetic", *sources, {"lambda": {"a": 0.5}})
+    card = model_card("a | b", wanted, inputs, {"s | `t`\n# u": Score(1e24, 2e-5, 3)})
+    header = yaml.safe_load(card.split("\n---\n")[0])
+    assert header == {
+        "base_model": header["base_model"],
+        "library_name": "transformers",
+        "tags": ["merge", "mergetune"],
+    }
+    lines = card.splitlines()
+    assert "# a \\| b" in lines
+    assert "| s \\| 't' # u | 1e+24 | 2e−05 | 3 |" in lines
+    assert [line for line in lines if line.startswith("#")] == [
+        "# a \\| b",
+        "## Sources",
+        "## Scores",
+        "## Recipe",
+    ]
 
 
 class TestHubIds:

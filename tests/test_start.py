@@ -12,7 +12,10 @@ from optimizer.engines.choice import choose_engine
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.start import start_chosen
 from optimizer.engines.transformers_engine import TransformersEngine
+from optimizer.engines.vllm_arguments import environment_of
 from optimizer.errors import MergetuneError
+from optimizer.library import find
+from optimizer.models import find_model
 from optimizer.yaml_io import validate
 
 pytest.importorskip("vllm")
@@ -53,7 +56,6 @@ def test_auto_takes_transformers_where_vllm_starts_but_cannot_compute(tiny_base:
     ("engine", "message"),
     [
         ({"kind": "transformers", "gpu_memory_utilization": 0.5}, "no option of `kind: transformers`"),
-        ({"kind": "vllm", "device": "cuda"}, "no option of `kind: vllm`"),
         ({"server": {"port": 8000}}, "`server`: unknown key"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),
     ],
@@ -61,3 +63,18 @@ def test_auto_takes_transformers_where_vllm_starts_but_cannot_compute(tiny_base:
 def test_options_that_do_not_belong_are_refused(engine: dict[str, object], message: str) -> None:
     with pytest.raises(MergetuneError, match=message):
         validate(engine, EngineConfig, "study.yaml")
+
+
+def test_vllm_sees_the_one_gpu_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in environment_of("auto")
+    assert environment_of("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7f")
+    assert environment_of("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+
+
+def test_the_users_home_may_be_written_short(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_base.parent))
+    assert find_model(f"~/{tiny_base.name}", Path("/elsewhere")) == tiny_base.resolve()
+    (tiny_base.parent / "one.yaml").write_text("")
+    assert find("evals", "~/one.yaml", Path("/elsewhere")) == (tiny_base.parent / "one.yaml").resolve()

@@ -202,6 +202,7 @@ def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSpl
     """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
         found = pd.read_parquet(file, columns=COLUMNS)
+        found = found.astype({**dict.fromkeys(ITEM_KEYS, str), "score": float})
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise MergetuneError(
             f"{file}: must be a measurement (Parquet with {', '.join(COLUMNS)}), such as "

@@ -145,7 +145,7 @@ def served_lm(
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+        loaded: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MergetuneError(
             f"The tokenizer must be a directory or hub id that holds one, but is `{tokenizer}`: {error}"

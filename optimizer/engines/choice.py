@@ -47,6 +47,8 @@ def choose_engine(
     version = installed_version()
     if kind == "vllm" and version is None:
         raise MergetuneError(f"The engine must be vLLM, {why}, but it is not installed: {_INSTALL}.")
+    if kind == "vllm" and config.device != "auto" and (obstacle := _obstacle(config, model)) is not None:
+        raise MergetuneError(f"The engine must be vLLM, {why}, but cannot be: {obstacle}.")
     name = f"vLLM {version}" if kind == "vllm" else "transformers"
     return config.model_copy(update={"kind": kind}), f"{name}, {why}"
 

@@ -146,7 +146,7 @@ class Endpoint:
         if reply.status_code in (401, 403):
             raise MergetuneError(
                 f"{self.url} refused the API key, or the lack of one ({reply.status_code}: {_said(reply)}). "
-                "Set the key that the server asks for."
+                "Name the variable that holds its key: --api-key HOST=VARIABLE."
             )
         if reply.status_code >= 500 or reply.status_code in _PASSING:
             raise self._fault(path, f"an answer, but failed with {reply.status_code}: {_said(reply)}")

@@ -27,7 +27,8 @@ class EngineConfig(Strict):
     `batch_size` is how many items are worked on at a time, by default 32 in transformers and as many
     as fit in vLLM.
 
-    With transformers alone: `device: auto` takes CUDA where there is one.
+    `device` is `auto`, which takes CUDA where there is one, `cpu`, `cuda` or one GPU, such as `cuda:1`; vLLM
+    computes on what it was built for. A model that fits no GPU alone is spread over all by transformers.
 
     With vLLM alone: `gpu_memory_utilization` is the share of a GPU's memory to take; `kv_cache_gib`
     says instead how much the cache of keys and values has, 4 GiB by default on a CPU.
@@ -61,15 +62,13 @@ class EngineConfig(Strict):
 
     @model_validator(mode="after")
     def _suits_kind(self) -> EngineConfig:
-        foreign = {"transformers": _OF_VLLM, "vllm": _OF_TRANSFORMERS, "auto": ()}[self.kind]
         fields = type(self).model_fields
-        for name in foreign:
+        for name in _OF_VLLM if self.kind == "transformers" else ():
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"`{name}` is no option of `kind: {self.kind}`; leave it out")
         return self
 
 
-_OF_TRANSFORMERS = ("device",)
 _OF_VLLM = (
     *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager"),
     *("seed", "timeout_s", "arguments"),

@@ -9,20 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from optimizer.atomic_files import write_text
 from optimizer.engines.choice import installed_version
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.vllm_engine import VllmEngine
 from optimizer.errors import MergetuneError
-from optimizer.library import cache_folder
 from optimizer.merging.inputs import Inputs
 from optimizer.merging.writer import write_model
 from optimizer.recipe import MergeRecipe
 
-RECORD = "self_test.json"
+RECORD, MODEL = "self_test.json", "self-test"
 _TOLERANCE = 0.02  # nats, in the mean: what the order of sums does in bfloat16 on a GPU
 _SCALE = 0.9  # of the second model's weights: every tensor differs
 _N_TEXTS, _N_TOKENS = 8, 32
@@ -32,24 +29,22 @@ def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngi
     """Start vLLM; the first time in `folder`, show that it follows a swap of weights.
 
     With A the first expert and B the same scaled by 0.9, the engine starts on B from disk, then takes
-    A, B and A again: B put in must score texts as B from disk, and A as A. One start serves for both.
+    A, B and A again: B put in must score texts as B from disk, and A as A. One start serves for both. B
+    stands in `folder` until the engine has read it.
 
     Raises:
-        MergetuneError: it does not; with the differences of the log-probabilities.
+        MergetuneError: it does not, with the differences of the log-probabilities; or there is no room for B.
     """
     log, record, key = folder / "engine.log", folder / RECORD, _key(config, inputs)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
         return VllmEngine(config, inputs.base.folder, inputs.paths, log, inputs.chat)
     a, b = _scaled(inputs, 1.0), _scaled(inputs, _SCALE)
-    # the same place for the same model: vLLM keeps what it compiles by the path
-    place = cache_folder() / "self-test" / b.digest[:16]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
-        write_model(place, inputs.merger.merge(b), inputs.base)
-        try:
-            engine = VllmEngine(config, place, inputs.paths, log, inputs.chat)
-        finally:
-            shutil.rmtree(place)
+    place = folder / MODEL
+    write_model(place, inputs.merger.merge(b), inputs.base)
+    try:
+        engine = VllmEngine(config, place, inputs.paths, log, inputs.chat)
+    finally:
+        shutil.rmtree(place)
     try:
         from_disk = _probe(engine)
         first, swapped, again = (_probe_with(engine, recipe) for recipe in (a, b, a))

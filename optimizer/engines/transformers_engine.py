@@ -59,7 +59,7 @@ class TransformersEngine:
         neutral: Any = GenerationConfig
         placed = {} if spread is None else {"device_map": "auto", "max_memory": spread}
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=facts.dtype, generation_config=neutral(), **placed
+            base, dtype=facts.dtype, generation_config=neutral(), trust_remote_code=False, **placed
         )
         model.eval()
         if spread is None:

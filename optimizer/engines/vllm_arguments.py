@@ -19,6 +19,16 @@ SECONDS_TO_START = 3600.0  # of silence: a large model is read, and compiled
 _CPU_CACHE_GIB = 4
 
 
+def environment_of(device: str) -> dict[str, str]:
+    """Return the variables of vLLM's processes; they see the one GPU that `device` names (`cuda:1`)."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return ENVIRONMENT
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
+
+
 def engine_arguments(config: EngineConfig, model: Path, dtype: str, max_length: int) -> dict[str, Any]:
     """Return vLLM's `EngineArgs` for a configuration; `config.arguments` come last.
 

@@ -11,7 +11,7 @@ from typing import Any
 from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.guarded_process import GuardedProcess, last_words
-from optimizer.engines.vllm_arguments import ENVIRONMENT, SECONDS_TO_START, engine_arguments
+from optimizer.engines.vllm_arguments import SECONDS_TO_START, engine_arguments, environment_of
 from optimizer.errors import EngineError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -26,7 +26,7 @@ class VllmProcess:
             "optimizer.engines.vllm_host:serve",
             engine_arguments(config, model, dtype, max_length),
             log,
-            ENVIRONMENT,
+            environment_of(config.device),
         )
         try:
             self.max_length: int = self._answer("start", SECONDS_TO_START)["max_length"]

@@ -260,6 +260,9 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     for key, reason in _UNSUPPORTED.items():
         if config.get(key):
             raise MergetuneError(f"{path}: `{key}` is set: {reason}. {_AS_FULL_MODEL}")
+    alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
+    if wrong := [alpha for alpha in alphas if isinstance(alpha, bool) or not isinstance(alpha, (int, float))]:
+        raise MergetuneError(f"{path}: `lora_alpha` must be a number, but is {wrong[0]!r}. Correct it.")
     start = config.get("init_lora_weights", True)
     if start not in _INITIALIZATIONS:
         raise MergetuneError(

@@ -109,7 +109,7 @@ def open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers raise at a broken file
         raise MergetuneError(
             f"{folder}: must hold a tokenizer that transformers opens, but: {error} Save the model's "

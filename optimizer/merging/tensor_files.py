@@ -58,6 +58,11 @@ def open_weights(folder: Path) -> TensorFiles:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MergetuneError(f"{folder / INDEX}: must hold a `weight_map`. Download it again.")
+    if wrong := [shard for shard in weight_map.values() if not isinstance(shard, str) or "/" in shard]:
+        raise MergetuneError(
+            f"{folder / INDEX}: `weight_map` must name files beside it, but names {wrong[0]!r}. Download it "
+            "again."
+        )
     shards = [folder / shard for shard in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.exists()]
     if not missing:
