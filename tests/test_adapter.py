@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import LoraExpert, open_expert
 from optimizer.merging.checkpoint import Checkpoint, FullExpert
+from optimizer.merging.inputs import open_inputs
 
+TOKENS = {"lm_head": [5], "embed_tokens": [2, 9]}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -91,8 +95,18 @@ def assert_merges_like_peft(base_folder: Path, adapter: Path) -> LoraExpert:
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["post_attention_layernorm"]},
         {"r": 4, "lora_alpha": 16, "target_modules": ["embed_tokens", "lm_head", "v_proj"]},
         {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        {"r": 4, "lora_alpha": 16, "target_modules": ALL_LINEAR, "use_dora": True},
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 300]},
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"lm_head": [5], "embed_tokens": [2]},
+        },
     ],
-    ids=["plain", "patterns", "rslora", "modules_to_save", "norms", "embedding", "orthogonal"],
+    ids=[
+        *("plain", "patterns", "rslora", "modules_to_save", "norms", "embedding", "orthogonal", "dora"),
+        *("tokens", "tokens of two"),
+    ],
 )
 def test_task_vector_is_what_peft_merges(
     tiny_base: Path, tmp_path: Path, config: dict[str, Any], dtype: torch.dtype
@@ -101,6 +115,46 @@ def test_task_vector_is_what_peft_merges(
     stored = load_file(adapter / "adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {dtype}
     assert_merges_like_peft(tiny_base, adapter)
+
+
+def test_dora_of_transposed_layers(gpt2: Path, tmp_path: Path) -> None:
+    modules: dict[str, Any] = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
+    assert_merges_like_peft(gpt2, train_adapter(gpt2, tmp_path / "adapter", r=4, use_dora=True, **modules))
+
+
+def rename(adapter: Path, change: Callable[[str], str | None]) -> None:
+    """Rename the tensors of an adapter's file; None leaves one out."""
+    path = adapter / "adapter_model.safetensors"
+    named = [(change(name), tensor) for name, tensor in load_file(path).items()]
+    save_file({name: tensor for name, tensor in named if name is not None}, path)
+
+
+def test_keys_with_the_adapters_name_are_read(tiny_base: Path, tmp_path: Path) -> None:
+    """As in peft's memory, and in files that trainers write without peft's own save."""
+    config: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    adapter = train_adapter(tiny_base, tmp_path / "adapter", **config)
+    base = Checkpoint(tiny_base)
+    plain = LoraExpert("plain", adapter, base)
+    expected = {name: plain.task_vector(name, base.tensor(name)) for name in base.names}
+    renamed = {"lora_A.weight": "lora_A.default.weight", "lora_B.weight": "lora_B.default.weight"}
+    renamed |= {"embedding_A": "embedding_A.default", "embedding_B": "embedding_B.default"}
+    renamed |= {"lm_head.weight": "lm_head.modules_to_save.default.weight"}
+    for old, new in renamed.items():
+        rename(adapter, partial(re.sub, f"{re.escape(old)}$", new))
+    found = LoraExpert("found", adapter, base)
+    assert found.targets
+    for name in base.names:
+        vector, wanted = found.task_vector(name, base.tensor(name)), expected[name]
+        assert (vector is None) == (wanted is None)
+        assert vector is None or wanted is None or torch.equal(vector, wanted)
+
+
+def test_layers_that_are_missing_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = train_adapter(tiny_base, tmp_path / "adapter", r=4, target_modules=["q_proj", "v_proj"])
+    assert not any("other layers" in warning for warning in open_inputs(tiny_base, {"a": adapter}).warnings)
+    rename(adapter, lambda name: None if "layers.1." in name else name)
+    (warning,) = (w for w in open_inputs(tiny_base, {"a": adapter}).warnings if "other layers" in w)
+    assert "model.layers.1.self_attn.q_proj.weight, model.layers.1.self_attn.v_proj.weight" in warning
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
@@ -175,9 +229,7 @@ class TestRefusals:
         ("changes", "reason"),
         [
             ({"peft_type": "LOHA"}, "`peft_type: LORA` must hold, but got LOHA"),
-            ({"use_dora": True}, "DoRA"),
             ({"lora_bias": True}, "biases"),
-            ({"trainable_token_indices": [1]}, "single rows"),
             ({"alora_invocation_tokens": [1]}, "some tokens only"),
             ({"target_parameters": ["experts.up_proj"]}, "without a module"),
             ({"layer_replication": [[0, 2]]}, "repeats"),
@@ -197,14 +249,24 @@ class TestRefusals:
         assert str(copied / "adapter_config.json") in str(caught.value)
         assert "merge_and_unload" in str(caught.value)
 
-    def test_real_dora(self, tiny_base: Path, tmp_path: Path) -> None:
-        train_adapter(tiny_base, tmp_path, target_modules=["q_proj"], use_dora=True)
-        base = Checkpoint(tiny_base)
-        with pytest.raises(MergetuneError, match="DoRA"):
-            open_expert("tuned", tmp_path, base)
-        edit_config(tmp_path, use_dora=False)
-        with pytest.raises(MergetuneError, match="holds `lora_magnitude_vector`: DoRA"):
-            open_expert("tuned", tmp_path, base)
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"use_dora": True}, "DoRA's magnitudes are missing"),
+            ({"trainable_token_indices": [1]}, "the rows are missing that"),
+        ],
+    )
+    def test_parts_that_the_config_names_and_the_file_lacks(
+        self, tiny_base: Path, copied: Path, changes: dict[str, object], reason: str
+    ) -> None:
+        edit_config(copied, **changes)
+        with pytest.raises(MergetuneError, match=reason):
+            open_expert("tuned", copied, Checkpoint(tiny_base))
+
+    def test_dora_of_embeddings(self, tiny_base: Path, tmp_path: Path) -> None:
+        train_adapter(tiny_base, tmp_path, target_modules=["embed_tokens"], use_dora=True)
+        with pytest.raises(MergetuneError, match="DoRA of embeddings is not merged"):
+            open_expert("tuned", tmp_path, Checkpoint(tiny_base))
 
     @pytest.mark.parametrize(
         "config",
@@ -219,10 +281,8 @@ class TestRefusals:
 
     def test_resized_vocabulary(self, tiny_base: Path, copied: Path) -> None:
         edit_tensors(copied, **{"base_model.model.lm_head.weight": torch.ones(321, 32)})
-        with pytest.raises(
-            MergetuneError, match=r"saved with 321 rows, but the base has 320.*tiny-base.*`vocabulary: base`"
-        ):
-            open_expert("tuned", copied, Checkpoint(tiny_base))
+        with pytest.raises(MergetuneError, match=r"321 rows for tokens, not the base's 320.*tokenizer there"):
+            open_inputs(tiny_base, {"tuned": copied})
 
     def test_adapter_of_a_wider_base(self, tiny_base: Path, tmp_path: Path) -> None:
         wide = build_llama(tmp_path / "wide-model", hidden_size=64, num_attention_heads=8)

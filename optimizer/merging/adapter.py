@@ -26,19 +26,22 @@ from optimizer.merging.checkpoint import (
     match_names,
 )
 from optimizer.merging.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
-from optimizer.merging.tokenizer_files import VOCABULARY_REMEDY
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+# In memory, and in files that are no save of peft's own, the adapter's name (`default`) stands in between.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB]|magnitude_vector)"
+    r"(\.(?!weight$)[^.]+)?(\.weight)?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 # Where embeddings were both trained and resized, peft saves them a second and a third time.
-_COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
+_COPY = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
 # How these begin training leaves the base's own weights as they are.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _UNSUPPORTED = {
-    "use_dora": "DoRA rescales the base's weights, so its update depends on what it is added to",
     "lora_bias": "`lora_bias` adds to the base's biases",
     "use_qalora": "QA-LoRA's update needs the quantized base",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
@@ -48,7 +51,6 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples its update",
     "layer_replication": "`layer_replication` repeats the base's layers",
     "target_parameters": "`target_parameters` trains parameters without a module",
-    "trainable_token_indices": "`trainable_token_indices` replaces single rows of the embeddings",
 }
 _AS_FULL_MODEL = (
     "Merge it into the model that it was trained on (peft: `merge_and_unload`, then "
@@ -56,19 +58,24 @@ _AS_FULL_MODEL = (
 )
 # What, beside the tensors, determines the task vector.
 _SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+_RARE_KEYS = ("trainable_token_indices",)  # part of the digest only where they are given
 
 
 @dataclass
 class _Update:
-    """What an adapter does to one tensor: a low-rank product, a tensor in its place, or both.
+    """What an adapter does to one tensor: a low-rank product, a tensor or rows in its place, or several.
 
-    `a`, `b` and `saved` name tensors in the adapter's file, `module` the module in peft's words.
+    `a`, `b`, `magnitude`, `rows` and `saved` name tensors in the adapter's file, `module` the module in
+    peft's words; `tokens` are the rows that `rows` takes the place of.
     """
 
     module: str = ""
 
     a: str | None = None  # (rank, in)
     b: str | None = None  # (out, rank)
+    magnitude: str | None = None  # (out,)
+    rows: str | None = None  # (n_tokens, width)
+    tokens: tuple[int, ...] = ()
     saved: str | None = None  # of the base's shape
     is_transposed: bool = False
 
@@ -77,7 +84,10 @@ class LoraExpert:
     """A LoRA adapter as an expert: scale · B @ A (Hu et al. 2021, §4.1), in float32.
 
     The scale is alpha / rank, or alpha / √rank with `use_rslora` (Kalajdzievski 2023). Other
-    tensors in the file (`modules_to_save`, biases) were trained in full: saved − base.
+    tensors in the file (`modules_to_save`, biases) were trained in full: saved − base. With DoRA (Liu et al.
+    2024, equation 5) the tuned weights are m ⊙ (W + scale · B @ A) / ‖W + scale · B @ A‖, the norms being
+    those of the rows, and the task vector is their difference to the base's; so is that of single rows of the
+    embeddings that were trained (`trainable_token_indices`).
 
     Attributes:
         name: the user's name for it.
@@ -85,8 +95,7 @@ class LoraExpert:
         config: its `adapter_config.json`.
         targets: the base's tensors that it changes.
 
-    With `may_add_tokens` embeddings and head may have been saved with more rows than the base's: see
-    `resized`.
+    Embeddings and head may have been saved with another number of rows than the base's: see `resized`.
 
     Raises:
         MergetuneError: the adapter is of a kind that is no task vector, or does not fit `base`.
@@ -97,7 +106,7 @@ class LoraExpert:
     config: dict[str, Any]
     targets: tuple[str, ...]
 
-    def __init__(self, name: str, folder: Path, base: Checkpoint, may_add_tokens: bool = False) -> None:
+    def __init__(self, name: str, folder: Path, base: Checkpoint) -> None:
         self.name = name
         self.folder = folder
         self.config = read_json(folder / CONFIG)
@@ -106,7 +115,7 @@ class LoraExpert:
             raise MergetuneError(f"{folder}: {explain_no_weights(folder, WEIGHTS)}")
         self._files = TensorFiles([folder / WEIGHTS])
         self._updates = self._read_updates(base)
-        if problems := list(self._find_problems(base, may_add_tokens)):
+        if problems := list(self._find_problems(base)):
             raise MergetuneError("\n".join(f"{folder / WEIGHTS}: {line}" for line in problems))
         self.targets = tuple(self._updates)
 
@@ -114,6 +123,7 @@ class LoraExpert:
     def digest(self) -> str:
         """SHA-256 of the adapter's tensors and of what sets their scale."""
         scaling = {key: self.config.get(key) for key in _SCALING_KEYS}
+        scaling |= {key: self.config[key] for key in _RARE_KEYS if self.config.get(key)}
         parts = [json.dumps(scaling, sort_keys=True), self._files.digest(self._files.names)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -133,6 +143,10 @@ class LoraExpert:
         if update is None:
             return None
         product = self._product(update.a, update.b, update) if update.a and update.b else None
+        if update.rows:
+            return self._rows(update, base.cpu()).to(base.device)
+        if update.magnitude and product is not None:
+            return self._rescaled(update.magnitude, product, update, base.cpu().float()).to(base.device)
         if not update.saved:
             return None if product is None else product.to(base.device)
         saved = self._files.view(update.saved).float() - base.cpu().float()
@@ -146,19 +160,48 @@ class LoraExpert:
         start = self._files.view(update.saved) if update.saved else base
         return start.float() + (self._product(update.a, update.b, update) if update.a and update.b else 0)
 
+    def rows_of(self, name: str) -> int | None:
+        """Return how many rows of a tensor the adapter holds in full, None where it holds none."""
+        update = self._updates.get(name)
+        return self._shape(update.saved)[0] if update is not None and update.saved else None
+
     def _product(self, a: str, b: str, update: _Update) -> Tensor:
         """Return scale · B @ A in the layout of the base's tensor."""
         left, right = self._files.view(b).float(), self._files.view(a).float()
         product = (left @ right).mul_(_scale(self.config, update.module, rank=len(right)))
         return product.T.contiguous() if update.is_transposed else product
 
+    def _rescaled(self, magnitude: str, product: Tensor, update: _Update, base: Tensor) -> Tensor:
+        """Return what DoRA adds: m ⊙ V / ‖V‖ − W with V = W + product, the norms being those of V's rows."""
+        whole = base + product
+        rows = whole.T if update.is_transposed else whole  # (out, in)
+        factor = self._files.view(magnitude).float().reshape(-1, 1) / rows.norm(dim=1, keepdim=True)
+        rescaled: Tensor = whole * (factor.T if update.is_transposed else factor)
+        return rescaled.sub_(base)
+
+    def _rows(self, update: _Update, base: Tensor) -> Tensor:
+        """Return what rows that were trained apart add to the base's."""
+        assert update.rows is not None
+        tokens, vector = torch.tensor(update.tokens), torch.zeros(base.shape)
+        vector[tokens] = self._files.view(update.rows).float() - base[tokens].float()
+        return vector
+
     def _read_updates(self, base: Checkpoint) -> dict[str, _Update]:
         """Gather the adapter's tensors by the base's tensor that they change."""
         updates: dict[str, _Update] = {}
+        known = set(self._files.names)
         for stored in self._files.names:
-            if _COPIES.search(stored):
-                continue
             name = stored.removeprefix(_PREFIX)
+            if ".original_module." in stored:
+                continue
+            if _COPY.search(stored):
+                name = _COPY.sub("", name)
+                if _PREFIX + name in known:
+                    continue
+            if (tokens := _TOKENS.fullmatch(name)) is not None:
+                update = updates.setdefault(f"{tokens['module']}.weight", _Update())
+                update.rows, update.tokens = stored, _token_indices(self.config, tokens["module"])
+                continue
             match = _FACTOR.fullmatch(name)
             if match is None:
                 # `base_layer` stands between a module and its own tensors once LoRA wraps it.
@@ -169,27 +212,28 @@ class LoraExpert:
             update.is_transposed = bool(match["embedding"] or self.config.get("fan_in_fan_out"))
             if match["factor"] == "A":
                 update.a = stored
-            else:
+            elif match["factor"] == "B":
                 update.b = stored
+            else:
+                update.magnitude = stored
         if base.is_tied:
             _drop_tied_copy(updates, self._files)
         ours = {theirs: our for our, theirs in match_names(base.names, tuple(updates)).items()}
         return {ours.get(name, name): update for name, update in updates.items()}
 
-    def _find_problems(self, base: Checkpoint, may_add_tokens: bool) -> Iterator[str]:
+    def _find_problems(self, base: Checkpoint) -> Iterator[str]:
         """Yield what does not fit the base, one line for each kind of problem."""
         given = self.config.get("base_model_name_or_path")
         remedy = f"The adapter names `{given}` as its base: give that one, or another adapter."
         known = set(base.names)
-        if any("lora_magnitude_vector" in name for name in self._updates):
-            yield f"holds `lora_magnitude_vector`: {_UNSUPPORTED['use_dora']}. {_AS_FULL_MODEL}"
-            return
         heads = [name for name in self._updates if base.is_tied and is_head(name)]
         if heads:
             yield (
                 f"trains {heads[0]} on its own, but the base {base.folder} ties the head to the "
                 f"embeddings. {_AS_FULL_MODEL}"
             )
+        if self.config.get("trainable_token_indices") and not any(u.rows for u in self._updates.values()):
+            yield f"the rows are missing that `trainable_token_indices` names. {remedy}"
         strays = [name for name in self._updates if name not in known and name not in heads]
         if strays:
             yield f"{shortened(strays)}: no such tensor in the base {base.folder}. {remedy}"
@@ -203,13 +247,6 @@ class LoraExpert:
         ]
         if misfits:
             yield f"{shortened(misfits)}. {remedy}"
-        resized = [
-            f"{name} was saved with {shape[0]} rows, but the base has {base.shape(name)[0]}"
-            for name, shape in shapes.items()
-            if shape != base.shape(name)
-        ]
-        if resized and not may_add_tokens:
-            yield f"{shortened(resized)}. {remedy} {VOCABULARY_REMEDY}"
 
     def _shape_with_tokens(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the base's tensor would have with the adapter's number of tokens."""
@@ -222,14 +259,27 @@ class LoraExpert:
         """Say what about an update does not fit a tensor of this shape."""
         if update.saved and (saved := self._shape(update.saved)) != shape:
             return f"a tensor of shape {saved} was saved"
+        if update.rows:
+            wanted = (len(update.tokens), *shape[1:])
+            is_alone = not (update.a or update.b or update.saved)
+            is_known = all(0 <= token < shape[0] for token in update.tokens)
+            if self._shape(update.rows) == wanted and is_alone and is_known:
+                return None
+            return f"`trainable_token_indices` names {len(update.tokens)} rows, and others were trained"
         if not update.a and not update.b:
-            return None
+            return None if not update.magnitude else "DoRA's magnitudes stand without a product"
         if not update.a or not update.b:
             there, missing = "AB" if update.a else "BA"
             return f"LoRA's {there} stands without its {missing}"
         a, b = self._shape(update.a), self._shape(update.b)
         if len(a) == len(b) == 2 and a[0] == b[1] > 0:
             product = (a[1], b[0]) if update.is_transposed else (b[0], a[1])
+            if update.magnitude and (is_embeddings(f"{update.module}.weight") or update.saved):
+                return "DoRA of embeddings is not merged"
+            if self.config.get("use_dora") and not update.magnitude:
+                return "DoRA's magnitudes are missing"
+            if update.magnitude and math.prod(self._shape(update.magnitude)) != b[0]:
+                return f"DoRA's magnitudes have shape {self._shape(update.magnitude)}"
             return None if product == shape else f"LoRA's B @ A has shape {product}"
         return f"LoRA's A has shape {a} and B {b}"
 
@@ -242,12 +292,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_expert(name: str, folder: Path, base: Checkpoint, may_add_tokens: bool = False) -> Expert:
+def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
     """Open a LoRA adapter (a folder with `adapter_config.json`) or else a full checkpoint."""
     if is_adapter(folder):
-        return LoraExpert(name, folder, base, may_add_tokens)
+        return LoraExpert(name, folder, base)
     checkpoint = Checkpoint(folder)
-    return FullExpert(name, checkpoint, match_names(base.names, checkpoint.names))
+    names = match_names(base.names, checkpoint.names)
+    head = next(filter(is_head, base.names), None)
+    if head is not None and checkpoint.is_tied and base.repeats_embeddings:
+        names[head] = next(filter(is_embeddings, checkpoint.names))
+    return FullExpert(name, checkpoint, names)
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
@@ -280,6 +334,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = float(next(matching, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _token_indices(config: dict[str, Any], module: str) -> tuple[int, ...]:
+    """Return the rows of a module that `trainable_token_indices` names, for it or for the embeddings."""
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((own for key, own in given.items() if f".{module}".endswith(f".{key}")), [])
+    return tuple(given or ())
 
 
 def _drop_tied_copy(updates: dict[str, _Update], files: TensorFiles) -> None:

@@ -84,6 +84,14 @@ class Checkpoint:
         """SHA-256 over names, dtypes, shapes and bytes of the tensors, independent of sharding."""
         return self._files.digest(self.names)
 
+    @cached_property
+    def repeats_embeddings(self) -> bool:
+        """Whether a head is stored and equals the embeddings, whatever the config says."""
+        head, embeddings = (next(filter(k, self._files.names), None) for k in (is_head, is_embeddings))
+        if head is None or embeddings is None:
+            return False
+        return torch.equal(self._files.view(head), self._files.view(embeddings))
+
     def _refuse_quantized(self) -> None:
         configs = (self.config, self.config.get("text_config") or {})
         reasons = [
@@ -119,11 +127,11 @@ class Checkpoint:
         ]
 
     def _duplicate_head(self) -> str | None:
-        """Return the stored head if it only repeats the embeddings.
+        """Return the stored head if it only repeats the embeddings, and the config does not untie them.
 
         transformers ties by the config and only if the values are equal, vLLM by the config alone,
         and the default where the config is silent depends on the architecture: so equal values
-        decide, and a config that contradicts the values is refused.
+        decide, and a config that ties what differs is refused.
         """
         head = next(filter(is_head, self._files.names), None)
         embeddings = next(filter(is_embeddings, self._files.names), None)
@@ -131,7 +139,7 @@ class Checkpoint:
         says_tied = self.config.get("tie_word_embeddings", nested.get("tie_word_embeddings"))
         if head is None or embeddings is None or says_tied is False:
             return None
-        if torch.equal(self._files.view(head), self._files.view(embeddings)):
+        if self.repeats_embeddings:
             return head
         if says_tied:
             raise MergetuneError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from optimizer.merging.tokenizer_files import (
     read_pipeline,
     read_vocabulary,
 )
+from optimizer.merging.vocabulary import tokens_of, tokens_of_base
 
 # Keys of config.json that do not change what the weights compute.
 _IGNORED_KEYS = {
@@ -42,10 +44,11 @@ _IGNORED_KEYS = {
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     *("id2label", "label2id", "problem_type", "task_specific_params"),
     *("output_router_logits", "router_aux_loss_coef"),
-    "tie_word_embeddings",  # the tensors tell
+    *("tie_word_embeddings", "vocab_size"),  # the tensors tell
 }
 # Keys that change the use of a model but not the function that its weights compute.
 _NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+_LAYER_NUMBER = re.compile(r"\.\d+\.")
 _LARGEST_RATIO = 5.0
 LONGEST_SHARE_OF_BASE = 0.5
 
@@ -158,9 +161,9 @@ def _square(tensor: Tensor) -> float:
 
 def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> Iterator[_Finding]:
     if isinstance(expert, FullExpert):
-        yield from _compare_configs(base.folder, expert.folder, vocabulary)
+        yield from _compare_configs(base.folder, expert.folder)
         yield from _compare_names(base, expert)
-        yield from _compare_tensors(base, expert, vocabulary)
+        yield from _compare_tensors(base, expert)
         if not has_tokenizer(expert.folder):
             yield _Finding(
                 f"{expert.folder}: holds no tokenizer files, so it is taken on trust that expert "
@@ -170,18 +173,17 @@ def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> It
     if isinstance(expert, LoraExpert):
         yield from _compare_base_name(base, expert)
         yield from _warn_of_tied_embeddings(base, expert)
+        yield from _warn_of_missing_layers(base, expert)
     if has_tokenizer(expert.folder):
-        yield from _compare_tokenizers(base.folder, expert.folder, vocabulary)
+        yield from _compare_tokenizers(base, expert, vocabulary)
 
 
-def _compare_configs(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
+def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
     path = expert / "config.json"
     ours, theirs = _read_configs(base, expert)
     for key in sorted(ours.keys() | theirs.keys()):
         leaf = key.rpartition(".")[2]
         if _is_ignored(leaf) or ours.get(key) == theirs.get(key):
-            continue
-        if leaf == "vocab_size" and vocabulary != "refuse":
             continue
         if leaf == "eos_token_id" and _takes_template(base, expert):
             continue
@@ -232,7 +234,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _compare_names(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
     theirs = expert.checkpoint
-    if base.is_tied != theirs.is_tied:
+    untied = theirs if base.is_tied else base
+    if base.is_tied != theirs.is_tied and not untied.repeats_embeddings:
         yield _Finding(_explain_heads(base, theirs))
     own = set(expert.own_names.values())
     missing = [name for name in base.names if name not in expert.own_names and not is_head(name)]
@@ -281,20 +284,17 @@ def _left_out_by_transformers(folder: Path) -> Callable[[str], bool]:
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
-def _compare_tensors(base: Checkpoint, expert: FullExpert, vocabulary: VocabularyRule) -> Iterator[_Finding]:
+def _compare_tensors(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
     theirs = {name: weights for name in base.names if (weights := expert.weights(name)) is not None}
     misfits = [
         name
         for name, weights in theirs.items()
-        if weights.shape != base.shape(name)
-        and (vocabulary == "refuse" or not _differ_in_rows(name, weights.shape, base.shape(name)))
+        if weights.shape != base.shape(name) and not _differ_in_rows(name, weights.shape, base.shape(name))
     ]
     if misfits:
-        has_rows = any(_differ_in_rows(name, theirs[name].shape, base.shape(name)) for name in misfits)
         shown = [f"`{name}` is {tuple(theirs[name].shape)} instead of {base.shape(name)}" for name in misfits]
         yield _Finding(
-            f"{expert.folder}: shapes differ from the base's: {shortened(shown)}. Give a fine-tune of this "
-            f"base with the vocabulary as it was.{f' {VOCABULARY_REMEDY}' if has_rows else ''}"
+            f"{expert.folder}: shapes differ from the base's: {shortened(shown)}. Give a fine-tune of it."
         )
     cast = [name for name, weights in theirs.items() if weights.dtype != base.dtype(name)]
     if cast:
@@ -334,14 +334,36 @@ def _warn_of_tied_embeddings(base: Checkpoint, expert: LoraExpert) -> Iterator[_
         )
 
 
-def _compare_tokenizers(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
+def _warn_of_missing_layers(base: Checkpoint, expert: LoraExpert) -> Iterator[_Finding]:
+    """Warn of an adapter that lacks some layers' part of a module, as a save that was cut off does."""
+    if expert.config.get("layers_to_transform") is not None:
+        return
+    layers: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"has": [], "lacks": []})
+    for name in base.names:
+        kind = _LAYER_NUMBER.sub(".*.", name)
+        if kind != name:
+            layers[kind]["has" if name in expert.targets else "lacks"].append(name)
+    partial = [(own["has"], own["lacks"]) for own in layers.values() if own["has"] and own["lacks"]]
+    if partial:
+        lacking = [name for _, lacks in partial for name in lacks]
+        yield _Finding(
+            f"{expert.folder}: changes {sum(len(has) for has, _ in partial)} tensors, but not those of the "
+            f"same kind in other layers: {shortened(lacking)}. Was that not meant, its file is not whole.",
+            is_fatal=False,
+        )
+
+
+def _compare_tokenizers(
+    checkpoint: Checkpoint, model: Expert, vocabulary: VocabularyRule
+) -> Iterator[_Finding]:
+    base, expert = checkpoint.folder, model.folder
     if not has_tokenizer(base):
         yield _Finding(
             f"{base}: holds no tokenizer files to compare with those of {expert}. Copy the base's "
             "tokenizer there."
         )
         return
-    yield from _compare_vocabularies(base, expert, vocabulary)
+    yield from _compare_vocabularies(checkpoint, model, vocabulary)
     ours, theirs = read_pipeline(base), read_pipeline(expert)
     steps = [step for step in ours if ours[step] and theirs[step] and ours[step] != theirs[step]]
     if steps:
@@ -358,8 +380,11 @@ def _compare_tokenizers(base: Path, expert: Path, vocabulary: VocabularyRule) ->
         )
 
 
-def _compare_vocabularies(base: Path, expert: Path, vocabulary: VocabularyRule) -> Iterator[_Finding]:
-    ours, theirs = read_vocabulary(base), read_vocabulary(expert)
+def _compare_vocabularies(
+    checkpoint: Checkpoint, model: Expert, vocabulary: VocabularyRule
+) -> Iterator[_Finding]:
+    base, expert = checkpoint.folder, model.folder
+    ours, theirs = tokens_of_base(checkpoint), tokens_of(model, checkpoint)
     if ours is None or theirs is None:
         if _sentencepiece(base) != _sentencepiece(expert):
             yield _Finding(
@@ -367,6 +392,9 @@ def _compare_vocabularies(base: Path, expert: Path, vocabulary: VocabularyRule) 
                 "tokenizers with the same version of transformers (`save_pretrained`)."
             )
         return
+    yield from _find_rowless(
+        expert, [token for token in read_vocabulary(expert) or () if token not in theirs]
+    )
     differing = [token for token, number in theirs.items() if ours.get(token) != number]
     differing += [token for token in ours if token not in theirs]
     if not differing:
@@ -382,6 +410,23 @@ def _compare_vocabularies(base: Path, expert: Path, vocabulary: VocabularyRule) 
         yield _Finding(
             f"{expert}: the merged model leaves out {len(dropped)} tokens that this expert added: "
             f"{shortened(dropped)}. Their text is split into other tokens than in training.",
+            is_fatal=False,
+        )
+
+
+def _find_rowless(expert: Path, tokens: Sequence[str]) -> Iterator[_Finding]:
+    """Say what becomes of tokens without a row, such as a padding token that no text has."""
+    template = str(read_chat_template(expert))
+    if needed := [repr(token) for token in tokens if token in template]:
+        yield _Finding(
+            f"{expert}: every token of its chat template must have a row in its embeddings, but "
+            f"{shortened(needed, 3)} has none. Give the embeddings that were trained: for an adapter, save "
+            "them with it (peft: `save_embedding_layers=True`)."
+        )
+    elif tokens:
+        yield _Finding(
+            f"{expert}: {len(tokens)} tokens of its tokenizer have no row in its embeddings, so that no text "
+            f"had them in training; they are left out: {shortened(map(repr, tokens), 3)}.",
             is_fatal=False,
         )
 

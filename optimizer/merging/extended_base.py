@@ -20,7 +20,7 @@ from optimizer.merging.tokenizer_files import (
     read_added_tokens,
     read_vocabulary,
 )
-from optimizer.merging.vocabulary import check_rows, own_tensor
+from optimizer.merging.vocabulary import own_tensor, tokens_of
 from optimizer.merging.writer import Layout, layout_of, write_model
 from optimizer.models import model_name
 
@@ -41,7 +41,7 @@ def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path | None
     Raises:
         MergetuneError: the folder holds something else, or the tokens cannot be added.
     """
-    added = {expert.name: new_tokens(base.folder, expert.folder) for expert in experts}
+    added = {expert.name: _new_tokens(base, expert) for expert in experts}
     parts = _Parts(base, experts, added)
     if not any(added.values()):
         return base
@@ -63,9 +63,9 @@ def settled_tokens(base: Path) -> frozenset[str]:
     return frozenset(_read_marker(base).get("rows", ()))
 
 
-def new_tokens(base: Path, expert: Path) -> dict[str, int]:
+def _new_tokens(base: Checkpoint, expert: Expert) -> dict[str, int]:
     """Return the tokens that only the expert has, with its rows of them, in their order there."""
-    ours, theirs = read_vocabulary(base) or {}, read_vocabulary(expert) or {}
+    ours, theirs = read_vocabulary(base.folder) or {}, tokens_of(expert, base) or {}
     return {token: theirs[token] for token in sorted(theirs, key=theirs.__getitem__) if token not in ours}
 
 
@@ -97,7 +97,6 @@ class _Parts:
             rows = self.added[expert.name]
             if rows:
                 own = own_tensor(expert, name, self.base)
-                check_rows(expert.folder, name, max(rows.values()), len(own))
                 there = [places[token] for token in rows]
                 total[there] += own[list(rows.values())].float()
                 count[there] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +39,11 @@ class ModelPaths(Strict):
 
     def open(self) -> Merger:
         """Open models that `open_inputs` checked before, to merge them."""
-        base = Checkpoint(self.base)
-        experts = _open_experts(self.experts, base, self.vocabulary)
+        base = given = Checkpoint(self.base)
         if self.extended_base is not None:
             base = Checkpoint(self.extended_base)
-        return Merger(base, _in_rows(experts, base, self.vocabulary))
+        opened = [open_expert(name, path, given) for name, path in self.experts.items()]
+        return Merger(base, _in_rows(opened, base))
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def open_inputs(
             NaN or infinite; the message names every mismatch.
     """
     given = checkpoint = Checkpoint(base)
-    opened = _open_experts(experts, given, vocabulary)
+    opened = tuple(open_expert(name, path, given) for name, path in experts.items())
     warnings = check_compatibility(given, opened, vocabulary)
     if vocabulary == "mean":
         checkpoint = extend_base(given, opened, extended_base)
-    opened = _in_rows(opened, checkpoint, vocabulary)
+    opened = _in_rows(opened, checkpoint)
     norms = task_vector_norms(checkpoint, opened)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
     chat, speakers = shared_template(checkpoint.folder, opened)
@@ -176,16 +176,8 @@ def open_recipe(file: Path) -> tuple[MergeRecipe, Inputs]:
     return recipe, inputs
 
 
-def _open_experts(
-    experts: Mapping[str, Path], base: Checkpoint, vocabulary: VocabularyRule
-) -> tuple[Expert, ...]:
-    return tuple(open_expert(name, path, base, vocabulary != "refuse") for name, path in experts.items())
-
-
-def _in_rows(experts: tuple[Expert, ...], base: Checkpoint, vocabulary: VocabularyRule) -> tuple[Expert, ...]:
-    """Return the experts with embeddings and head in the base's rows, where they may have others."""
-    if vocabulary == "refuse":
-        return experts
+def _in_rows(experts: Iterable[Expert], base: Checkpoint) -> tuple[Expert, ...]:
+    """Return the experts with embeddings and head in the base's rows, where they have others."""
     settled = settled_tokens(base.folder)
     return tuple(match_tokens(expert, base, settled) for expert in experts)
 

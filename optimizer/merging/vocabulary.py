@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,12 +78,12 @@ def match_tokens(expert: Expert, base: Checkpoint, settled: Collection[str] = ()
     The rows of `settled` tokens stay the base's.
 
     Raises:
-        MergetuneError: a tokenizer is missing where one is needed, or has tokens without a row.
+        MergetuneError: a tokenizer is missing where one is needed.
     """
     names = [name for name in base.names if has_token_rows(name)]
-    own_rows = {name: len(own_tensor(expert, name, base)) for name in names}
+    own_rows = {name: n_rows(expert, name, base) for name in names}
     has_other_rows = any(own_rows[name] != base.shape(name)[0] for name in names)
-    ours, theirs = read_vocabulary(base.folder), read_vocabulary(expert.folder)
+    ours, theirs = tokens_of_base(base), tokens_of(expert, base)
     if ours is None or theirs is None:
         if has_other_rows:
             raise MergetuneError(
@@ -95,11 +95,36 @@ def match_tokens(expert: Expert, base: Checkpoint, settled: Collection[str] = ()
     if ours == theirs and not settled and not has_other_rows:
         return expert
     common = [(row, theirs[token]) for token, row in ours.items() if token in theirs and token not in settled]
-    rows = torch.tensor(sorted(common)).T.contiguous()
-    for name in names:
-        check_rows(base.folder, name, int(rows[0].max()), base.shape(name)[0])
-        check_rows(expert.folder, name, int(rows[1].max()), own_rows[name])
-    return MatchedExpert(expert, base, rows)
+    return MatchedExpert(expert, base, torch.tensor(sorted(common)).T.contiguous())
+
+
+def tokens_of_base(base: Checkpoint) -> dict[str, int] | None:
+    """Return token → row of the base's tokens that have one; None where its tokenizer does not tell."""
+    return _with_rows(base.folder, [base.shape(name)[0] for name in base.names if has_token_rows(name)])
+
+
+def tokens_of(expert: Expert, base: Checkpoint) -> dict[str, int] | None:
+    """Return token → row of an expert's tokens that have one; None where its tokenizer does not tell.
+
+    A tokenizer may hold more, such as a padding token that no text ever has.
+    """
+    names = [name for name in base.names if has_token_rows(name)]
+    return _with_rows(expert.folder, [n_rows(expert, name, base) for name in names])
+
+
+def n_rows(expert: Expert, name: str, base: Checkpoint) -> int:
+    """Return how many tokens an expert's embeddings or head have rows for."""
+    if isinstance(expert, LoraExpert):
+        return expert.rows_of(name) or base.shape(name)[0]
+    own = expert.weights(name)
+    return base.shape(name)[0] if own is None else len(own)
+
+
+def _with_rows(folder: Path, counts: Sequence[int]) -> dict[str, int] | None:
+    known = read_vocabulary(folder)
+    if known is None or not counts:
+        return known
+    return {token: row for token, row in known.items() if row < min(counts)}
 
 
 def own_tensor(expert: Expert, name: str, base: Checkpoint) -> Tensor:
@@ -107,13 +132,3 @@ def own_tensor(expert: Expert, name: str, base: Checkpoint) -> Tensor:
     view = base.view(name)
     own = expert.resized(name, view) if isinstance(expert, LoraExpert) else expert.weights(name)
     return view if own is None else own
-
-
-def check_rows(folder: Path, name: str, last: int, n_rows: int) -> None:
-    """Raise `MergetuneError` if a tokenizer has a token beyond the rows of the tensor `name`."""
-    if last >= n_rows:
-        raise MergetuneError(
-            f"{folder}: every token must have a row, but the tokenizer has token number {last} and "
-            f"`{name}` only {n_rows} rows. Give the tokenizer that the weights were saved with (and, "
-            "for an adapter, save the embeddings that were trained)."
-        )
