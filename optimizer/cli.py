@@ -232,8 +232,11 @@ def merge(
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
     from optimizer.export import merge_recipe
     from optimizer.library import use_cache
+    from optimizer.merging.native import why_slow
 
     use_cache(cache, _remark)
+    if reason := why_slow():
+        _remark(f"warning: {reason}")
     merge_recipe(recipe, out)
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 

@@ -29,6 +29,7 @@ from optimizer.interrupts import Interrupts
 from optimizer.leakage import leakage_warnings
 from optimizer.library import use_cache
 from optimizer.merging.inputs import Inputs
+from optimizer.merging.native import why_slow
 from optimizer.plan import Plan
 from optimizer.progress import Progress, study_line
 from optimizer.report import write_report
@@ -90,7 +91,8 @@ def run_study(
         Interrupts() as interrupts,
     ):
         write_facts(run, inputs, evaluator, leaks)
-        for warning in (*run.set_aside_broken(), *inputs.warnings, *leaks):
+        slow = [reason] if (reason := why_slow()) else []
+        for warning in (*run.set_aside_broken(), *inputs.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")
         bench = Bench(plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested)
         with closing(bench):

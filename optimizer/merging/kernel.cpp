@@ -37,14 +37,43 @@ inline uint32_t to_bits(float value) {
 
 inline float widen(float value) { return value; }
 inline float widen(bfloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
-inline float widen(_Float16 value) { return value; }
+
+// Compilers know it as a type of its own from GCC 12 and clang 15 on (x86); else it is converted by hand, to the
+// same bits: by scaling, so that subnormals need no case of their own (Dukhan, FP16, fp16_ieee_*, MIT licence).
+#ifdef __FLT16_MANT_DIG__
+using float16 = _Float16;
+inline float widen(float16 value) { return value; }
+#else
+struct float16 {
+    uint16_t bits;
+};
+inline float widen(float16 value) {
+    uint32_t wide = uint32_t(value.bits) << 16, doubled = wide + wide;
+    float normal = from_bits((doubled >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
+    float subnormal = from_bits((doubled >> 17) | (126u << 23)) - 0.5f;
+    uint32_t magnitude = doubled < (1u << 27) ? to_bits(subnormal) : to_bits(normal);
+    return from_bits((wide & 0x80000000u) | magnitude);
+}
+#endif
 
 template <typename T>
 inline T narrow(float value);
 template <>
 inline float narrow<float>(float value) { return value; }
+#ifdef __FLT16_MANT_DIG__
 template <>
-inline _Float16 narrow<_Float16>(float value) { return _Float16(value); }
+inline float16 narrow<float16>(float value) { return float16(value); }
+#else
+template <>
+inline float16 narrow<float16>(float value) {  // to nearest, ties to even
+    float rounded = (std::fabs(value) * 0x1.0p+112f) * 0x1.0p-110f;
+    uint32_t wide = to_bits(value), doubled = wide + wide, bias = doubled & 0xFF000000u;
+    if (bias < 0x71000000u) bias = 0x71000000u;
+    uint32_t bits = to_bits(from_bits((bias >> 1) + 0x07800000u) + rounded);
+    uint32_t magnitude = ((bits >> 13) & 0x7C00u) + (bits & 0x0FFFu);
+    return {uint16_t((wide >> 16 & 0x8000u) | (doubled > 0xFF000000u ? 0x7E00u : magnitude))};
+}
+#endif
 template <>
 inline bfloat16 narrow<bfloat16>(float value) {  // to nearest, ties to even
     uint32_t bits = to_bits(value);
@@ -113,7 +142,7 @@ void fill(float* part, const float* start, const uint32_t* mixed, const Job& job
     else if (job.dtypes[e] == BFLOAT16)
         fill<KEEP, bfloat16, false>(part, of(bfloat16()), start, rule, n);
     else if (job.dtypes[e] == FLOAT16)
-        fill<KEEP, _Float16, false>(part, of(_Float16()), start, rule, n);
+        fill<KEEP, float16, false>(part, of(float16()), start, rule, n);
     else
         fill<KEEP, float, false>(part, of(float()), start, rule, n);
 }
@@ -260,5 +289,5 @@ float merge(const Job& job) {
 // Merge a tensor; returns the largest magnitude before rounding, NaN if there is one.
 extern "C" float merge_tensor(const Job* job) {
     if (job->dtype == BFLOAT16) return merge<bfloat16>(*job);
-    return job->dtype == FLOAT16 ? merge<_Float16>(*job) : merge<float>(*job);
+    return job->dtype == FLOAT16 ? merge<float16>(*job) : merge<float>(*job);
 }

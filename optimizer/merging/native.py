@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -24,7 +23,6 @@ from optimizer.library import in_cache
 if TYPE_CHECKING:
     from optimizer.merging.elementwise import Numbers
 
-log = logging.getLogger("mergetune")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _MAX_EXPERTS = 8  # the kernel is compiled for each number up to it; more are merged in plain torch
@@ -36,6 +34,7 @@ _FLAGS = (
 _TUNING = (
     ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
     ("-march=native", "-fopenmp"),
+    ("-march=native", "-fopenmp-simd"),
     ("-march=native",),
     (),
 )
@@ -106,18 +105,29 @@ def merge(
     return peak
 
 
-@functools.cache
+def why_slow() -> str | None:
+    """Return why there is no kernel and merging runs in plain torch, None where there is one."""
+    found = _loaded()
+    if isinstance(found, ctypes.CDLL):
+        return None
+    return f"Merging runs in plain torch, 10 to 40 times slower: {found} Install g++ 9 or newer, or clang."
+
+
 def _library() -> ctypes.CDLL | None:
-    """Return the compiled kernel; None where there is no C++ compiler, or none that can."""
+    found = _loaded()
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """Return the compiled kernel, or why there is none."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
     if compiler is None:
-        log.warning("Merging runs in plain torch, some 10 times slower: there is no C++ compiler (g++).")
-        return None
+        return "there is no C++ compiler."
     try:
         library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        log.warning("Merging runs in plain torch, some 10 times slower: %s", error)
-        return None
+        return f"{error}."
     library.merge_tensor.restype = ctypes.c_float
     return library
 
