@@ -69,6 +69,10 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
+Vocabulary = Annotated[
+    Literal["refuse", "base", "mean"],
+    typer.Option(help="What becomes of tokens that a model added; mean: they get their models' mean rows."),
+]
 ApiKeys = Annotated[
     list[str] | None,
     typer.Option(
@@ -90,6 +94,7 @@ _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "base": "--base",
     "tokenizer": "--tokenizer",
     "api_key": "--api-key",
+    "vocabulary": "--vocabulary",
     "fast": "--fast",
     "noise_floor": "--noise-floor",
     "engine": "--engine",
@@ -174,6 +179,7 @@ def inspect(
     device: Annotated[
         str | None, typer.Option(help="With --suite: where the model runs, such as cpu or cuda:1.")
     ] = None,
+    vocabulary: Vocabulary = "refuse",
     cache: Cache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -199,7 +205,7 @@ def inspect(
     skills = read_suite(find("evals", suite, folder)) if suite is not None else None
     space = read_search_space(find("search_spaces", search_space, folder))
     found = {name: find_model(reference, folder) for name, reference in _named(experts).items()}
-    inputs = open_inputs(find_model(base, folder), found)
+    inputs = open_inputs(find_model(base, folder), found, vocabulary)
     if skills is not None:
         inputs = inputs.speaking(skills.config.chat_template)
     groups = layer_groups(space, inputs.base.names)
@@ -263,6 +269,9 @@ def soup(
     run: Annotated[
         Path | None, typer.Option(help="Where the suite's measurements are kept. Default: OUT.soup.")
     ] = None,
+    vocabulary: Annotated[
+        Literal["refuse", "base"], typer.Option(help="What becomes of tokens that a model added.")
+    ] = "refuse",
     cache: Cache = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
@@ -274,7 +283,7 @@ def soup(
 
     use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
-    plan = SoupPlan.read(out, models, base, last, suite, split, config)
+    plan = SoupPlan.read(out, models, base, last, suite, split, config, vocabulary)
     tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
     if tasting is not None:
         _out.print(_soup_table(tasting))
@@ -293,6 +302,7 @@ def evaluate(
     base: Base = None,
     tokenizer: Tokenizer = None,
     api_key: ApiKeys = None,
+    vocabulary: Vocabulary = "refuse",
     split: Annotated[
         Literal["search", "holdout", "all"], typer.Option(help="Which of the suite's items.")
     ] = "all",
@@ -322,7 +332,7 @@ def evaluate(
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
     asked = read_suite(find("evals", suite, Path()))
     keys = _named_variables(api_key)
-    opened = open_model(model, base, tokenizer, asked.config.chat_template, keys)
+    opened = open_model(model, base, tokenizer, asked.config.chat_template, keys, vocabulary)
     evaluator = Evaluator(asked)
     with closing(Meter(opened, config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
@@ -355,6 +365,7 @@ def check(
     base: Base = None,
     tokenizer: Tokenizer = None,
     api_key: ApiKeys = None,
+    vocabulary: Vocabulary = "refuse",
     split: Annotated[
         Literal["search", "holdout", "all"] | None,
         typer.Option(help="Which of the suite's items. Default: those held out, if the suite holds out any."),
@@ -415,8 +426,9 @@ def check(
         use_cache(cache, _remark)
         if out is not None:
             writable(out, "--out")
+        keys = _named_variables(api_key)
         models = [
-            open_model(reference, base, tokenizer, deployed.config.chat_template, _named_variables(api_key))
+            open_model(reference, base, tokenizer, deployed.config.chat_template, keys, vocabulary)
             for reference in (candidate, baseline)
         ]
         kept = ReplyStore(writable(store, "--store")) if store else default_store()

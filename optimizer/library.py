@@ -103,14 +103,19 @@ def writable(folder: Path, option: str) -> Path:
         ) from error
 
 
+def scratch_folder() -> Path:
+    """Return a new temporary folder that is removed at the end of this process."""
+    folder = tempfile.mkdtemp(prefix="mergetune-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _own_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mergetune"
 
 
 def _temporary_folder(reason: MergetuneError) -> Path:
     try:
-        folder = tempfile.mkdtemp(prefix="mergetune-")
+        return scratch_folder()
     except OSError as error:
         raise MergetuneError(f"{reason} There is no temporary folder either: {error}") from error
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from optimizer.config import VocabularyRule
 from optimizer.engines.engine import EngineConfig
 from optimizer.engines.start import start_chosen
 from optimizer.errors import MergetuneError
@@ -127,6 +128,7 @@ def open_model(
     tokenizer: str | None = None,
     chat: bool | str = False,
     key_variables: Mapping[str, str] = MappingProxyType({}),
+    vocabulary: VocabularyRule = "refuse",
 ) -> ModelUnderTest:
     """Open a model to be scored; paths are relative to this folder.
 
@@ -139,6 +141,7 @@ def open_model(
             writes them with its own.
         key_variables: by host, or host:port, the environment variable that holds a server's API key; a key
             goes to no other host.
+        vocabulary: what becomes of tokens that an adapter added; see `StudyConfig`.
 
     Raises:
         MergetuneError: there is no such model, an adapter came without its base, an option does not go
@@ -160,7 +163,7 @@ def open_model(
         return LocalModel(reference, folder, chat=choose_template(folder, chat))
     if base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
-    inputs = open_inputs(find_model(base, here), {"adapter": folder})
+    inputs = open_inputs(find_model(base, here), {"adapter": folder}, vocabulary)
     return _merged(reference, inputs.speaking(chat), _whole(inputs))
 
 

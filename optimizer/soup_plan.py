@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from optimizer.config import TAKEN, Budget, StudyConfig
+from optimizer.config import TAKEN, Budget, StudyConfig, VocabularyRule
 from optimizer.engines.engine import EngineConfig
 from optimizer.errors import MergetuneError
 from optimizer.library import find
@@ -39,6 +39,7 @@ class SoupPlan:
         base: the base's reference; None where the ingredients are full models.
         study: what a greedy soup is, a study that searches nothing; None for the uniform soup.
         splits: the items that a greedy soup is chosen on.
+        vocabulary: what becomes of tokens that models added; see `StudyConfig`.
     """
 
     out: Path
@@ -46,6 +47,7 @@ class SoupPlan:
     base: str | None
     study: Plan | None
     splits: tuple[Split, ...]
+    vocabulary: VocabularyRule = "refuse"
 
     @classmethod
     def read(
@@ -57,6 +59,7 @@ class SoupPlan:
         suite: str | None = None,
         split: SplitChoice = "search",
         engine: EngineConfig = _AUTO,
+        vocabulary: VocabularyRule = "refuse",
     ) -> SoupPlan:
         """Check all that can be checked without a model; paths are relative to this folder.
 
@@ -77,11 +80,11 @@ class SoupPlan:
             check_reference(reference, here)
         named = dict(zip(_names(models), models, strict=True))
         if suite is None:
-            return cls(out.resolve(), named, base, None, ())
+            return cls(out.resolve(), named, base, None, (), vocabulary)
         found = read_suite(find("evals", suite, here))
         _check_guards(found, named, base)
         study = _study(base or models[0], named, found, engine)
-        return cls(out.resolve(), named, base, study, _splits(found, split))
+        return cls(out.resolve(), named, base, study, _splits(found, split), vocabulary)
 
     def open_inputs(self) -> Inputs:
         """Fetch, open and check the models; without a base, the first gives layout and tokenizer.
@@ -96,13 +99,14 @@ class SoupPlan:
         if self.base is not None:
             base = find_model(self.base, Path())
             _check_out(self.out, [base, *folders.values()])
-            return open_inputs(base, folders).speaking(chat)
+            return open_inputs(base, folders, self.vocabulary).speaking(chat)
         _check_out(self.out, folders.values())
         adapters = [path for path in folders.values() if is_adapter(path)]
         if adapters:
             raise MergetuneError(f"{adapters[0]}: is an adapter. Name the model it belongs to with --base.")
         first, *others = folders
-        inputs = open_inputs(folders[first], {name: folders[name] for name in others}).speaking(chat)
+        rest = {name: folders[name] for name in others}
+        inputs = open_inputs(folders[first], rest, self.vocabulary).speaking(chat)
         return replace(
             inputs,
             experts=(FullExpert(first, inputs.base), *inputs.experts),

@@ -26,6 +26,7 @@ from optimizer.export import merge_recipe, write_merged
 from optimizer.merging.checkpoint import Checkpoint
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.merging.vocabulary import MatchedExpert
+from optimizer.model_under_test import LocalModel, open_model
 from optimizer.recipe import MergeRecipe
 from optimizer.run_dir import RunDir
 
@@ -350,6 +351,19 @@ class TestAdapters:
             path.unlink()
         with pytest.raises(MergetuneError, match=r"321 rows for tokens, not the base's 320.*tokenizer there"):
             open_inputs(tiny_base, {"lora": adapter}, "base")
+
+
+def test_an_adapter_with_tokens_is_scored_by_itself(tiny_base: Path, tmp_path: Path) -> None:
+    """As `eval` and `check` do, by their option --vocabulary."""
+    adapter = TestAdapters().adapter(tiny_base, tmp_path / "adapter", X, target_modules=["q_proj"])
+    with pytest.raises(MergetuneError, match=r"1 tokens differ .* or --vocabulary"):
+        open_model(str(adapter), str(tiny_base))
+    n_tokens = {}
+    for rule in ("base", "mean"):
+        model = open_model(str(adapter), str(tiny_base), vocabulary=rule)
+        assert isinstance(model, LocalModel)
+        n_tokens[rule] = len(AutoTokenizer.from_pretrained(model.folder))
+    assert n_tokens["mean"] == n_tokens["base"] + 1
 
 
 class TestStudy:

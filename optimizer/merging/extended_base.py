@@ -30,7 +30,7 @@ _ATTRIBUTES = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SAVED = (".json", ".jinja", ".txt")
 
 
-def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path | None) -> Checkpoint:
+def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path) -> Checkpoint:
     """Return the base with the tokens that experts added, as a model directory written to `folder`.
 
     New tokens follow the base's in the order of the experts, and take spare rows of the embeddings
@@ -45,8 +45,6 @@ def extend_base(base: Checkpoint, experts: Sequence[Expert], folder: Path | None
     parts = _Parts(base, experts, added)
     if not any(added.values()):
         return base
-    if folder is None:
-        raise ValueError("a base with more tokens needs a folder")
     origin = parts.origin
     if not folder.exists():
         _write(folder, parts, _extend_tokenizer(parts), origin)

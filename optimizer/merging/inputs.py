@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
+from optimizer.library import scratch_folder
 from optimizer.merging.adapter import open_expert
 from optimizer.merging.chat_template import ChatTemplate, choose_template, shared_template
 from optimizer.merging.checkpoint import Checkpoint, Expert
@@ -123,8 +124,8 @@ def open_inputs(
         base: the base's directory.
         experts: the experts' directories by name.
         vocabulary: what becomes of tokens that experts added; see `StudyConfig`.
-        extended_base: where a base with more tokens is written, if there is none yet, and read from;
-            only `mean` needs it.
+        extended_base: where a base with more tokens is written, if there is none yet, and read from; by
+            default a folder that goes with this process.
 
     Raises:
         MergetuneError: a file is missing or broken, the models do not fit together, or weights are
@@ -134,7 +135,7 @@ def open_inputs(
     opened = tuple(open_expert(name, path, given) for name, path in experts.items())
     warnings = check_compatibility(given, opened, vocabulary)
     if vocabulary == "mean":
-        checkpoint = extend_base(given, opened, extended_base)
+        checkpoint = extend_base(given, opened, extended_base or scratch_folder() / "base")
     opened = _in_rows(opened, checkpoint)
     norms = task_vector_norms(checkpoint, opened)
     warnings += check_task_vectors(norms, base_norm(checkpoint))

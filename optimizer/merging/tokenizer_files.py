@@ -8,7 +8,9 @@ from typing import Any
 from optimizer.merging.tensor_files import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-VOCABULARY_REMEDY = "If it only adds tokens, set `vocabulary: base` or `vocabulary: mean` in the study file."
+VOCABULARY_REMEDY = (
+    "If it only adds tokens, set `vocabulary: base` or `vocabulary: mean` in the study file, or --vocabulary."
+)
 
 
 def has_tokenizer(folder: Path) -> bool:
