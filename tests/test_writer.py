@@ -137,6 +137,37 @@ def test_the_order_of_arrival_changes_nothing(base: Checkpoint, tmp_path: Path) 
         assert path.read_bytes() == (tmp_path / "reversed" / path.name).read_bytes()
 
 
+def test_what_belongs_to_tokenizer_processors_templates_and_licence_is_taken_over(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    taken = [
+        "tekken.json",
+        "video_preprocessor_config.json",
+        "qwen.tiktoken",
+        "LICENSE.txt",
+        "NOTICE",
+        "own.py",
+    ]
+    left = [
+        "trainer_state.json",
+        "optimizer.pt",
+        "README.md",
+        "all_results.json",
+        "model.bin",
+        ".gitattributes",
+    ]
+    like = Path(shutil.copytree(base.folder, tmp_path / "like"))
+    for name in (*taken, *left):
+        (like / name).write_text("{}")
+    (like / "additional_chat_templates").mkdir()
+    (like / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    write_model(tmp_path / "out", everything(base), Checkpoint(like))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {*taken, "tokenizer.json", "config.json", "additional_chat_templates"}
+    assert not written & set(left)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+
+
 def test_a_model_may_have_more_rows_another_config_and_other_files(base: Checkpoint, tmp_path: Path) -> None:
     layout = layout_of(base) | {name: (torch.bfloat16, (400, 32)) for name in (EMBEDDINGS, HEAD)}
     tensors = dict(everything(base)) | {name: torch.ones(400, 32).bfloat16() for name in (EMBEDDINGS, HEAD)}

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections import deque
@@ -27,12 +28,15 @@ from optimizer.merging.tensor_files import INDEX, SINGLE
 Entry = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and shape
 Layout = Mapping[str, Entry]  # of all tensors of a model, by name
 
-# What a model directory holds beside the weights; a merged model takes it from the base.
-_COMPANIONS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*"),
+# A merged model takes from the base what belongs to its configuration, tokenizer, processors, templates and
+# licence, whatever the names: files of these kinds, but for what training and earlier merges left there.
+_KINDS = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".vocab", ".py"}
+_LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?", re.IGNORECASE)
+_NOT_TAKEN = re.compile(
+    r".*\.index\.json|(adapter|trainer|training|optimizer|scheduler|rng|all_results|train_results|eval_results)"
+    r".*|mergetune.*|requirements.*\.txt"
 )
+_TEMPLATES = "additional_chat_templates"
 # The format's names of the dtypes, the widest first: so safetensors orders a file, for alignment.
 _CODES = {
     torch.uint64: "U64",
@@ -100,7 +104,7 @@ def write_model(
             _write_companions(temporary, like, config or {}, notes or {})
             places = _lay_out(temporary, layout, max_shard_bytes)
             _write_tensors(tensors, layout, places)
-            for path in (*temporary.iterdir(), temporary):
+            for path in (*temporary.rglob("*"), temporary):
                 sync(path)  # before the folder gets its name, lest a power cut empties the files
         temporary.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(temporary, folder)
@@ -153,9 +157,14 @@ def _disk_full_explained(disk: Path, needed: int) -> Iterator[None]:
 def _write_companions(
     folder: Path, like: Checkpoint, config: Mapping[str, Any], notes: Mapping[str, str]
 ) -> None:
-    found = {path for pattern in _COMPANIONS for path in like.folder.glob(pattern) if path.is_file()}
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
+    for path in like.folder.iterdir():
+        is_kind = path.suffix in _KINDS and not path.name.startswith(".")
+        if path.is_file() and (
+            _LICENCES.fullmatch(path.name) or (is_kind and not _NOT_TAKEN.fullmatch(path.name))
+        ):
+            shutil.copyfile(path, folder / path.name)
+    if (like.folder / _TEMPLATES).is_dir():
+        shutil.copytree(like.folder / _TEMPLATES, folder / _TEMPLATES)
     if config:
         text = json.dumps({**like.config, **config}, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
