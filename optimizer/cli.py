@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import sys
@@ -579,6 +580,7 @@ def main() -> None:
     """Run the command line; an error of the user's is one message on stderr, without a traceback."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would break the study's own line
     end_as_by_ctrl_c()
+    faulthandler.enable()  # says where, if a file that is mapped is cut off (SIGBUS)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     # Python's own exit code, 1, and typer's, 2 for wrong usage, would read as verdicts.
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +83,11 @@ class Plan:
             for name, paths in files.items()
         }
 
-    def open_inputs(self, out: Path | None = None) -> Inputs:
+    def open_inputs(self, out: Path | None = None, say: Callable[[str], object] = lambda _: None) -> Inputs:
         """Fetch, open and check the models.
 
         With `vocabulary: mean` a base with more tokens is written to the run directory `out`. The chat
-        template is that of the suite's file or the base, or else of the experts.
+        template is that of the suite's file or the base, or else of the experts. `say` is told what is done.
 
         Raises:
             MergetuneError: the models cannot be had or merged, or the suite has conversations and there is
@@ -100,7 +101,7 @@ class Plan:
         if run is not None:
             run.check_own()
         extended = None if run is None else run.extended_base
-        inputs = open_inputs(base, experts, self.config.vocabulary, extended)
+        inputs = open_inputs(base, experts, self.config.vocabulary, extended, say)
         return inputs.speaking(self.suite.config.chat_template)
 
     def record(self, inputs: Inputs, rules: str) -> StudyRecord:

@@ -75,19 +75,23 @@ def run_study(
     """
     plan = Plan.read(study_file, engine)
     use_cache(cache or plan.cache, partial(console.print, highlight=False, markup=False))
-    inputs = plan.open_inputs(out)
+    with Progress(console) as progress:
+        progress.say(f"opening {plan.config.base} and {len(plan.config.experts)} experts")
+        return _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress)
+
+
+def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
     space = _bound(plan.space, inputs, plan.config.seed)
     finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
     fine = _bound(finer_space, inputs, plan.config.seed)
+    progress.at_work("reading the suite's items")
     evaluator = Evaluator(plan.suite)
     plan = replace(plan, suite=evaluator.suite)
     _check_search(plan, space, fine, inputs)
     leaks = leakage_warnings(evaluator, plan.training_texts())
-    run = RunDir(out)
     with (
         run.claim(plan.record(inputs, evaluator.rules)),
-        log_to(out / "run.log"),
-        Progress(console) as progress,
+        log_to(run.path / "run.log"),
         Interrupts() as interrupts,
     ):
         write_facts(run, inputs, evaluator, leaks)
@@ -170,22 +174,23 @@ def _search(plan: Plan, searched: Searched, bench: Bench, interrupts: Interrupts
     sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
     storage = run.path / "study.db"
     search = open_search(storage, _directions(plan), sampler)
-    n_trials, spent_s = _last_number(bench.candidates, refused(search)), run.spent_s()
-    last = n_allowed if space.distributions else min(n_allowed, 1)  # with nothing to search one says it all
-    due = range(n_trials + 1, last + 1)
+    names, spent_s = _trial_names(bench.candidates, refused(search)), run.spent_s()
+    n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # nothing to search: one says it all
+    first = _last_number(names) + 1
+    due = range(first, first + max(n_allowed - len(names), 0))
     if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
         search = catch_up(search, storage, known, space.distributions, bench.outcome(None))
         _enqueue_design(search, plan, space, known)
     started, seconds_per_trial = time.monotonic(), None
     for number in due:
         interrupts.check()
-        if number > n_trials + 1:
-            seconds_per_trial = (time.monotonic() - started) / (number - n_trials - 1)
+        if number > first:
+            seconds_per_trial = (time.monotonic() - started) / (number - first)
         if spent_s >= _hours_s(plan):
             bench.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
             break
         n_front = len(selection.front(bench.scores, bench.evaluator.suite.config))
-        bench.progress.at_work(study_line(number, last, seconds_per_trial, n_front))
+        bench.progress.at_work(study_line(number, due[-1], seconds_per_trial, n_front))
         trial = search.ask(dict(space.distributions))
         candidate = _measure(bench, searched, trial, f"{_TRIAL}{number:04d}")
         if candidate is not None:
@@ -229,9 +234,13 @@ def _measure(bench: Bench, searched: Searched, trial: Trial, name: str) -> Candi
     return bench.measure("trial", name, recipe, trial.params, searched.kind)
 
 
-def _last_number(known: Sequence[Candidate], refused: Collection[str]) -> int:
-    """Return the number of the last trial, which may be greater than how many were measured."""
-    names = [*(candidate.name for candidate in known if candidate.kind == "trial"), *refused]
+def _trial_names(known: Sequence[Candidate], refused: Collection[str]) -> list[str]:
+    """Return the names of the trials, those that have no recipe among them."""
+    return [*(candidate.name for candidate in known if candidate.kind == "trial"), *refused]
+
+
+def _last_number(names: Sequence[str]) -> int:
+    """Return the number of the last trial, which may be greater than how many there are."""
     return max([len(names), *(int(name.removeprefix(_TRIAL)) for name in names if name.startswith(_TRIAL))])
 
 

@@ -66,6 +66,8 @@ class GuardedProcess:
         code = self._process.poll()
         if code is None:
             return None
+        if code == -signal.SIGBUS:
+            return "killed by SIGBUS: a file that it reads was cut off meanwhile, or /dev/shm is full"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:

@@ -135,16 +135,20 @@ def base_norm(base: Checkpoint) -> float:
     return math.sqrt(sum(_square(base.tensor(name)) for name in matrices))
 
 
-def task_vector_norms(base: Checkpoint, experts: Sequence[Expert]) -> dict[str, float]:
+def task_vector_norms(
+    base: Checkpoint, experts: Sequence[Expert], say: Callable[[str], object] = lambda _: None
+) -> dict[str, float]:
     """Return the Frobenius norm of every expert's task vector over all tensors.
 
-    One tensor at a time is read, so that the memory needed is that of the largest tensor.
+    One tensor at a time is read, so that the memory needed is that of the largest tensor. `say` is told how
+    far it is.
 
     Raises:
         MergetuneError: the base or an expert holds NaN or Inf.
     """
     squares = {expert.name: 0.0 for expert in experts}
-    for name in base.names:
+    for number, name in enumerate(base.names, start=1):
+        say(f"comparing the models: tensor {number} of {len(base.names)}")
         tensor = base.tensor(name)
         check_finite(tensor, name, f"The base {base.folder}")
         for expert in experts:

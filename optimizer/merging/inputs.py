@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +118,7 @@ def open_inputs(
     experts: Mapping[str, Path],
     vocabulary: VocabularyRule = "refuse",
     extended_base: Path | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Inputs:
     """Open base and experts and check that they can be merged.
 
@@ -126,21 +128,26 @@ def open_inputs(
         vocabulary: what becomes of tokens that experts added; see `StudyConfig`.
         extended_base: where a base with more tokens is written, if there is none yet, and read from; by
             default a folder that goes with this process.
+        say: is told what is done, for large models take minutes.
 
     Raises:
         MergetuneError: a file is missing or broken, the models do not fit together, or weights are
             NaN or infinite; the message names every mismatch.
     """
+    say("opening the models")
     given = checkpoint = Checkpoint(base)
     opened = tuple(open_expert(name, path, given) for name, path in experts.items())
     warnings = check_compatibility(given, opened, vocabulary)
     if vocabulary == "mean":
         checkpoint = extend_base(given, opened, extended_base or scratch_folder() / "base")
     opened = _in_rows(opened, checkpoint)
-    norms = task_vector_norms(checkpoint, opened)
+    norms = task_vector_norms(checkpoint, opened, say)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
     chat, speakers = shared_template(checkpoint.folder, opened)
     warnings += _warn_of_template(chat, speakers, len(opened))
+    say("reading the weights of every model once")
+    with ThreadPoolExecutor() as readers:  # a digest each, which is kept
+        list(readers.map(lambda model: model.digest, (checkpoint, *opened)))
     is_extended = checkpoint is not given
     return Inputs(
         checkpoint,

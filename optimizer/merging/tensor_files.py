@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from optimizer.atomic_files import write_text
 from optimizer.errors import MergetuneError
+from optimizer.library import in_cache
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -23,8 +28,11 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._views: dict[str, Tensor] = {}
+        self._stamps: list[tuple[str, int, int, int]] = []
         for path in paths:
             self._views.update(_map_tensors(path))
+            found = path.resolve().stat()
+            self._stamps.append((str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,9 +44,25 @@ class TensorFiles:
         return self._views[name]
 
     def digest(self, names: Iterable[str]) -> str:
-        """Return the SHA-256 of these tensors' names, dtypes, shapes and bytes, in sorted order."""
+        """Return the SHA-256 of these tensors' names, dtypes, shapes and bytes, in sorted order.
+
+        It is kept in the cache, by the files' paths, sizes and times: reading 70B weights takes minutes.
+        """
+        ordered = sorted(names)
+        key = hashlib.sha256(json.dumps([self._stamps, ordered]).encode()).hexdigest()
+        kept = in_cache(f"digests/{key}")
+        with contextlib.suppress(OSError):
+            if _DIGEST.fullmatch(found := kept.read_text(encoding="utf-8")):
+                return found
+        digest = self._read_digest(ordered)
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, digest)
+        return digest
+
+    def _read_digest(self, ordered: Iterable[str]) -> str:
         sha = hashlib.sha256()
-        for name in sorted(names):
+        for name in ordered:
             view = self._views[name]
             sha.update(json.dumps([name, str(view.dtype), list(view.shape)]).encode())
             sha.update(view.reshape(-1).view(torch.uint8).numpy().data)
