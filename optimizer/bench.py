@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimizer import selection
+from optimizer import clock, selection
 from optimizer.engines.choice import installed_version
 from optimizer.engines.engine import Engine, EngineConfig, EngineKind
 from optimizer.engines.start import start_chosen, start_engine
@@ -148,7 +147,7 @@ class Bench:
             "space": space,
             "holdout_cost": Cost() if known is None else known.holdout_cost,
         }
-        what, began = f"search.{name}", time.perf_counter()
+        what, began = f"search.{name}", clock.seconds()
 
         def say(reason: str) -> None:
             self.progress.say(candidate_line(name, None, 0.0, reason))
@@ -161,7 +160,7 @@ class Bench:
                 f"command again; what was measured is kept. {self.run.path / 'run.log'} has more."
             )
         if isinstance(found, str):
-            cost = Cost(lost_s=time.perf_counter() - began)
+            cost = Cost(lost_s=clock.seconds() - began)
             candidate = self._keep({**fields, "state": "failed", "reason": found, "cost": cost}, None)
             self.run.forget_attempts(what)
             say(found)
@@ -266,7 +265,7 @@ class Bench:
             return
         self.progress.at_work("taking the slopes of every coefficient …")
         with self.attempt(_SENSITIVITY):
-            began = time.perf_counter()
+            began = clock.seconds()
             try:
                 with self.transformers() as engine:
                     references, merger = self.references(engine), self.inputs.merger
@@ -277,7 +276,7 @@ class Bench:
                         self.progress.say,
                     )
             finally:
-                self.run.add_seconds(_SENSITIVITY, time.perf_counter() - began)
+                self.run.add_seconds(_SENSITIVITY, clock.seconds() - began)
         self.run.write_sensitivity(found)
 
     @contextmanager
@@ -380,7 +379,7 @@ class Bench:
         """Merge, load and score, once more where the engine breaks; replies are kept as they come."""
         name = f"{recipe.digest}-{repeat}" if repeat else recipe.digest
         faults: tuple[str, ...] = ()
-        began, lost_s = time.perf_counter(), 0.0
+        began, lost_s = clock.seconds(), 0.0
         while True:
             self.run.begin_attempt(what, recipe.digest)
             try:
@@ -398,7 +397,7 @@ class Bench:
                 self._restart(str(fault))
                 if is_last:
                     raise
-                lost_s = time.perf_counter() - began
+                lost_s = clock.seconds() - began
                 continue
             self._broken_in_a_row = 0
             cost = Cost(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from optimizer import clock
 from optimizer.aggregations import linear_scores
 from optimizer.bound_task import BoundTask, bind, direction_of
 from optimizer.errors import MergetuneError
@@ -117,11 +117,11 @@ class Evaluator:
             TrialError: a score is not a finite number.
             MergetuneError: a prompt does not fit the model, or a metric has no number.
         """
-        start = time.perf_counter()
+        start = clock.seconds()
         requests = self.requests(lm, documents)
         ask(lm, [request for own in requests.values() for each in own.values() for request in each])
         rows = [row for name, own in requests.items() for row in _rows(self._tasks[name], own)]
-        return Measurement(pd.DataFrame(rows, columns=COLUMNS), time.perf_counter() - start)
+        return Measurement(pd.DataFrame(rows, columns=COLUMNS), clock.seconds() - start)
 
     def requests(self, lm: LM, documents: Documents) -> Requests:
         """Return what is asked of a model, by task and document, both in the suite's order.

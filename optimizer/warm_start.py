@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from optimizer import selection
+from optimizer import clock, selection
 from optimizer.baselines import baselines, uniform_name
 from optimizer.bench import Bench
 from optimizer.config import WarmStartConfig
@@ -98,7 +97,7 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
     if not space.smooth_shares():
         bench.progress.say(f"warm start: none; {_no_slopes(space)}")
         return WarmStart(reason=_no_slopes(space))
-    began = time.perf_counter()
+    began = clock.seconds()
     try:
         with bench.attempt(_WARM_START):
             found = _descend(bench, space)
@@ -113,7 +112,7 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
             ) from error
         log.exception("no warm start")
         found = WarmStart(reason=str(error))
-    found = found.model_copy(update={"seconds": time.perf_counter() - began})
+    found = found.model_copy(update={"seconds": clock.seconds() - began})
     what = f"{len(found.points)} points by slopes" if found.points else "none"
     cost = f"{found.seconds:.1f} s"
     if found.full_evaluations:
