@@ -61,7 +61,7 @@ def test_engine_names_a_kind_or_a_file_with_all_options(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("engin: {kind: vllm}", r"engine\.yaml: `engine`: is required, but missing"),
-        ("engine: {kind: vllm, device: cuda}", "`device` is no option of `kind: vllm`"),
+        ("engine: {kind: transformers, seed: 1}", "`seed` is no option of `kind: transformers`"),
         ("engine: {batchsize: 3}", r"`engine\.batchsize`: unknown key\. Did you mean `batch_size`"),
         ("engine:", r"`engine`: must be `key: value` pairs \(kind, .*\), but is empty"),
     ],

@@ -396,9 +396,8 @@ def _compare_vocabularies(
                 "tokenizers with the same version of transformers (`save_pretrained`)."
             )
         return
-    yield from _find_rowless(
-        expert, [token for token in read_vocabulary(expert) or () if token not in theirs]
-    )
+    rowless = [token for token in read_vocabulary(expert) or () if token not in theirs]
+    yield from _find_rowless(expert, rowless, vocabulary)
     differing = [token for token, number in theirs.items() if ours.get(token) != number]
     differing += [token for token in ours if token not in theirs]
     if not differing:
@@ -418,9 +417,9 @@ def _compare_vocabularies(
         )
 
 
-def _find_rowless(expert: Path, tokens: Sequence[str]) -> Iterator[_Finding]:
+def _find_rowless(expert: Path, tokens: Sequence[str], vocabulary: VocabularyRule) -> Iterator[_Finding]:
     """Say what becomes of tokens without a row, such as a padding token that no text has."""
-    template = str(read_chat_template(expert))
+    template = "" if vocabulary == "base" else str(read_chat_template(expert))
     if needed := [repr(token) for token in tokens if token in template]:
         yield _Finding(
             f"{expert}: every token of its chat template must have a row in its embeddings, but "
