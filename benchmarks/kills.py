@@ -22,14 +22,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import psutil
 import yaml
+from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import build_llama, fine_tune
 
 from optimizer.run_dir import RunDir
+from optimizer.search import CANDIDATE
 
+_COMPLETE = TrialState.COMPLETE
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -143,7 +147,8 @@ def main() -> None:
         assert last.returncode == 0, said.decode()[-2000:]
         check_lost(before, out)
         candidates = RunDir(out).candidates()
-        points = Counter(tuple(sorted((c.params or {}).items())) for c in candidates if c.kind == "trial")
+        search = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{out / 'study.db'}")
+        told = Counter(each.user_attrs.get(CANDIDATE) for each in search.get_trials(states=[_COMPLETE]))
         failed = [c.name for c in candidates if c.state == "failed"]
         numbers = [c.number for c in candidates]
         assert len(set(numbers)) == len(numbers), "two candidates have one number"
@@ -152,10 +157,11 @@ def main() -> None:
         assert not left, f"shared memory left: {left}"
         assert (out / "best" / "config.json").is_file()
         assert not [p for p in out.iterdir() if p.name.startswith(".best.") or p.suffix == ".tmp"]
-        twice = sum(count - 1 for count in points.values())
+        assert set(told) == {c.name for c in candidates if c.params is not None}, "told what is not on disk"
+        assert max(told.values()) == 1, f"told twice: {told.most_common(3)}"
         print(
-            f"{n_kills} kills ({n_starting} while starting): {len(candidates)} candidates, none lost, none "
-            f"failed, {twice} points measured twice, no process and no shared memory left"
+            f"{n_kills} kills ({n_starting} while starting): {len(candidates)} candidates, none lost, failed "
+            "or counted twice, no process and no shared memory left"
         )
 
 
