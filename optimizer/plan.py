@@ -102,6 +102,8 @@ class Plan:
             run.check_own()
         extended = None if run is None else run.extended_base
         inputs = open_inputs(base, experts, self.config.vocabulary, extended, say)
+        say("reading the weights of every model once")
+        inputs.read_digests()
         return inputs.speaking(self.suite.config.chat_template)
 
     def record(self, inputs: Inputs, rules: str) -> StudyRecord:

@@ -458,6 +458,14 @@ metric_list: [{{metric: acc}}]
     return study
 
 
+def run_until_killed(study: Path, out: Path, times: int) -> None:
+    """Run a study that kills its process, so often."""
+    for _ in range(times):
+        process = in_process(study, out)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+
+
 def test_a_task_whose_own_code_fails_on_one_candidate_fails_that_one_alone(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
@@ -474,10 +482,7 @@ def test_a_trial_that_kills_the_process_twice_is_given_up_and_the_study_goes_on(
 ) -> None:
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     study, out = poisoned_study(tmp_path, models, "search.trial-0002", kill), tmp_path / "run"
-    for _ in range(2):
-        process = in_process(study, out)
-        process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL
+    run_until_killed(study, out, times=2)
     process = in_process(study, out)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -491,9 +496,6 @@ def test_a_baseline_that_kills_the_process_twice_is_an_error_that_names_it(
 ) -> None:
     kill = "os.kill(os.getpid(), signal.SIGKILL)"
     study, out = poisoned_study(tmp_path, models, "search.expert-a", kill), tmp_path / "run"
-    for _ in range(2):
-        process = in_process(study, out)
-        process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL
+    run_until_killed(study, out, times=2)
     with pytest.raises(MergetuneError, match=r"baseline `expert-a` cannot be measured: begun 2 times"):
         run(study, out)

@@ -93,6 +93,11 @@ class Inputs:
             for expert in self.experts
         }
 
+    def read_digests(self) -> None:
+        """Read all models side by side, once for their digests; else each is read when it is first named."""
+        with ThreadPoolExecutor() as readers:
+            list(readers.map(lambda model: model.digest, (self.base, *self.experts)))
+
     def named_in(self, recipe: MergeRecipe) -> MergeRecipe:
         """Return a recipe of these models that names them so that it can stand in any folder."""
         sources = self.expert_sources
@@ -145,9 +150,6 @@ def open_inputs(
     warnings += check_task_vectors(norms, base_norm(checkpoint))
     chat, speakers = shared_template(checkpoint.folder, opened)
     warnings += _warn_of_template(chat, speakers, len(opened))
-    say("reading the weights of every model once")
-    with ThreadPoolExecutor() as readers:  # a digest each, which is kept
-        list(readers.map(lambda model: model.digest, (checkpoint, *opened)))
     is_extended = checkpoint is not given
     return Inputs(
         checkpoint,
