@@ -85,7 +85,7 @@ ApiKeys = Annotated[
 Cache = Annotated[
     Path | None,
     typer.Option(
-        help="Where what is made once is kept: replies, the compiled kernel. Default: ~/.cache/mergetune.",
+        help="Where what is made once is kept: replies, the kernel, logs. Default: ~/.cache/mergetune.",
         metavar="DIR",
     ),
 ]

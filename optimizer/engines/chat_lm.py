@@ -63,11 +63,6 @@ class ChatLM(LM):  # type: ignore[misc]
         """The most tokens that prompt and reply may have together; None where nothing says it."""
         return self._optional_scorer.max_length if self._optional_scorer else self._endpoint.max_length
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The model's name."""
-        return self._endpoint.model.replace("/", "__")
-
     def apply_chat_template(self, chat_history: list[dict[str, str]], **_: Any) -> str:
         """Return the messages for the server to render."""
         return _Conversation(json.dumps(chat_history))

@@ -98,11 +98,6 @@ class TokenizerPrompts:
 
     tokenizer: Any
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's directory or hub id."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -150,11 +145,6 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         """The token that stands before a text without context."""
         bos: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's directory or hub id."""
-        return TokenizerPrompts(self.tokenizer).tokenizer_name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return a text's tokens; a text that begins with the BOS token gets no second one."""
