@@ -77,12 +77,15 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
 
     It draws other random masks (DARE, DELLA) and samples thresholds (Arcee Fusion), weighs short task
     vectors alike (SCE) and gives norms of filters a floor (model stock by rows); dividing by a count
-    it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise.
+    it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise, and
+    it leaves nothing as it is, such as a vision tower.
     """
     shared = _shared_parameters(recipe)
     if shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
+    if len(groups) < len(inputs.base.names):
+        return None
     base = _mergekit_name(inputs.base.folder)
     names = [_mergekit_name(expert.folder) for expert in inputs.experts]
     models = [

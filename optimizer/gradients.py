@@ -130,10 +130,10 @@ class _Totals:
     def __init__(self, merger: Merger, recipe: MergeRecipe) -> None:
         changed = {name for expert in recipe.experts for name in merger.experts[expert].targets}
         every = recipe.method == "passthrough"
-        self.names = [name for name in merger.base.names if every or name in changed]
+        self._groups = assign_groups(recipe.groups, merger.base.names)
+        self.names = [name for name in self._groups if every or name in changed]
         self.values: dict[tuple[str, str, str], float] = {}
         self._merger, self._recipe = merger, recipe
-        self._groups = assign_groups(recipe.groups, merger.base.names)
 
     def add(self, name: str, gradient: Tensor) -> None:
         piece = self._merger.piece(self._recipe, name, gradient.device)

@@ -17,14 +17,22 @@ from optimizer.errors import MergetuneError
 from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
 from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
 
-Role = Literal["embeddings", "attention", "mlp", "norms", "head", "other"]
+Role = Literal["embeddings", "attention", "mlp", "norms", "head", "other", "vision"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 # A tensor's role, from its name alone, so that no list of architectures is needed. The order counts:
 # `post_attention_layernorm` is a norm, `self_attn.out_proj` is attention, `mixer.up_proj` an MLP and
 # any other `mixer` a state-space layer, which mixes positions as attention does. A norm is named by the
-# tensor's own module: DBRX keeps its attention inside `norm_attn_norm`.
+# tensor's own module: DBRX keeps its attention inside `norm_attn_norm`. All of a tower that reads images or
+# sound, and of what projects from it, is `vision`.
 _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
+    (
+        "vision",
+        re.compile(
+            r"(^|[._])(vision|visual|image|img|video|audio|speech|mm|multi_?modal|modality|connector|aligner"
+            r"|resampler|qformer|vpm|apm)[._]"
+        ),
+    ),
     ("norms", re.compile(r"(norm|(^|[._])ln(_|\d|(?=\.)))[^.]*(\.[^.]+)?$", re.IGNORECASE)),
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.|^output\.")),
     ("embeddings", re.compile(r"embed|(^|\.)(wte|wpe)\.")),
@@ -37,12 +45,16 @@ _ROLE_PATTERNS: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ),
     ("attention", re.compile(r"mixer|mamba|ssm|(^|\.)conv\.")),
 )
+_LANGUAGE = tuple(role for role in ROLES if role != "vision")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor stands in the model: its layer (None outside the layers) and its role."""
+    """Where a tensor stands in the model: its layer (None outside the layers) and its role.
+
+    The layers of a vision tower are counted by themselves.
+    """
 
     layer: int | None
     role: Role
@@ -57,9 +69,9 @@ def tensor_place(name: str) -> TensorPlace:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """Count the layers of a model from its tensor names."""
-    layers = [place.layer for name in names if (place := tensor_place(name)).layer is not None]
-    return 1 + max((layer for layer in layers if layer is not None), default=-1)
+    """Count the layers of a model from its tensor names, a vision tower's left out."""
+    places = map(tensor_place, names)
+    return 1 + max((p.layer for p in places if p.layer is not None and p.role != "vision"), default=-1)
 
 
 OUTSIDE_LAYERS = r"^(?!(?:.*\.)?\d+\.)"  # matches names without a numbered part
@@ -69,7 +81,8 @@ class LayerGroup(Strict):
     """A named set of tensors that share coefficients; a tensor belongs if every selector given takes it.
 
     `layers` holds the first and the last layer (both included); `match` is a regular expression
-    searched for in the tensor's name. Without any selector the group takes every tensor.
+    searched for in the tensor's name. Without any selector the group takes every tensor. What has the role
+    `vision` belongs only where `roles` names it, and its layers are the tower's own.
     """
 
     name: str
@@ -84,7 +97,7 @@ class LayerGroup(Strict):
             first, last = self.layers
             if place.layer is None or not first <= place.layer <= last:
                 return False
-        if self.roles is not None and place.role not in self.roles:
+        if place.role not in (self.roles or _LANGUAGE):
             return False
         return self.match is None or re.search(self.match, name) is not None
 
@@ -237,7 +250,7 @@ def _check_shape(what: str, given: dict[str, float] | float, experts: list[str] 
 
 
 def assign_groups(groups: Iterable[G], names: Iterable[str]) -> dict[str, G]:
-    """Return the one group of every tensor.
+    """Return the one group of every tensor; what has the role `vision` may have none and stays the base's.
 
     Raises:
         MergetuneError: a tensor falls into no group or into several; the tensors are named.
@@ -254,7 +267,7 @@ def assign_groups(groups: Iterable[G], names: Iterable[str]) -> dict[str, G]:
             )
         if takers:
             assigned[name] = takers[0]
-        else:
+        elif tensor_place(name).role != "vision":
             orphans.append(name)
     if orphans:
         shown = ", ".join(orphans[:5]) + (f" and {len(orphans) - 5} more" if len(orphans) > 5 else "")

@@ -169,11 +169,15 @@ def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) 
     for piece in pieces:
         within: dict[str, list[str]] = {}  # the piece's tensors by the group that they are in
         for name in tensor_names:
-            if piece_of[name] is piece:
+            if piece_of.get(name) is piece:
                 within.setdefault(group_of[name].name, []).append(name)
         for name, names in within.items():
             own = piece if len(within) == 1 else _common(piece, groups[name], names)
             found.append(SpaceGroup.model_validate({**own.model_dump(exclude_none=True), **ranges[name]}))
+    towers = [each for each in groups.values() if "vision" in (each.roles or ())]
+    for group in towers:  # as coarse as they are
+        own = group.model_copy(update={"name": f"vision-{group.name}", "roles": ("vision",)})
+        found.append(SpaceGroup.model_validate({**own.model_dump(exclude_none=True), **ranges[group.name]}))
     return config.model_copy(update={"groups": tuple(found)})
 
 
@@ -237,4 +241,4 @@ def _anchor_groups(tensor_names: Sequence[str]) -> list[LayerGroup]:
 
 
 def _all_but(role: Role) -> tuple[Role, ...]:
-    return tuple(each for each in ROLES if each != role)
+    return tuple(each for each in ROLES if each not in (role, "vision"))

@@ -231,7 +231,6 @@ class TestRefusals:
             ({"peft_type": "LOHA"}, "`peft_type: LORA` must hold, but got LOHA"),
             ({"lora_bias": True}, "biases"),
             ({"alora_invocation_tokens": [1]}, "some tokens only"),
-            ({"target_parameters": ["experts.up_proj"]}, "without a module"),
             ({"layer_replication": [[0, 2]]}, "repeats"),
             ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4` changes the base's own"),
             ({"init_lora_weights": "olora"}, "changes the base's own"),

@@ -310,6 +310,35 @@ def test_an_adapter_at_lambda_one_is_what_peft_merges(built: Any, name: str) -> 
     assert not torch.allclose(ours, logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-3)
 
 
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("parameters", [FUSED, FUSED[:1], FUSED[1:]], ids=["both", "gate_up", "down"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "alpha_pattern": {FUSED[1]: 3}}])
+def test_adapters_of_a_mixture_s_fused_experts_are_what_peft_merges(
+    built: Any, tmp_path: Path, name: str, parameters: list[str], options: dict[str, Any]
+) -> None:
+    """transformers has the experts of a mixture as one parameter; the file may have them one by one."""
+    base, _, _ = built(name)
+    adapter = train_adapter(
+        base, tmp_path / "adapter", r=3, target_modules=["q_proj"], target_parameters=parameters, **options
+    )
+    merged = merge_at(open_inputs(base, {"lora": adapter}), lora=1.0)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.load_state_dict(merge_with_peft(base, adapter))
+    torch.testing.assert_close(logits(in_engine(base, merged)), logits(model), rtol=1e-4, atol=1e-5)
+    before = Checkpoint(base)
+    changed = {kind_of(key) for key, tensor in merged.items() if not torch.equal(tensor, before.tensor(key))}
+    is_one = {"gate_up": any("gate_up" in each for each in parameters), "down": FUSED[1] in parameters}
+    gates, downs = (
+        r"experts\.(#\.(gate_proj|up_proj|w1|w3)|gate_up_proj)$",
+        r"experts\.(#\.(down_proj|w2)|down_proj)$",
+    )
+    assert any(re.search(gates, kind) for kind in changed) == is_one["gate_up"]
+    assert any(re.search(downs, kind) for kind in changed) == is_one["down"]
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "role"),
     [

@@ -116,7 +116,7 @@ class _TensorSums:
 
 
 def task_vector_statistics(inputs: Inputs, groups: Sequence[LayerGroup]) -> TaskVectorStatistics:
-    """Compare the experts' task vectors; every tensor is read once, one at a time.
+    """Compare the experts' task vectors in what the groups take; every tensor is read once, one at a time.
 
     Raises:
         MergetuneError: a tensor of the base falls into no layer group or into several.
@@ -124,7 +124,7 @@ def task_vector_statistics(inputs: Inputs, groups: Sequence[LayerGroup]) -> Task
     experts = [expert.name for expert in inputs.experts]
     assigned = assign_groups(groups, inputs.base.names)
     sums: dict[str, list[_TensorSums]] = {group.name: [] for group in groups}
-    for name in inputs.base.names:
+    for name in assigned:
         base = inputs.base.tensor(name)
         if base.is_floating_point():
             found = {expert.name: expert.task_vector(name, base) for expert in inputs.experts}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import MergetuneError
+from optimizer.merging.architecture import read_config
 from optimizer.merging.chat_template import ChatTemplate, open_tokenizer
-from optimizer.merging.tensor_files import read_json
 from optimizer.merging.tokenizer_files import read_eos_ids
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -75,34 +75,6 @@ def _length(folder: Path, tokenizer: Any, given: int | None) -> int:
             f"{folder / 'config.json'} has {int(positions * scale)}. Give less, or leave it out."
         )
     return given
-
-
-def read_config(folder: Path) -> Any:
-    """Return a model's configuration as transformers reads it; no code beside it is run.
-
-    Raises:
-        MergetuneError: transformers does not know the architecture, or the file is broken.
-    """
-    import transformers
-
-    file = folder / "config.json"
-    config = read_json(file)
-    kind = config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        own = (
-            "its code stands beside the weights (`auto_map`), which is not supported: take a model of an "
-            "architecture that transformers has"
-            if "auto_map" in config
-            else "take a newer transformers, or correct the file"
-        )
-        raise MergetuneError(
-            f"{file}: `model_type` must be an architecture of transformers {transformers.__version__}, but "
-            f"is {kind!r}: {own}."
-        )
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises at values that it does not expect
-        raise MergetuneError(f"{file}: transformers cannot read it ({error}). Correct it.") from error
 
 
 def _positions(folder: Path) -> tuple[int | None, float]:

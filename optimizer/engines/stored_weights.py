@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from optimizer.errors import MergetuneError
+from optimizer.merging.architecture import stored_views
 from optimizer.merging.tensor_files import shortened
 
 
@@ -26,11 +25,8 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Any) -> None:
-        from transformers.core_model_loading import revert_weight_conversion
-
         weights: dict[str, Tensor] = model.state_dict()
-        with _NoCopies():
-            self._views: dict[str, Tensor] = revert_weight_conversion(model, weights)
+        self._views = stored_views(model, weights)
         owned = {weight.untyped_storage().data_ptr() for weight in weights.values()}
         copies = [n for n, view in self._views.items() if view.untyped_storage().data_ptr() not in owned]
         if copies:
@@ -56,16 +52,3 @@ class StoredWeights(Mapping[str, Tensor]):
     def ignores(self, name: str) -> bool:
         """Say whether transformers leaves this tensor of a checkpoint out of the model."""
         return any(pattern.search(name) for pattern in self._ignored)
-
-
-class _NoCopies(TorchFunctionMode):
-    """Leave tensors that would be copied into contiguous memory as the views that they are."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))

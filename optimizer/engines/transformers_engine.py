@@ -16,6 +16,7 @@ from optimizer.engines.stored_weights import StoredWeights
 from optimizer.engines.weight_facts import WeightFacts
 from optimizer.errors import MergetuneError
 from optimizer.memory import check_room, free_bytes, free_memory
+from optimizer.merging.architecture import model_class
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -29,7 +30,7 @@ _SHARE = 0.8  # of a GPU's free memory that weights may take where they are spre
 
 
 class TransformersEngine:
-    """A `transformers` causal language model whose weights are copied in place.
+    """A model of transformers, of text or of images and text, whose weights are copied in place.
 
     Args:
         config: the engine's options.
@@ -45,7 +46,7 @@ class TransformersEngine:
         merger: Merger | None = None,
         chat: ChatTemplate | None = None,
     ) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         from optimizer.engines.transformers_completer import TransformersCompleter
 
@@ -58,7 +59,7 @@ class TransformersEngine:
         # a configuration of our own: what the base's generation_config.json says must not change replies
         neutral: Any = GenerationConfig
         placed = {} if spread is None else {"device_map": "auto", "max_memory": spread}
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = model_class(base).from_pretrained(
             base, dtype=facts.dtype, generation_config=neutral(), trust_remote_code=False, **placed
         )
         model.eval()

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import MergetuneError
+from optimizer.merging.architecture import Part
 from optimizer.merging.checkpoint import (
     Checkpoint,
     Expert,
@@ -50,7 +51,6 @@ _UNSUPPORTED = {
     "kasa_config": "KaSA changes the base's own weights",
     "monteclora_config": "MonteCLoRA samples its update",
     "layer_replication": "`layer_replication` repeats the base's layers",
-    "target_parameters": "`target_parameters` trains parameters without a module",
 }
 _AS_FULL_MODEL = (
     "Merge it into the model that it was trained on (peft: `merge_and_unload`, then "
@@ -58,21 +58,23 @@ _AS_FULL_MODEL = (
 )
 # What, beside the tensors, determines the task vector.
 _SCALING_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora", "fan_in_fan_out")
-_RARE_KEYS = ("trainable_token_indices",)  # part of the digest only where they are given
+_RARE_KEYS = ("trainable_token_indices", "target_parameters")  # part of the digest only where they are given
 
 
 @dataclass
 class _Update:
     """What an adapter does to one tensor: a low-rank product, a tensor or rows in its place, or several.
 
-    `a`, `b`, `magnitude`, `rows` and `saved` name tensors in the adapter's file, `module` the module in
-    peft's words; `tokens` are the rows that `rows` takes the place of.
+    `a`, `b`, `magnitude`, `rows` and `saved` name tensors in the adapter's file, `module` the module (or
+    parameter) in peft's words; `tokens` are the rows that `rows` takes the place of. `part` is the tensor's
+    place in a parameter that the adapter changes as a whole.
     """
 
     module: str = ""
+    part: Part | None = None
 
-    a: str | None = None  # (rank, in)
-    b: str | None = None  # (out, rank)
+    a: str | None = None  # (rank, in), of a mixture's n experts (n · rank, in)
+    b: str | None = None  # (out, rank), of a mixture's n experts (out, rank · n)
     magnitude: str | None = None  # (out,)
     rows: str | None = None  # (n_tokens, width)
     tokens: tuple[int, ...] = ()
@@ -168,6 +170,8 @@ class LoraExpert:
     def _product(self, a: str, b: str, update: _Update) -> Tensor:
         """Return scale · B @ A in the layout of the base's tensor."""
         left, right = self._files.view(b).float(), self._files.view(a).float()
+        if update.part is not None:
+            return _part_of_product(self.config, left, right, update.part, update)
         product = (left @ right).mul_(_scale(self.config, update.module, rank=len(right)))
         return product.T.contiguous() if update.is_transposed else product
 
@@ -218,8 +222,40 @@ class LoraExpert:
                 update.magnitude = stored
         if base.is_tied:
             _drop_tied_copy(updates, self._files)
-        ours = {theirs: our for our, theirs in match_names(base.names, tuple(updates)).items()}
-        return {ours.get(name, name): update for name, update in updates.items()}
+        ours = {theirs: our for our, theirs in match_names(base, tuple(updates)).items()}
+        found: dict[str, _Update] = {}
+        for name, update in updates.items():
+            if name in ours or not (update.a and update.b) or update.saved:
+                found[ours.get(name, name)] = update
+            else:
+                found |= self._spread(name, update, base)
+        return found
+
+    def _spread(self, name: str, update: _Update, base: Checkpoint) -> dict[str, _Update]:
+        """Return what a product does to the stored tensors that its parameter is read from.
+
+        It is a parameter of a module (`target_parameters`), whose wrappers stand around each other, the last
+        parameter's outermost; or the weight of a module that transformers fuses.
+        """
+        own = {name: update}
+        if base.architecture is None:
+            return own
+        module, _, wrapped = update.module.partition(".base_layer")
+        targets = tuple(self.config.get("target_parameters") or ())
+        trained = [
+            each
+            for each in base.architecture.parameters_of(module)
+            if any(f".{each}".endswith(f".{target}") for target in targets)
+        ]
+        n_inside = wrapped.count(".base_layer") + 1 if ".base_layer" in update.module else 0
+        parameter = base.architecture.parameter(f"{module}.weight")
+        if n_inside < len(trained):
+            parameter = trained[-1 - n_inside]
+            update = replace(update, module=parameter)
+        if parameter is None:
+            return own
+        parts = base.architecture.parts(parameter)
+        return {stored: replace(update, part=part) for stored, part in parts.items()}
 
     def _find_problems(self, base: Checkpoint) -> Iterator[str]:
         """Yield what does not fit the base, one line for each kind of problem."""
@@ -272,6 +308,8 @@ class LoraExpert:
             there, missing = "AB" if update.a else "BA"
             return f"LoRA's {there} stands without its {missing}"
         a, b = self._shape(update.a), self._shape(update.b)
+        if update.part is not None:
+            return _find_misfit_of_part(a, b, update, shape)
         if len(a) == len(b) == 2 and a[0] == b[1] > 0:
             product = (a[1], b[0]) if update.is_transposed else (b[0], a[1])
             if update.magnitude and (is_embeddings(f"{update.module}.weight") or update.saved):
@@ -297,7 +335,7 @@ def open_expert(name: str, folder: Path, base: Checkpoint) -> Expert:
     if is_adapter(folder):
         return LoraExpert(name, folder, base)
     checkpoint = Checkpoint(folder)
-    names = match_names(base.names, checkpoint.names)
+    names = match_names(base, checkpoint.names)
     head = next(filter(is_head, base.names), None)
     if head is not None and checkpoint.is_tied and base.repeats_embeddings:
         names[head] = next(filter(is_embeddings, checkpoint.names))
@@ -334,6 +372,40 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = float(next(matching, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _part_of_product(
+    config: dict[str, Any], left: Tensor, right: Tensor, part: Part, update: _Update
+) -> Tensor:
+    """Return scale · B @ A of a stored tensor's part of a parameter, in the way of peft's `ParamWrapper`.
+
+    Of a mixture's n experts, B is (out, rank · n), the expert being the faster index, and A (n · rank, in),
+    it being the slower.
+    """
+    n = part.whole[0] if len(part.whole) == 3 else 1
+    rank = len(right) // n
+    b = left.reshape(len(left), rank, n).permute(2, 0, 1)[part.slices.start : part.slices.stop]
+    a = right.reshape(n, rank, -1)[part.slices.start : part.slices.stop]
+    product = (b @ a).mul_(_scale(config, update.module, rank))  # (n_slices, out, in)
+    is_turned = part.is_in_out if len(part.whole) == 3 else update.is_transposed
+    return part.of(product.transpose(1, 2) if is_turned else product)
+
+
+def _find_misfit_of_part(
+    a: tuple[int, ...], b: tuple[int, ...], update: _Update, shape: tuple[int, ...]
+) -> str | None:
+    """Say what about a product does not fit the parameter that a stored tensor is a part of."""
+    part = update.part
+    assert part is not None
+    *n, rows, columns = part.whole
+    is_turned = part.is_in_out if n else update.is_transposed
+    wanted = (columns, rows) if is_turned else (rows, columns)  # (out, in)
+    if part.shape != shape:
+        return f"transformers reads a tensor of shape {part.shape}"
+    if update.magnitude:
+        return "DoRA of fused weights is not merged"
+    is_matrix = len(a) == len(b) == 2 and a[0] == b[1] > 0 and a[0] % math.prod(n) == 0
+    return None if is_matrix and (b[0], a[1]) == wanted else f"LoRA's A has shape {a} and B {b}"
 
 
 def _token_indices(config: dict[str, Any], module: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import MergetuneError
+from optimizer.merging.architecture import Architecture
 from optimizer.merging.tensor_files import open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -83,6 +84,14 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the tensors, independent of sharding."""
         return self._files.digest(self.names)
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """What transformers makes of its tensors; None where it does not know the architecture."""
+        try:
+            return Architecture(self.folder, self.names)
+        except Exception:  # whatever a class raises at values of config.json that it does not expect
+            return None
 
     @cached_property
     def repeats_embeddings(self) -> bool:
@@ -217,20 +226,26 @@ class FullExpert:
         return None if weights is None else weights.to(torch.float32, copy=True).to(base.device).sub_(base)
 
 
-def match_names(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
-    """Return our name → their name of every tensor in common.
+def match_names(base: Checkpoint, theirs: Sequence[str]) -> dict[str, str]:
+    """Return the base's name → their name of every tensor in common.
 
-    A prefix that only one side has is overlooked if all tensors of a side find a partner then:
-    GPT-2 is stored as `h.0.ln_1.weight` on the hub, as `transformer.h.0.ln_1.weight` since.
+    Names differ between versions of transformers, and between a file, the model in memory and its language
+    part alone; transformers' own tables tell which are one. A prefix that only one side has is overlooked if
+    all tensors of a side find a partner then: GPT-2 is stored as `h.0.ln_1.weight` on the hub, as
+    `transformer.h.0.ln_1.weight` since.
     """
-    known = set(theirs)
+    ours, known = base.names, set(theirs)
     common = {name: name for name in ours if name in known}
+    strays = [name for name in theirs if name not in common]
+    if strays and base.architecture is not None:
+        common |= base.architecture.pair([name for name in ours if name not in common], strays)
+    found = set(common.values())
     our_strays = dict.fromkeys(name for name in ours if name not in common)
-    their_strays = dict.fromkeys(name for name in theirs if name not in common)
+    their_strays = dict.fromkeys(name for name in theirs if name not in found)
     added, removed = _find_prefix(their_strays, our_strays), _find_prefix(our_strays, their_strays)
     partners = {name: added + name if added else name.removeprefix(removed) for name in our_strays}
-    found = {name: partner for name, partner in partners.items() if partner in their_strays}
-    return common | found if len(common) + len(found) in (len(ours), len(theirs)) else common
+    renamed = {name: partner for name, partner in partners.items() if partner in their_strays}
+    return common | renamed if len(common) + len(renamed) in (len(ours), len(theirs)) else common
 
 
 def _find_prefix(longer: Collection[str], shorter: Collection[str]) -> str:

@@ -18,6 +18,7 @@ from optimizer.config import VocabularyRule
 from optimizer.errors import MergetuneError
 from optimizer.merging.adapter import CONFIG as ADAPTER_CONFIG
 from optimizer.merging.adapter import LoraExpert
+from optimizer.merging.architecture import left_out_by_transformers
 from optimizer.merging.checkpoint import (
     Checkpoint,
     Expert,
@@ -36,6 +37,7 @@ from optimizer.merging.tokenizer_files import (
     read_vocabulary,
 )
 from optimizer.merging.vocabulary import tokens_of, tokens_of_base
+from optimizer.recipe import tensor_place
 
 # Keys of config.json that do not change what the weights compute.
 _IGNORED_KEYS = {
@@ -178,6 +180,7 @@ def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> It
         yield from _compare_base_name(base, expert)
         yield from _warn_of_tied_embeddings(base, expert)
         yield from _warn_of_missing_layers(base, expert)
+    yield from _warn_of_changed_towers(base, expert)
     if has_tokenizer(expert.folder):
         yield from _compare_tokenizers(base, expert, vocabulary)
 
@@ -220,6 +223,9 @@ def _read_configs(base: Path, expert: Path) -> tuple[dict[str, Any], dict[str, A
 
     try:
         read = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in (base, expert)]
+        if type(read[0]) is not type(read[1]) and type(read[0].get_text_config()) is type(read[1]):
+            read[0] = read[0].get_text_config()  # the expert is the language part alone
+            read[0].architectures = read[1].architectures
         ours, theirs = (config.to_dict() for config in read)
     except Exception:  # an architecture that transformers does not know, or a config it refuses
         ours, theirs = (read_json(path / "config.json") for path in (base, expert))
@@ -246,7 +252,9 @@ def _compare_names(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
     extra = [name for name in theirs.names if name not in own and not is_head(name)]
     if not missing and not extra:
         return
-    left_out = _left_out_by_transformers(base.folder)
+    if not any(_is_vision(name) for name in theirs.names):
+        missing = [name for name in missing if not _is_vision(name)]
+    left_out = left_out_by_transformers(base.folder)
     spared = [name for name in missing if left_out(name)]
     if spared:
         yield _Finding(
@@ -261,6 +269,26 @@ def _compare_names(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
         yield _Finding(f"{expert.folder}: has {shortened(extra)}, which the base lacks. {remedy}")
 
 
+def _is_vision(name: str) -> bool:
+    return tensor_place(name).role == "vision"
+
+
+def _warn_of_changed_towers(base: Checkpoint, expert: Expert) -> Iterator[_Finding]:
+    """Say that a vision tower was trained, which a merge leaves as the base's unless told otherwise."""
+    towers = [name for name in expert.targets if name in base.names and _is_vision(name)]
+    changed = [
+        name
+        for name in towers
+        if (weights := expert.weights(name)) is None or not torch.equal(weights, base.view(name))
+    ]
+    if changed:
+        yield _Finding(
+            f"{expert.folder}: changes {len(changed)} tensors of the vision tower ({shortened(changed, 2)}), "
+            "which stays the base's, unless a layer group of the search space names it (`roles: [vision]`).",
+            is_fatal=False,
+        )
+
+
 def _explain_heads(base: Checkpoint, expert: Checkpoint) -> str:
     tied, untied = (base, expert) if base.is_tied else (expert, base)
     head, embeddings = next(filter(is_head, untied.names)), next(filter(is_embeddings, tied.names), None)
@@ -269,23 +297,6 @@ def _explain_heads(base: Checkpoint, expert: Checkpoint) -> str:
         f"Untie the latter: add a copy of `{embeddings}` to its weights as `{head}` and set "
         "`tie_word_embeddings: false` in its config.json."
     )
-
-
-def _left_out_by_transformers(folder: Path) -> Callable[[str], bool]:
-    """Return what tells whether transformers leaves a tensor out of an architecture when it loads one.
-
-    E.g. the layers for multi-token prediction of DeepSeek-V3, which therefore no fine-tune has.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        patterns = model_class._keys_to_ignore_on_load_unexpected or ()
-    except Exception:  # an architecture that transformers does not know
-        patterns = ()
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _compare_tensors(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:

@@ -55,7 +55,8 @@ class Merger:
         Args:
             recipe: what to merge.
             into: tensors to write into, by name; one that is missing, or of another shape, dtype or
-                device, is made anew. A tensor that no expert changes may be the base's own: read only.
+                device, is made anew. A tensor that no expert changes, or that stands in no group, may be
+                the base's own: read only.
 
         Raises:
             MergetuneError: the recipe names an expert that was not given, or its groups do not take
@@ -73,7 +74,7 @@ class Merger:
         peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
             piece = self.piece(recipe, name)
-            is_changed = piece.changed or recipe.method == "passthrough"
+            is_changed = name in groups and (piece.changed or recipe.method == "passthrough")
             if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
                 yield name, piece.base
                 continue

@@ -110,6 +110,8 @@ def coefficients_over_depth(
             values += _depth_values(own, name.removesuffix(".weight"), None)
         else:
             suffix = re.split(rf"(?:^|\.){layer}\.", name, maxsplit=1)[1]
+            if tensor_place(name).role == "vision":
+                suffix = f"vision.{suffix}"  # a tower's layers are its own
             inside.setdefault(suffix, {})[layer] = own
     for part, layers in _merge_parts(inside).items():
         for layer, own in sorted(layers.items()):
