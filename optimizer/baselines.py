@@ -105,11 +105,6 @@ def soup(
     return _average(average_name(members, list(experts)), shares, space, base, experts)
 
 
-def base_recipe(base: Source, experts: Mapping[str, Source]) -> MergeRecipe:
-    """Return the recipe that gives the base back."""
-    return _task_arithmetic(dict.fromkeys(experts, 0.0), base, experts)
-
-
 def _average(
     name: str,
     lambdas: dict[str, float],

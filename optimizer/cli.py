@@ -191,6 +191,7 @@ def inspect(
     from optimizer.library import find, use_cache
     from optimizer.merging.inputs import open_inputs
     from optimizer.models import find_model
+    from optimizer.progress import Progress
     from optimizer.search_space_config import layer_groups, read_search_space
     from optimizer.suite import read_suite
 
@@ -206,7 +207,8 @@ def inspect(
     skills = read_suite(find("evals", suite, folder)) if suite is not None else None
     space = read_search_space(find("search_spaces", search_space, folder))
     found = {name: find_model(reference, folder) for name, reference in _named(experts).items()}
-    inputs = open_inputs(find_model(base, folder), found, vocabulary)
+    with Progress(_err) as progress:
+        inputs = open_inputs(find_model(base, folder), found, vocabulary, say=progress.at_work)
     if skills is not None:
         inputs = inputs.speaking(skills.config.chat_template)
     groups = layer_groups(space, inputs.base.names)
@@ -240,11 +242,13 @@ def merge(
     from optimizer.export import merge_recipe
     from optimizer.library import use_cache
     from optimizer.merging.native import why_slow
+    from optimizer.progress import Progress
 
     use_cache(cache, _remark)
     if reason := why_slow():
         _remark(f"warning: {reason}")
-    merge_recipe(recipe, out)
+    with Progress(_err) as progress:
+        merge_recipe(recipe, out, progress.at_work)
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 
 
@@ -323,6 +327,7 @@ def evaluate(
     from optimizer.library import find, use_cache, writable
     from optimizer.meter import Meter
     from optimizer.model_under_test import open_model
+    from optimizer.progress import Progress
     from optimizer.suite import read_suite
 
     use_cache(cache, _remark)
@@ -333,7 +338,9 @@ def evaluate(
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
     asked = read_suite(find("evals", suite, Path()))
     keys = _named_variables(api_key)
-    opened = open_model(model, base, tokenizer, asked.config.chat_template, keys, vocabulary)
+    template = asked.config.chat_template
+    with Progress(_err) as progress:
+        opened = open_model(model, base, tokenizer, template, keys, vocabulary, progress.at_work)
     evaluator = Evaluator(asked)
     with closing(Meter(opened, config, evaluator, None, _remark)) as meter:
         items = meter.measure(evaluator.documents(split))
@@ -405,6 +412,7 @@ def check(
     from optimizer.config import engine_options
     from optimizer.library import find, use_cache, writable
     from optimizer.model_under_test import open_model
+    from optimizer.progress import Progress
     from optimizer.reply_store import ReplyStore, default_store
     from optimizer.suite import read_suite
 
@@ -428,10 +436,12 @@ def check(
         if out is not None:
             writable(out, "--out")
         keys = _named_variables(api_key)
-        models = [
-            open_model(reference, base, tokenizer, deployed.config.chat_template, keys, vocabulary)
-            for reference in (candidate, baseline)
-        ]
+        template = deployed.config.chat_template
+        with Progress(_err) as progress:
+            models = [
+                open_model(reference, base, tokenizer, template, keys, vocabulary, progress.at_work)
+                for reference in (candidate, baseline)
+            ]
         kept = ReplyStore(writable(store, "--store")) if store else default_store()
         checked = check_models(models[0], models[1], deployed, options, kept, _remark)
     result = checked.check

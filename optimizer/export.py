@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -166,7 +166,7 @@ def _dtype(inputs: Inputs) -> str:
     return str(next(dtype for dtype in dtypes if dtype.is_floating_point)).removeprefix("torch.")
 
 
-def merge_recipe(recipe_file: Path, folder: Path) -> None:
+def merge_recipe(recipe_file: Path, folder: Path, say: Callable[[str], object] = lambda _: None) -> None:
     """Write the model of a recipe file; raises `MergetuneError` as `open_recipe` does."""
-    recipe, inputs = open_recipe(recipe_file)
+    recipe, inputs = open_recipe(recipe_file, say)
     write_merged(folder, recipe, inputs)

@@ -129,6 +129,7 @@ def open_model(
     chat: bool | str = False,
     key_variables: Mapping[str, str] = MappingProxyType({}),
     vocabulary: VocabularyRule = "refuse",
+    say: Callable[[str], object] = lambda _: None,
 ) -> ModelUnderTest:
     """Open a model to be scored; paths are relative to this folder.
 
@@ -142,6 +143,7 @@ def open_model(
         key_variables: by host, or host:port, the environment variable that holds a server's API key; a key
             goes to no other host.
         vocabulary: what becomes of tokens that an adapter added; see `StudyConfig`.
+        say: is told what is done, for large models take minutes.
 
     Raises:
         MergetuneError: there is no such model, an adapter came without its base, an option does not go
@@ -156,14 +158,14 @@ def open_model(
     if reference.endswith((".yaml", ".yml")):
         if not Path(reference).is_file():
             raise MergetuneError(f"{reference}: there is no such recipe.")
-        recipe, inputs = open_recipe(Path(reference))
+        recipe, inputs = open_recipe(Path(reference), say)
         return _merged(reference, inputs.speaking(chat), recipe)
     folder = find_model(reference, here)
     if not is_adapter(folder):
         return LocalModel(reference, folder, chat=choose_template(folder, chat))
     if base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
-    inputs = open_inputs(find_model(base, here), {"adapter": folder}, vocabulary)
+    inputs = open_inputs(find_model(base, here), {"adapter": folder}, vocabulary, say=say)
     return _merged(reference, inputs.speaking(chat), _whole(inputs))
 
 

@@ -196,6 +196,11 @@ class MergeRecipe(Strict):
         return cls(method=method, base=base, experts=dict(experts), groups=(group,))
 
     @classmethod
+    def of_base(cls, base: Source, experts: Mapping[str, Source]) -> MergeRecipe:
+        """Return the recipe that gives the base back, bit by bit."""
+        return cls.of_one_group("task_arithmetic", base, experts, {"lambda": dict.fromkeys(experts, 0.0)})
+
+    @classmethod
     def read(cls, path: Path) -> MergeRecipe:
         """Read a recipe from YAML; raises `MergetuneError` as `read_yaml` does."""
         return read_yaml(path, cls)

@@ -433,7 +433,7 @@ class RunDir:
         for folder in (self.path, self.path / "candidates", self.path / "attempts", self.path / "replies"):
             for path in folder.glob(f"*{TEMPORARY}"):
                 path.unlink()
-        for pattern in (".best.*", ".base.*", ".self-test.*", "self-test"):
+        for pattern in (".best.*", ".base.*"):
             for folder in self.path.glob(pattern):
                 shutil.rmtree(folder)
 

@@ -151,7 +151,8 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
     Raises:
         MergetuneError: something the user has to mend; what was measured stays on disk.
     """
-    inputs = plan.open_inputs()
+    with Progress(console) as progress:
+        inputs = plan.open_inputs(progress.at_work)
     if plan.study is None:
         for warning in inputs.warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)
@@ -190,7 +191,7 @@ def _choose(plan: SoupPlan, bench: Bench, inputs: Inputs) -> Tasting:
     names, suite = list(plan.models), bench.evaluator.suite.config
     frames: dict[str, pd.DataFrame] = {}
     if plan.base is not None:
-        recipe = baselines.base_recipe(inputs.base_source, inputs.expert_sources)
+        recipe = MergeRecipe.of_base(inputs.base_source, inputs.expert_sources)
         frames[BASE] = _measure(bench, BASE, recipe, plan.splits)
     for name in names:
         alone_as = expert_name(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -86,8 +86,10 @@ class SoupPlan:
         study = _study(base or models[0], named, found, engine)
         return cls(out.resolve(), named, base, study, _splits(found, split), vocabulary)
 
-    def open_inputs(self) -> Inputs:
+    def open_inputs(self, say: Callable[[str], object] = lambda _: None) -> Inputs:
         """Fetch, open and check the models; without a base, the first gives layout and tokenizer.
+
+        `say` is told what is done.
 
         Raises:
             MergetuneError: a model cannot be had or does not fit the others, an adapter came without
@@ -99,14 +101,14 @@ class SoupPlan:
         if self.base is not None:
             base = find_model(self.base, Path())
             _check_out(self.out, [base, *folders.values()])
-            return open_inputs(base, folders, self.vocabulary).speaking(chat)
+            return open_inputs(base, folders, self.vocabulary, say=say).speaking(chat)
         _check_out(self.out, folders.values())
         adapters = [path for path in folders.values() if is_adapter(path)]
         if adapters:
             raise MergetuneError(f"{adapters[0]}: is an adapter. Name the model it belongs to with --base.")
         first, *others = folders
         rest = {name: folders[name] for name in others}
-        inputs = open_inputs(folders[first], rest, self.vocabulary).speaking(chat)
+        inputs = open_inputs(folders[first], rest, self.vocabulary, say=say).speaking(chat)
         return replace(
             inputs,
             experts=(FullExpert(first, inputs.base), *inputs.experts),

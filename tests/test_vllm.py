@@ -20,7 +20,6 @@ from rich.console import Console
 from test_guarded_process import wait_until_gone
 from test_study import write_study
 
-from optimizer.baselines import base_recipe
 from optimizer.bench import Bench
 from optimizer.engines.completions import Scoring
 from optimizer.engines.engine import Engine, EngineConfig
@@ -128,11 +127,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> I
     pair.vllm.close()
 
 
+FORGETFUL = """
+from optimizer.engines.vllm_worker import MergeWorker
+
+class Forgetful(MergeWorker):
+    def _mergetune_renew_tied_head(self):
+        pass
+"""
+
+
+def test_a_swap_that_does_not_reach_a_weight_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, vLLM's head is a packed copy of the embeddings that its own reload leaves as it was."""
+    base = build_llama(tmp_path / "base", head_dim=32, tie_word_embeddings=True)
+    expert = fine_tune(base, tmp_path / "expert", 1, std=0.2)
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    arguments = {"worker_extension_cls": "forgetful.Forgetful"}
+    config = EngineConfig(kind="vllm", dtype="float32", arguments=arguments, **SMALL)
+    with pytest.raises(MergetuneError, match="does not compute with the weights that are put in"):
+        start_engine(config, base, open_inputs(base, {"expert": expert}), tmp_path)
+    assert not (tmp_path / RECORD).exists()
+
+
 class TestTiny:
     def test_the_self_test_is_on_record(self, tiny: Pair) -> None:
-        assert tiny.record["a_to_a_again"] < 1e-4
-        assert tiny.record["b_to_b_from_disk"] < 1e-4
-        assert tiny.record["a_to_b"] > 0.01
+        assert tiny.record["base_to_base_from_disk"] < 1e-4
+        assert tiny.record["base_again_to_base_from_disk"] < 1e-4
+        assert tiny.record["base_to_other"] > 0.01
 
     @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (1.0, 0.0), (0.4, 0.8)])
     def test_a_swapped_candidate_scores_as_in_transformers(
@@ -393,7 +416,10 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
         wait_until_gone(pids[-1])
         assert lent.model.device.type in ("cpu", "cuda")
     candidate = living.measure(
-        "trial", "trial-0003", base_recipe(living.inputs.base_source, living.inputs.expert_sources), None
+        "trial",
+        "trial-0003",
+        MergeRecipe.of_base(living.inputs.base_source, living.inputs.expert_sources),
+        None,
     )
     assert (candidate.state, candidate.faults) == ("complete", ())
     pids.append(pid_of(living))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,38 @@ from optimizer.engines.engine import EngineConfig
 from optimizer.engines.vllm_engine import VllmEngine
 from optimizer.errors import MergetuneError
 from optimizer.merging.inputs import Inputs
-from optimizer.merging.writer import write_model
 from optimizer.recipe import MergeRecipe
 
-RECORD, MODEL = "self_test.json", "self-test"
+RECORD = "self_test.json"
 _TOLERANCE = 0.02  # nats, in the mean: what the order of sums does in bfloat16 on a GPU
-_SCALE = 0.9  # of the second model's weights: every tensor differs
+_SCALE = 0.9  # of the other model's weights: every tensor differs
 _N_TEXTS, _N_TOKENS = 8, 32
 
 
 def start_tested(config: EngineConfig, inputs: Inputs, folder: Path) -> VllmEngine:
     """Start vLLM; the first time in `folder`, show that it follows a swap of weights.
 
-    With A the first expert and B the same scaled by 0.9, the engine starts on B from disk, then takes
-    A, B and A again: B put in must score texts as B from disk, and A as A. One start serves for both. B
-    stands in `folder` until the engine has read it.
+    An engine that starts on noise takes the base, another model (the first expert, scaled by 0.9) and the
+    base again: both times it must score texts as the engine that starts on the base from disk, which is the
+    one returned. A weight that a swap does not reach would still be noise. Nothing is written for it.
 
     Raises:
-        MergetuneError: it does not, with the differences of the log-probabilities; or there is no room for B.
+        MergetuneError: it does not, with the differences of the log-probabilities.
     """
     log, record, key = folder / "engine.log", folder / RECORD, _key(config, inputs)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["of"] == key:
         return VllmEngine(config, inputs.base.folder, inputs.paths, log, inputs.chat)
-    a, b = _scaled(inputs, 1.0), _scaled(inputs, _SCALE)
-    place = folder / MODEL
-    write_model(place, inputs.merger.merge(b), inputs.base)
-    try:
-        engine = VllmEngine(config, place, inputs.paths, log, inputs.chat)
-    finally:
-        shutil.rmtree(place)
+    noise = config.model_copy(update={"arguments": {**config.arguments, "load_format": "dummy"}})
+    base, other = MergeRecipe.of_base(inputs.base_source, inputs.expert_sources), _other(inputs)
+    with closing(VllmEngine(noise, inputs.base.folder, inputs.paths, log, inputs.chat)) as engine:
+        first, between, again = (_probe_with(engine, recipe) for recipe in (base, other, base))
+    engine = VllmEngine(config, inputs.base.folder, inputs.paths, log, inputs.chat)
     try:
         from_disk = _probe(engine)
-        first, swapped, again = (_probe_with(engine, recipe) for recipe in (a, b, a))
         found = {
-            "a_to_b": _distance(first, swapped),
-            "a_to_a_again": _distance(first, again),
-            "b_to_b_from_disk": _distance(swapped, from_disk),
+            "base_to_other": _distance(first, between),
+            "base_to_base_from_disk": _distance(first, from_disk),
+            "base_again_to_base_from_disk": _distance(again, from_disk),
         }
         _check(found)
     except BaseException:
@@ -70,10 +66,11 @@ def _key(config: EngineConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _scaled(inputs: Inputs, scale: float) -> MergeRecipe:
+def _other(inputs: Inputs) -> MergeRecipe:
     """Return the recipe of the first expert, all its weights scaled."""
     name, source = next(iter(inputs.expert_sources.items()))
-    return MergeRecipe.of_one_group("passthrough", inputs.base_source, {name: source}, {"scale": scale})
+    scaled = {"scale": _SCALE}
+    return MergeRecipe.of_one_group("passthrough", inputs.base_source, {name: source}, scaled)
 
 
 def _probe_with(engine: VllmEngine, recipe: MergeRecipe) -> list[float]:
@@ -83,15 +80,16 @@ def _probe_with(engine: VllmEngine, recipe: MergeRecipe) -> list[float]:
 
 def _check(found: Mapping[str, float]) -> None:
     """Raise `MergetuneError` where the engine did not follow."""
-    worst = max(found["a_to_a_again"], found["b_to_b_from_disk"])
-    if worst <= min(_TOLERANCE, found["a_to_b"] / 10):
+    worst = max(found["base_to_base_from_disk"], found["base_again_to_base_from_disk"])
+    if worst <= min(_TOLERANCE, found["base_to_other"] / 10):
         return
     raise MergetuneError(
-        "vLLM does not compute with the weights that are put in: log-probabilities of the same model must "
-        f"agree to {_TOLERANCE} nats in the mean, and those of other models differ by much more, but A, B "
-        f"and A again gave |A - A again| = {found['a_to_a_again']:.4f}, |B - B from disk| = "
-        f"{found['b_to_b_from_disk']:.4f} and |A - B| = {found['a_to_b']:.4f}. Take `engine: transformers`, "
-        "or another version of vLLM."
+        "vLLM does not compute with the weights that are put in: log-probabilities of the base must be those "
+        f"of the base from disk, to {_TOLERANCE} nats in the mean, and another model's differ by much more, "
+        "but the base put in, another model put in and the base put in again gave |base - from disk| = "
+        f"{found['base_to_base_from_disk']:.4f}, |base - other| = {found['base_to_other']:.4f} and "
+        f"|base again - from disk| = {found['base_again_to_base_from_disk']:.4f}. Take "
+        "`engine: transformers`, or another version of vLLM."
     )
 
 

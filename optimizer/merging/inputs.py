@@ -163,8 +163,10 @@ def open_inputs(
     )
 
 
-def open_recipe(file: Path) -> tuple[MergeRecipe, Inputs]:
+def open_recipe(file: Path, say: Callable[[str], object] = lambda _: None) -> tuple[MergeRecipe, Inputs]:
     """Read a recipe file, whose relative paths are taken from its folder, and open its models.
+
+    `say` is told what is done.
 
     Raises:
         MergetuneError: an input is missing, or its weights are not those that the recipe names.
@@ -174,7 +176,7 @@ def open_recipe(file: Path) -> tuple[MergeRecipe, Inputs]:
     # The digests tell which rows were matched by token, too; without them added tokens are refused.
     are_pinned = all(source.digest for source in (recipe.base, *recipe.experts.values()))
     rule: VocabularyRule = "base" if are_pinned else "refuse"
-    inputs = open_inputs(find_model(recipe.base.path, folder), experts, rule)
+    inputs = open_inputs(find_model(recipe.base.path, folder), experts, rule, say=say)
     found = {"base": inputs.base_source, **inputs.expert_sources}
     for name, source in {"base": recipe.base, **recipe.experts}.items():
         if source.digest is not None and source.digest != found[name].digest:
