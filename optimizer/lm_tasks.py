@@ -41,6 +41,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
             "output_type": "multiple_choice",
             "doc_to_choice": _payload("choices"),
             "doc_to_target": _right_choice,
+            "target_delimiter": _delimiter(items[config.items]),
             "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         }
     else:
@@ -90,6 +91,11 @@ def item_patterns(doc: Mapping[str, str]) -> list[str]:
 
 def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
     return lambda doc: json.loads(doc["payload"])[key]
+
+
+def _delimiter(items: Sequence[Item]) -> str:
+    """Return what stands between prompt and choice: no second space after a first."""
+    return "" if all(item.prompt[-1].isspace() for item in items) else " "
 
 
 def _right_choice(doc: Mapping[str, str]) -> int | None:

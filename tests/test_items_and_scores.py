@@ -137,6 +137,21 @@ def test_the_table_is_that_of_a_plain_loop(tmp_path: Path, engine: Any) -> None:
         assert row["score"] == float(expected)
 
 
+@pytest.mark.parametrize("end", [" ", "\n"])
+def test_no_second_space_stands_before_a_choice(tmp_path: Path, engine: Any, end: str) -> None:
+    asked = [f"Say {'again ' * (i % 5)}number {i}." for i in range(14)]
+    choices = list("abcdefgh")
+    rows = [{"prompt": prompt + end, "choices": choices, "answer": 0} for prompt in asked]
+    write_lines(tmp_path / "pick.jsonl", rows)
+    ready = make(tmp_path, {"pick": {"items": "pick.jsonl", "scorer": "choice"}}, holdout=0.4)
+    measured = pd.concat([ready.measure(engine.lm, split).items for split in ("search", "holdout")])
+    table = ready.items().merge(measured, on=ITEM_KEYS).set_index("prompt")
+    after = [f"{end}{choice}" for choice in choices]
+    _, likeliest = plain_loop(engine.model, engine.lm.tokenizer, asked, after, max_new_tokens=1)
+    expected = [choices[i] for i in likeliest]
+    assert [table.loc[prompt + end, "response"] for prompt in asked] == expected
+
+
 ROWS = [{"q": f"Row {i}:", "a": f" colour {'red' if i % 3 else 'blue'}", "gold": i % 2} for i in range(24)]
 CHOICE = {"output_type": "multiple_choice", "doc_to_text": "q", "doc_to_choice": ["red", "blue"]}
 TASKS: dict[str, dict[str, Any]] = {
