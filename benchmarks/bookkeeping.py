@@ -41,16 +41,17 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from rich.console import Console
 from rich.table import Table
 
-from optimizer import pareto, selection
-from optimizer.evaluate import Measurement
-from optimizer.recipe import OUTSIDE_LAYERS, MergeRecipe, RecipeGroup, Source
-from optimizer.report import gather, write_report
-from optimizer.resampling import Floats, ItemJoin
-from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from optimizer.search import CANDIDATE, open_search, success, tell
-from optimizer.selection import BASE, expert_name
-from optimizer.smoothing import smooth
-from optimizer.suite import Split, SuiteConfig
+from mergetune.evaluation.evaluate import Measurement
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.report import gather, write_report
+from mergetune.results import selection
+from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
+from mergetune.results.selection import BASE, expert_name
+from mergetune.results.smoothing import smooth
+from mergetune.space.recipe import OUTSIDE_LAYERS, MergeRecipe, RecipeGroup, Source
+from mergetune.stats import pareto
+from mergetune.stats.resampling import Floats, ItemJoin
+from mergetune.study.search import CANDIDATE, open_search, success, tell
 
 _N_LAYERS = 32
 _N_FINALISTS = 3

@@ -1,4 +1,4 @@
-"""What choosing costs where a gain is noise: the rule of `optimizer.gains` against plain shares of the gain.
+"""What choosing costs where a gain is noise: the rule of `stats/gains.py` against plain shares of the gain.
 
 Studies are simulated where the truth is known: a base, experts and merges at random lambdas in [0, 1.3], on
 two objectives. The first expert has a skill of 80 points; the second gains on the other objective as much as
@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from optimizer import selection, smoothing
-from optimizer.evaluate import Score
-from optimizer.gains import GainScale
-from optimizer.resampling import Floats, ItemScores, score_means
-from optimizer.selection import BASE, Scales, expert_name
-from optimizer.suite import SuiteConfig
+from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.results import selection, smoothing
+from mergetune.results.selection import BASE, Scales, expert_name
+from mergetune.stats.gains import GainScale
+from mergetune.stats.resampling import Floats, ItemScores, score_means
 
 OBJECTIVES = {"skill": (0.1, 0.8), "other": (0.5, None)}  # the base's true score and the expert's gain
 SUITE = SuiteConfig.model_validate(

@@ -33,20 +33,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lora_batch import Comparison
 from rich.console import Console
 from rich.table import Table
 
-from optimizer.engines.engine import Engine, EngineConfig
-from optimizer.engines.start import start_engine
-from optimizer.engines.vllm_engine import VllmEngine
-from optimizer.evaluate import Evaluator, Measurement
-from optimizer.export import write_merged
-from optimizer.library import find, shared_folder
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.models import demo_model
-from optimizer.recipe import MergeRecipe
-from optimizer.suite import Suite, SuiteConfig, read_suite
+from lora_batch import Comparison
+from mergetune.engines.engine import Engine, EngineConfig
+from mergetune.engines.start import start_engine
+from mergetune.engines.vllm_engine import VllmEngine
+from mergetune.evaluation.evaluate import Evaluator, Measurement
+from mergetune.evaluation.suite import Suite, SuiteConfig, read_suite
+from mergetune.files.library import find, shared_folder
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.export import write_merged
+from mergetune.weights.models import demo_model
 
 # Two vLLMs live at a time, `swap` and `restart`, so each takes less than a study's would.
 _VLLM = EngineConfig(kind="vllm", gpu_memory_utilization=0.3, kv_cache_gib=2)

@@ -39,22 +39,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import small_skills
 from rich.console import Console
 from rich.table import Table
 
-from optimizer import pareto, selection
-from optimizer.bench import Bench
-from optimizer.config import StudyConfig
-from optimizer.evaluate import Evaluator, Score
-from optimizer.plan import Plan
-from optimizer.progress import Progress
-from optimizer.run_dir import RunDir
-from optimizer.search_space_config import SearchSpaceConfig
-from optimizer.selection import Scales, Scores
-from optimizer.study import run_study
-from optimizer.suite import SuiteConfig
-from optimizer.yaml_io import write_yaml
+import small_skills
+from mergetune.evaluation.evaluate import Evaluator, Score
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.files.yaml_io import write_yaml
+from mergetune.measuring.bench import Bench
+from mergetune.measuring.progress import Progress
+from mergetune.results import selection
+from mergetune.results.config import StudyConfig
+from mergetune.results.run_dir import RunDir
+from mergetune.results.selection import Scales, Scores
+from mergetune.space.search_space_config import SearchSpaceConfig
+from mergetune.stats import pareto
+from mergetune.study.loop import run_study
+from mergetune.study.plan import Plan
 
 TASKMASTER = Path(__file__).parent.parent / "examples" / "taskmaster"
 COSTS = {"6": 6.0, "12": 12.0, "20": 20.0, "end": math.inf}  # full evaluations after the baselines

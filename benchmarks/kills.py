@@ -29,9 +29,8 @@ from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import build_llama, fine_tune
-
-from optimizer.run_dir import RunDir
-from optimizer.search import CANDIDATE
+from mergetune.results.run_dir import RunDir
+from mergetune.study.search import CANDIDATE
 
 _COMPLETE = TrialState.COMPLETE
 _SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +74,7 @@ def write_study(folder: Path, engine: str, trials: int) -> Path:
 
 def start(study: Path, out: Path) -> subprocess.Popen[bytes]:
     """Run the study in a process group of its own."""
-    command = [sys.executable, "-m", "optimizer.cli", "run", str(study), "--out", str(out)]
+    command = [sys.executable, "-m", "mergetune.cli", "run", str(study), "--out", str(out)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )

@@ -21,17 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from optimizer.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.guarded_process import GuardedProcess, last_words
-from optimizer.engines.model_text import ModelText
-from optimizer.engines.vllm_arguments import ENVIRONMENT, engine_arguments, for_device
-from optimizer.engines.vllm_engine import VllmEngine
-from optimizer.evaluate import Evaluator
-from optimizer.merging.adapter import CONFIG, WEIGHTS
-from optimizer.merging.checkpoint import Expert
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import MergeRecipe, assign_groups
+from mergetune.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.model_text import ModelText
+from mergetune.engines.vllm_arguments import ENVIRONMENT, engine_arguments, for_device
+from mergetune.engines.vllm_engine import VllmEngine
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.machine.guarded_process import GuardedProcess, last_words
+from mergetune.merging.inputs import Inputs
+from mergetune.space.recipe import MergeRecipe, assign_groups
+from mergetune.weights.adapter import CONFIG, WEIGHTS
+from mergetune.weights.checkpoint import Expert
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM pads to
 # All but the head: wrapped, it breaks log-probabilities of prompts (vLLM 0.32).

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.merging.checkpoint import Checkpoint, Expert, FullExpert
-from optimizer.merging.inputs import open_inputs
-from optimizer.merging.memory_model import MemoryModel
-from optimizer.merging.merger import Base, Merger
-from optimizer.merging.writer import write_model
-from optimizer.models import demo_model
-from optimizer.recipe import MergeRecipe
+from mergetune.merging.inputs import open_inputs
+from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.merger import Base, Merger
+from mergetune.space.recipe import MergeRecipe
+from mergetune.weights.checkpoint import Checkpoint, Expert, FullExpert
+from mergetune.weights.models import demo_model
+from mergetune.weights.writer import write_model
 
 EXPERTS = Path(__file__).parent.parent / "examples" / "taskmaster" / "experts"
 METHODS: dict[str, dict[str, Any]] = {

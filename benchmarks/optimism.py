@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from optimizer.report import gather
-from optimizer.run_dir import RunDir
+from mergetune.report import gather
+from mergetune.results.run_dir import RunDir
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from optimizer import selection, smoothing
-from optimizer.evaluate import Score
-from optimizer.resampling import Floats, ItemScores, join_items, score_covariance, score_means
-from optimizer.selection import Scales
-from optimizer.suite import SuiteConfig
+from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.results import selection, smoothing
+from mergetune.results.selection import Scales
+from mergetune.stats.resampling import Floats, ItemScores, join_items, score_covariance, score_means
 
 Truth = dict[str, Floats]  # by score, (n_candidates,)
 

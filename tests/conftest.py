@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama, fine_tune, train_adapter
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.merging.inputs import Inputs, open_inputs
+from helpers import build_llama, fine_tune, train_adapter
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.merging.inputs import Inputs, open_inputs
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from optimizer.merging.inputs import Inputs
-from optimizer.merging.merger import Merger
-from optimizer.recipe import MergeRecipe
+from mergetune.merging.inputs import Inputs
+from mergetune.merging.merger import Merger
+from mergetune.space.recipe import MergeRecipe
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from optimizer.evaluate import Measurement
-from optimizer.recipe import MergeRecipe, RecipeGroup, Source, tensor_place
-from optimizer.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from optimizer.selection import BASE, choose, expert_name
-from optimizer.suite import Split, SuiteConfig
+from mergetune.evaluation.evaluate import Measurement
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
+from mergetune.results.selection import BASE, choose, expert_name
+from mergetune.space.recipe import MergeRecipe, RecipeGroup, Source, tensor_place
 
 EXPERTS = ("tools", "persona")
 N_LAYERS = 30

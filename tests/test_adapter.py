@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build_llama, merge_with_peft, train_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.adapter import LoraExpert, open_expert
-from optimizer.merging.checkpoint import Checkpoint, FullExpert
-from optimizer.merging.inputs import open_inputs
+from helpers import build_llama, merge_with_peft, train_adapter
+from mergetune.errors import MergetuneError
+from mergetune.merging.inputs import open_inputs
+from mergetune.weights.adapter import LoraExpert, open_expert
+from mergetune.weights.checkpoint import Checkpoint, FullExpert
 
 TOKENS = {"lm_head": [5], "embed_tokens": [2, 9]}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

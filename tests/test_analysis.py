@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
-from test_cli import mergetune
 from torch import Tensor
 
-from optimizer.analysis.advice import CONFLICT, OPPOSED, SMALLEST_SHARE, Verdict, as_data, judge
-from optimizer.analysis.chart import check_chart_path, draw, pair_frame, vector_frame, write_chart
-from optimizer.analysis.tables import inspection_tables, verdict_sections
-from optimizer.analysis.task_vectors import (
+from helpers import build_llama
+from mergetune.analysis.advice import CONFLICT, OPPOSED, SMALLEST_SHARE, Verdict, as_data, judge
+from mergetune.analysis.chart import check_chart_path, draw, pair_frame, vector_frame, write_chart
+from mergetune.analysis.tables import inspection_tables, verdict_sections
+from mergetune.analysis.task_vectors import (
     GAUSSIAN_OVERLAP,
     GAUSSIAN_REDUNDANCY,
     PairStatistics,
@@ -30,10 +29,11 @@ from optimizer.analysis.task_vectors import (
     task_vector_statistics,
     top_square,
 )
-from optimizer.errors import MergetuneError
-from optimizer.library import find
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.recipe import LayerGroup
+from mergetune.errors import MergetuneError
+from mergetune.files.library import find
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.space.recipe import LayerGroup
+from test_cli import mergetune
 
 GROUPS = (
     LayerGroup(name="outside", match=r"^(?!(.*\.)?\d+\.)"),

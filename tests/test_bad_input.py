@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from helpers import fine_tune
 
-from optimizer.cli import EXIT_ERROR, main
+from helpers import fine_tune
+from mergetune.cli import EXIT_ERROR, main
 
 SPACE: dict[str, Any] = {
     "description": "test",

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_study import write_study
 
-from optimizer.bench import Bench, write_facts
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import EngineError, MergetuneError
-from optimizer.evaluate import Evaluator, Score
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.progress import Progress
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import Candidate, RunDir
-from optimizer.suite import read_suite
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import EngineError, MergetuneError
+from mergetune.evaluation.evaluate import Evaluator, Score
+from mergetune.evaluation.suite import read_suite
+from mergetune.measuring.bench import Bench, write_facts
+from mergetune.measuring.progress import Progress
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.results.run_dir import Candidate, RunDir
+from mergetune.space.recipe import MergeRecipe
+from test_study import write_study
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import CHATML, build_llama, fine_tune
 from transformers import AutoTokenizer, GenerationConfig
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.start import start_engine
-from optimizer.errors import MergetuneError
-from optimizer.export import write_merged
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.model_under_test import open_model
-from optimizer.recipe import MergeRecipe
-from optimizer.suite import read_suite
+from helpers import CHATML, build_llama, fine_tune
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.start import start_engine
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import read_suite
+from mergetune.measuring.model_under_test import open_model
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.export import write_merged
 
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 OTHER = CHATML.replace("<|im_start|>", "<|endoftext|>")

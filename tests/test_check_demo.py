@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import mergetune
 
-from optimizer.library import shared_folder
+from mergetune.files.library import shared_folder
+from test_cli import mergetune
 
 RECIPES = shared_folder("examples") / "taskmaster" / "recipes"
 

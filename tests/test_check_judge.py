@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from optimizer.check.judge import EXIT, Check, judge
-from optimizer.check.row import Row
-from optimizer.errors import MergetuneError
-from optimizer.resampling import Interval
-from optimizer.sequential import look, split_alpha
-from optimizer.suite import Direction, GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.check.judge import EXIT, Check, judge
+from mergetune.check.row import Row
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import Direction, GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.stats.resampling import Interval
+from mergetune.stats.sequential import look, split_alpha
 
 TASKS = (TaskConfig(lm_eval="any"),)
 Scores = Mapping[tuple[str, str], ArrayLike]

@@ -15,13 +15,13 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from optimizer.check.judge import Check, judge
-from optimizer.check.outputs import as_data, as_html, as_junit, as_markdown, as_table
-from optimizer.check.page import drawings, shown_flips
-from optimizer.check.words import about, clean, excerpt
-from optimizer.number_text import number
-from optimizer.sequential import look, split_alpha
-from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.check.judge import Check, judge
+from mergetune.check.outputs import as_data, as_html, as_junit, as_markdown, as_table
+from mergetune.check.page import drawings, shown_flips
+from mergetune.check.words import about, clean, excerpt
+from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.stats.number_text import number
+from mergetune.stats.sequential import look, split_alpha
 
 LONG = "x" * 100_000
 HOSTILE = (

@@ -13,18 +13,18 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from helpers import fine_tune
-from test_cli import mergetune
 
-from optimizer.check.run import Checked, CheckOptions, check_models, check_stored
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import ITEM_KEYS, Evaluator
-from optimizer.library import shared_folder
-from optimizer.meter import Meter
-from optimizer.model_under_test import open_model
-from optimizer.reply_store import ReplyStore
-from optimizer.suite import Suite, read_suite
+from helpers import fine_tune
+from mergetune.check.run import Checked, CheckOptions, check_models, check_stored
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
+from mergetune.evaluation.suite import Suite, read_suite
+from mergetune.files.library import shared_folder
+from mergetune.measuring.meter import Meter
+from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.reply_store import ReplyStore
+from test_cli import mergetune
 
 ENGINE = EngineConfig(kind="transformers")
 

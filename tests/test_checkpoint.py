@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint, FullExpert
-from optimizer.merging.writer import layout_of, write_model
+from mergetune.errors import MergetuneError
+from mergetune.weights.checkpoint import Checkpoint, FullExpert
+from mergetune.weights.writer import layout_of, write_model
 
 
 @pytest.fixture

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import build_llama, fine_tune, train_adapter
 from safetensors.torch import load_file, save_file
+
+from helpers import build_llama, fine_tune, train_adapter
 from test_study import write_study
 
 
 def mergetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "optimizer.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mergetune.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_help_lists_the_verbs_and_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from optimizer.cli import app\n"
+        "import sys; from mergetune.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'lm_eval', 'optuna', 'pandas', 'altair'} & set(sys.modules)\n"

@@ -9,7 +9,7 @@ import time
 
 PROGRAM = """
 import time
-from optimizer import clock
+from mergetune.machine import clock
 
 clock._TICK, clock._LATE = 0.05, 0.3
 began, began_here = clock.seconds(), time.monotonic()

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_llama, build_tokenizer, fine_tune, merge_at, train_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.adapter import open_expert
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.compatibility import (
+from helpers import build_llama, build_tokenizer, fine_tune, merge_at, train_adapter
+from mergetune.errors import MergetuneError
+from mergetune.merging.inputs import open_inputs
+from mergetune.weights.adapter import open_expert
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.compatibility import (
     base_norm,
     check_compatibility,
     check_finite,
     check_task_vectors,
     task_vector_norms,
 )
-from optimizer.merging.inputs import open_inputs
 
 
 @pytest.fixture

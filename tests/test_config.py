@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from optimizer.config import StudyConfig, engine_options
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError
-from optimizer.yaml_io import validate
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import validate
+from mergetune.results.config import StudyConfig, engine_options
 
 STUDY = {"base": "b", "experts": {"a": "x"}, "search_space": "task_arithmetic", "suite": "s"}
 

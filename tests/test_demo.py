@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.library import shared_folder
-from optimizer.plan import Plan
-from optimizer.recipe import MergeRecipe
-from optimizer.search_space import SearchSpace
-from optimizer.yaml_io import read_yaml
+from mergetune.files.library import shared_folder
+from mergetune.files.yaml_io import read_yaml
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space import SearchSpace
+from mergetune.study.plan import Plan
 
 FOLDER = shared_folder("examples") / "taskmaster"
 EVALS = shared_folder("evals") / "taskmaster"

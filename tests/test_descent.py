@@ -15,18 +15,18 @@ import torch
 import yaml
 from lm_eval.api.model import TemplateLM
 
-from optimizer.descent import DescentConfig, Ground, Known, descend
-from optimizer.engines.completions import Scoring
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator, Score
-from optimizer.losses import mean_losses
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import MergeRecipe
-from optimizer.references import Reference, References, find_references
-from optimizer.search_space import SearchSpace
-from optimizer.search_space_config import SearchSpaceConfig
-from optimizer.suite import SuiteConfig, read_suite
+from mergetune.engines.completions import Scoring
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator, Score
+from mergetune.evaluation.suite import SuiteConfig, read_suite
+from mergetune.merging.inputs import Inputs
+from mergetune.slopes.descent import DescentConfig, Ground, Known, descend
+from mergetune.slopes.losses import mean_losses
+from mergetune.slopes.references import Reference, References, find_references
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space import SearchSpace
+from mergetune.space.search_space_config import SearchSpaceConfig
 
 TASKS = {"tasks": [{"items": "items.jsonl", "scorer": "exact"}]}
 SUITE = SuiteConfig.model_validate(

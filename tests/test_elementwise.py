@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizer.merging.elementwise import (
+from mergetune.merging.elementwise import (
     Numbers,
     compiled_merge_chunk,
     hash32,
     keep_limit,
     merge_chunk,
 )
-from optimizer.merging.memory_model import MemoryModel
-from optimizer.merging.merger import Merger
-from optimizer.merging.methods import hash_key
-from optimizer.recipe import MergeRecipe
+from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.merger import Merger
+from mergetune.merging.methods import hash_key
+from mergetune.space.recipe import MergeRecipe
 
 COEFFICIENTS = {
     "task_arithmetic": {"lambda": {"a": 0.3, "b": -0.9}},
@@ -171,7 +171,7 @@ def test_a_compiler_without_float16_gives_the_same_bits(tmp_path: Path) -> None:
     program = (
         "import sys, torch; sys.path.insert(0, 'tests')\n"
         "from test_elementwise import COEFFICIENTS, MemoryModel, Merger, models, recipe\n"
-        "from optimizer.merging import native\n"
+        "from mergetune.merging import native\n"
         "assert native.why_slow() is None, native.why_slow()\n"
         "base, *experts = models(torch.float16, (5_000, 65_536))\n"
         "every = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.float16)\n"
@@ -204,7 +204,7 @@ def test_without_a_compiler_the_same_bits_come_from_plain_torch(tmp_path: Path, 
     program = (
         "import sys, torch; sys.path.insert(0, 'tests')\n"
         "from test_elementwise import Merger, models, recipe\n"
-        "from optimizer.merging import native\n"
+        "from mergetune.merging import native\n"
         "base, *experts = models(torch.bfloat16, (5_000,))\n"
         "merged = dict(Merger(base, experts).merge(recipe('ties')))\n"
         "assert not native.can_merge((base.view('w0'), base.view('w0')))\n"

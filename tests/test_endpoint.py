@@ -23,21 +23,21 @@ import pytest
 import requests
 import torch
 import yaml
-from helpers import build_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.check.run import CheckOptions, check_models
-from optimizer.engines.chat_lm import served_lm
-from optimizer.engines.completions import Choosing, Generation, Scoring
-from optimizer.engines.endpoint import Endpoint
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import EngineError, MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
-from optimizer.model_under_test import open_model
-from optimizer.reply_store import ReplyStore
-from optimizer.suite import Suite, read_suite
+from helpers import build_llama
+from mergetune.check.run import CheckOptions, check_models
+from mergetune.engines.chat_lm import served_lm
+from mergetune.engines.completions import Choosing, Generation, Scoring
+from mergetune.engines.endpoint import Endpoint
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import EngineError, MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import Suite, read_suite
+from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.reply_store import ReplyStore
 
 TWINS = (70, 71)  # tokens whose logits are always the same
 PROMPTS = ("What is the capital of France?", "One two three", "The quick brown fox jumps over")

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from lm_eval.api.model import LM
 
-from optimizer.engines.engine import Engine, EngineConfig
-from optimizer.engines.start import start_engine
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator, Measurement
-from optimizer.suite import read_suite
+from mergetune.engines.engine import Engine, EngineConfig
+from mergetune.engines.start import start_engine
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator, Measurement
+from mergetune.evaluation.suite import read_suite
 
 
 class RecordingLM(LM):  # type: ignore[misc]  # lm-eval ships no types

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import COMMIT, cache_model
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Score
-from optimizer.export import merge_recipe, mergekit_yaml, model_card, write_merged
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.merger import Merger
-from optimizer.model_under_test import LocalModel, open_model
-from optimizer.models import DEMO_MODEL, find_model
-from optimizer.recipe import MergeRecipe
+from helpers import COMMIT, cache_model
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Score
+from mergetune.measuring.model_under_test import LocalModel, open_model
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.merging.merger import Merger
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.export import merge_recipe, mergekit_yaml, model_card, write_merged
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.models import DEMO_MODEL, find_model
 
 
 def recipe(

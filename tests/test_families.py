@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import build_tokenizer, fine_tune, merge_at, merge_with_peft, train_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.stored_weights import StoredWeights
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.inputs import open_inputs
-from optimizer.merging.writer import write_model
-from optimizer.recipe import Role, count_layers, tensor_place
-from optimizer.search_space_config import layer_groups, read_search_space
+from helpers import build_tokenizer, fine_tune, merge_at, merge_with_peft, train_adapter
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.stored_weights import StoredWeights
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.merging.inputs import open_inputs
+from mergetune.space.recipe import Role, count_layers, tensor_place
+from mergetune.space.search_space_config import layer_groups, read_search_space
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.writer import write_model
 
 PRESETS = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
 GRID = 2**12  # weights on a grid of 1/GRID: their sums and differences are exact in float32

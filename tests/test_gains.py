@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer.gains import CHANCE, Gain, GainScale, best_gain, clear_gains
-from optimizer.resampling import Floats, ItemScores
+from mergetune.stats.gains import CHANCE, Gain, GainScale, best_gain, clear_gains
+from mergetune.stats.resampling import Floats, ItemScores
 
 SCORES = st.floats(-1, 1)
 STDERRS = st.lists(st.floats(0.001, 0.5), min_size=1, max_size=5)

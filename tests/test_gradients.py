@@ -14,24 +14,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import build_llama, build_tokenizer, fine_tune, train_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from optimizer import gradients
-from optimizer.engines.completions import Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.stored_weights import StoredWeights
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.weight_gradients import each_gradient
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.gradients import Slopes, has_slopes, slopes
-from optimizer.losses import batches, item_losses, mean_losses
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.method_table import METHODS, MethodName
-from optimizer.recipe import LayerGroup, MergeRecipe
-from optimizer.references import Reference, References
+from helpers import build_llama, build_tokenizer, fine_tune, train_adapter
+from mergetune.engines.completions import Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.stored_weights import StoredWeights
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.weight_gradients import each_gradient
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.slopes import gradients
+from mergetune.slopes.gradients import Slopes, has_slopes, slopes
+from mergetune.slopes.losses import batches, item_losses, mean_losses
+from mergetune.slopes.references import Reference, References
+from mergetune.space.method_table import METHODS, MethodName
+from mergetune.space.recipe import LayerGroup, MergeRecipe
 
 # Coefficients of every method, away from where an elected sign or a clipped entry would change.
 LAMBDA = {"a": 0.6, "b": 0.8}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from optimizer.engines.guarded_process import GuardedProcess, last_words
+from mergetune.machine.guarded_process import GuardedProcess, last_words
 
 TARGET = f"{__name__}:answer"
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
@@ -84,7 +84,7 @@ def test_nothing_is_left_when_kill_returns(tmp_path: Path) -> None:
 def test_the_memory_shared_goes_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     program = (
         "import time\nfrom pathlib import Path\n"
-        "from optimizer.engines.guarded_process import GuardedProcess\n"
+        "from mergetune.machine.guarded_process import GuardedProcess\n"
         f"target, log = {__name__ + ':share'!r}, Path({str(tmp_path / 'log')!r})\n"
         f"process = GuardedProcess(target, {{}}, log, {ENVIRONMENT!r})\n"
         "print(process.pid, *process.connection.recv(), flush=True)\n"
@@ -122,7 +122,7 @@ def test_it_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     # Several, as the process may meet the closed pipe before its watching thread does.
     program = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from optimizer.engines.guarded_process import GuardedProcess\n"
+        "from mergetune.machine.guarded_process import GuardedProcess\n"
         f"process = GuardedProcess({TARGET!r}, {{}}, Path({str(tmp_path / 'log')!r}), {ENVIRONMENT!r})\n"
         "print(process.pid, process.connection.recv()[0], flush=True)\n"
         "time.sleep(300)\n"

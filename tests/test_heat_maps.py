@@ -7,11 +7,11 @@ import re
 import pandas as pd
 import pytest
 import vl_convert
-from synthetic_run import sensitivity_frame
 
-from optimizer.analysis.conflicts import layer_gains
-from optimizer.analysis.heat_maps import heat_maps
-from optimizer.theme import PALE, themed
+from mergetune.analysis.conflicts import layer_gains
+from mergetune.analysis.heat_maps import heat_maps
+from mergetune.theme import PALE, themed
+from synthetic_run import sensitivity_frame
 
 
 @pytest.fixture(scope="module")

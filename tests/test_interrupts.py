@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from optimizer.interrupts import Interrupts
+from mergetune.machine.interrupts import Interrupts
 
 
 def test_a_swallowed_ctrl_c_is_not_lost() -> None:

@@ -13,18 +13,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import plain_loop
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from optimizer.aggregations import KNOWN, linear_scores
-from optimizer.engines.engine import Engine, EngineConfig
-from optimizer.engines.start import start_engine
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import ITEM_KEYS, Evaluator, Measurement
-from optimizer.resampling import bootstrap_parts, join_items
-from optimizer.suite import read_suite
+from helpers import plain_loop
+from mergetune.engines.engine import Engine, EngineConfig
+from mergetune.engines.start import start_engine
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.aggregations import KNOWN, linear_scores
+from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator, Measurement
+from mergetune.evaluation.suite import read_suite
+from mergetune.stats.resampling import bootstrap_parts, join_items
 
 
 class EvenLM(LM):  # type: ignore[misc]  # lm-eval ships no types

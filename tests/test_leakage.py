@@ -12,14 +12,14 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
-from optimizer.config import StudyConfig, read_study
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
-from optimizer.leakage import benchmark_warnings, find_leaks, leakage_warnings, read_training_texts
-from optimizer.library import shared_folder
-from optimizer.plan import Plan
-from optimizer.suite import read_suite
-from optimizer.yaml_io import validate
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.leakage import benchmark_warnings, find_leaks, leakage_warnings, read_training_texts
+from mergetune.evaluation.suite import read_suite
+from mergetune.files.library import shared_folder
+from mergetune.files.yaml_io import validate
+from mergetune.results.config import StudyConfig, read_study
+from mergetune.study.plan import Plan
 
 QUESTION = (
     "Janet's ducks lay 16 eggs per day; she eats three for breakfast. How many are left on Monday evening?"

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+from mergetune.errors import MergetuneError
+from mergetune.files.library import cache_folder, in_cache, use_cache
 from test_check_run import write_suite
 from test_cli import mergetune
-
-from optimizer.errors import MergetuneError
-from optimizer.library import cache_folder, in_cache, use_cache
 
 
 @pytest.fixture(autouse=True)

@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import plain_loop
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_study import write_study
 from transformers import AutoModelForCausalLM
 
-from optimizer import bench as bench_module
-from optimizer import memory, warm_start
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.weight_facts import WeightFacts
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
-from optimizer.memory import check_room, in_smaller_batches, is_out_of_memory
-from optimizer.run_dir import RunDir
-from optimizer.study import run_study
-from optimizer.suite import read_suite
+from helpers import plain_loop
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.weight_facts import WeightFacts
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.machine import memory
+from mergetune.machine.memory import check_room, in_smaller_batches, is_out_of_memory
+from mergetune.measuring import bench as bench_module
+from mergetune.results.run_dir import RunDir
+from mergetune.study import warm_start
+from mergetune.study.loop import run_study
+from test_study import write_study
 
 PROMPTS = [f"Count from {i} on:" for i in range(11)]
 
@@ -167,7 +168,7 @@ def test_after_slopes_that_do_not_fit_the_study_goes_on_and_nothing_of_them_is_h
     monkeypatch.setattr(warm_start, "descend", exhausted)
     monkeypatch.setattr(bench_module, "start_engine", start)
     monkeypatch.setattr(bench_module, "start_chosen", start_first)
-    is_lent = "optimizer.engines.transformers_engine.TransformersEngine"
+    is_lent = "mergetune.engines.transformers_engine.TransformersEngine"
     monkeypatch.setattr(is_lent, type("TransformersEngine", (TransformersEngine,), {}))
     printed = io.StringIO()
     run_study(study, tmp_path / "run", Console(file=printed, width=400))

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build_llama, fine_tune, merge_with_peft, train_adapter
 from mergekit.merge_methods import merge_state_dicts
 from optuna.distributions import FloatDistribution
 from torch import Tensor
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.library import presets
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.memory_model import MemoryModel
-from optimizer.merging.merger import Merger
-from optimizer.method_table import METHODS
-from optimizer.models import demo_model
-from optimizer.recipe import MergeRecipe
-from optimizer.search_space import SearchSpace
-from optimizer.search_space_config import read_search_space
+from helpers import build_llama, fine_tune, merge_with_peft, train_adapter
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.files.library import presets
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.merger import Merger
+from mergetune.space.method_table import METHODS
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space import SearchSpace
+from mergetune.space.search_space_config import read_search_space
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.models import demo_model
 
 
 def recipe(inputs: Inputs, method: str, *groups: dict[str, Any], seed: int = 0) -> MergeRecipe:

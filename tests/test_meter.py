@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.evaluate import Evaluator
-from optimizer.meter import Meter
-from optimizer.model_under_test import open_model
-from optimizer.reply_store import ReplyStore
-from optimizer.suite import read_suite
+from mergetune.engines.engine import EngineConfig
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.measuring.meter import Meter
+from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.reply_store import ReplyStore
 
 
 def test_an_item_of_two_scores_is_asked_once(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimizer.reply_store._AT_A_TIME", 8)
+    monkeypatch.setattr("mergetune.measuring.reply_store._AT_A_TIME", 8)
     items = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(12)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     task = {"items": "items.jsonl", "scorer": "choice"}

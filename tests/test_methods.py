@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_tensors
 from torch import Tensor
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.merging.memory_model import MemoryModel
-from optimizer.merging.merger import Merger
-from optimizer.method_table import METHODS, MethodName, Parameter, SearchInterval
-from optimizer.recipe import MergeRecipe
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.merger import Merger
+from mergetune.space.method_table import METHODS, MethodName, Parameter, SearchInterval
+from mergetune.space.recipe import MergeRecipe
 
 lambda_lists = st.lists(st.floats(-2, 2, allow_nan=False, width=32), min_size=3, max_size=3)
 densities = st.floats(0.01, 1.0)

@@ -12,10 +12,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import is_higher_better
 from lm_eval.api.task import ConfigurableTask
 
-from optimizer.bound_task import BoundTask, bind
-from optimizer.lm_requests import make_requests
-from optimizer.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
-from optimizer.suite import SuiteConfig, TaskConfig
+from mergetune.evaluation.bound_task import BoundTask, bind
+from mergetune.evaluation.lm_requests import make_requests
+from mergetune.evaluation.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
+from mergetune.evaluation.suite import SuiteConfig, TaskConfig
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"Is {i} odd?", "answer": i % 2, "text": f"{i} is a number."} for i in range(50)

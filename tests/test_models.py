@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import COMMIT, cache_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.errors import MergetuneError
-from optimizer.library import cache_folder
-from optimizer.models import DEMO_MODEL, check_reference, find_model, model_name, reference_to, short_name
+from helpers import COMMIT, cache_model
+from mergetune.errors import MergetuneError
+from mergetune.files.library import cache_folder
+from mergetune.weights.models import (
+    DEMO_MODEL,
+    check_reference,
+    find_model,
+    model_name,
+    reference_to,
+    short_name,
+)
 
 
 def test_a_directory_is_taken_relative_to_the_folder(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.near_copies import Finder, Question, normalize, words_of
+from mergetune.evaluation.near_copies import Finder, Question, normalize, words_of
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyzäéßøжπ0123456789", min_size=1, max_size=8)
 GAP = st.sampled_from([" ", "  ", "\t", ", ", "; ", " “", "… ", ". ", "_", " (", "!? "])

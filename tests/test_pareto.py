@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from helpers import dominates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 
-from optimizer import pareto
+from helpers import dominates
+from mergetune.stats import pareto
 
 GRID = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])  # a grid makes equal values and equal points common
 FLOORS = st.sampled_from([-0.1, 0.0, 0.25, 0.5])  # points on the reference and below it are common, too

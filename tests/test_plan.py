@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import COMMIT, cache_model
-from test_study import write_study
 
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
-from optimizer.plan import Plan
-from optimizer.run_dir import RunDir, StudyRecord
+from helpers import COMMIT, cache_model
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.results.run_dir import RunDir, StudyRecord
+from mergetune.study.plan import Plan
+from test_study import write_study
 
 
 @pytest.fixture

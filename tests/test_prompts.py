@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import CHATML
 from transformers import GenerationConfig
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
-from optimizer.suite import read_suite
+from helpers import CHATML
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
 
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from optimizer.cli import app
-from optimizer.config import StudyConfig
-from optimizer.library import presets
-from optimizer.method_table import METHODS, MethodName
-from optimizer.search_space_config import SearchSpaceConfig, read_search_space
-from optimizer.suite import SuiteConfig, read_suite
-from optimizer.yaml_io import Strict, validate
+from mergetune.cli import app
+from mergetune.evaluation.suite import SuiteConfig, read_suite
+from mergetune.files.library import presets
+from mergetune.files.yaml_io import Strict, validate
+from mergetune.results.config import StudyConfig
+from mergetune.space.method_table import METHODS, MethodName
+from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.errors import MergetuneError
-from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups, count_layers, single_layers, tensor_place
+from mergetune.errors import MergetuneError
+from mergetune.space.recipe import (
+    LayerGroup,
+    MergeRecipe,
+    assign_groups,
+    count_layers,
+    single_layers,
+    tensor_place,
+)
 
 NAMES = [
     "model.embed_tokens.weight",

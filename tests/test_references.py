@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import build_tokenizer
 
-from optimizer.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.evaluate import Evaluator
-from optimizer.losses import item_losses
-from optimizer.references import References, find_references
-from optimizer.suite import read_suite
+from helpers import build_tokenizer
+from mergetune.engines.completions import Choosing, CompletionsLM, Generation, Scored, Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.slopes.losses import item_losses
+from mergetune.slopes.references import References, find_references
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "exact": [{"prompt": f"Say the word number {i}.", "answer": "yes" if i % 4 else "no"} for i in range(12)],

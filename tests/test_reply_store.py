@@ -9,8 +9,8 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from optimizer.lm_requests import ask, request_key
-from optimizer.reply_store import ReplyStore, StoredLM
+from mergetune.evaluation.lm_requests import ask, request_key
+from mergetune.measuring.reply_store import ReplyStore, StoredLM
 
 
 class CountingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
@@ -74,7 +74,7 @@ def test_equal_requests_are_asked_once_and_repeats_drawn_as_often(tmp_path: Path
 
 
 def test_what_was_replied_before_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimizer.reply_store._AT_A_TIME", 4)
+    monkeypatch.setattr("mergetune.measuring.reply_store._AT_A_TIME", 4)
     requests = [generation(f"prompt {n}") for n in range(10)]
     with pytest.raises(RuntimeError, match="gone"):
         ask(stored(CountingLM(breaks_at=2), tmp_path), requests)

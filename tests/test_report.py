@@ -13,23 +13,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
-from optimizer import pareto, selection
-from optimizer.config import read_study
-from optimizer.evaluate import Score
-from optimizer.models import find_model
-from optimizer.recipe import MergeRecipe
-from optimizer.report import ReportData, gather, write_report
-from optimizer.report.charts import points
-from optimizer.report.insights import MIN_TRIALS, Influence, parameter_name
-from optimizer.report.labels import Label, place_labels
-from optimizer.report.metric import Metric
-from optimizer.report.page import duration, render, ticks
-from optimizer.report.study_charts import hypervolume, importance
-from optimizer.report.style import FRONT, PERHAPS, mark_of
-from optimizer.report.verdict import Verdict, judge
-from optimizer.run_dir import RunDir
+from mergetune.evaluation.evaluate import Score
+from mergetune.report import ReportData, gather, write_report
+from mergetune.report.charts import points
+from mergetune.report.insights import MIN_TRIALS, Influence, parameter_name
+from mergetune.report.labels import Label, place_labels
+from mergetune.report.metric import Metric
+from mergetune.report.page import duration, render, ticks
+from mergetune.report.study_charts import hypervolume, importance
+from mergetune.report.style import FRONT, PERHAPS, mark_of
+from mergetune.report.verdict import Verdict, judge
+from mergetune.results import selection
+from mergetune.results.config import read_study
+from mergetune.results.run_dir import RunDir
+from mergetune.space.recipe import MergeRecipe
+from mergetune.stats import pareto
+from mergetune.weights.models import find_model
+from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
 ATTACK = "</script><script>alert(1)</script>"
 

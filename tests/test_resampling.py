@@ -8,16 +8,17 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import dominates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optuna._hypervolume import compute_hypervolume
 from scipy import stats
 
-from optimizer import pareto, resampling, statistics
-from optimizer.evaluate import ITEM_KEYS
-from optimizer.resampling import Floats
+from helpers import dominates
+from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.stats import paired as statistics
+from mergetune.stats import pareto, resampling
+from mergetune.stats.resampling import Floats
 
 TASKS = np.repeat(["easy", "hard"], [8, 12])
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_run import Plan, write_run
 
-from optimizer.config import Budget
-from optimizer.errors import MergetuneError
-from optimizer.reply_store import ReplyStore
-from optimizer.run_dir import Candidate, RunDir, StudyRecord
+from mergetune.errors import MergetuneError
+from mergetune.measuring.reply_store import ReplyStore
+from mergetune.results.config import Budget
+from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
+from synthetic_run import Plan, write_run
 
 
 @pytest.fixture

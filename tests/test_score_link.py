@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from optimizer.score_link import ScoreLink, fit_link
+from mergetune.slopes.score_link import ScoreLink, fit_link
 
 
 def share(link: ScoreLink, loss: float) -> float:

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.answers import (
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.answers import (
     NOT_JSON,
     ScorerKind,
     answer_problem,
@@ -20,10 +21,9 @@ from optimizer.answers import (
     load_json,
     parse_json,
 )
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
-from optimizer.scorers import Scorer, json_equal
-from optimizer.suite import read_suite
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.scorers import Scorer, json_equal
+from mergetune.evaluation.suite import read_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}
 JSON = st.recursive(

@@ -10,9 +10,9 @@ import pytest
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from optimizer.config import SamplerConfig
-from optimizer.errors import MergetuneError
-from optimizer.search import (
+from mergetune.errors import MergetuneError
+from mergetune.results.config import SamplerConfig
+from mergetune.study.search import (
     CANDIDATE,
     FAILED,
     Known,

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from optuna.distributions import FloatDistribution
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.library import presets
-from optimizer.method_table import METHODS
-from optimizer.recipe import MergeRecipe, Source, assign_groups
-from optimizer.search_space import SearchSpace
-from optimizer.search_space_config import SearchSpaceConfig, read_search_space
-from optimizer.yaml_io import validate
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.files.library import presets
+from mergetune.files.yaml_io import validate
+from mergetune.space.method_table import METHODS
+from mergetune.space.recipe import MergeRecipe, Source, assign_groups
+from mergetune.space.search_space import SearchSpace
+from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
 
 BASE = Source(path="base")
 EXPERTS = {"a": Source(path="a"), "b": Source(path="b")}

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_run import Plan, write_run
 
-from optimizer import resampling, selection
-from optimizer.evaluate import Measurement, Score
-from optimizer.gains import GainScale
-from optimizer.report import gather
-from optimizer.resampling import ItemScores
-from optimizer.run_dir import RunDir
-from optimizer.selection import Recommendation, Scales
-from optimizer.suite import SuiteConfig
+from mergetune.evaluation.evaluate import Measurement, Score
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.report import gather
+from mergetune.results import selection
+from mergetune.results.run_dir import RunDir
+from mergetune.results.selection import Recommendation, Scales
+from mergetune.stats import resampling
+from mergetune.stats.gains import GainScale
+from mergetune.stats.resampling import ItemScores
+from synthetic_run import Plan, write_run
 
 
 def suite(margin: float = 0.05, reference: str = "base", **objectives: Any) -> SuiteConfig:

@@ -10,7 +10,7 @@ from mergekit import sparsify
 from mergekit.merge_methods import merge_tensors
 from torch import Tensor
 
-from optimizer.merging import selection_masks
+from mergetune.merging import selection_masks
 
 shapes = pytest.mark.parametrize("shape", [(40,), (24, 16)])
 

@@ -15,38 +15,38 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from synthetic_run import GROUPS, Plan, sensitivity_frame, write_run
-from test_cli import mergetune
-from test_study import write_study
 from transformers import AutoModelForCausalLM
 
-from optimizer.analysis.conflict_words import findings, with_error
-from optimizer.analysis.conflicts import CLEAR, Conflict, conflicts, layer_gains, sensitivity_as_data
-from optimizer.analysis.tables import sensitivity_tables
-from optimizer.cli import app
-from optimizer.engines.completions import Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.weight_gradients import each_gradient
-from optimizer.errors import MergetuneError
-from optimizer.gradients import slopes
-from optimizer.losses import item_losses
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.probe import probe
-from optimizer.recipe import LayerGroup, MergeRecipe
-from optimizer.references import Reference, References
-from optimizer.report import gather
-from optimizer.report.page import render
-from optimizer.run_dir import RunDir
-from optimizer.selection import choose
-from optimizer.sensitivity import (
+from mergetune.analysis.conflict_words import findings, with_error
+from mergetune.analysis.conflicts import CLEAR, Conflict, conflicts, layer_gains, sensitivity_as_data
+from mergetune.analysis.tables import sensitivity_tables
+from mergetune.cli import app
+from mergetune.engines.completions import Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.weight_gradients import each_gradient
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import read_suite
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.report import gather
+from mergetune.report.page import render
+from mergetune.results.run_dir import RunDir
+from mergetune.results.selection import choose
+from mergetune.slopes.gradients import slopes
+from mergetune.slopes.losses import item_losses
+from mergetune.slopes.probe import probe
+from mergetune.slopes.references import Reference, References
+from mergetune.slopes.sensitivity import (
     anchor_points,
     fold_facts,
     measure_sensitivity,
     n_passes,
     slopes_by_group,
 )
-from optimizer.suite import read_suite
+from mergetune.space.recipe import LayerGroup, MergeRecipe
+from synthetic_run import GROUPS, Plan, sensitivity_frame, write_run
+from test_cli import mergetune
+from test_study import write_study
 
 HALVES = (LayerGroup(name="layers", match=r"layers\."), LayerGroup(name="rest", match=r"^(?!.*layers\.)"))
 

@@ -15,8 +15,17 @@ from scipy.integrate import quad
 from scipy.special import betainc, betaln
 from scipy.stats import norm
 
-from optimizer.errors import MergetuneError
-from optimizer.sequential import Array, Levels, Look, Verdict, item_order, look, split_alpha, whole_verdict
+from mergetune.errors import MergetuneError
+from mergetune.stats.sequential import (
+    Array,
+    Levels,
+    Look,
+    Verdict,
+    item_order,
+    look,
+    split_alpha,
+    whole_verdict,
+)
 
 ALPHA = 0.05
 EARLY_ONLY = split_alpha(ALPHA, early_share=1)

@@ -11,11 +11,11 @@ import pytest
 from scipy import optimize, stats
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
-from synthetic_run import Plan, write_run
 
-from optimizer import smoothing
-from optimizer.evaluate import Measurement
-from optimizer.resampling import Floats, ItemScores, join_items, score_covariance, score_means
+from mergetune.evaluation.evaluate import Measurement
+from mergetune.results import smoothing
+from mergetune.stats.resampling import Floats, ItemScores, join_items, score_covariance, score_means
+from synthetic_run import Plan, write_run
 
 KERNEL = ConstantKernel(0.8) * Matern([0.4, 1.3], nu=2.5) + WhiteKernel(0.02)
 

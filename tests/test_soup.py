@@ -11,27 +11,27 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import fine_tune, merge_with_peft
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from rich.console import Console
+
+from helpers import fine_tune, merge_with_peft
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.report import gather, write_report
+from mergetune.results import selection
+from mergetune.results.run_dir import RunDir
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.baselines import average_name, is_soup
+from mergetune.study.soup import Standing, Tasting, greedy_soup, make_soup, standing
+from mergetune.study.soup_plan import SoupPlan, _names, last_checkpoints
+from mergetune.weights.checkpoint import Checkpoint
 from synthetic_run import Plan, write_run
 from test_cli import mergetune
 from test_selection import MODELS, scales, scores, suite
 from test_study import run, write_study
-
-from optimizer import selection
-from optimizer.baselines import average_name, is_soup
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.recipe import MergeRecipe
-from optimizer.report import gather, write_report
-from optimizer.run_dir import RunDir
-from optimizer.soup import Standing, Tasting, greedy_soup, make_soup, standing
-from optimizer.soup_plan import SoupPlan, _names, last_checkpoints
 
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6, unique=True)
 STANDINGS = st.builds(Standing, st.sampled_from([0.0, -0.1, -0.2]), st.floats(-2, 2))

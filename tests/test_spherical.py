@@ -12,7 +12,7 @@ from mergekit.merge_methods import merge_tensors
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from torch import Tensor
 
-from optimizer.merging import spherical
+from mergetune.merging import spherical
 
 SHAPE = (24, 16)
 ts = pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 1.0])

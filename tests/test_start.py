@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.engines.choice import choose_engine
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.start import start_chosen
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.vllm_arguments import environment_of
-from optimizer.errors import MergetuneError
-from optimizer.library import find
-from optimizer.models import find_model
-from optimizer.yaml_io import validate
+from mergetune.engines.choice import choose_engine
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.start import start_chosen
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.vllm_arguments import environment_of
+from mergetune.errors import MergetuneError
+from mergetune.files.library import find
+from mergetune.files.yaml_io import validate
+from mergetune.weights.models import find_model
 
 pytest.importorskip("vllm")
 

@@ -14,9 +14,10 @@ from hypothesis.extra.numpy import arrays
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from optimizer import resampling, statistics
-from optimizer.evaluate import Measurement
-from optimizer.resampling import Floats, Interval
+from mergetune.evaluation.evaluate import Measurement
+from mergetune.stats import paired as statistics
+from mergetune.stats import resampling
+from mergetune.stats.resampling import Floats, Interval
 
 scores_of_20 = arrays(np.float64, 20, elements=st.floats(0, 1, width=16))
 binaries_of_20 = arrays(np.float64, 20, elements=st.sampled_from([0.0, 1.0]))

@@ -18,22 +18,22 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from helpers import fine_tune
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer import selection
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator
-from optimizer.export import merge_recipe
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.meter import Meter
-from optimizer.model_under_test import open_model
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import RunDir
-from optimizer.study import run_study
-from optimizer.suite import read_suite
+from helpers import fine_tune
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.measuring.meter import Meter
+from mergetune.measuring.model_under_test import open_model
+from mergetune.results import selection
+from mergetune.results.run_dir import RunDir
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.export import merge_recipe
+from mergetune.study.loop import run_study
+from mergetune.weights.checkpoint import Checkpoint
 
 
 def measure_again(model: Path, run: RunDir) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def run(study: Path, out: Path) -> str:
 
 def in_process(study: Path, out: Path) -> subprocess.Popen[str]:
     """Start `mergetune run` in a process of its own."""
-    command = [sys.executable, "-m", "optimizer.cli", "run", str(study), "--out", str(out)]
+    command = [sys.executable, "-m", "mergetune.cli", "run", str(study), "--out", str(out)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from optimizer.errors import MergetuneError
-from optimizer.library import presets
-from optimizer.suite import read_suite, split_of
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import read_suite, split_of
+from mergetune.files.library import presets
 
 
 def write_suite(folder: Path, lines: list[str], scorer: Any = "exact", **task: Any) -> Path:

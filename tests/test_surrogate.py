@@ -8,7 +8,7 @@ import torch
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 from torch import Tensor
 
-from optimizer.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
+from mergetune.slopes.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
 
 STEP = 1e-3  # of two values that stand for a slope
 

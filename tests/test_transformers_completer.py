@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import build_llama, build_tokenizer, fine_tune
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
-from optimizer.continuation import Closing, continued, replied
-from optimizer.engines.completions import CompletionsLM
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.model_text import ModelText
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
+from helpers import build_llama, build_tokenizer, fine_tune
+from mergetune.engines.completions import CompletionsLM
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.model_text import ModelText
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.slopes.continuation import Closing, continued, replied
 
 PROMPTS = ("What is the capital of France?", "One two three four", "The quick", "Call the tool", "Yes")
 GREEDY = {"until": [], "max_gen_toks": 12, "do_sample": False}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])

@@ -14,28 +14,28 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import build_llama, fine_tune, plain_loop
 from lm_eval.api.instance import Instance
 from rich.console import Console
+
+from helpers import build_llama, fine_tune, plain_loop
+from mergetune.engines.completions import Scoring
+from mergetune.engines.engine import Engine, EngineConfig
+from mergetune.engines.self_test import RECORD
+from mergetune.engines.start import start_engine
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.vllm_engine import VllmEngine
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.files.library import find, shared_folder
+from mergetune.measuring.bench import Bench
+from mergetune.measuring.progress import Progress
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.results.run_dir import RunDir
+from mergetune.space.recipe import MergeRecipe
+from mergetune.weights.models import demo_model
 from test_guarded_process import wait_until_gone
 from test_study import write_study
-
-from optimizer.bench import Bench
-from optimizer.engines.completions import Scoring
-from optimizer.engines.engine import Engine, EngineConfig
-from optimizer.engines.self_test import RECORD
-from optimizer.engines.start import start_engine
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.vllm_engine import VllmEngine
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import ITEM_KEYS, Evaluator
-from optimizer.library import find, shared_folder
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.models import demo_model
-from optimizer.progress import Progress
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import RunDir
-from optimizer.suite import read_suite
 
 pytest.importorskip("vllm")
 
@@ -128,7 +128,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> I
 
 
 FORGETFUL = """
-from optimizer.engines.vllm_worker import MergeWorker
+from mergetune.engines.vllm_worker import MergeWorker
 
 class Forgetful(MergeWorker):
     def _mergetune_renew_tied_head(self):

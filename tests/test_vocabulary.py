@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CHATML, build_llama, build_tokenizer, fine_tune, merge_at
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_study import run, write_study
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
-from optimizer.config import VocabularyRule, read_study
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.export import merge_recipe, write_merged
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.vocabulary import MatchedExpert
-from optimizer.model_under_test import LocalModel, open_model
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import RunDir
+from helpers import CHATML, build_llama, build_tokenizer, fine_tune, merge_at
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.measuring.model_under_test import LocalModel, open_model
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.results.config import VocabularyRule, read_study
+from mergetune.results.run_dir import RunDir
+from mergetune.space.recipe import MergeRecipe
+from mergetune.study.export import merge_recipe, write_merged
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.vocabulary import MatchedExpert
+from test_study import run, write_study
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 X, Y, Z = "<|x|>", "<|y|>", "<|z|>"

@@ -11,17 +11,18 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from test_study import run, write_study
 
-from optimizer import descent, gradients, selection
-from optimizer.errors import MergetuneError
-from optimizer.front_space import FrontSpace
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
-from optimizer.run_dir import RunDir
-from optimizer.search_space import SearchSpace
-from optimizer.search_space_config import SearchSpaceConfig, finer
-from optimizer.smoothing import search_points
+from mergetune.errors import MergetuneError
+from mergetune.merging.inputs import Inputs
+from mergetune.results import selection
+from mergetune.results.run_dir import RunDir
+from mergetune.results.smoothing import search_points
+from mergetune.slopes import descent, gradients
+from mergetune.space.front_space import FrontSpace
+from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
+from mergetune.space.search_space import SearchSpace
+from mergetune.space.search_space_config import SearchSpaceConfig, finer
+from test_study import run, write_study
 
 
 def study_of(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:

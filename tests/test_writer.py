@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.writer import layout_of, write_model
+from mergetune.errors import MergetuneError
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.writer import layout_of, write_model
 
 ROOT = Path(__file__).parents[1]
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -296,9 +296,9 @@ class TestStreaming:
 WRITE = """
     import resource, sys
     from pathlib import Path
-    from optimizer.errors import MergetuneError
-    from optimizer.merging.checkpoint import Checkpoint
-    from optimizer.merging.writer import write_model
+    from mergetune.errors import MergetuneError
+    from mergetune.weights.checkpoint import Checkpoint
+    from mergetune.weights.writer import write_model
 
     base, folder = Checkpoint(Path(sys.argv[1])), Path(sys.argv[2])
 

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from pydantic import Field
 
-from optimizer.config import StudyConfig
-from optimizer.errors import MergetuneError
-from optimizer.recipe import MergeRecipe
-from optimizer.search_space_config import SearchSpaceConfig
-from optimizer.suite import SuiteConfig
-from optimizer.yaml_io import _FILES, Strict, read_yaml, validate
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.files.yaml_io import _FILES, Strict, read_yaml, validate
+from mergetune.results.config import StudyConfig
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space_config import SearchSpaceConfig
 
 
 class Part(Strict):

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from optimizer.library import find
-from optimizer.suite import read_suite
+from mergetune.evaluation.suite import read_suite
+from mergetune.files.library import find
 
 SUITE = os.environ["SUITE"]  # a preset's name or a path
 SCORES = read_suite(find("evals", SUITE, Path())).config.scores

@@ -16,23 +16,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from optimizer import __version__
-from optimizer.errors import MergetuneError
-from optimizer.interrupts import end_as_by_ctrl_c
-from optimizer.number_text import number
+from mergetune import __version__
+from mergetune.errors import MergetuneError
+from mergetune.machine.interrupts import end_as_by_ctrl_c
+from mergetune.stats.number_text import number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
 
-    from optimizer.analysis.advice import Verdict
-    from optimizer.analysis.task_vectors import TaskVectorStatistics
-    from optimizer.engines.engine import EngineKind
-    from optimizer.merging.inputs import Inputs
-    from optimizer.recipe import LayerGroup
-    from optimizer.soup import Tasting
-    from optimizer.suite import Suite as EvalSuite
+    from mergetune.analysis.advice import Verdict
+    from mergetune.analysis.task_vectors import TaskVectorStatistics
+    from mergetune.engines.engine import EngineKind
+    from mergetune.evaluation.suite import Suite as EvalSuite
+    from mergetune.merging.inputs import Inputs
+    from mergetune.space.recipe import LayerGroup
+    from mergetune.study.soup import Tasting
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -149,7 +149,7 @@ def demo(
     cache: Cache = None,
 ) -> None:
     """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
-    from optimizer.library import shared_folder
+    from mergetune.files.library import shared_folder
 
     _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, engine, cache)
 
@@ -185,18 +185,18 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge or retrain? Check that models fit together, and compare what they learned."""
-    from optimizer.analysis.advice import as_data, judge
-    from optimizer.analysis.conflicts import sensitivity_as_data
-    from optimizer.analysis.task_vectors import task_vector_statistics
-    from optimizer.library import find, use_cache
-    from optimizer.merging.inputs import open_inputs
-    from optimizer.models import find_model
-    from optimizer.progress import Progress
-    from optimizer.search_space_config import layer_groups, read_search_space
-    from optimizer.suite import read_suite
+    from mergetune.analysis.advice import as_data, judge
+    from mergetune.analysis.conflicts import sensitivity_as_data
+    from mergetune.analysis.task_vectors import task_vector_statistics
+    from mergetune.evaluation.suite import read_suite
+    from mergetune.files.library import find, use_cache
+    from mergetune.measuring.progress import Progress
+    from mergetune.merging.inputs import open_inputs
+    from mergetune.space.search_space_config import layer_groups, read_search_space
+    from mergetune.weights.models import find_model
 
     if chart is not None:
-        from optimizer.analysis.chart import check_chart_path, write_chart
+        from mergetune.analysis.chart import check_chart_path, write_chart
 
         check_chart_path(chart)
     use_cache(cache, _remark)
@@ -239,10 +239,10 @@ def merge(
     cache: Cache = None,
 ) -> None:
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
-    from optimizer.export import merge_recipe
-    from optimizer.library import use_cache
-    from optimizer.merging.native import why_slow
-    from optimizer.progress import Progress
+    from mergetune.files.library import use_cache
+    from mergetune.measuring.progress import Progress
+    from mergetune.merging.native import why_slow
+    from mergetune.study.export import merge_recipe
 
     use_cache(cache, _remark)
     if reason := why_slow():
@@ -280,11 +280,11 @@ def soup(
     cache: Cache = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
-    from optimizer.config import engine_options
-    from optimizer.library import use_cache
-    from optimizer.run_dir import RunDir
-    from optimizer.soup import make_soup
-    from optimizer.soup_plan import SoupPlan
+    from mergetune.files.library import use_cache
+    from mergetune.results.config import engine_options
+    from mergetune.results.run_dir import RunDir
+    from mergetune.study.soup import make_soup
+    from mergetune.study.soup_plan import SoupPlan
 
     use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
@@ -321,14 +321,14 @@ def evaluate(
     from contextlib import closing
     from dataclasses import asdict
 
-    from optimizer.atomic_files import write_parquet
-    from optimizer.config import engine_options
-    from optimizer.evaluate import Evaluator, Measurement
-    from optimizer.library import find, use_cache, writable
-    from optimizer.meter import Meter
-    from optimizer.model_under_test import open_model
-    from optimizer.progress import Progress
-    from optimizer.suite import read_suite
+    from mergetune.evaluation.evaluate import Evaluator, Measurement
+    from mergetune.evaluation.suite import read_suite
+    from mergetune.files.atomic_files import write_parquet
+    from mergetune.files.library import find, use_cache, writable
+    from mergetune.measuring.meter import Meter
+    from mergetune.measuring.model_under_test import open_model
+    from mergetune.measuring.progress import Progress
+    from mergetune.results.config import engine_options
 
     use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
@@ -405,16 +405,16 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Is CANDIDATE worse than the baseline by more than the margin? Exits 0 pass, 1 fail, 2 inconclusive."""
-    from optimizer.atomic_files import write_parquet
-    from optimizer.check.judge import EXIT
-    from optimizer.check.outputs import as_data, as_table, write_outputs
-    from optimizer.check.run import CheckOptions, check_models, check_stored
-    from optimizer.config import engine_options
-    from optimizer.library import find, use_cache, writable
-    from optimizer.model_under_test import open_model
-    from optimizer.progress import Progress
-    from optimizer.reply_store import ReplyStore, default_store
-    from optimizer.suite import read_suite
+    from mergetune.check.judge import EXIT
+    from mergetune.check.outputs import as_data, as_table, write_outputs
+    from mergetune.check.run import CheckOptions, check_models, check_stored
+    from mergetune.evaluation.suite import read_suite
+    from mergetune.files.atomic_files import write_parquet
+    from mergetune.files.library import find, use_cache, writable
+    from mergetune.measuring.model_under_test import open_model
+    from mergetune.measuring.progress import Progress
+    from mergetune.measuring.reply_store import ReplyStore, default_store
+    from mergetune.results.config import engine_options
 
     deployed = read_suite(find("evals", suite, Path()))
     config = engine_options(engine, batch_size)
@@ -462,8 +462,8 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
 ) -> None:
     """Write the report of a run directory again: HTML, PNG, SVG, CSV and the front's recipes."""
-    from optimizer.report import write_report
-    from optimizer.run_dir import RunDir
+    from mergetune.report import write_report
+    from mergetune.results.run_dir import RunDir
 
     _out.print(f"Report: {write_report(RunDir(run))}", highlight=False, markup=False)
 
@@ -471,7 +471,7 @@ def report(
 @app.command()
 def methods() -> None:
     """List the merge methods with their coefficients and options."""
-    from optimizer.method_table import METHODS
+    from mergetune.space.method_table import METHODS
 
     table = Table("method", "merged weights", "coefficients", "options", box=None, header_style="bold")
     for name, method in METHODS.items():
@@ -482,10 +482,10 @@ def methods() -> None:
 @app.command()
 def presets() -> None:
     """List the search spaces and suites that can be named in a study file."""
-    from optimizer.library import presets as list_presets
-    from optimizer.search_space_config import read_search_space
-    from optimizer.suite import SuiteConfig
-    from optimizer.yaml_io import read_yaml
+    from mergetune.evaluation.suite import SuiteConfig
+    from mergetune.files.library import presets as list_presets
+    from mergetune.files.yaml_io import read_yaml
+    from mergetune.space.search_space_config import read_search_space
 
     _out.print("Search spaces", style="bold")
     for name, path in list_presets("search_spaces").items():
@@ -509,7 +509,7 @@ def _remark(text: str) -> None:
 
 
 def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) -> None:
-    from optimizer.study import run_study
+    from mergetune.study.loop import run_study
 
     page = run_study(study, out, _out, engine, cache)
     _out.print(f"Report: {page}", highlight=False, markup=False)
@@ -518,7 +518,7 @@ def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) 
 
 
 def _print_inspection(statistics: TaskVectorStatistics, verdict: Verdict) -> None:
-    from optimizer.analysis.tables import inspection_tables, verdict_sections
+    from mergetune.analysis.tables import inspection_tables, verdict_sections
 
     for table in inspection_tables(statistics, verdict):
         _out.print(table)
@@ -545,18 +545,18 @@ def _named(experts: Sequence[str]) -> dict[str, str]:
 
 
 def _probe(inputs: Inputs, suite: EvalSuite, batch_size: int | None, device: str | None) -> pd.DataFrame:
-    from optimizer.engines.engine import EngineConfig
-    from optimizer.probe import probe
+    from mergetune.engines.engine import EngineConfig
+    from mergetune.slopes.probe import probe
 
     config = EngineConfig(kind="transformers", batch_size=batch_size, device=device or "auto")
     return probe(inputs, suite, config, _remark)
 
 
 def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> None:
-    from optimizer.analysis.conflict_words import HOW_TO_READ, evidence
-    from optimizer.analysis.conflicts import conflicts
-    from optimizer.analysis.tables import sensitivity_sections, sensitivity_tables
-    from optimizer.sensitivity import n_passes, slopes_by_group
+    from mergetune.analysis.conflict_words import HOW_TO_READ, evidence
+    from mergetune.analysis.conflicts import conflicts
+    from mergetune.analysis.tables import sensitivity_sections, sensitivity_tables
+    from mergetune.slopes.sensitivity import n_passes, slopes_by_group
 
     found = conflicts(frame, groups)
     for table in sensitivity_tables(slopes_by_group(frame, groups), found):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from optimizer.analysis.task_vectors import (
+from mergetune.analysis.task_vectors import (
     GAUSSIAN_OVERLAP,
     GAUSSIAN_REDUNDANCY,
     TOP_SHARE,
@@ -19,8 +19,8 @@ from optimizer.analysis.task_vectors import (
     TaskVectorStatistics,
     VectorStatistics,
 )
-from optimizer.merging.compatibility import LONGEST_SHARE_OF_BASE as LONGEST_SHARE_OF_BASE
-from optimizer.merging.tensor_files import shortened
+from mergetune.weights.compatibility import LONGEST_SHARE_OF_BASE as LONGEST_SHARE_OF_BASE
+from mergetune.weights.tensor_files import shortened
 
 Kind = Literal["complementary", "partial conflict", "conflict", "outside one basin"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # the worst last

@@ -9,13 +9,13 @@ from typing import Any, Literal, cast
 import altair as alt
 import pandas as pd
 
-from optimizer.analysis.advice import Verdict
-from optimizer.analysis.conflict_words import TITLES
-from optimizer.analysis.conflicts import layer_gains
-from optimizer.analysis.heat_maps import heat_maps
-from optimizer.analysis.task_vectors import PartStatistics, TaskVectorStatistics
-from optimizer.errors import MergetuneError
-from optimizer.theme import EXPERTS, INK, ORANGE, SKY, WHITE, themed
+from mergetune.analysis.advice import Verdict
+from mergetune.analysis.conflict_words import TITLES
+from mergetune.analysis.conflicts import layer_gains
+from mergetune.analysis.heat_maps import heat_maps
+from mergetune.analysis.task_vectors import PartStatistics, TaskVectorStatistics
+from mergetune.errors import MergetuneError
+from mergetune.theme import EXPERTS, INK, ORANGE, SKY, WHITE, themed
 
 Format = Literal["svg", "png", "html"]
 _OPTIONS: dict[Format, dict[str, Any]] = {"svg": {}, "png": {"scale_factor": 2}, "html": {"inline": True}}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from optimizer.analysis.conflicts import Conflict, Kind, Place, Slope
-from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED, fold_facts
+from mergetune.analysis.conflicts import Conflict, Kind, Place, Slope
+from mergetune.slopes.sensitivity import AVERAGE, BASE, RECOMMENDED, fold_facts
 
 HOW_TO_READ = (
     "A gain is how far a score's loss on its reference replies falls per unit of a coefficient (λ), locally, "

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from optimizer.recipe import LayerGroup, single_layers
-from optimizer.sensitivity import COEFFICIENT, fold_facts, fold_slopes, n_passes, slopes_by_group
+from mergetune.slopes.sensitivity import COEFFICIENT, fold_facts, fold_slopes, n_passes, slopes_by_group
+from mergetune.space.recipe import LayerGroup, single_layers
 
 Kind = Literal["none", "unclear", "partial", "strong"]
 Vector = NDArray[np.float64]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from optimizer.analysis.conflict_words import with_error
-from optimizer.theme import HARMS, HARMS_A_LITTLE, HELPS, HELPS_A_LITTLE, INK, PALE, WHITE
+from mergetune.analysis.conflict_words import with_error
+from mergetune.theme import HARMS, HARMS_A_LITTLE, HELPS, HELPS_A_LITTLE, INK, PALE, WHITE
 
 _ROWS = (5, 24)  # pixels of a layer's row, at least and at most
 _HEIGHT = 370  # unless the rows would become too low or too high

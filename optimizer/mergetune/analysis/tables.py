@@ -9,10 +9,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from optimizer.analysis.advice import Verdict
-from optimizer.analysis.conflict_words import TITLES, Finding, decimals, findings, with_error
-from optimizer.analysis.conflicts import Conflict
-from optimizer.analysis.task_vectors import (
+from mergetune.analysis.advice import Verdict
+from mergetune.analysis.conflict_words import TITLES, Finding, decimals, findings, with_error
+from mergetune.analysis.conflicts import Conflict
+from mergetune.analysis.task_vectors import (
     GAUSSIAN_OVERLAP,
     GAUSSIAN_REDUNDANCY,
     TOP_SHARE,
@@ -20,7 +20,7 @@ from optimizer.analysis.task_vectors import (
     TaskVectorStatistics,
     VectorStatistics,
 )
-from optimizer.sensitivity import COEFFICIENT
+from mergetune.slopes.sensitivity import COEFFICIENT
 
 _EXPERTS_ABREAST = 3
 _SCORES_ABREAST = 3

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import LayerGroup, assign_groups
+from mergetune.merging.inputs import Inputs
+from mergetune.space.recipe import LayerGroup, assign_groups
 
 TOP_SHARE = 0.2  # TIES keeps this share of the entries by default (Yadav et al. 2023)
 _CUT = NormalDist().inv_cdf(1 - TOP_SHARE / 2)

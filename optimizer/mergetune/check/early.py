@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from optimizer.aggregations import not_means
-from optimizer.evaluate import Documents, Evaluator
-from optimizer.meter import Meter
-from optimizer.sequential import Levels, Look, item_order, look, split_alpha, whole_verdict
+from mergetune.evaluation.aggregations import not_means
+from mergetune.evaluation.evaluate import Documents, Evaluator
+from mergetune.measuring.meter import Meter
+from mergetune.stats.sequential import Levels, Look, item_order, look, split_alpha, whole_verdict
 
 _FIRST_ROUNDS = 24  # a round is an item of every task
 _GROWTH = 1.5  # each look has so many times the rounds of the one before

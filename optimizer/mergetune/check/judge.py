@@ -37,16 +37,16 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from optimizer.aggregations import linear_scores, not_means, parts_of, settled
-from optimizer.check.pairs import pairs
-from optimizer.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
-from optimizer.check.words import summary_of
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import ITEM_KEYS
-from optimizer.resampling import Floats, bootstrap_parts
-from optimizer.sequential import Levels, Look
-from optimizer.statistics import Verdict, noise_variance
-from optimizer.suite import GuardConfig, ObjectiveConfig, SuiteConfig
+from mergetune.check.pairs import pairs
+from mergetune.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
+from mergetune.check.words import summary_of
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.aggregations import linear_scores, not_means, parts_of, settled
+from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
+from mergetune.stats.paired import Verdict, noise_variance
+from mergetune.stats.resampling import Floats, bootstrap_parts
+from mergetune.stats.sequential import Levels, Look
 
 EXIT: Mapping[Verdict, int] = MappingProxyType({"pass": 0, "fail": 1, "inconclusive": 2})
 

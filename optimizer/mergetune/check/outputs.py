@@ -18,11 +18,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from optimizer.atomic_files import write_text
-from optimizer.check.judge import EXIT, Check, Flip
-from optimizer.check.page import as_html as as_html
-from optimizer.check.row import Row
-from optimizer.check.words import (
+from mergetune.check.judge import EXIT, Check, Flip
+from mergetune.check.page import as_html as as_html
+from mergetune.check.row import Row
+from mergetune.check.words import (
     clean,
     excerpt,
     full_name,
@@ -32,7 +31,8 @@ from optimizer.check.words import (
     span,
     verdict_words,
 )
-from optimizer.number_text import number, signed
+from mergetune.files.atomic_files import write_text
+from mergetune.stats.number_text import number, signed
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 _FLIPS_A_FAILURE = 5

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optimizer import number_text
-from optimizer.check import words
-from optimizer.check.judge import Check, Flip
-from optimizer.check.row import Row
-from optimizer.templates import render_page
+from mergetune.check import words
+from mergetune.check.judge import Check, Flip
+from mergetune.check.row import Row
+from mergetune.files.templates import render_page
+from mergetune.stats import number_text
 
 _FLIPS_A_SCORE = 100
 _TEXT = 4000  # characters shown of a prompt or a reply

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import pandas as pd
 
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import ITEM_KEYS
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import ITEM_KEYS
 
 
 def pairs(

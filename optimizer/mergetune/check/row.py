@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from optimizer.resampling import Floats, Interval, Labels, score_means
-from optimizer.sequential import Levels, Look
-from optimizer.statistics import (
+from mergetune.evaluation.suite import Direction, GuardConfig, ObjectiveConfig
+from mergetune.stats.paired import (
     NonInferiority,
     Verdict,
     holm,
@@ -20,7 +19,8 @@ from optimizer.statistics import (
     paired_difference,
     widen,
 )
-from optimizer.suite import Direction, GuardConfig, ObjectiveConfig
+from mergetune.stats.resampling import Floats, Interval, Labels, score_means
+from mergetune.stats.sequential import Levels, Look
 
 Kind = Literal["objective", "guard", "task"]
 

@@ -10,17 +10,17 @@ from typing import Literal
 
 import pandas as pd
 
-from optimizer.check.early import Early, measure_until_clear
-from optimizer.check.judge import Check, judge
-from optimizer.engines.choice import choose_engine
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
-from optimizer.leakage import find_leaks, read_training_texts
-from optimizer.meter import Meter
-from optimizer.model_under_test import LocalModel, ModelUnderTest
-from optimizer.reply_store import ReplyStore
-from optimizer.suite import Split, Suite
+from mergetune.check.early import Early, measure_until_clear
+from mergetune.check.judge import Check, judge
+from mergetune.engines.choice import choose_engine
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError, StartError
+from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
+from mergetune.evaluation.leakage import find_leaks, read_training_texts
+from mergetune.evaluation.suite import Split, Suite
+from mergetune.measuring.meter import Meter
+from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
+from mergetune.measuring.reply_store import ReplyStore
 
 CheckSplit = Split | Literal["all"]
 

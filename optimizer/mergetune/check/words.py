@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from optimizer.number_text import number, signed
+from mergetune.stats.number_text import number, signed
 
 if TYPE_CHECKING:
-    from optimizer.check.judge import Check
-    from optimizer.check.row import Row
-    from optimizer.resampling import Interval
-    from optimizer.statistics import Verdict
+    from mergetune.check.judge import Check
+    from mergetune.check.row import Row
+    from mergetune.stats.paired import Verdict
+    from mergetune.stats.resampling import Interval
 
 # C0, DEL, C1, surrogates and what else XML 1.0 forbids, but for tab and line feed.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from optimizer.engines.completions import CompletionsLM, Truncate, generation_settings
-from optimizer.engines.endpoint import Endpoint
-from optimizer.engines.model_text import sane_length
-from optimizer.errors import MergetuneError
-from optimizer.merging.tokenizer_files import has_tokenizer
+from mergetune.engines.completions import CompletionsLM, Truncate, generation_settings
+from mergetune.engines.endpoint import Endpoint
+from mergetune.engines.model_text import sane_length
+from mergetune.errors import MergetuneError
+from mergetune.weights.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

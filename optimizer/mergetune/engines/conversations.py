@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from optimizer.errors import MergetuneError
+from mergetune.errors import MergetuneError
 
 Messages = Sequence[Mapping[str, str]]
 

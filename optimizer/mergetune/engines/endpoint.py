@@ -13,8 +13,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
-from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.errors import EngineError, MergetuneError, TrialError
+from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
+from mergetune.errors import EngineError, MergetuneError, TrialError
 
 _SECONDS_TO_CONNECT = 10.0
 _PASSING = (429, 502, 503)  # failures of a moment, worth another try

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from optimizer.yaml_io import Strict
+from mergetune.files.yaml_io import Strict
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from torch import Tensor
 
-    from optimizer.recipe import MergeRecipe
+    from mergetune.space.recipe import MergeRecipe
 
 EngineKind = Literal["auto", "transformers", "vllm"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.architecture import read_config
-from optimizer.merging.chat_template import ChatTemplate, open_tokenizer
-from optimizer.merging.tokenizer_files import read_eos_ids
+from mergetune.errors import MergetuneError
+from mergetune.weights.architecture import read_config
+from mergetune.weights.chat_template import ChatTemplate, open_tokenizer
+from mergetune.weights.tokenizer_files import read_eos_ids
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _ABSURD = 10**9  # tokens: tokenizers without a limit say 1e30

@@ -9,14 +9,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from optimizer.atomic_files import write_text
-from optimizer.engines.choice import installed_version
-from optimizer.engines.completions import Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.vllm_engine import VllmEngine
-from optimizer.errors import MergetuneError
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import MergeRecipe
+from mergetune.engines.choice import installed_version
+from mergetune.engines.completions import Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.vllm_engine import VllmEngine
+from mergetune.errors import MergetuneError
+from mergetune.files.atomic_files import write_text
+from mergetune.merging.inputs import Inputs
+from mergetune.space.recipe import MergeRecipe
 
 RECORD = "self_test.json"
 _TOLERANCE = 0.02  # nats, in the mean: what the order of sums does in bfloat16 on a GPU

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from optimizer.engines.choice import choose_engine
-from optimizer.engines.engine import Engine, EngineConfig, EngineKind
-from optimizer.errors import MergetuneError
-from optimizer.library import cache_folder, writable
-from optimizer.merging.chat_template import ChatTemplate
-from optimizer.merging.inputs import Inputs
+from mergetune.engines.choice import choose_engine
+from mergetune.engines.engine import Engine, EngineConfig, EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.files.library import cache_folder, writable
+from mergetune.merging.inputs import Inputs
+from mergetune.weights.chat_template import ChatTemplate
 
 _SECONDS_KEPT = 30 * 24 * 3600.0
 
@@ -67,11 +67,11 @@ def start_engine(
     if inputs is not None:
         chat = inputs.chat
     if config.kind == "transformers":
-        from optimizer.engines.transformers_engine import TransformersEngine
+        from mergetune.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(config, model, inputs.merger if inputs else None, chat)
-    from optimizer.engines.self_test import start_tested
-    from optimizer.engines.vllm_engine import VllmEngine
+    from mergetune.engines.self_test import start_tested
+    from mergetune.engines.vllm_engine import VllmEngine
 
     if inputs is not None and folder is not None:
         return start_tested(config, inputs, folder)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.architecture import stored_views
-from optimizer.merging.tensor_files import shortened
+from mergetune.errors import MergetuneError
+from mergetune.weights.architecture import stored_views
+from mergetune.weights.tensor_files import shortened
 
 
 class StoredWeights(Mapping[str, Tensor]):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.memory import free_memory, is_out_of_memory
+from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.machine.memory import free_memory, is_out_of_memory
 
 Asked = TypeVar("Asked", Generation, Scoring, Choosing)
 Answer = TypeVar("Answer")

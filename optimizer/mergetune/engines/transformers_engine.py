@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optimizer.engines.completions import CompletionsLM
-from optimizer.engines.engine import EngineConfig, LoadTime
-from optimizer.engines.model_text import ModelText
-from optimizer.engines.stored_weights import StoredWeights
-from optimizer.engines.weight_facts import WeightFacts
-from optimizer.errors import MergetuneError
-from optimizer.memory import check_room, free_bytes, free_memory
-from optimizer.merging.architecture import model_class
+from mergetune.engines.completions import CompletionsLM
+from mergetune.engines.engine import EngineConfig, LoadTime
+from mergetune.engines.model_text import ModelText
+from mergetune.engines.stored_weights import StoredWeights
+from mergetune.engines.weight_facts import WeightFacts
+from mergetune.errors import MergetuneError
+from mergetune.machine.memory import check_room, free_bytes, free_memory
+from mergetune.weights.architecture import model_class
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from optimizer.merging.chat_template import ChatTemplate
-    from optimizer.merging.merger import Merger
-    from optimizer.recipe import MergeRecipe
+    from mergetune.merging.merger import Merger
+    from mergetune.space.recipe import MergeRecipe
+    from mergetune.weights.chat_template import ChatTemplate
 
 _BATCH_SIZE = 32
 _SHARE = 0.8  # of a GPU's free memory that weights may take where they are spread; activations take the rest
@@ -48,7 +48,7 @@ class TransformersEngine:
     ) -> None:
         from transformers import GenerationConfig
 
-        from optimizer.engines.transformers_completer import TransformersCompleter
+        from mergetune.engines.transformers_completer import TransformersCompleter
 
         device = _usable(config.device)
         text = ModelText.read(base, config.max_length, chat)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimizer.engines.engine import EngineConfig
+from mergetune.engines.engine import EngineConfig
 
 # For vLLM's processes: no reports of usage, no warnings of tokenizers about forks, and no length but ours.
 ENVIRONMENT = {
@@ -48,7 +48,7 @@ def engine_arguments(config: EngineConfig, model: Path, dtype: str, max_length: 
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
         "seed": config.seed,
-        "worker_extension_cls": "optimizer.engines.vllm_worker.MergeWorker",
+        "worker_extension_cls": "mergetune.engines.vllm_worker.MergeWorker",
         **{name: value for name, value in optional.items() if value is not None},
         **config.arguments,
     }

@@ -6,19 +6,19 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimizer.engines.completions import CompletionsLM, Scoring
-from optimizer.engines.engine import EngineConfig, LoadTime
-from optimizer.engines.model_text import ModelText
-from optimizer.engines.vllm_process import VllmProcess
-from optimizer.engines.weight_facts import WeightFacts
-from optimizer.errors import EngineError, MergetuneError, TrialError
-from optimizer.merging.inputs import ModelPaths
+from mergetune.engines.completions import CompletionsLM, Scoring
+from mergetune.engines.engine import EngineConfig, LoadTime
+from mergetune.engines.model_text import ModelText
+from mergetune.engines.vllm_process import VllmProcess
+from mergetune.engines.weight_facts import WeightFacts
+from mergetune.errors import EngineError, MergetuneError, TrialError
+from mergetune.merging.inputs import ModelPaths
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from optimizer.merging.chat_template import ChatTemplate
-    from optimizer.recipe import MergeRecipe
+    from mergetune.space.recipe import MergeRecipe
+    from mergetune.weights.chat_template import ChatTemplate
 
 
 class VllmEngine:

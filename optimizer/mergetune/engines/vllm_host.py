@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.engines.vllm_arguments import for_device
-from optimizer.errors import EngineError, MergetuneError
+from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
+from mergetune.engines.vllm_arguments import for_device
+from mergetune.errors import EngineError, MergetuneError
 
 _SECONDS_BETWEEN_BEATS = 1.0
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimizer.engines.completions import Choosing, Generation, Scored, Scoring
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.guarded_process import GuardedProcess, last_words
-from optimizer.engines.vllm_arguments import SECONDS_TO_START, engine_arguments, environment_of
-from optimizer.errors import EngineError
+from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.vllm_arguments import SECONDS_TO_START, engine_arguments, environment_of
+from mergetune.errors import EngineError
+from mergetune.machine.guarded_process import GuardedProcess, last_words
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -23,7 +23,7 @@ class VllmProcess:
     def __init__(self, config: EngineConfig, model: Path, dtype: str, max_length: int, log: Path) -> None:
         self._log, self._timeout_s = log, config.timeout_s
         self._process = GuardedProcess(
-            "optimizer.engines.vllm_host:serve",
+            "mergetune.engines.vllm_host:serve",
             engine_arguments(config, model, dtype, max_length),
             log,
             environment_of(config.device),

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.engines.engine import LoadTime
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.merging.inputs import ModelPaths
-from optimizer.merging.merger import Merger
-from optimizer.recipe import MergeRecipe
+from mergetune.engines.engine import LoadTime
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.merging.inputs import ModelPaths
+from mergetune.merging.merger import Merger
+from mergetune.space.recipe import MergeRecipe
 
 
 class MergeWorker:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from optimizer.merging.tensor_files import open_weights
+from mergetune.weights.tensor_files import open_weights
 
 _COMPUTED_IN = {"float32", "bfloat16", "float16"}
 

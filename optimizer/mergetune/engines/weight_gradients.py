@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.engines.stored_weights import StoredWeights
+from mergetune.engines.stored_weights import StoredWeights
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from optimizer.errors import MergetuneError
+from mergetune.errors import MergetuneError
 
 Numbers = NDArray[Any]  # real, or complex where a slope is taken
 Parts = tuple[float, ...]

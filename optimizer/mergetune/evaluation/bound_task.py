@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from optimizer.aggregations import Aggregation, aggregation_of, by_name
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.lm_requests import filter_names
-from optimizer.lm_tasks import fix_fewshot, item_patterns
-from optimizer.rules import rules_digest
-from optimizer.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
-from optimizer.yaml_io import nearest
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
+from mergetune.evaluation.lm_requests import filter_names
+from mergetune.evaluation.lm_tasks import fix_fewshot, item_patterns
+from mergetune.evaluation.rules import rules_digest
+from mergetune.evaluation.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
+from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from optimizer import clock
-from optimizer.aggregations import linear_scores
-from optimizer.bound_task import BoundTask, bind, direction_of
-from optimizer.errors import MergetuneError
-from optimizer.lm_requests import ask, filtered, make_requests
-from optimizer.lm_tasks import jsonl_task, lm_eval_tasks
-from optimizer.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.aggregations import linear_scores
+from mergetune.evaluation.bound_task import BoundTask, bind, direction_of
+from mergetune.evaluation.lm_requests import ask, filtered, make_requests
+from mergetune.evaluation.lm_tasks import jsonl_task, lm_eval_tasks
+from mergetune.evaluation.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
+from mergetune.machine import clock
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimizer.answers import load_json
-from optimizer.errors import MergetuneError
-from optimizer.yaml_io import read_text
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.answers import load_json
+from mergetune.files.yaml_io import read_text
 
 _ITEM = '{"prompt": "…", "answer": "…"}'
 _TURN = (

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import ITEM_KEYS
-from optimizer.near_copies import MOST_HOLDERS, Finder, Question, words_of
-from optimizer.yaml_io import read_text
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.near_copies import MOST_HOLDERS, Finder, Question, words_of
+from mergetune.files.yaml_io import read_text
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from optimizer.evaluate import Evaluator
+    from mergetune.evaluation.evaluate import Evaluator
 
 _SHOWN_ITEMS = 3
 _SHOWN_LETTERS = 70

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optimizer.errors import MergetuneError
-from optimizer.suite import SuiteConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import SuiteConfig
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optimizer.answers import answer_text, choice_index
-from optimizer.errors import MergetuneError
-from optimizer.library import placed
-from optimizer.scorers import Scorer
-from optimizer.suite import Item, Suite, TaskConfig
-from optimizer.yaml_io import nearest
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.answers import answer_text, choice_index
+from mergetune.evaluation.scorers import Scorer
+from mergetune.evaluation.suite import Item, Suite, TaskConfig
+from mergetune.files.library import placed
+from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

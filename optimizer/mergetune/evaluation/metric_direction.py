@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.errors import MergetuneError
-from optimizer.lm_requests import filtered
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.lm_requests import filtered
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from optimizer.bound_task import BoundTask
+    from mergetune.evaluation.bound_task import BoundTask
 
 _N_DOCUMENTS = 32  # that a metric is tried on
 _LIKELY, _UNLIKELY, _ALIKE = -0.01, -20.0, -10.0  # made-up log-likelihoods, in nats

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.scorers import SCORERS_VERSION
-from optimizer.suite import SuiteConfig, TaskConfig
+from mergetune.evaluation.scorers import SCORERS_VERSION
+from mergetune.evaluation.suite import SuiteConfig, TaskConfig
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import regex
 from pydantic import AfterValidator, model_validator
 
-from optimizer.answers import ScorerKind, answer_texts, parse_json
-from optimizer.errors import MergetuneError
-from optimizer.yaml_io import Strict
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.answers import ScorerKind, answer_texts, parse_json
+from mergetune.files.yaml_io import Strict
 
 # Raise it where a reply may get another score than before: measurements name the rules they were made by.
 SCORERS_VERSION = 3

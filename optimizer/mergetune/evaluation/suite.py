@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from optimizer.answers import answer_problem, choice_problem, stop_problem
-from optimizer.errors import MergetuneError
-from optimizer.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
-from optimizer.library import placed
-from optimizer.scorers import ReplyPattern, Scorer
-from optimizer.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.answers import answer_problem, choice_problem, stop_problem
+from mergetune.evaluation.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
+from mergetune.evaluation.scorers import ReplyPattern, Scorer
+from mergetune.files.library import placed
+from mergetune.files.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]

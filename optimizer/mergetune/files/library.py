@@ -10,21 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from optimizer.errors import MergetuneError
-from optimizer.yaml_io import nearest
+from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import nearest
 
 Kind = Literal["search_spaces", "evals", "examples", "reports"]
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _CACHE = "MERGETUNE_CACHE"  # set by `use_cache`
 # What vLLM and Triton would write into this user's home.
 _CACHES_OF_OTHERS = {"VLLM_CACHE_ROOT": "vllm", "VLLM_CONFIG_ROOT": "vllm", "TRITON_CACHE_DIR": "triton"}
 
 
 def shared_folder(kind: Kind) -> Path:
-    """Return the folder of a kind of content: in the wheel, or beside the package in a checkout."""
+    """Return the folder of a kind of content: in the wheel, or at the root of a checkout."""
     shipped = _PACKAGE / "_share" / kind
-    return shipped if shipped.is_dir() else _PACKAGE.parent / kind
+    return shipped if shipped.is_dir() else _PACKAGE.parents[1] / kind
 
 
 def presets(kind: Kind) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from optimizer.library import shared_folder
+from mergetune.files.library import shared_folder
 
 
 def render_page(name: str, filters: Mapping[str, Callable[..., Any]], **values: object) -> str:

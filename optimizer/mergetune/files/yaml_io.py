@@ -14,8 +14,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from optimizer.atomic_files import write_text
-from optimizer.errors import MergetuneError
+from mergetune.errors import MergetuneError
+from mergetune.files.atomic_files import write_text
 
 
 class Strict(BaseModel):

@@ -9,7 +9,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from optimizer.errors import MergetuneError
+from mergetune.errors import MergetuneError
 
 T = TypeVar("T")
 

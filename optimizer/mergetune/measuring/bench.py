@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimizer import clock, selection
-from optimizer.engines.choice import installed_version
-from optimizer.engines.engine import Engine, EngineConfig, EngineKind
-from optimizer.engines.start import start_chosen, start_engine
-from optimizer.errors import EngineError, MergetuneError, TrialError
-from optimizer.evaluate import ITEM_KEYS, Evaluator, Measurement
-from optimizer.gradients import has_slopes
-from optimizer.memory import free_memory, in_smaller_batches
-from optimizer.merging.inputs import Inputs
-from optimizer.progress import Progress, candidate_line
-from optimizer.recipe import MergeRecipe, count_layers
-from optimizer.references import References, find_references
-from optimizer.reply_store import ReplyStore, StoredLM
-from optimizer.run_dir import MOST_ATTEMPTS, Candidate, CandidateKind, Cost, RunDir, SpaceKind
-from optimizer.search import Outcome, failure, success
-from optimizer.sensitivity import RECOMMENDED, anchor_points, measure_sensitivity
-from optimizer.suite import Split
+from mergetune.engines.choice import installed_version
+from mergetune.engines.engine import Engine, EngineConfig, EngineKind
+from mergetune.engines.start import start_chosen, start_engine
+from mergetune.errors import EngineError, MergetuneError, TrialError
+from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator, Measurement
+from mergetune.evaluation.suite import Split
+from mergetune.machine import clock
+from mergetune.machine.memory import free_memory, in_smaller_batches
+from mergetune.measuring.progress import Progress, candidate_line
+from mergetune.measuring.reply_store import ReplyStore, StoredLM
+from mergetune.merging.inputs import Inputs
+from mergetune.results import selection
+from mergetune.results.run_dir import MOST_ATTEMPTS, Candidate, CandidateKind, Cost, RunDir, SpaceKind
+from mergetune.slopes.gradients import has_slopes
+from mergetune.slopes.references import References, find_references
+from mergetune.slopes.sensitivity import RECOMMENDED, anchor_points, measure_sensitivity
+from mergetune.space.recipe import MergeRecipe, count_layers
+from mergetune.study.search import Outcome, failure, success
 
 if TYPE_CHECKING:
-    from optimizer.engines.transformers_engine import TransformersEngine
+    from mergetune.engines.transformers_engine import TransformersEngine
 
 _FAULTS_IN_A_ROW = 6
 _NOISE, _SENSITIVITY = "noise", "sensitivity"  # name attempts, and seconds
@@ -226,7 +227,7 @@ class Bench:
     @contextmanager
     def transformers(self) -> Iterator[TransformersEngine]:
         """Lend a transformers engine that merges the same models; vLLM makes room until it is needed."""
-        from optimizer.engines.transformers_engine import TransformersEngine
+        from mergetune.engines.transformers_engine import TransformersEngine
 
         if isinstance(self.engine, TransformersEngine):
             yield self.engine

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from optimizer.engines.choice import installed_version
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError, StartError
-from optimizer.evaluate import Documents, Evaluator
-from optimizer.model_under_test import LocalModel, ModelUnderTest
-from optimizer.reply_store import ReplyStore, StoredLM
+from mergetune.engines.choice import installed_version
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError, StartError
+from mergetune.evaluation.evaluate import Documents, Evaluator
+from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
+from mergetune.measuring.reply_store import ReplyStore, StoredLM
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -13,21 +13,21 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from optimizer.config import VocabularyRule
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.start import start_chosen
-from optimizer.errors import MergetuneError
-from optimizer.merging.adapter import is_adapter
-from optimizer.merging.chat_template import ChatTemplate, choose_template, open_tokenizer
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.inputs import Inputs, open_inputs, open_recipe
-from optimizer.models import find_model
-from optimizer.recipe import MergeRecipe
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.start import start_chosen
+from mergetune.errors import MergetuneError
+from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
+from mergetune.results.config import VocabularyRule
+from mergetune.space.recipe import MergeRecipe
+from mergetune.weights.adapter import is_adapter
+from mergetune.weights.chat_template import ChatTemplate, choose_template, open_tokenizer
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.models import find_model
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from optimizer.engines.completions import TokenizerPrompts
+    from mergetune.engines.completions import TokenizerPrompts
 
 _REQUESTS = 32  # under way at a time, unless told otherwise
 _IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
@@ -63,7 +63,7 @@ class LocalModel:
 
     def prompts(self) -> TokenizerPrompts:
         """Return what renders its prompts, as every engine does; nothing is started for that."""
-        from optimizer.engines.completions import TokenizerPrompts
+        from mergetune.engines.completions import TokenizerPrompts
 
         tokenizer = open_tokenizer(self.folder)
         if self.chat is not None:
@@ -109,7 +109,7 @@ class ServedModel:
         Raises:
             MergetuneError: the server or its model is not there.
         """
-        from optimizer.engines.chat_lm import served_lm
+        from mergetune.engines.chat_lm import served_lm
 
         requests = config.batch_size or _REQUESTS
         say(f"engine: {self.url}, as it is served")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from optimizer.evaluate import Score
-from optimizer.number_text import number
+from mergetune.evaluation.evaluate import Score
+from mergetune.stats.number_text import number
 
 log = logging.getLogger("mergetune")
 

@@ -14,10 +14,10 @@ import pandas as pd
 from filelock import FileLock
 from lm_eval.api.model import LM
 
-from optimizer.atomic_files import write_parquet
-from optimizer.library import cache_folder, writable
-from optimizer.lm_requests import request_key
-from optimizer.run_dir import readable
+from mergetune.evaluation.lm_requests import request_key
+from mergetune.files.atomic_files import write_parquet
+from mergetune.files.library import cache_folder, writable
+from mergetune.results.run_dir import readable
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

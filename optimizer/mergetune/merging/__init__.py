@@ -1,1 +1,1 @@
-"""From checkpoints on disk to merged weights."""
+"""From models on disk to merged weights."""

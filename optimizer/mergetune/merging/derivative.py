@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from optimizer.merging.elementwise import Step, merged_entries, signed
-from optimizer.merging.methods import RULES, Coefficients
-from optimizer.merging.piece import Piece
-from optimizer.method_table import METHODS, SMOOTH
-from optimizer.recipe import MergeRecipe, RecipeGroup
+from mergetune.merging.elementwise import Step, merged_entries, signed
+from mergetune.merging.methods import RULES, Coefficients
+from mergetune.merging.piece import Piece
+from mergetune.space.method_table import METHODS, SMOOTH
+from mergetune.space.recipe import MergeRecipe, RecipeGroup
 
 ALL = ""  # stands for the expert where one coefficient is for all of them
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizer.merging import native
+from mergetune.merging import native
 
 Keep = Literal["all", "trim", "band", "random", "clip"]
 Combine = Literal["sum", "count", "weights", "none"]

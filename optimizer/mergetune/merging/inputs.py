@@ -8,24 +8,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from optimizer.config import VocabularyRule
-from optimizer.errors import MergetuneError
-from optimizer.library import scratch_folder
-from optimizer.merging.adapter import open_expert
-from optimizer.merging.chat_template import ChatTemplate, choose_template, shared_template
-from optimizer.merging.checkpoint import Checkpoint, Expert
-from optimizer.merging.compatibility import (
+from mergetune.errors import MergetuneError
+from mergetune.files.library import scratch_folder
+from mergetune.files.yaml_io import Strict
+from mergetune.merging.merger import Merger
+from mergetune.results.config import VocabularyRule
+from mergetune.space.recipe import MergeRecipe, Source
+from mergetune.weights.adapter import open_expert
+from mergetune.weights.chat_template import ChatTemplate, choose_template, shared_template
+from mergetune.weights.checkpoint import Checkpoint, Expert
+from mergetune.weights.compatibility import (
     base_norm,
     check_compatibility,
     check_task_vectors,
     task_vector_norms,
 )
-from optimizer.merging.extended_base import extend_base, settled_tokens
-from optimizer.merging.merger import Merger
-from optimizer.merging.vocabulary import match_tokens
-from optimizer.models import find_model, reference_to
-from optimizer.recipe import MergeRecipe, Source
-from optimizer.yaml_io import Strict
+from mergetune.weights.extended_base import extend_base, settled_tokens
+from mergetune.weights.models import find_model, reference_to
+from mergetune.weights.vocabulary import match_tokens
 
 
 class ModelPaths(Strict):

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.merging.checkpoint import Expert
-from optimizer.merging.elementwise import merge_tensor
-from optimizer.merging.methods import RULES, Coefficients
-from optimizer.merging.piece import Piece, Tables
-from optimizer.recipe import MergeRecipe, assign_groups
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.merging.elementwise import merge_tensor
+from mergetune.merging.methods import RULES, Coefficients
+from mergetune.merging.piece import Piece, Tables
+from mergetune.space.recipe import MergeRecipe, assign_groups
+from mergetune.weights.checkpoint import Expert
 
 
 class Base(Protocol):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.merging import selection_masks, spherical
-from optimizer.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit, wide
-from optimizer.merging.piece import Piece
-from optimizer.method_table import MethodName
+from mergetune.merging import selection_masks, spherical
+from mergetune.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit, wide
+from mergetune.merging.piece import Piece
+from mergetune.space.method_table import MethodName
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from optimizer.atomic_files import replacing
-from optimizer.library import in_cache
+from mergetune.files.atomic_files import replacing
+from mergetune.files.library import in_cache
 
 if TYPE_CHECKING:
-    from optimizer.merging.elementwise import Numbers
+    from mergetune.merging.elementwise import Numbers
 
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optimizer.merging.elementwise import wide
+from mergetune.merging.elementwise import wide
 
 # Densities live on this grid, so that one sort of a task vector serves a whole study.
 DENSITY_STEP = 0.01

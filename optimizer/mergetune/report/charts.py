@@ -8,11 +8,11 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from optimizer.report.data import Entry, ReportData
-from optimizer.report.labels import Label, place_labels
-from optimizer.report.metric import Metric
-from optimizer.report.style import BROKEN, BROKEN_BASELINE, MARKS, OTHER, RECOMMENDED, Axis, mark_of
-from optimizer.theme import BLUE, GREY, INK, WHITE
+from mergetune.report.data import Entry, ReportData
+from mergetune.report.labels import Label, place_labels
+from mergetune.report.metric import Metric
+from mergetune.report.style import BROKEN, BROKEN_BASELINE, MARKS, OTHER, RECOMMENDED, Axis, mark_of
+from mergetune.theme import BLUE, GREY, INK, WHITE
 
 
 def canvas(data: ReportData) -> tuple[int, int]:

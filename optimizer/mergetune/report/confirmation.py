@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from optimizer.aggregations import linear_scores
-from optimizer.evaluate import ITEM_KEYS, Score
-from optimizer.report.metric import Metric
-from optimizer.resampling import Interval, percentile_interval
-from optimizer.run_dir import HoldoutUse, RunDir
-from optimizer.selection import BASE, Choice, Scores
-from optimizer.statistics import PairedDifference, noise_variance, paired_difference
-from optimizer.suite import Split
+from mergetune.evaluation.aggregations import linear_scores
+from mergetune.evaluation.evaluate import ITEM_KEYS, Score
+from mergetune.evaluation.suite import Split
+from mergetune.report.metric import Metric
+from mergetune.results.run_dir import HoldoutUse, RunDir
+from mergetune.results.selection import BASE, Choice, Scores
+from mergetune.stats.paired import PairedDifference, noise_variance, paired_difference
+from mergetune.stats.resampling import Interval, percentile_interval
 
 # Returns the per-item scores of a candidate on one split, None where it was not measured.
 Read = Callable[[str, Split], pd.DataFrame | None]

@@ -10,10 +10,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from optimizer import pareto, selection
-from optimizer.recipe import single_layers
-from optimizer.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
-from optimizer.report.insights import (
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
+from mergetune.report.insights import (
     Changed,
     Changes,
     DepthValue,
@@ -24,14 +23,16 @@ from optimizer.report.insights import (
     recipe_lines,
     unchanged_roles,
 )
-from optimizer.report.metric import Metric, metrics_of
-from optimizer.report.sensitivity import Sensitivity, sensitivity
-from optimizer.report.verdict import Verdict, difference, judge
-from optimizer.resampling import Hypervolume
-from optimizer.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
-from optimizer.selection import PLAUSIBLE, Recommendation, Scores
-from optimizer.sensitivity import RECOMMENDED
-from optimizer.suite import Split, SuiteConfig
+from mergetune.report.metric import Metric, metrics_of
+from mergetune.report.sensitivity import Sensitivity, sensitivity
+from mergetune.report.verdict import Verdict, difference, judge
+from mergetune.results import selection
+from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
+from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
+from mergetune.slopes.sensitivity import RECOMMENDED
+from mergetune.space.recipe import single_layers
+from mergetune.stats import pareto
+from mergetune.stats.resampling import Hypervolume
 
 Role = Literal["base", "expert", "average", "merge"]
 _SPLITS: tuple[Split, Split] = ("search", "holdout")

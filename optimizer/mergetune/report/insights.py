@@ -11,13 +11,13 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-from optimizer.evaluate import Score
-from optimizer.method_table import METHODS
-from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
-from optimizer.report.metric import Metric
-from optimizer.report.verdict import paired
-from optimizer.run_dir import Candidate, searched
-from optimizer.selection import GRADIENT
+from mergetune.evaluation.evaluate import Score
+from mergetune.report.metric import Metric
+from mergetune.report.verdict import paired
+from mergetune.results.run_dir import Candidate, searched
+from mergetune.results.selection import GRADIENT
+from mergetune.space.method_table import METHODS
+from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
 
 MIN_TRIALS = 20
 _N_TOP = 5  # PED-ANOVA wants at least so many trials in the best part (optuna's documentation)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from optimizer.evaluate import Score
-from optimizer.number_text import number
-from optimizer.selection import BASE, reference_name
-from optimizer.suite import SuiteConfig
+from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.results.selection import BASE, reference_name
+from mergetune.stats.number_text import number
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup, escape
 
-from optimizer.analysis.heat_maps import heat_maps
-from optimizer.atomic_files import write_bytes, write_text
-from optimizer.models import short_name
-from optimizer.recipe import MergeRecipe, Source
-from optimizer.report import charts, study_charts
-from optimizer.report.data import Entry, ReportData, gather
-from optimizer.report.insights import MIN_TRIALS
-from optimizer.run_dir import Candidate, RunDir, StudyRecord
-from optimizer.templates import render_page
-from optimizer.theme import themed
+from mergetune.analysis.heat_maps import heat_maps
+from mergetune.files.atomic_files import write_bytes, write_text
+from mergetune.files.templates import render_page
+from mergetune.report import charts, study_charts
+from mergetune.report.data import Entry, ReportData, gather
+from mergetune.report.insights import MIN_TRIALS
+from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
+from mergetune.space.recipe import MergeRecipe, Source
+from mergetune.theme import themed
+from mergetune.weights.models import short_name
 
 _COLUMNS = 3  # of charts in the picture for slides
 

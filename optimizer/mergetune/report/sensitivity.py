@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from optimizer.analysis.conflict_words import HOW_TO_READ, TITLES, Finding, evidence, findings
-from optimizer.analysis.conflicts import Conflict, conflicts, layer_gains
-from optimizer.recipe import LayerGroup
-from optimizer.sensitivity import AVERAGE, BASE, RECOMMENDED
+from mergetune.analysis.conflict_words import HOW_TO_READ, TITLES, Finding, evidence, findings
+from mergetune.analysis.conflicts import Conflict, conflicts, layer_gains
+from mergetune.slopes.sensitivity import AVERAGE, BASE, RECOMMENDED
+from mergetune.space.recipe import LayerGroup
 
 _ORDER = (RECOMMENDED, AVERAGE, BASE)  # what the reader cares for most comes first
 

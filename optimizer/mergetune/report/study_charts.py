@@ -5,10 +5,10 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from optimizer.report.data import ReportData
-from optimizer.report.insights import parameter_name
-from optimizer.run_dir import Cost
-from optimizer.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
+from mergetune.report.data import ReportData
+from mergetune.report.insights import parameter_name
+from mergetune.results.run_dir import Cost
+from mergetune.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
 
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12

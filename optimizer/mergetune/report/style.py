@@ -7,9 +7,9 @@ from typing import Any
 
 import altair as alt
 
-from optimizer.report.data import Entry
-from optimizer.selection import PLAUSIBLE, SOLID
-from optimizer.theme import BLUE, INK, LIGHT, ORANGE, WHITE
+from mergetune.report.data import Entry
+from mergetune.results.selection import PLAUSIBLE, SOLID
+from mergetune.theme import BLUE, INK, LIGHT, ORANGE, WHITE
 
 _STAR = (
     "M0,-1L0.225,-0.309L0.951,-0.309L0.363,0.118L0.588,0.809L0,0.382"

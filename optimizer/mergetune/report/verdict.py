@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from optimizer import selection
-from optimizer.aggregations import linear_scores
-from optimizer.baselines import is_average, is_soup
-from optimizer.evaluate import ITEM_KEYS, Measurement, Score
-from optimizer.gains import Gain
-from optimizer.report.metric import Metric
-from optimizer.resampling import Floats, ItemScores, bootstrap_scores, join_items
-from optimizer.selection import Recommendation, Scales
-from optimizer.suite import Split, SuiteConfig
+from mergetune.evaluation.aggregations import linear_scores
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.report.metric import Metric
+from mergetune.results import selection
+from mergetune.results.selection import Recommendation, Scales
+from mergetune.stats.gains import Gain
+from mergetune.stats.resampling import Floats, ItemScores, bootstrap_scores, join_items
+from mergetune.study.baselines import is_average, is_soup
 
 N_RESAMPLES = 2000
 CLEAR = 0.95  # share of the resamples in which one must be ahead to be called clearly better

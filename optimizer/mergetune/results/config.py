@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from optimizer.engines.engine import EngineConfig, EngineKind
-from optimizer.errors import MergetuneError
-from optimizer.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
+from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 
 VocabularyRule = Literal["refuse", "base", "mean"]
 Grain = Literal["search_space", "layers", "attention_mlp"]

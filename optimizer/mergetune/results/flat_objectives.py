@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from optimizer.evaluate import ITEM_KEYS, Score
-from optimizer.run_dir import RunDir
-from optimizer.selection import BASE, expert_name
-from optimizer.suite import ScoreConfig
+from mergetune.evaluation.evaluate import ITEM_KEYS, Score
+from mergetune.evaluation.suite import ScoreConfig
+from mergetune.results.run_dir import RunDir
+from mergetune.results.selection import BASE, expert_name
 
 _SHOWN_ITEMS = 2
 _SHOWN_LETTERS = 300

@@ -42,15 +42,15 @@ from filelock import FileLock, Timeout
 from pyarrow import parquet
 from pydantic import AfterValidator, Field, model_validator
 
-from optimizer.atomic_files import TEMPORARY, write_parquet, write_text
-from optimizer.config import StudyConfig
-from optimizer.engines.engine import EngineKind
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Measurement, Score
-from optimizer.models import reference_to
-from optimizer.recipe import MergeRecipe
-from optimizer.suite import Split, SuiteConfig
-from optimizer.yaml_io import Strict, write_yaml
+from mergetune.engines.engine import EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Measurement, Score
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
+from mergetune.files.yaml_io import Strict, write_yaml
+from mergetune.results.config import StudyConfig
+from mergetune.space.recipe import MergeRecipe
+from mergetune.weights.models import reference_to
 
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")

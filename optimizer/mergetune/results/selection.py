@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from optimizer import pareto, resampling
-from optimizer.evaluate import Measurement, Score
-from optimizer.gains import ROUNDING, Gain, GainScale, best_gain
-from optimizer.number_text import number, signed
-from optimizer.resampling import Floats, Hypervolume, Indices, ItemJoin, ItemScores, join_items
-from optimizer.run_dir import RunDir
-from optimizer.smoothing import Smoothing, smooth
-from optimizer.suite import GuardConfig, ObjectiveConfig, Split, SuiteConfig
+from mergetune.evaluation.evaluate import Measurement, Score
+from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, Split, SuiteConfig
+from mergetune.results.run_dir import RunDir
+from mergetune.results.smoothing import Smoothing, smooth
+from mergetune.stats import pareto, resampling
+from mergetune.stats.gains import ROUNDING, Gain, GainScale, best_gain
+from mergetune.stats.number_text import number, signed
+from mergetune.stats.resampling import Floats, Hypervolume, Indices, ItemJoin, ItemScores, join_items
 
 Scores = Mapping[str, Score]
 BASE = "base"

@@ -27,10 +27,10 @@ import numpy as np
 import pandas as pd
 from scipy import linalg, optimize
 
-from optimizer.evaluate import Score
-from optimizer.gains import ROUNDING
-from optimizer.resampling import Floats, ItemScores, score_covariance, score_means
-from optimizer.run_dir import Candidate, searched
+from mergetune.evaluation.evaluate import Score
+from mergetune.results.run_dir import Candidate, searched
+from mergetune.stats.gains import ROUNDING
+from mergetune.stats.resampling import Floats, ItemScores, score_covariance, score_means
 
 MIN_POINTS = 8
 _N_STARTS = 4

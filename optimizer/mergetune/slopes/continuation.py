@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from optimizer.engines.completions import Scoring, generation_settings
+from mergetune.engines.completions import Scoring, generation_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from optimizer.engines.completions import CompletionsLM
+    from mergetune.engines.completions import CompletionsLM
 
 
 class Closing(NamedTuple):

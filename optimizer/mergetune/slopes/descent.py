@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.gains import clear_gains, loss_rate
-from optimizer.gradients import count_passes, slopes
-from optimizer.losses import MAX_TOKENS, mean_losses
-from optimizer.merging.merger import Merger
-from optimizer.recipe import MergeRecipe
-from optimizer.references import References
-from optimizer.score_link import TINY, ScoreLink, fit_link
-from optimizer.search_space import SearchSpace, nearest_in
-from optimizer.selection import Scores, reference_name
-from optimizer.suite import SuiteConfig
-from optimizer.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import SuiteConfig
+from mergetune.merging.merger import Merger
+from mergetune.results.selection import Scores, reference_name
+from mergetune.slopes.gradients import count_passes, slopes
+from mergetune.slopes.losses import MAX_TOKENS, mean_losses
+from mergetune.slopes.references import References
+from mergetune.slopes.score_link import TINY, ScoreLink, fit_link
+from mergetune.slopes.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space import SearchSpace, nearest_in
+from mergetune.stats.gains import clear_gains, loss_rate
 
 Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]

@@ -10,15 +10,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.engines.weight_gradients import each_gradient, recomputed_activations
-from optimizer.errors import MergetuneError
-from optimizer.losses import MAX_TOKENS, batches, check_finite, item_losses
-from optimizer.merging.derivative import coefficient_slopes
-from optimizer.merging.merger import Merger
-from optimizer.method_table import METHODS, SMOOTH, MethodName
-from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
-from optimizer.references import Reference, References
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.engines.weight_gradients import each_gradient, recomputed_activations
+from mergetune.errors import MergetuneError
+from mergetune.merging.derivative import coefficient_slopes
+from mergetune.merging.merger import Merger
+from mergetune.slopes.losses import MAX_TOKENS, batches, check_finite, item_losses
+from mergetune.slopes.references import Reference, References
+from mergetune.space.method_table import METHODS, SMOOTH, MethodName
+from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from optimizer.engines.completions import Scoring
-from optimizer.errors import TrialError
-from optimizer.merging.elementwise import wide
-from optimizer.references import Reference, References
+from mergetune.engines.completions import Scoring
+from mergetune.errors import TrialError
+from mergetune.merging.elementwise import wide
+from mergetune.slopes.references import Reference, References
 
 MAX_TOKENS = 1024  # in one batch, padding counted
 _SURE = 1e-6  # ε above: keeps the loss finite where a model is sure of a text that is not wanted

@@ -9,15 +9,15 @@ from typing import cast
 import pandas as pd
 from lm_eval.api.model import TemplateLM
 
-from optimizer.engines.engine import EngineConfig
-from optimizer.engines.transformers_engine import TransformersEngine
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Documents, Evaluator
-from optimizer.merging.inputs import Inputs
-from optimizer.recipe import MergeRecipe
-from optimizer.references import References, find_references
-from optimizer.sensitivity import BASE, N_ITEMS, anchor_points, measure_sensitivity
-from optimizer.suite import Suite
+from mergetune.engines.engine import EngineConfig
+from mergetune.engines.transformers_engine import TransformersEngine
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Documents, Evaluator
+from mergetune.evaluation.suite import Suite
+from mergetune.merging.inputs import Inputs
+from mergetune.slopes.references import References, find_references
+from mergetune.slopes.sensitivity import BASE, N_ITEMS, anchor_points, measure_sensitivity
+from mergetune.space.recipe import MergeRecipe
 
 _CANDIDATES = 48  # documents of each task among which items with an answer are looked for
 

@@ -13,19 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from optimizer.bound_task import BoundTask, right_answer
-from optimizer.continuation import closing, continued, replied
-from optimizer.engines.completions import Scoring
-from optimizer.gains import ROUNDING
-from optimizer.lm_tasks import item_answer
-from optimizer.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
+from mergetune.engines.completions import Scoring
+from mergetune.evaluation.bound_task import BoundTask, right_answer
+from mergetune.evaluation.lm_tasks import item_answer
+from mergetune.evaluation.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
+from mergetune.slopes.continuation import closing, continued, replied
+from mergetune.stats.gains import ROUNDING
 
 if TYPE_CHECKING:
     import pandas as pd
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
-    from optimizer.evaluate import Evaluator
+    from mergetune.evaluation.evaluate import Evaluator
 
 # A reply is a reference from this share of the best score of its task on: it shows most of what is scored.
 SUFFICIENT = 0.75

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special
 
-from optimizer.resampling import Floats
+from mergetune.stats.resampling import Floats
 
 TINY = 1e-6  # nats; a loss below is none
 _LITTLE = 0.1  # of the loss at which half of a gain is kept

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from optimizer.recipe import LayerGroup, MergeRecipe, Source, assign_groups
+from mergetune.space.recipe import LayerGroup, MergeRecipe, Source, assign_groups
 
 if TYPE_CHECKING:  # reports read sensitivities, and need no torch for it
-    from optimizer.engines.transformers_engine import TransformersEngine
-    from optimizer.merging.merger import Merger
-    from optimizer.references import References
+    from mergetune.engines.transformers_engine import TransformersEngine
+    from mergetune.merging.merger import Merger
+    from mergetune.slopes.references import References
 
 N_ITEMS = 12  # of each score
 BASE, AVERAGE, RECOMMENDED = "base", "average", "recommended"  # the points' names
@@ -68,7 +68,7 @@ def measure_sensitivity(
     Raises:
         TrialError: a weight, a loss or a slope is infinite or NaN at a point.
     """
-    from optimizer.gradients import has_slopes, slopes
+    from mergetune.slopes.gradients import has_slopes, slopes
 
     limits = {} if max_tokens is None else {"max_tokens": max_tokens}
     cut = _folds(references.sample(n_items), folds)

@@ -11,7 +11,7 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from optimizer.resampling import Floats
+from mergetune.stats.resampling import Floats
 
 _N_STEPS = 20  # at most, of a fit
 _LEAST = 1e-9  # of slopes' sizes, and of variances

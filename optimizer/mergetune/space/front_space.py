@@ -8,8 +8,8 @@ import numpy as np
 from optuna.distributions import FloatDistribution
 from scipy.stats import qmc
 
-from optimizer.recipe import LayerGroup, MergeRecipe, assign_groups
-from optimizer.search_space import SearchSpace, nearest_in
+from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
+from mergetune.space.search_space import SearchSpace, nearest_in
 
 _TIMES = (0.5, 1.5)  # range of the multipliers
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from optimizer.errors import MergetuneError
-from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
-from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
+from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
+from mergetune.space.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
 
 Role = Literal["embeddings", "attention", "mlp", "norms", "head", "other", "vision"]
 ROLES: tuple[Role, ...] = get_args(Role)

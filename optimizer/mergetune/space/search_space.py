@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.method_table import METHODS, SMOOTH, Parameter
-from optimizer.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
-from optimizer.search_space_config import (
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.space.method_table import METHODS, SMOOTH, Parameter
+from mergetune.space.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
+from mergetune.space.search_space_config import (
     Coefficient,
     Range,
     Ranges,

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from optimizer.config import Grain
-from optimizer.errors import MergetuneError
-from optimizer.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter
-from optimizer.recipe import (
+from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import Regex, Strict, read_yaml, refuse_unknown
+from mergetune.results.config import Grain
+from mergetune.space.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter
+from mergetune.space.recipe import (
     OUTSIDE_LAYERS,
     ROLES,
     LayerGroup,
@@ -21,7 +22,6 @@ from optimizer.recipe import (
     count_layers,
     single_layers,
 )
-from optimizer.yaml_io import Regex, Strict, read_yaml, refuse_unknown
 
 
 class Range(Strict):

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from optimizer.resampling import Floats, ItemScores
-from optimizer.statistics import paired_stderrs
+from mergetune.stats.paired import paired_stderrs
+from mergetune.stats.resampling import Floats, ItemScores
 
 CHANCE = 0.025  # how often noise alone passes for a clear gain
 FEW = 10  # items that differ; fewer do not show how far a difference can be off

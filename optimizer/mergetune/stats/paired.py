@@ -1,7 +1,7 @@
 """Paired statistics by item: intervals, tests, non-inferiority and sample sizes.
 
-The words of `optimizer.resampling` hold here; `alpha` is one-sided, and differences are candidate − baseline,
-in the unit of the score.
+The words of `mergetune.stats.resampling` hold here; `alpha` is one-sided, and differences are
+candidate − baseline, in the unit of the score.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from optimizer.resampling import (
+from mergetune.stats.resampling import (
     N_RESAMPLES,
     Floats,
     Indices,

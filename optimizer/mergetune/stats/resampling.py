@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from optimizer import pareto
-from optimizer.aggregations import linear_scores, not_means
-from optimizer.evaluate import ITEM_KEYS
+from mergetune.evaluation.aggregations import linear_scores, not_means
+from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.stats import pareto
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]

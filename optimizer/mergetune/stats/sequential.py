@@ -34,7 +34,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.errors import MergetuneError
+from mergetune.errors import MergetuneError
 
 Verdict = Literal["pass", "fail", "undecided"]
 Array = NDArray[np.float64]

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from optimizer.recipe import MergeRecipe, Source
-from optimizer.search_space import SearchSpace
-from optimizer.selection import BASE, expert_name
+from mergetune.results.selection import BASE, expert_name
+from mergetune.space.recipe import MergeRecipe, Source
+from mergetune.space.search_space import SearchSpace
 
 # Usual scaling factors of task arithmetic without a search (Ilharco et al. 2023; Yadav et al. 2023).
 _USUAL_LAMBDAS = (0.5, 0.8, 1.0)

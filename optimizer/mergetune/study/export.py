@@ -10,16 +10,16 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from optimizer.evaluate import Score
-from optimizer.library import shared_folder
-from optimizer.merging.adapter import is_adapter
-from optimizer.merging.inputs import Inputs, open_recipe
-from optimizer.merging.vocabulary import MatchedExpert
-from optimizer.merging.writer import write_model
-from optimizer.models import DEMO_MODEL, model_name, reference_to
-from optimizer.number_text import number
-from optimizer.recipe import MergeRecipe, RecipeGroup, assign_groups
-from optimizer.yaml_io import to_yaml
+from mergetune.evaluation.evaluate import Score
+from mergetune.files.library import shared_folder
+from mergetune.files.yaml_io import to_yaml
+from mergetune.merging.inputs import Inputs, open_recipe
+from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
+from mergetune.stats.number_text import number
+from mergetune.weights.adapter import is_adapter
+from mergetune.weights.models import DEMO_MODEL, model_name, reference_to
+from mergetune.weights.vocabulary import MatchedExpert
+from mergetune.weights.writer import write_model
 
 _WITHOUT_BASE = ("linear", "karcher", "passthrough")  # to mergekit
 

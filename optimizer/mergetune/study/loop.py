@@ -15,26 +15,30 @@ import optuna
 from optuna.trial import Trial
 from rich.console import Console
 
-from optimizer import selection
-from optimizer.baselines import baselines, uniform_name
-from optimizer.bench import Bench, write_facts
-from optimizer.descent import most_points
-from optimizer.engines.engine import EngineKind
-from optimizer.errors import MergetuneError, TrialError
-from optimizer.evaluate import Evaluator
-from optimizer.export import write_merged
-from optimizer.flat_objectives import flat_objectives
-from optimizer.front_space import FrontSpace
-from optimizer.interrupts import Interrupts
-from optimizer.leakage import leakage_warnings
-from optimizer.library import use_cache
-from optimizer.merging.inputs import Inputs
-from optimizer.merging.native import why_slow
-from optimizer.plan import Plan
-from optimizer.progress import Progress, study_line
-from optimizer.report import write_report
-from optimizer.run_dir import Candidate, HoldoutUse, RunDir, log_to
-from optimizer.search import (
+from mergetune.engines.engine import EngineKind
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.leakage import leakage_warnings
+from mergetune.evaluation.suite import Direction
+from mergetune.files.library import use_cache
+from mergetune.machine.interrupts import Interrupts
+from mergetune.measuring.bench import Bench, write_facts
+from mergetune.measuring.progress import Progress, study_line
+from mergetune.merging.inputs import Inputs
+from mergetune.merging.native import why_slow
+from mergetune.report import write_report
+from mergetune.results import selection
+from mergetune.results.flat_objectives import flat_objectives
+from mergetune.results.run_dir import Candidate, HoldoutUse, RunDir, log_to
+from mergetune.results.selection import Recommendation
+from mergetune.slopes.descent import most_points
+from mergetune.space.front_space import FrontSpace
+from mergetune.space.search_space import SearchSpace
+from mergetune.space.search_space_config import SearchSpaceConfig, finer
+from mergetune.study.baselines import baselines, uniform_name
+from mergetune.study.export import write_merged
+from mergetune.study.plan import Plan
+from mergetune.study.search import (
     CANDIDATE,
     REFUSED,
     Known,
@@ -46,12 +50,8 @@ from optimizer.search import (
     tell,
     try_sampler,
 )
-from optimizer.search_space import SearchSpace
-from optimizer.search_space_config import SearchSpaceConfig, finer
-from optimizer.selection import Recommendation
-from optimizer.soup import measure_greedy_soup
-from optimizer.suite import Direction
-from optimizer.warm_start import Searched, check_warm_start, start_search
+from mergetune.study.soup import measure_greedy_soup
+from mergetune.study.warm_start import Searched, check_warm_start, start_search
 
 _TRIAL = "trial-"  # begins the names of what the sampler proposed
 

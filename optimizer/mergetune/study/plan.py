@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizer.config import StudyConfig, read_study
-from optimizer.engines.engine import EngineKind
-from optimizer.errors import MergetuneError
-from optimizer.leakage import read_training_texts
-from optimizer.library import find, placed
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.models import check_reference, find_model, reference_to
-from optimizer.run_dir import RunDir, StudyRecord
-from optimizer.search import check_sampler
-from optimizer.search_space_config import SearchSpaceConfig, read_search_space
-from optimizer.suite import Suite, read_suite
+from mergetune.engines.engine import EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.leakage import read_training_texts
+from mergetune.evaluation.suite import Suite, read_suite
+from mergetune.files.library import find, placed
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.results.config import StudyConfig, read_study
+from mergetune.results.run_dir import RunDir, StudyRecord
+from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
+from mergetune.study.search import check_sampler
+from mergetune.weights.models import check_reference, find_model, reference_to
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from optimizer.config import SamplerConfig
-from optimizer.errors import MergetuneError
-from optimizer.suite import Direction
-from optimizer.yaml_io import nearest
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import Direction
+from mergetune.files.yaml_io import nearest
+from mergetune.results.config import SamplerConfig
 
 _NAME = "mergetune"  # of the Optuna study in its file
 

@@ -10,20 +10,21 @@ from typing import NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from optimizer import baselines, selection
-from optimizer.baselines import average_name
-from optimizer.bench import Bench, write_facts
-from optimizer.errors import MergetuneError
-from optimizer.evaluate import Evaluator, Measurement
-from optimizer.export import write_merged
-from optimizer.merging.inputs import Inputs
-from optimizer.progress import Progress
-from optimizer.recipe import MergeRecipe
-from optimizer.run_dir import Candidate, RunDir, log_to
-from optimizer.search_space import SearchSpace
-from optimizer.selection import BASE, Scales, Scores, expert_name
-from optimizer.soup_plan import SoupPlan
-from optimizer.suite import Split, SuiteConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator, Measurement
+from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.measuring.bench import Bench, write_facts
+from mergetune.measuring.progress import Progress
+from mergetune.merging.inputs import Inputs
+from mergetune.results import selection
+from mergetune.results.run_dir import Candidate, RunDir, log_to
+from mergetune.results.selection import BASE, Scales, Scores, expert_name
+from mergetune.space.recipe import MergeRecipe
+from mergetune.space.search_space import SearchSpace
+from mergetune.study import baselines
+from mergetune.study.baselines import average_name
+from mergetune.study.export import write_merged
+from mergetune.study.soup_plan import SoupPlan
 
 
 class Standing(NamedTuple):

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from optimizer.config import TAKEN, Budget, StudyConfig, VocabularyRule
-from optimizer.engines.engine import EngineConfig
-from optimizer.errors import MergetuneError
-from optimizer.library import find
-from optimizer.merging.adapter import is_adapter
-from optimizer.merging.checkpoint import FullExpert
-from optimizer.merging.inputs import Inputs, open_inputs
-from optimizer.merging.writer import check_replaceable
-from optimizer.models import check_reference, find_model
-from optimizer.plan import Plan
-from optimizer.search_space_config import read_search_space
-from optimizer.selection import BASE
-from optimizer.suite import Split, Suite, read_suite
+from mergetune.engines.engine import EngineConfig
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.suite import Split, Suite, read_suite
+from mergetune.files.library import find
+from mergetune.merging.inputs import Inputs, open_inputs
+from mergetune.results.config import TAKEN, Budget, StudyConfig, VocabularyRule
+from mergetune.results.selection import BASE
+from mergetune.space.search_space_config import read_search_space
+from mergetune.study.plan import Plan
+from mergetune.weights.adapter import is_adapter
+from mergetune.weights.checkpoint import FullExpert
+from mergetune.weights.models import check_reference, find_model
+from mergetune.weights.writer import check_replaceable
 
 SplitChoice = Literal["search", "holdout", "all"]
 

@@ -6,16 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from optimizer import clock, selection
-from optimizer.baselines import baselines, uniform_name
-from optimizer.bench import Bench
-from optimizer.config import WarmStartConfig
-from optimizer.descent import Ground, Known, Params, descend
-from optimizer.errors import MergetuneError
-from optimizer.front_space import FrontSpace
-from optimizer.memory import in_smaller_batches
-from optimizer.run_dir import Candidate, SpaceKind, WarmStart
-from optimizer.search_space import SearchSpace, nearest_in
+from mergetune.errors import MergetuneError
+from mergetune.machine import clock
+from mergetune.machine.memory import in_smaller_batches
+from mergetune.measuring.bench import Bench
+from mergetune.results import selection
+from mergetune.results.config import WarmStartConfig
+from mergetune.results.run_dir import Candidate, SpaceKind, WarmStart
+from mergetune.slopes.descent import Ground, Known, Params, descend
+from mergetune.space.front_space import FrontSpace
+from mergetune.space.search_space import SearchSpace, nearest_in
+from mergetune.study.baselines import baselines, uniform_name
 
 _WARM_START = "warm_start"  # names attempts
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.architecture import Part
-from optimizer.merging.checkpoint import (
+from mergetune.errors import MergetuneError
+from mergetune.weights.architecture import Part
+from mergetune.weights.checkpoint import (
     Checkpoint,
     Expert,
     FullExpert,
@@ -26,7 +26,7 @@ from optimizer.merging.checkpoint import (
     is_head,
     match_names,
 )
-from optimizer.merging.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
+from mergetune.weights.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.tensor_files import read_json
+from mergetune.errors import MergetuneError
+from mergetune.weights.tensor_files import read_json
 
 
 def read_config(folder: Path) -> Any:

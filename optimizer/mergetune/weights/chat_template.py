@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Expert
-from optimizer.merging.tensor_files import read_json
-from optimizer.merging.tokenizer_files import read_chat_template, read_eos_ids, read_special_token
+from mergetune.errors import MergetuneError
+from mergetune.weights.checkpoint import Expert
+from mergetune.weights.tensor_files import read_json
+from mergetune.weights.tokenizer_files import read_chat_template, read_eos_ids, read_special_token
 
 _FILE = "chat_template.jinja"
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.architecture import Architecture
-from optimizer.merging.tensor_files import open_weights, read_json
+from mergetune.errors import MergetuneError
+from mergetune.weights.architecture import Architecture
+from mergetune.weights.tensor_files import open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _HEAD_BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\.bias$")

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.config import VocabularyRule
-from optimizer.errors import MergetuneError
-from optimizer.merging.adapter import CONFIG as ADAPTER_CONFIG
-from optimizer.merging.adapter import LoraExpert
-from optimizer.merging.architecture import left_out_by_transformers
-from optimizer.merging.checkpoint import (
+from mergetune.errors import MergetuneError
+from mergetune.results.config import VocabularyRule
+from mergetune.space.recipe import tensor_place
+from mergetune.weights.adapter import CONFIG as ADAPTER_CONFIG
+from mergetune.weights.adapter import LoraExpert
+from mergetune.weights.architecture import left_out_by_transformers
+from mergetune.weights.checkpoint import (
     Checkpoint,
     Expert,
     FullExpert,
@@ -27,8 +28,8 @@ from optimizer.merging.checkpoint import (
     is_embeddings,
     is_head,
 )
-from optimizer.merging.tensor_files import read_json, shortened
-from optimizer.merging.tokenizer_files import (
+from mergetune.weights.tensor_files import read_json, shortened
+from mergetune.weights.tokenizer_files import (
     VOCABULARY_REMEDY,
     has_tokenizer,
     read_added_tokens,
@@ -36,8 +37,7 @@ from optimizer.merging.tokenizer_files import (
     read_pipeline,
     read_vocabulary,
 )
-from optimizer.merging.vocabulary import tokens_of, tokens_of_base
-from optimizer.recipe import tensor_place
+from mergetune.weights.vocabulary import tokens_of, tokens_of_base
 
 # Keys of config.json that do not change what the weights compute.
 _IGNORED_KEYS = {

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.chat_template import open_tokenizer
-from optimizer.merging.checkpoint import Checkpoint, Expert, has_token_rows
-from optimizer.merging.tensor_files import read_json, shortened
-from optimizer.merging.tokenizer_files import (
+from mergetune.errors import MergetuneError
+from mergetune.weights.chat_template import open_tokenizer
+from mergetune.weights.checkpoint import Checkpoint, Expert, has_token_rows
+from mergetune.weights.models import model_name
+from mergetune.weights.tensor_files import read_json, shortened
+from mergetune.weights.tokenizer_files import (
     read_added_tokens,
     read_vocabulary,
 )
-from optimizer.merging.vocabulary import own_tensor, tokens_of
-from optimizer.merging.writer import Layout, layout_of, write_model
-from optimizer.models import model_name
+from mergetune.weights.vocabulary import own_tensor, tokens_of
+from mergetune.weights.writer import Layout, layout_of, write_model
 
 # Stands in an extended base: what it was made of, and the row of every token that was added.
 MARKER = "extended_vocabulary.json"

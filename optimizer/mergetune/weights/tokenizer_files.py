@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from optimizer.merging.tensor_files import read_json
+from mergetune.weights.tensor_files import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 VOCABULARY_REMEDY = (

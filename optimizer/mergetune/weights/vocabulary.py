@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optimizer.errors import MergetuneError
-from optimizer.merging.adapter import LoraExpert
-from optimizer.merging.checkpoint import Checkpoint, Expert, has_token_rows
-from optimizer.merging.tokenizer_files import read_vocabulary
+from mergetune.errors import MergetuneError
+from mergetune.weights.adapter import LoraExpert
+from mergetune.weights.checkpoint import Checkpoint, Expert, has_token_rows
+from mergetune.weights.tokenizer_files import read_vocabulary
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.atomic_files import sync
-from optimizer.errors import MergetuneError
-from optimizer.merging.checkpoint import Checkpoint
-from optimizer.merging.tensor_files import INDEX, SINGLE
+from mergetune.errors import MergetuneError
+from mergetune.files.atomic_files import sync
+from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.tensor_files import INDEX, SINGLE
 
 Entry = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and shape
 Layout = Mapping[str, Entry]  # of all tensors of a model, by name

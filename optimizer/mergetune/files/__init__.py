@@ -1,0 +1,1 @@
+"""Files: YAML that users write, presets by name, templates, and the one atomic writer."""

@@ -1,0 +1,1 @@
+"""One way to measure a model: an engine that lives, and replies that are kept."""

@@ -1,0 +1,1 @@
+"""What a study learned: the study file, the run directory, and which candidate is chosen."""

@@ -1,0 +1,1 @@
+"""What can be merged: methods, layer groups, recipes and search spaces."""

@@ -1,0 +1,1 @@
+"""The study: its plan, its baselines, its search, and what it writes."""

@@ -1,0 +1,1 @@
+"""Models on disk: checkpoints, adapters, tokenizers, read lazily and written whole."""
