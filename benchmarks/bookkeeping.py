@@ -45,8 +45,8 @@ from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report import gather, write_report
 from mergetune.results import selection
+from mergetune.results.roles import BASE, expert_name
 from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from mergetune.results.selection import BASE, expert_name
 from mergetune.results.smoothing import smooth
 from mergetune.space.recipe import OUTSIDE_LAYERS, MergeRecipe, RecipeGroup, Source
 from mergetune.stats import pareto

@@ -22,8 +22,9 @@ from scipy import stats
 
 from mergetune.evaluation.evaluate import Score
 from mergetune.evaluation.suite import SuiteConfig
-from mergetune.results import selection, smoothing
-from mergetune.results.selection import BASE, Scales, expert_name
+from mergetune.results import roles, selection, smoothing
+from mergetune.results.roles import BASE, expert_name
+from mergetune.results.selection import Scales
 from mergetune.stats.gains import GainScale
 from mergetune.stats.resampling import Floats, ItemScores, score_means
 
@@ -113,7 +114,7 @@ def plain(study: Study) -> Scales:
 
 def ours(study: Study) -> Scales:
     """Return the scales that a study chooses by."""
-    experts = [name for name in study.items["skill"].names if selection.is_expert(name)]
+    experts = [name for name in study.items["skill"].names if roles.is_expert(name)]
     return Scales({key: GainScale.of(items, BASE, experts) for key, items in study.items.items()}, {})
 
 

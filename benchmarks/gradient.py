@@ -46,14 +46,14 @@ import small_skills
 from mergetune.evaluation.evaluate import Evaluator, Score
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.files.yaml_io import write_yaml
-from mergetune.measuring.bench import Bench
 from mergetune.measuring.progress import Progress
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.config import StudyConfig
 from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Scales, Scores
 from mergetune.space.search_space_config import SearchSpaceConfig
 from mergetune.stats import pareto
+from mergetune.study.bench import Bench
 from mergetune.study.loop import run_study
 from mergetune.study.plan import Plan
 
@@ -149,7 +149,7 @@ class Trace:
     def prefixes(self) -> dict[tuple[str, str], Mapping[str, Scores]]:
         """Return what was measured in each row of the table, within each column's cost."""
         baselines = {name for name, cost in self.costs.items() if cost == 0}
-        by_slopes = {name for name in self.costs if name.startswith(selection.GRADIENT)}
+        by_slopes = {name for name in self.costs if name.startswith(roles.GRADIENT)}
         rows = {"baselines": baselines, self.arm: set(self.costs)}
         if by_slopes:
             rows[f"{self.arm} alone"] = baselines | by_slopes
@@ -259,7 +259,7 @@ def cells(trace: Trace, also: Iterable[str]) -> list[Cell]:
             trace.seed,
             trace.descent,
             *choice,
-            hypervolume([scores[name] for name in choice.front], scores[selection.BASE], suite),
+            hypervolume([scores[name] for name in choice.front], scores[roles.BASE], suite),
             min(selection.retained_gains(scores, scores[choice.recommended], suite, confirmed).values()),
         )
         for place, choice in choices.items()
@@ -273,7 +273,7 @@ def compare(traces: Sequence[Trace]) -> list[dict[str, Any]]:
         cell for trace in traces for cell in cells(trace, [name for own, name in common if own is trace])
     ]
     holdout = {trace: trace.run.all_scores("holdout") for trace in traces}
-    points, base = [holdout[trace][name] for trace, name in common], holdout[traces[0]][selection.BASE]
+    points, base = [holdout[trace][name] for trace, name in common], holdout[traces[0]][roles.BASE]
     best = max(hypervolume(points, base, traces[0].suite), *(cell.hypervolume for cell in found))
     return [{**asdict(cell), "best_known": best, "share": cell.hypervolume / (best or 1.0)} for cell in found]
 

@@ -17,8 +17,9 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.results.roles import BASE, expert_name
 from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
-from mergetune.results.selection import BASE, choose, expert_name
+from mergetune.results.selection import choose
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, Source, tensor_place
 
 EXPERTS = ("tools", "persona")

@@ -14,11 +14,11 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.errors import EngineError, MergetuneError
 from mergetune.evaluation.evaluate import Evaluator, Score
 from mergetune.evaluation.suite import read_suite
-from mergetune.measuring.bench import Bench, write_facts
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.space.recipe import MergeRecipe
+from mergetune.study.bench import Bench, write_facts
 from test_study import write_study
 
 

@@ -24,8 +24,8 @@ from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.machine import memory
 from mergetune.machine.memory import check_room, in_smaller_batches, is_out_of_memory
-from mergetune.measuring import bench as bench_module
 from mergetune.results.run_dir import RunDir
+from mergetune.study import bench as bench_module
 from mergetune.study import warm_start
 from mergetune.study.loop import run_study
 from test_study import write_study

@@ -13,7 +13,7 @@ import pytest
 from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.report import gather
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Recommendation, Scales
 from mergetune.stats import resampling
@@ -317,7 +317,7 @@ def test_the_finalists_are_the_recommended_merge_and_other_trade_offs_of_the_fro
     assert choice.recommendation is not None
     assert found[0] == choice.recommendation.name
     assert 2 <= len(found) <= 4
-    assert not any(name == "base" or selection.is_expert(name) for name in found)
+    assert not any(name == "base" or roles.is_expert(name) for name in found)
     front = choice.front
     rest = [front.probability[name] for name in found[1:]]
     assert rest == sorted(rest, reverse=True)

@@ -21,10 +21,10 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.report import gather, write_report
-from mergetune.results import selection
+from mergetune.results import roles, selection
+from mergetune.results.roles import average_name, is_soup
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
-from mergetune.study.baselines import average_name, is_soup
 from mergetune.study.soup import Standing, Tasting, greedy_soup, make_soup, standing
 from mergetune.study.soup_plan import SoupPlan, _names, last_checkpoints
 from mergetune.weights.checkpoint import Checkpoint
@@ -125,7 +125,7 @@ def test_without_a_base_a_standing_is_the_mean_of_the_scores() -> None:
 
 def test_one_set_of_experts_has_one_name() -> None:
     experts = ["a", "b", "c"]
-    assert average_name(["b"], experts) == selection.expert_name("b")
+    assert average_name(["b"], experts) == roles.expert_name("b")
     assert average_name(["c", "a"], experts) == average_name(["a", "c"], experts) == "soup-a+c"
     assert average_name(["c", "a", "b"], experts) == "average-0.33"
     many = [f"checkpoint-{step}" for step in range(1000, 9000, 500)]

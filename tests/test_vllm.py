@@ -28,11 +28,11 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.files.library import find, shared_folder
-from mergetune.measuring.bench import Bench
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
+from mergetune.study.bench import Bench
 from mergetune.weights.models import demo_model
 from test_guarded_process import wait_until_gone
 from test_study import write_study

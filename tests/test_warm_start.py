@@ -14,7 +14,7 @@ import yaml
 
 from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import Inputs
-from mergetune.results import selection
+from mergetune.results import roles
 from mergetune.results.run_dir import RunDir
 from mergetune.results.smoothing import search_points
 from mergetune.slopes import descent, gradients
@@ -203,7 +203,7 @@ def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: Ru
     cut = RunDir(tmp_path / "cut")
     shutil.copytree(finished_finer.path, cut.path)
     for file in (cut.path / "candidates").glob("*"):
-        if file.name.startswith((selection.GRADIENT, "trial-")):
+        if file.name.startswith((roles.GRADIENT, "trial-")):
             file.unlink()
     (cut.path / "study.db").unlink()
     average = cut.candidate("average-0.5")
@@ -217,7 +217,7 @@ def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: Ru
     )
     assert list(again) == list(whole)
     points = [name for name in whole if not name.startswith("trial-")]
-    assert any(name.startswith(selection.GRADIENT) for name in points)
+    assert any(name.startswith(roles.GRADIENT) for name in points)
     assert [again[name] for name in points] == [whole[name] for name in points]
 
 

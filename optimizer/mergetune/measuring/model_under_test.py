@@ -17,12 +17,12 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.engines.start import start_chosen
 from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
-from mergetune.results.config import VocabularyRule
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.chat_template import ChatTemplate, choose_template, open_tokenizer
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.models import find_model
+from mergetune.weights.vocabulary import VocabularyRule
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -12,7 +12,6 @@ from mergetune.errors import MergetuneError
 from mergetune.files.library import scratch_folder
 from mergetune.files.yaml_io import Strict
 from mergetune.merging.merger import Merger
-from mergetune.results.config import VocabularyRule
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.weights.adapter import open_expert
 from mergetune.weights.chat_template import ChatTemplate, choose_template, shared_template
@@ -25,7 +24,7 @@ from mergetune.weights.compatibility import (
 )
 from mergetune.weights.extended_base import extend_base, settled_tokens
 from mergetune.weights.models import find_model, reference_to
-from mergetune.weights.vocabulary import match_tokens
+from mergetune.weights.vocabulary import VocabularyRule, match_tokens
 
 
 class ModelPaths(Strict):

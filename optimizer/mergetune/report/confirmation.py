@@ -13,8 +13,9 @@ from mergetune.evaluation.aggregations import linear_scores
 from mergetune.evaluation.evaluate import ITEM_KEYS, Score
 from mergetune.evaluation.suite import Split
 from mergetune.report.metric import Metric
+from mergetune.results.roles import BASE
 from mergetune.results.run_dir import HoldoutUse, RunDir
-from mergetune.results.selection import BASE, Choice, Scores
+from mergetune.results.selection import Choice, Scores
 from mergetune.stats.paired import PairedDifference, noise_variance, paired_difference
 from mergetune.stats.resampling import Interval, percentile_interval
 

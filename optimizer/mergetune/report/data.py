@@ -26,7 +26,7 @@ from mergetune.report.insights import (
 from mergetune.report.metric import Metric, metrics_of
 from mergetune.report.sensitivity import Sensitivity, sensitivity
 from mergetune.report.verdict import Verdict, difference, judge
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
 from mergetune.slopes.sensitivity import RECOMMENDED
@@ -77,9 +77,9 @@ class Entry:
     @property
     def role(self) -> Role:
         """Return what the candidate is to the reader."""
-        if self.name == selection.BASE:
+        if self.name == roles.BASE:
             return "base"
-        if selection.is_expert(self.name):
+        if roles.is_expert(self.name):
             return "expert"
         return "average" if self.candidate.kind == "baseline" else "merge"
 
@@ -122,7 +122,7 @@ class ReportData:
     def n_by_slopes(self) -> int:
         """Return how many of the points that slopes led to were measured, failed ones too."""
         names = [*(entry.name for entry in self.entries), *(candidate.name for candidate in self.failed)]
-        return sum(name.startswith(selection.GRADIENT) for name in names)
+        return sum(name.startswith(roles.GRADIENT) for name in names)
 
     @property
     def objectives(self) -> tuple[Metric, ...]:
@@ -184,7 +184,7 @@ def gather(run: RunDir) -> ReportData:
     )
     complete = [entry.candidate for entry in entries]
     objectives = [metric for metric in metrics if metric.kind == "objective"]
-    compared = {selection.BASE, *map(selection.expert_name, run.study.experts)}
+    compared = {roles.BASE, *map(roles.expert_name, run.study.experts)}
     confirmed = chosen is not None and compared | {chosen.name} <= holdout.keys()
     split: Split = "holdout" if confirmed else "search"
     measured = holdout if split == "holdout" else search
@@ -273,7 +273,7 @@ def _verdict(
 def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:
     """Return the hypervolume over the base's scores after each candidate; those that break a guard add 0."""
     signed = selection.objective_points({e.name: e.search for e in entries}, suite)
-    base = signed[next(i for i, entry in enumerate(entries) if entry.name == selection.BASE)]
+    base = signed[next(i for i, entry in enumerate(entries) if entry.name == roles.BASE)]
     feasible = np.array([entry.feasible for entry in entries])
     counted = np.where(feasible[:, None], signed, base)
     return tuple(pareto.growing_hypervolumes(counted, base.tolist()).tolist())
@@ -291,7 +291,7 @@ def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
 def _stopped(run: RunDir, candidates: Sequence[Candidate]) -> str:
     """Say why the search stopped; empty where it need not have."""
     budget = run.study.budget
-    numbers = [int(c.name.rpartition("-")[2]) for c in candidates if c.kind == "trial"]
+    numbers = filter(None, (roles.trial_number(candidate.name) for candidate in candidates))
     if 0 < budget.trials <= max(numbers, default=0):
         return "all trials were done"
     return f"the budget of {budget.hours:g} hours was spent" if run.spent_s() >= budget.hours * 3600 else ""
@@ -335,7 +335,7 @@ def _changes(
     own = run.measurement(chosen.name, split) if chosen is not None else None
     if own is None:
         return []
-    names = [n for n in map(selection.expert_name, run.study.experts) if n in measured]
+    names = [n for n in map(roles.expert_name, run.study.experts) if n in measured]
     experts = ((name, frame) for name in names if (frame := run.measurement(name, split)) is not None)
     return changes(own, experts, metrics, run.items())
 

@@ -14,8 +14,8 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from mergetune.evaluation.evaluate import Score
 from mergetune.report.metric import Metric
 from mergetune.report.verdict import paired
+from mergetune.results.roles import GRADIENT
 from mergetune.results.run_dir import Candidate, searched
-from mergetune.results.selection import GRADIENT
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
 

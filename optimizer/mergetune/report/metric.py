@@ -8,7 +8,7 @@ from typing import Literal
 
 from mergetune.evaluation.evaluate import Score
 from mergetune.evaluation.suite import SuiteConfig
-from mergetune.results.selection import BASE, reference_name
+from mergetune.results.roles import BASE, reference_name
 from mergetune.stats.number_text import number
 
 

@@ -14,11 +14,11 @@ from mergetune.evaluation.aggregations import linear_scores
 from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.metric import Metric
-from mergetune.results import selection
+from mergetune.results import roles, selection
+from mergetune.results.roles import is_average, is_soup
 from mergetune.results.selection import Recommendation, Scales
 from mergetune.stats.gains import Gain
 from mergetune.stats.resampling import Floats, ItemScores, bootstrap_scores, join_items
-from mergetune.study.baselines import is_average, is_soup
 
 N_RESAMPLES = 2000
 CLEAR = 0.95  # share of the resamples in which one must be ahead to be called clearly better
@@ -152,7 +152,7 @@ def _words(
     expert = _best([rival for rival in rivals if rival.name not in averages])
     average = _best([rival for rival in rivals if rival.name in averages])
     if expert and expert.worst_loss <= own:
-        whose = "the base model" if expert.name == selection.BASE else "your experts"
+        whose = "the base model" if expert.name == roles.BASE else "your experts"
         return (
             "none",
             f"`{chosen.name}`, the best merge of the search, does not beat {whose}.",
@@ -181,7 +181,7 @@ def _words(
 def _beaten(rivals: Sequence[Rival], measured: Collection[str], averages: Collection[str]) -> str:
     """Name the rivals kind by kind; those of which some were not measured on this split one by one."""
     by_kind: dict[str, list[str]] = {}
-    for name in [*filter(selection.is_expert, measured), *averages]:
+    for name in [*filter(roles.is_expert, measured), *averages]:
         by_kind.setdefault(_kind(name), []).append(name)
     kept, found = {rival.name for rival in rivals}, []
     for kind, names in by_kind.items():
@@ -203,7 +203,7 @@ def _left_out(names: Sequence[str], where: str) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    if selection.is_expert(name):
+    if roles.is_expert(name):
         return "expert"
     if is_soup(name):
         return "soup"
@@ -256,13 +256,13 @@ def _comparisons(
     noise: Mapping[str, float],
     broken: Collection[str],
 ) -> list[Comparison]:
-    experts = [other for other in scores if selection.is_expert(other)]
+    experts = [other for other in scores if roles.is_expert(other)]
     found = []
     for metric in metrics if experts else ():
         best = max(experts, key=lambda other: metric.sign * scores[other][metric.name].value)
         against = metric.reference if metric.kind == "guard" else best
         change = difference(frames[name], frames[against], metric, noise)
-        own, base, other = (scores[each][metric.name] for each in (name, selection.BASE, against))
+        own, base, other = (scores[each][metric.name] for each in (name, roles.BASE, against))
         found.append(Comparison(metric, own, base, against, other, change, metric.name in broken))
     return found
 

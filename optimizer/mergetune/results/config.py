@@ -10,9 +10,8 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from mergetune.engines.engine import EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
-
-VocabularyRule = Literal["refuse", "base", "mean"]
-Grain = Literal["search_space", "layers", "attention_mlp"]
+from mergetune.space.search_space_config import Grain
+from mergetune.weights.vocabulary import VocabularyRule
 
 TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
 

@@ -8,8 +8,8 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import ITEM_KEYS, Score
 from mergetune.evaluation.suite import ScoreConfig
+from mergetune.results.roles import BASE, expert_name
 from mergetune.results.run_dir import RunDir
-from mergetune.results.selection import BASE, expert_name
 
 _SHOWN_ITEMS = 2
 _SHOWN_LETTERS = 300

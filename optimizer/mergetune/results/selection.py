@@ -11,6 +11,7 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, Split, SuiteConfig
+from mergetune.results.roles import BASE, is_expert, is_merge, reference_name
 from mergetune.results.run_dir import RunDir
 from mergetune.results.smoothing import Smoothing, smooth
 from mergetune.stats import pareto, resampling
@@ -19,10 +20,7 @@ from mergetune.stats.number_text import number, signed
 from mergetune.stats.resampling import Floats, Hypervolume, Indices, ItemJoin, ItemScores, join_items
 
 Scores = Mapping[str, Score]
-BASE = "base"
 SOLID, PLAUSIBLE = 0.5, 0.1  # from these probabilities of being on the front
-_EXPERT = "expert-"
-GRADIENT = "gradient-"  # begins the names of the points that slopes led to
 N_RESAMPLES = 2000
 _FEWER_RESAMPLES = 100
 
@@ -82,26 +80,6 @@ class NoisyFront:
         i, j = self.names.index(first), self.names.index(second)
         difference = self.points[:, i] - self.points[:, j]
         return bool((np.abs(difference.mean(axis=0)) <= difference.std(axis=0)).all())
-
-
-def expert_name(expert: str) -> str:
-    """Return the candidate's name of an expert measured alone."""
-    return f"{_EXPERT}{expert}"
-
-
-def is_merge(name: str) -> bool:
-    """Say whether a candidate is neither the base nor an expert alone."""
-    return name != BASE and not is_expert(name)
-
-
-def is_expert(name: str) -> bool:
-    """Say whether a candidate's name is that of an expert measured alone."""
-    return name.startswith(_EXPERT)
-
-
-def reference_name(guard: GuardConfig) -> str:
-    """Return the candidate's name of what a guard is compared to."""
-    return BASE if guard.reference == BASE else expert_name(guard.reference)
 
 
 def guard_violations(

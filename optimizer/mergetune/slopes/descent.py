@@ -15,7 +15,8 @@ from mergetune.engines.transformers_engine import TransformersEngine
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.merging.merger import Merger
-from mergetune.results.selection import Scores, reference_name
+from mergetune.results.roles import reference_name
+from mergetune.results.selection import Scores
 from mergetune.slopes.gradients import count_passes, slopes
 from mergetune.slopes.losses import MAX_TOKENS, mean_losses
 from mergetune.slopes.references import References

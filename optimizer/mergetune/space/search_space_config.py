@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import Regex, Strict, read_yaml, refuse_unknown
-from mergetune.results.config import Grain
 from mergetune.space.method_table import METHODS, PARAMETER_NAMES, MethodName, Parameter
 from mergetune.space.recipe import (
     OUTSIDE_LAYERS,
@@ -22,6 +22,8 @@ from mergetune.space.recipe import (
     count_layers,
     single_layers,
 )
+
+Grain = Literal["search_space", "layers", "attention_mlp"]  # of the groups that slopes are followed in
 
 
 class Range(Strict):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mergetune.results.selection import BASE, expert_name
+from mergetune.results.roles import (
+    BASE,
+    EQUALIZED,
+    average_name,
+    expert_name,
+    scaled_average_name,
+    uniform_name,
+)
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.space.search_space import SearchSpace
 
@@ -15,9 +21,6 @@ _USUAL_LAMBDAS = (0.5, 0.8, 1.0)
 # TIES without a search keeps the top 20 % and scales by 1 (Yadav et al. 2023, section 4);
 # DARE's usual drop rate is 0.9 for fine-tunes of this kind (Yu et al. 2024).
 _USUAL_DENSITY = {"ties": 0.2, "dare_linear": 0.1, "dare_ties": 0.1}
-_AVERAGE, _SOUP = "average-", "soup-"  # begin names of candidates
-EQUALIZED = f"{_AVERAGE}equalized"  # the norm-equalized average
-_LONGEST_NAME = 60  # a candidate's name is a file's name, too
 
 
 @dataclass(frozen=True)
@@ -27,37 +30,6 @@ class Baseline:
     name: str
     recipe: MergeRecipe
     params: dict[str, float] | None
-
-
-def uniform_name(n_experts: int) -> str:
-    """Return the candidate's name of the plain average."""
-    return f"{_AVERAGE}{1 / n_experts:.2g}"
-
-
-def average_name(members: Collection[str], experts: Sequence[str]) -> str:
-    """Return the candidate's name of the average of some of the experts: one name for one set.
-
-    The average of one expert is that expert, and the average of all is the plain one.
-    """
-    ordered = [name for name in experts if name in members]
-    if len(ordered) == 1:
-        return expert_name(ordered[0])
-    if len(ordered) == len(experts):
-        return uniform_name(len(experts))
-    name = _SOUP + "+".join(ordered)
-    if len(name) <= _LONGEST_NAME:
-        return name
-    return f"{_SOUP}of-{len(ordered)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def is_average(name: str) -> bool:
-    """Say whether a candidate's name is that of the average of all experts, with whatever lambda."""
-    return name.startswith(_AVERAGE)
-
-
-def is_soup(name: str) -> bool:
-    """Say whether a candidate's name is that of the average of some of the experts."""
-    return name.startswith(_SOUP)
 
 
 def baselines(
@@ -77,7 +49,7 @@ def baselines(
     """
     zero, share = dict.fromkeys(experts, 0.0), 1 / len(experts)
     models = {BASE: zero} | {expert_name(name): {**zero, name: 1.0} for name in experts}
-    averages = {uniform_name(len(experts)): share} | {f"{_AVERAGE}{lam:.2g}": lam for lam in _USUAL_LAMBDAS}
+    averages = {uniform_name(len(experts)): share} | {scaled_average_name(lam): lam for lam in _USUAL_LAMBDAS}
     # With density 1 each method that can express an untouched model gives it back.
     found = [
         Baseline(name, _task_arithmetic(lambdas, base, experts), space.constant(lambdas, density=1.0))

@@ -22,20 +22,21 @@ from mergetune.evaluation.leakage import leakage_warnings
 from mergetune.evaluation.suite import Direction
 from mergetune.files.library import use_cache
 from mergetune.machine.interrupts import Interrupts
-from mergetune.measuring.bench import Bench, write_facts
 from mergetune.measuring.progress import Progress, study_line
 from mergetune.merging.inputs import Inputs
 from mergetune.merging.native import why_slow
 from mergetune.report import write_report
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.flat_objectives import flat_objectives
+from mergetune.results.roles import uniform_name
 from mergetune.results.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from mergetune.results.selection import Recommendation
 from mergetune.slopes.descent import most_points
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
-from mergetune.study.baselines import baselines, uniform_name
+from mergetune.study.baselines import baselines
+from mergetune.study.bench import Bench, write_facts
 from mergetune.study.export import write_merged
 from mergetune.study.plan import Plan
 from mergetune.study.search import (
@@ -52,8 +53,6 @@ from mergetune.study.search import (
 )
 from mergetune.study.soup import measure_greedy_soup
 from mergetune.study.warm_start import Searched, check_warm_start, start_search
-
-_TRIAL = "trial-"  # begins the names of what the sampler proposed
 
 log = logging.getLogger("mergetune")
 
@@ -192,7 +191,7 @@ def _search(plan: Plan, searched: Searched, bench: Bench, interrupts: Interrupts
         n_front = len(selection.front(bench.scores, bench.evaluator.suite.config))
         bench.progress.at_work(study_line(number, due[-1], seconds_per_trial, n_front))
         trial = search.ask(dict(space.distributions))
-        candidate = _measure(bench, searched, trial, f"{_TRIAL}{number:04d}")
+        candidate = _measure(bench, searched, trial, roles.trial_name(number))
         if candidate is not None:
             spent_s += candidate.cost.total_s
         if not tell(search, trial, bench.outcome(candidate)):
@@ -206,7 +205,7 @@ def _enqueue_design(
     """Where the search goes on around the points of a warm start, begin near them and not at random."""
     if isinstance(space, SearchSpace):
         return
-    n_given = sum(not each.name.startswith(_TRIAL) for each in known)
+    n_given = sum(roles.trial_number(each.name) is None for each in known)
     n_missing = n_startup(plan.config.sampler, len(space.distributions)) - n_given
     for params in space.design(max(n_missing, 0), plan.config.seed):
         search.enqueue_trial(params, skip_if_exists=True)  # a study that goes on has some of them
@@ -241,7 +240,7 @@ def _trial_names(known: Sequence[Candidate], refused: Collection[str]) -> list[s
 
 def _last_number(names: Sequence[str]) -> int:
     """Return the number of the last trial, which may be greater than how many there are."""
-    return max([len(names), *(int(name.removeprefix(_TRIAL)) for name in names if name.startswith(_TRIAL))])
+    return max([len(names), *filter(None, map(roles.trial_number, names))])
 
 
 def _hours_s(plan: Plan) -> float:
@@ -266,7 +265,7 @@ def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Collection[str 
         now = datetime.now(UTC).replace(microsecond=0)
         use = HoldoutUse(at=now, finalists=finalists, n_candidates=len(bench.scores))
         bench.run.add_holdout_use(use)
-    compared = [name for name in bench.scores if name == selection.BASE or selection.is_expert(name)]
+    compared = [name for name in bench.scores if name == roles.BASE or roles.is_expert(name)]
     names = {*compared, *averages, *finalists}
     for candidate in bench.candidates:
         if candidate.name in names and candidate.state == "complete":

@@ -13,16 +13,16 @@ from rich.console import Console
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator, Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
-from mergetune.measuring.bench import Bench, write_facts
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs
 from mergetune.results import selection
+from mergetune.results.roles import BASE, average_name, expert_name
 from mergetune.results.run_dir import Candidate, RunDir, log_to
-from mergetune.results.selection import BASE, Scales, Scores, expert_name
+from mergetune.results.selection import Scales, Scores
 from mergetune.space.recipe import MergeRecipe
 from mergetune.space.search_space import SearchSpace
 from mergetune.study import baselines
-from mergetune.study.baselines import average_name
+from mergetune.study.bench import Bench, write_facts
 from mergetune.study.export import write_merged
 from mergetune.study.soup_plan import SoupPlan
 

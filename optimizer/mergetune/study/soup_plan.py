@@ -13,13 +13,14 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import Split, Suite, read_suite
 from mergetune.files.library import find
 from mergetune.merging.inputs import Inputs, open_inputs
-from mergetune.results.config import TAKEN, Budget, StudyConfig, VocabularyRule
-from mergetune.results.selection import BASE
+from mergetune.results.config import TAKEN, Budget, StudyConfig
+from mergetune.results.roles import BASE
 from mergetune.space.search_space_config import read_search_space
 from mergetune.study.plan import Plan
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.checkpoint import FullExpert
 from mergetune.weights.models import check_reference, find_model
+from mergetune.weights.vocabulary import VocabularyRule
 from mergetune.weights.writer import check_replaceable
 
 SplitChoice = Literal["search", "holdout", "all"]

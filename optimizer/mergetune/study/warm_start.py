@@ -9,14 +9,15 @@ from dataclasses import dataclass, field, replace
 from mergetune.errors import MergetuneError
 from mergetune.machine import clock
 from mergetune.machine.memory import in_smaller_batches
-from mergetune.measuring.bench import Bench
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.config import WarmStartConfig
+from mergetune.results.roles import uniform_name
 from mergetune.results.run_dir import Candidate, SpaceKind, WarmStart
 from mergetune.slopes.descent import Ground, Known, Params, descend
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace, nearest_in
-from mergetune.study.baselines import baselines, uniform_name
+from mergetune.study.baselines import baselines
+from mergetune.study.bench import Bench
 
 _WARM_START = "warm_start"  # names attempts
 
@@ -88,7 +89,7 @@ def start_search(
 def _measure(bench: Bench, searched: Searched, points: Sequence[Params]) -> None:
     for number, params in enumerate(points, start=1):
         recipe = searched.space.recipe(params)
-        bench.measure("trial", f"{selection.GRADIENT}{number}", recipe, params, searched.kind)
+        bench.measure("trial", f"{roles.GRADIENT}{number}", recipe, params, searched.kind)
 
 
 def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
@@ -130,7 +131,7 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
     points = _points(bench, space)
     start_name, start = _start(bench, space, points)
-    names = {selection.BASE, *map(selection.expert_name, bench.inputs.expert_sources)}
+    names = {roles.BASE, *map(roles.expert_name, bench.inputs.expert_sources)}
     names |= {uniform_name(len(bench.inputs.experts)), start_name}
     known = {
         candidate.name: Known(candidate.recipe, bench.scores[candidate.name])
@@ -175,8 +176,8 @@ def _points(bench: Bench, space: SearchSpace) -> dict[str, Params]:
 
 def _start(bench: Bench, space: SearchSpace, points: Mapping[str, Params]) -> tuple[str, Params]:
     """Return the best merge of these and its point; else the middle of all ranges."""
-    anchors = {name: own for name, own in bench.scores.items() if not selection.is_merge(name)}
-    merges = {name: bench.scores[name] for name in points if selection.is_merge(name)}
+    anchors = {name: own for name, own in bench.scores.items() if not roles.is_merge(name)}
+    merges = {name: bench.scores[name] for name in points if roles.is_merge(name)}
     scales = selection.scales_of(bench.run, anchors | merges)
     best = selection.recommend(anchors | merges, bench.evaluator.suite.config, scales)
     if best is not None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mergetune.errors import MergetuneError
-from mergetune.results.config import VocabularyRule
 from mergetune.space.recipe import tensor_place
 from mergetune.weights.adapter import CONFIG as ADAPTER_CONFIG
 from mergetune.weights.adapter import LoraExpert
@@ -37,7 +36,7 @@ from mergetune.weights.tokenizer_files import (
     read_pipeline,
     read_vocabulary,
 )
-from mergetune.weights.vocabulary import tokens_of, tokens_of_base
+from mergetune.weights.vocabulary import VocabularyRule, tokens_of, tokens_of_base
 
 # Keys of config.json that do not change what the weights compute.
 _IGNORED_KEYS = {

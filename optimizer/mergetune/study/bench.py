@@ -23,7 +23,7 @@ from mergetune.machine.memory import free_memory, in_smaller_batches
 from mergetune.measuring.progress import Progress, candidate_line
 from mergetune.measuring.reply_store import ReplyStore, StoredLM
 from mergetune.merging.inputs import Inputs
-from mergetune.results import selection
+from mergetune.results import roles, selection
 from mergetune.results.run_dir import MOST_ATTEMPTS, Candidate, CandidateKind, Cost, RunDir, SpaceKind
 from mergetune.slopes.gradients import has_slopes
 from mergetune.slopes.references import References, find_references
@@ -182,7 +182,7 @@ class Bench:
 
         Where that cannot be done, the study goes on without.
         """
-        base = self._candidates.get(selection.BASE)
+        base = self._candidates.get(roles.BASE)
         if base is None or self.run.noise() is not None:
             return
         self.progress.at_work("the base once more")
@@ -193,7 +193,7 @@ class Bench:
         self.run.add_seconds(_NOISE, found.cost.total_s)
         self.run.write_noise(found.measurement)
         self.run.forget_attempts(_NOISE)
-        first = self.run.measurement(selection.BASE, "search")
+        first = self.run.measurement(roles.BASE, "search")
         assert first is not None  # measured before
         again = found.measurement.items
         both = first.merge(again, on=ITEM_KEYS, suffixes=("", "_again"), validate="one_to_one")
@@ -244,7 +244,7 @@ class Bench:
 
         What a merge said may not: its own words would be what its loss and slopes are taken on.
         """
-        names = [name for name in self.scores if not selection.is_merge(name)]
+        names = [name for name in self.scores if not roles.is_merge(name)]
         measured = [self.run.measurement(name, "search") for name in names]
         replies = [frame for frame in measured if frame is not None]
         found = find_references(self.evaluator, engine.lm, replies=replies)
