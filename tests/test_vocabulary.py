@@ -22,12 +22,12 @@ from mergetune.engines.transformers_engine import TransformersEngine
 from mergetune.errors import MergetuneError
 from mergetune.measuring.model_under_test import LocalModel, open_model
 from mergetune.merging.inputs import Inputs, open_inputs
-from mergetune.results.config import VocabularyRule, read_study
+from mergetune.results.config import read_study
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import merge_recipe, write_merged
 from mergetune.weights.checkpoint import Checkpoint
-from mergetune.weights.vocabulary import MatchedExpert
+from mergetune.weights.vocabulary import MatchedExpert, VocabularyRule
 from test_study import run, write_study
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
