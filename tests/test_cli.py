@@ -14,13 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers import build_llama, fine_tune, train_adapter
-from test_study import write_study
-
-
-def mergetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mergetune.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+from helpers import build_llama, fine_tune, mergetune, train_adapter
+from studies import write_study
 
 
 def test_help_lists_the_verbs_and_loads_nothing_heavy() -> None:

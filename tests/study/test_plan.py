@@ -12,7 +12,7 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.results.run_dir import RunDir, StudyRecord
 from mergetune.study.plan import Plan
-from test_study import write_study
+from studies import write_study
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from mergetune.errors import MergetuneError
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.writer import layout_of, write_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),

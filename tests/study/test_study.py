@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import fine_tune
@@ -32,8 +30,8 @@ from mergetune.results import selection
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import merge_recipe
-from mergetune.study.loop import run_study
 from mergetune.weights.checkpoint import Checkpoint
+from studies import run, write_study
 
 
 def measure_again(model: Path, run: RunDir) -> pd.DataFrame:
@@ -42,46 +40,6 @@ def measure_again(model: Path, run: RunDir) -> pd.DataFrame:
     config = EngineConfig(kind="transformers")
     with closing(Meter(open_model(str(model)), config, evaluator, None, print)) as meter:
         return meter.measure(evaluator.documents("search"))
-
-
-def write_study(folder: Path, base: Path, models: dict[str, Path], **changes: Any) -> Path:
-    """Write a study with two objectives and a guard, of a second or two per run."""
-    folder.mkdir(exist_ok=True)
-    words = [{"prompt": f"Say {i}.", "patterns": [str(i % 10), "e", "a", "[A-Z]"]} for i in range(16)]
-    parity = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(16)]
-    for name, items in (("words", words), ("parity", parity)):
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(item) for item in items))
-    choice = {"items": "parity.jsonl", "scorer": "choice"}
-    suite = {
-        "description": "test",
-        "chat_template": True,
-        "objectives": {
-            "words": {"tasks": [{"items": "words.jsonl", "scorer": "regex", "max_new_tokens": 6}]},
-            "parity": {"tasks": [choice]},
-        },
-        "guards": {"calm": {"margin": 0.5, "tasks": [choice | {"items": "./parity.jsonl"}]}},
-    }
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
-    study = {
-        "base": str(base),
-        "experts": {name: str(path) for name, path in models.items()},
-        "search_space": "task_arithmetic",
-        "suite": "suite.yaml",
-        "engine": {"kind": "transformers"},
-        "budget": {"trials": 3},
-        "allow_flat_objectives": True,  # of random models
-        "warm_start": "none",
-        **changes,
-    }
-    (folder / "study.yaml").write_text(yaml.safe_dump(study))
-    return folder / "study.yaml"
-
-
-def run(study: Path, out: Path) -> str:
-    """Run a study; returns what it printed."""
-    printed = io.StringIO()
-    run_study(study, out, Console(file=printed, width=200))
-    return printed.getvalue()
 
 
 def in_process(study: Path, out: Path) -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ from mergetune.space.front_space import FrontSpace
 from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
-from test_study import run, write_study
+from studies import run, write_study
 
 
 def study_of(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:

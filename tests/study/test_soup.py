@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from rich.console import Console
 
-from helpers import fine_tune, merge_with_peft
+from helpers import fine_tune, merge_with_peft, mergetune
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator
@@ -28,10 +28,9 @@ from mergetune.space.recipe import MergeRecipe
 from mergetune.study.soup import Standing, Tasting, greedy_soup, make_soup, standing
 from mergetune.study.soup_plan import SoupPlan, _names, last_checkpoints
 from mergetune.weights.checkpoint import Checkpoint
+from scored_models import MODELS, scales, scores, suite
+from studies import run, write_study
 from synthetic_run import Plan, write_run
-from test_cli import mergetune
-from test_selection import MODELS, scales, scores, suite
-from test_study import run, write_study
 
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=6, unique=True)
 STANDINGS = st.builds(Standing, st.sampled_from([0.0, -0.1, -0.2]), st.floats(-2, 2))

@@ -28,7 +28,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.study import bench as bench_module
 from mergetune.study import warm_start
 from mergetune.study.loop import run_study
-from test_study import write_study
+from studies import write_study
 
 PROMPTS = [f"Count from {i} on:" for i in range(11)]
 

@@ -29,7 +29,7 @@ from mergetune.space.search_space_config import layer_groups, read_search_space
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.writer import write_model
 
-PRESETS = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 GRID = 2**12  # weights on a grid of 1/GRID: their sums and differences are exact in float32
 IDS = torch.arange(3, 43).reshape(2, 20)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
+from helpers import mergetune
 from mergetune.analysis.conflict_words import findings, with_error
 from mergetune.analysis.conflicts import CLEAR, Conflict, conflicts, layer_gains, sensitivity_as_data
 from mergetune.analysis.tables import sensitivity_tables
@@ -44,9 +45,8 @@ from mergetune.slopes.sensitivity import (
     slopes_by_group,
 )
 from mergetune.space.recipe import LayerGroup, MergeRecipe
+from studies import write_study
 from synthetic_run import GROUPS, Plan, sensitivity_frame, write_run
-from test_cli import mergetune
-from test_study import write_study
 
 HALVES = (LayerGroup(name="layers", match=r"layers\."), LayerGroup(name="rest", match=r"^(?!.*layers\.)"))
 

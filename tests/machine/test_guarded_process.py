@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from helpers import is_alive, wait_until_gone
 from mergetune.machine.guarded_process import GuardedProcess, last_words
 
 TARGET = f"{__name__}:answer"
@@ -38,21 +39,6 @@ def share(connection: Connection, _settings: dict[str, Any]) -> None:
         time.sleep(300)
     connection.send((memory.name, child))
     time.sleep(300)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(*pids: int) -> None:
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, f"still there: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.05)
 
 
 def test_it_answers_and_takes_its_children_with_it_when_killed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.bench import Bench, write_facts
-from test_study import write_study
+from studies import write_study
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import mergetune
 from mergetune.files.library import shared_folder
-from test_cli import mergetune
 
 RECIPES = shared_folder("examples") / "taskmaster" / "recipes"
 

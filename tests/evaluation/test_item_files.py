@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import mergetune
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import Item, read_suite
-from test_cli import mergetune
 
 GOOD = {"prompt": "Say hi", "answer": "hi"}
 LINE = json.dumps(GOOD) + "\n"

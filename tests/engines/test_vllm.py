@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from rich.console import Console
 
-from helpers import build_llama, fine_tune, plain_loop
+from helpers import build_llama, fine_tune, plain_loop, wait_until_gone
 from mergetune.engines.completions import Scoring
 from mergetune.engines.engine import Engine, EngineConfig
 from mergetune.engines.self_test import RECORD
@@ -34,8 +34,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.bench import Bench
 from mergetune.weights.models import demo_model
-from test_guarded_process import wait_until_gone
-from test_study import write_study
+from studies import write_study
 
 pytest.importorskip("vllm")
 

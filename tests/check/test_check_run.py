@@ -14,34 +14,19 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from helpers import fine_tune
+from helpers import fine_tune, mergetune
 from mergetune.check.run import Checked, CheckOptions, check_models, check_stored
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
-from mergetune.evaluation.suite import Suite, read_suite
+from mergetune.evaluation.suite import Suite
 from mergetune.files.library import shared_folder
 from mergetune.measuring.meter import Meter
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.reply_store import ReplyStore
-from test_cli import mergetune
+from studies import write_suite
 
 ENGINE = EngineConfig(kind="transformers")
-
-
-def write_suite(folder: Path, answers: list[str], **changes: object) -> Suite:
-    """Write a suite whose items are answered right by the model that these replies come from."""
-    items = [{"prompt": f"Count to {i}.", "answer": answer} for i, answer in enumerate(answers)]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    task = {"items": "items.jsonl", "scorer": "exact", "max_new_tokens": 4}
-    data = {
-        "description": "test",
-        "chat_template": True,
-        "holdout": 0,
-        "objectives": {"counting": {"margin": 0.1, "tasks": [task]}},
-    }
-    (folder / "suite.yaml").write_text(yaml.safe_dump(data | changes))
-    return read_suite(folder / "suite.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers import mergetune
 from mergetune.errors import MergetuneError
 from mergetune.files.library import cache_folder, in_cache, use_cache
-from test_check_run import write_suite
-from test_cli import mergetune
+from studies import write_suite
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,7 @@ def test_the_function_that_gpus_get_compiled_has_the_bits_of_the_plain_one() -> 
 def test_a_compiler_without_float16_gives_the_same_bits(tmp_path: Path) -> None:
     """As GCC before 12; in a process of its own, since the kernel is looked for once."""
     program = (
-        "import sys, torch; sys.path.insert(0, 'tests')\n"
+        "import sys, torch; sys.path[:0] = ['tests', 'tests/merging']\n"
         "from test_elementwise import COEFFICIENTS, MemoryModel, Merger, models, recipe\n"
         "from mergetune.merging import native\n"
         "assert native.why_slow() is None, native.why_slow()\n"
@@ -190,7 +190,7 @@ def test_a_compiler_without_float16_gives_the_same_bits(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
@@ -202,7 +202,7 @@ def test_a_compiler_without_float16_gives_the_same_bits(tmp_path: Path) -> None:
 def test_without_a_compiler_the_same_bits_come_from_plain_torch(tmp_path: Path, compiler: str) -> None:
     """In a process of its own, since the kernel is looked for once."""
     program = (
-        "import sys, torch; sys.path.insert(0, 'tests')\n"
+        "import sys, torch; sys.path[:0] = ['tests', 'tests/merging']\n"
         "from test_elementwise import Merger, models, recipe\n"
         "from mergetune.merging import native\n"
         "base, *experts = models(torch.bfloat16, (5_000,))\n"
@@ -218,7 +218,7 @@ def test_without_a_compiler_the_same_bits_come_from_plain_torch(tmp_path: Path, 
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "merged.pt")],
         env={**os.environ, "PATH": str(bin_folder), "CXX": "c++", "XDG_CACHE_HOME": str(tmp_path)},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
 from torch import Tensor
 
-from helpers import build_llama
+from helpers import build_llama, mergetune
 from mergetune.analysis.advice import CONFLICT, OPPOSED, SMALLEST_SHARE, Verdict, as_data, judge
 from mergetune.analysis.chart import check_chart_path, draw, pair_frame, vector_frame, write_chart
 from mergetune.analysis.tables import inspection_tables, verdict_sections
@@ -33,7 +33,6 @@ from mergetune.errors import MergetuneError
 from mergetune.files.library import find
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.space.recipe import LayerGroup
-from test_cli import mergetune
 
 GROUPS = (
     LayerGroup(name="outside", match=r"^(?!(.*\.)?\d+\.)"),

@@ -28,7 +28,7 @@ from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import merge_recipe, write_merged
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.vocabulary import MatchedExpert, VocabularyRule
-from test_study import run, write_study
+from studies import run, write_study
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 X, Y, Z = "<|x|>", "<|y|>", "<|z|>"
