@@ -53,7 +53,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Scales, Scores
 from mergetune.space.search_space_config import SearchSpaceConfig
 from mergetune.stats import pareto
-from mergetune.study.bench import Bench
+from mergetune.study.candidates import Candidates
 from mergetune.study.loop import run_study
 from mergetune.study.plan import Plan
 
@@ -230,11 +230,11 @@ def confirm(run: RunDir, names: Iterable[str]) -> dict[str, dict[str, Score]]:
         inputs, evaluator = plan.open_inputs(run.path), Evaluator(plan.suite)
         with (
             Progress(CONSOLE) as progress,
-            closing(Bench(plan.config.engine, inputs, evaluator, run, progress)) as bench,
+            closing(Candidates(plan.config.engine, inputs, evaluator, run, progress)) as candidates,
         ):
             for candidate in run.candidates():
                 if candidate.name in missing:
-                    bench.confirm(candidate)
+                    candidates.confirm(candidate)
     return run.all_scores("holdout")
 
 

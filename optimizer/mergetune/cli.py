@@ -325,8 +325,8 @@ def evaluate(
     from mergetune.evaluation.suite import read_suite
     from mergetune.files.atomic_files import write_parquet
     from mergetune.files.library import find, use_cache, writable
-    from mergetune.measuring.meter import Meter
     from mergetune.measuring.model_under_test import open_model
+    from mergetune.measuring.pool import Job, Pool, PoolOptions
     from mergetune.measuring.progress import Progress
     from mergetune.results.config import engine_options
 
@@ -342,8 +342,8 @@ def evaluate(
     with Progress(_err) as progress:
         opened = open_model(model, base, tokenizer, template, keys, vocabulary, progress.at_work)
     evaluator = Evaluator(asked)
-    with closing(Meter(opened, config, evaluator, None, _remark)) as meter:
-        items = meter.measure(evaluator.documents(split))
+    with closing(Pool(opened, config, evaluator, None, PoolOptions(say=_remark))) as pool:
+        items = pool.measured(Job("eval", evaluator.documents(split))).measurement.items
     if out is not None:
         write_parquet(out, items)
     scores = Measurement(items, 0.0).scores()

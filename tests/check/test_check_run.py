@@ -21,8 +21,8 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
 from mergetune.evaluation.suite import Suite
 from mergetune.files.library import shared_folder
-from mergetune.measuring.meter import Meter
 from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
 from studies import write_suite
 
@@ -33,8 +33,8 @@ ENGINE = EngineConfig(kind="transformers")
 def suite(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Suite:
     folder = tmp_path_factory.mktemp("suite")
     evaluator = Evaluator(write_suite(folder, ["?"] * 150))
-    with closing(Meter(open_model(str(tiny_base)), ENGINE, evaluator, None, print)) as meter:
-        replies = meter.measure(evaluator.documents("all"))["response"]
+    with closing(Pool(open_model(str(tiny_base)), ENGINE, evaluator, None)) as pool:
+        replies = pool.measured(Job("test", evaluator.documents("all"))).measurement.items["response"]
     return write_suite(folder, replies.tolist())
 
 
@@ -97,9 +97,9 @@ def test_another_scorer_costs_no_inference_and_another_way_to_ask_does(
         suite = write_suite(tmp_path, ["?"] * 10, objectives={"counting": {"tasks": [task]}})
         evaluator = Evaluator(suite)
         model = open_model(str(tiny_base))
-        with closing(Meter(model, ENGINE, evaluator, ReplyStore(store), print)) as meter:
-            meter.measure(evaluator.documents("all"))
-        assert meter.n_measured == 10 - n_known
+        with closing(Pool(model, ENGINE, evaluator, ReplyStore(store))) as pool:
+            found = pool.measured(Job("test", evaluator.documents("all")))
+        assert found.n_asked == 10 - n_known
 
 
 def test_another_chat_template_is_another_model(tiny_base: Path, tmp_path: Path) -> None:
@@ -242,8 +242,8 @@ def test_the_pytest_example_fails_where_only_a_task_does(
 ) -> None:
     """What the candidate loses on one task it gains on the other, so that the score stays."""
     evaluator = Evaluator(suite)
-    with closing(Meter(open_model(str(damaged)), ENGINE, evaluator, None, print)) as meter:
-        replies = meter.measure(evaluator.documents("all"))["response"]
+    with closing(Pool(open_model(str(damaged)), ENGINE, evaluator, None)) as pool:
+        replies = pool.measured(Job("test", evaluator.documents("all"))).measurement.items["response"]
     tasks = []
     for name, answers in (
         ("lost", [item.answer for item in suite.items["items.jsonl"]]),

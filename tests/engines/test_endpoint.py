@@ -322,15 +322,12 @@ def test_the_key_goes_to_the_host_that_was_named_for_it_alone(
         host = urlsplit(url).netloc
         named = {"example.com": None, host: "Bearer secret", "127.0.0.1": "Bearer secret"}
         for name, key in named.items():
-            with open_model(url, key_variables={name: "OPENAI_API_KEY"}).started(EngineConfig(), print) as lm:
-                evaluator.measure(lm, "search")
+            model = open_model(url, key_variables={name: "OPENAI_API_KEY"})
+            evaluator.measure(model.start(EngineConfig(), None, None, print)[0].lm, "search")
             assert set(seen) == {key}
             seen.clear()
-        with (
-            pytest.raises(MergetuneError, match="MY_KEY holds no API key"),
-            open_model(url, key_variables={host: "MY_KEY"}).started(EngineConfig(), print),
-        ):
-            pass
+        with pytest.raises(MergetuneError, match="MY_KEY holds no API key"):
+            open_model(url, key_variables={host: "MY_KEY"}).start(EngineConfig(), None, None, print)
 
 
 def test_a_model_that_computes_nan_fails_its_trial() -> None:

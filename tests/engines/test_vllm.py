@@ -32,7 +32,7 @@ from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
-from mergetune.study.bench import Bench
+from mergetune.study.candidates import Candidates, Proposal
 from mergetune.weights.models import demo_model
 from studies import write_study
 
@@ -336,9 +336,9 @@ def test_a_real_model_with_adapters_is_as_exact_as_in_transformers(tmp_path: Pat
 
 
 @pytest.fixture
-def open_bench(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[..., Bench]]:
-    """A bench whose candidates take vLLM some seconds each."""
-    opened: list[Bench] = []
+def open_candidates(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[..., Candidates]]:
+    """Candidates that take vLLM some seconds each."""
+    opened: list[Candidates] = []
     write_study(tmp_path, models["base"], {})
     words = [{"prompt": f"Say {i}.", "patterns": ["e"]} for i in range(400)]
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(item) for item in words))
@@ -346,13 +346,13 @@ def open_bench(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[...
     (tmp_path / "suite.yaml").write_text(text)
     inputs = open_models(models)
 
-    def start(**options: Any) -> Bench:
+    def start(**options: Any) -> Candidates:
         run = RunDir(tmp_path / "run")
         (run.path / "candidates").mkdir(parents=True, exist_ok=True)
         config = EngineConfig(kind="vllm", dtype="float32", **(SMALL | options))
         evaluator = Evaluator(read_suite(find("evals", str(tmp_path / "suite.yaml"), tmp_path)))
         console = Console(file=(tmp_path / "said").open("a"), width=500)
-        opened.append(Bench(config, inputs, evaluator, run, Progress(console)))
+        opened.append(Candidates(config, inputs, evaluator, run, Progress(console)))
         return opened[-1]
 
     yield start
@@ -360,21 +360,21 @@ def open_bench(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[...
         each.close()
 
 
-def pid_of(bench: Bench) -> int:
-    engine: Any = bench.engine
+def pid_of(candidates: Candidates) -> int:
+    engine: Any = candidates.pool.engine
     pid: int = engine.vllm._process.pid
     return pid
 
 
-def while_it_measures(bench: Bench, what: signal.Signals, times: int) -> threading.Thread:
+def while_it_measures(candidates: Candidates, what: signal.Signals, times: int) -> threading.Thread:
     """Send a signal to each of the next engines while it measures for two seconds or more."""
 
     def send() -> None:
         for _ in range(times):
-            engine = bench.engine
+            engine = candidates.pool.engine
             time.sleep(0.5)
-            os.kill(pid_of(bench), what)
-            while bench.engine in (engine, None):
+            os.kill(pid_of(candidates), what)
+            while candidates.pool.engine in (engine, None):
                 time.sleep(0.05)
 
     thread = threading.Thread(target=send, daemon=True)
@@ -383,14 +383,14 @@ def while_it_measures(bench: Bench, what: signal.Signals, times: int) -> threadi
 
 
 def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
-    open_bench: Callable[..., Bench], tmp_path: Path
+    open_candidates: Callable[..., Candidates], tmp_path: Path
 ) -> None:
-    living = open_bench(timeout_s=5)
+    living = open_candidates(timeout_s=5)
     pids = [pid_of(living)]
 
     # dies once: the candidate is measured all the same
     while_it_measures(living, signal.SIGKILL, times=1)
-    candidate = living.measure("trial", "trial-0001", recipe_of(living.inputs, 0.1, 0.2), None)
+    candidate = living.measure(Proposal("trial", "trial-0001", recipe_of(living.inputs, 0.1, 0.2)))
     assert candidate.state == "complete"
     assert len(candidate.faults) == 1
     assert "killed by SIGKILL" in candidate.faults[0]
@@ -400,7 +400,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
 
     # hangs twice: the candidate has failed, and the study goes on
     while_it_measures(living, signal.SIGSTOP, times=2)
-    candidate = living.measure("trial", "trial-0002", recipe_of(living.inputs, 0.3, 0.2), None)
+    candidate = living.measure(Proposal("trial", "trial-0002", recipe_of(living.inputs, 0.3, 0.2)))
     assert candidate.state == "failed"
     assert candidate.reason is not None
     assert "silent for 5 s" in candidate.reason
@@ -411,15 +411,11 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
     pids.append(pid_of(living))
 
     # makes room for slopes, and comes back when it is needed
-    with living.transformers() as lent:
+    with living.pool.transformers() as lent:
         wait_until_gone(pids[-1])
         assert lent.model.device.type in ("cpu", "cuda")
-    candidate = living.measure(
-        "trial",
-        "trial-0003",
-        MergeRecipe.of_base(living.inputs.base_source, living.inputs.expert_sources),
-        None,
-    )
+    recipe = MergeRecipe.of_base(living.inputs.base_source, living.inputs.expert_sources)
+    candidate = living.measure(Proposal("trial", "trial-0003", recipe))
     assert (candidate.state, candidate.faults) == ("complete", ())
     pids.append(pid_of(living))
     living.close()

@@ -24,8 +24,8 @@ from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.machine import memory
 from mergetune.machine.memory import check_room, in_smaller_batches, is_out_of_memory
+from mergetune.measuring import model_under_test
 from mergetune.results.run_dir import RunDir
-from mergetune.study import bench as bench_module
 from mergetune.study import warm_start
 from mergetune.study.loop import run_study
 from studies import write_study
@@ -155,25 +155,20 @@ def test_after_slopes_that_do_not_fit_the_study_goes_on_and_nothing_of_them_is_h
     class Other(TransformersEngine):
         """An engine that makes room for slopes."""
 
-    def start(*args: Any) -> TransformersEngine:
+    def start(config: EngineConfig, *rest: Any) -> tuple[TransformersEngine, EngineConfig]:
         gc.collect()
         alive.append(sum(ref() is not None for ref in lent))
-        config, base, inputs, _folder = args
-        return Other(config, base, inputs.merger, inputs.chat)
-
-    def start_first(config: EngineConfig, *rest: Any) -> tuple[TransformersEngine, EngineConfig]:
         base, inputs, *_ = rest
         return Other(config, base, inputs.merger, inputs.chat), config
 
     monkeypatch.setattr(warm_start, "descend", exhausted)
-    monkeypatch.setattr(bench_module, "start_engine", start)
-    monkeypatch.setattr(bench_module, "start_chosen", start_first)
+    monkeypatch.setattr(model_under_test, "start_chosen", start)
     is_lent = "mergetune.engines.transformers_engine.TransformersEngine"
     monkeypatch.setattr(is_lent, type("TransformersEngine", (TransformersEngine,), {}))
     printed = io.StringIO()
     run_study(study, tmp_path / "run", Console(file=printed, width=400))
     assert len(lent) == 3  # each with smaller batches
-    assert alive
+    assert len(alive) > 1
     assert not any(alive)
     assert "Memory is too small for one text at a time" in printed.getvalue()
     assert {c.kind for c in RunDir(tmp_path / "run").candidates()} == {"baseline", "trial"}

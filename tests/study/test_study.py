@@ -24,8 +24,8 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
-from mergetune.measuring.meter import Meter
 from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.pool import Job, Pool
 from mergetune.results import selection
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
@@ -38,8 +38,8 @@ def measure_again(model: Path, run: RunDir) -> pd.DataFrame:
     """Score a model directory on the search split of a run's suite."""
     evaluator = Evaluator(read_suite(Path(run.study.suite)))
     config = EngineConfig(kind="transformers")
-    with closing(Meter(open_model(str(model)), config, evaluator, None, print)) as meter:
-        return meter.measure(evaluator.documents("search"))
+    with closing(Pool(open_model(str(model)), config, evaluator, None)) as pool:
+        return pool.measured(Job("test", evaluator.documents("search"))).measurement.items
 
 
 def in_process(study: Path, out: Path) -> subprocess.Popen[str]:

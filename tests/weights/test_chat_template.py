@@ -124,8 +124,9 @@ def test_a_file_takes_the_place_of_the_models_own(models: dict[str, Path], tmp_p
     suite = read_suite(write_suite(tmp_path, "deploy.jinja"))
     plain, given = open_model(str(models["a"])), open_model(str(models["a"]), chat=suite.config.chat_template)
     assert plain.digest != given.digest
-    with given.started(EngineConfig(kind="transformers", device="cpu"), print) as lm:
-        prompt = lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+    engine, _ = given.start(EngineConfig(kind="transformers", device="cpu"), None, None, print)
+    prompt = engine.lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+    engine.close()
     assert prompt.startswith(TEXT_END)
     changed = suite.digest
     (tmp_path / "deploy.jinja").write_text(CHATML)

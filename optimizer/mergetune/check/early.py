@@ -10,7 +10,7 @@ import pandas as pd
 
 from mergetune.evaluation.aggregations import not_means
 from mergetune.evaluation.evaluate import Documents, Evaluator
-from mergetune.measuring.meter import Meter
+from mergetune.measuring.pool import Job, Pool
 from mergetune.stats.sequential import Levels, Look, item_order, look, split_alpha, whole_verdict
 
 _FIRST_ROUNDS = 24  # a round is an item of every task
@@ -27,9 +27,8 @@ class Early:
 
 
 def measure_until_clear(
-    meter: Meter,
+    pool: Pool,
     baseline: pd.DataFrame,
-    evaluator: Evaluator,
     documents: Documents,
     alpha: float,
     say: Callable[[str], None],
@@ -39,13 +38,13 @@ def measure_until_clear(
     A score that a look has decided gets no more items, and the first that fails ends the measuring.
 
     Args:
-        meter: the candidate's.
+        pool: the candidate's.
         baseline: score_name, task, item and score of every document.
-        evaluator: the suite.
         documents: what may be measured.
         alpha: the error of PASS, and that of FAIL.
         say: is told how each look came out.
     """
+    evaluator = pool.evaluator
     scores = evaluator.suite.config.scores
     levels = split_alpha(alpha, len(scores))
     order = _shuffled(evaluator, documents)
@@ -57,7 +56,7 @@ def measure_until_clear(
     open_scores, start, end = list(tasks), 0, _FIRST_ROUNDS
     while open_scores and whole_verdict(each.verdict for each in looks.values()) != "fail":
         batch = {task: order[task][start:end] for name in open_scores for task in tasks[name]}
-        frames.append(meter.measure(batch))
+        frames.append(pool.measured(Job("candidate", batch)).measurement.items)
         measured = pd.concat(frames, ignore_index=True)
         to_the_end = not_means(baseline) | not_means(measured)  # for the bounds of a look are of means
         for name in list(open_scores):

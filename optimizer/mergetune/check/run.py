@@ -18,8 +18,8 @@ from mergetune.errors import MergetuneError, StartError
 from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from mergetune.evaluation.leakage import find_leaks, read_training_texts
 from mergetune.evaluation.suite import Split, Suite
-from mergetune.measuring.meter import Meter
 from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
+from mergetune.measuring.pool import Job, Pool, PoolOptions
 from mergetune.measuring.reply_store import ReplyStore
 
 CheckSplit = Split | Literal["all"]
@@ -104,19 +104,22 @@ class _Pair:
         """Measure both in one kind of engine, and judge."""
         baseline = self._measured(self.baseline, engine)
         if self.options.is_fast:
-            with closing(Meter(self.candidate, engine, self.evaluator, self.store, self.say)) as meter:
-                early = measure_until_clear(
-                    meter, baseline, self.evaluator, self.documents, self.options.alpha, self.say
-                )
+            with closing(self._pool(self.candidate, engine)) as pool:
+                early = measure_until_clear(pool, baseline, self.documents, self.options.alpha, self.say)
             return self._judged(early.items, baseline, None, early)
         again = self._measured(self.baseline, engine, 1) if self.options.has_noise_floor else None
         return self._judged(self._measured(self.candidate, engine), baseline, again, None)
 
     def _measured(self, model: ModelUnderTest, engine: EngineConfig, repeat: int = 0) -> pd.DataFrame:
-        with closing(Meter(model, engine, self.evaluator, self.store, self.say, repeat)) as meter:
-            found = meter.measure(self.documents)
-        self.say(f"{model.reference}: {_count(meter.n_measured, len(found), repeat)}")
-        return found
+        with closing(self._pool(model, engine)) as pool:
+            found = pool.measured(Job(model.reference, self.documents, repeat=repeat))
+        items = found.measurement.items
+        self.say(f"{model.reference}: {_count(found.n_asked, len(items), repeat)}")
+        return items
+
+    def _pool(self, model: ModelUnderTest, engine: EngineConfig) -> Pool:
+        options = PoolOptions(say=self.say, on_fault=lambda _, fault: self.say(f"tried again: {fault}"))
+        return Pool(model, engine, self.evaluator, self.store, options)
 
     def _judged(
         self,

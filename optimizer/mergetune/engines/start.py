@@ -24,7 +24,7 @@ def start_chosen(
     inputs: Inputs | None,
     folder: Path | None,
     begun_with: EngineKind | None,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
     chat: ChatTemplate | None = None,
 ) -> tuple[Engine, EngineConfig]:
     """Choose an engine and start it; where `auto` chose one that does not run, start the other.

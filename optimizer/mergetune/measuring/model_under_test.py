@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from mergetune.engines.engine import EngineConfig
+from mergetune.engines.engine import Engine, EngineConfig, EngineKind, LoadTime
 from mergetune.engines.start import start_chosen
 from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
@@ -70,20 +69,29 @@ class LocalModel:
             self.chat.put_into(tokenizer)
         return TokenizerPrompts(tokenizer)
 
-    @contextmanager
-    def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
-        """Start an engine with this model; `say` is told which one was chosen.
+    def start(
+        self,
+        config: EngineConfig,
+        folder: Path | None,
+        begun_with: EngineKind | None,
+        say: Callable[[str], object],
+    ) -> tuple[Engine, EngineConfig]:
+        """Start an engine with this model's base, and merge nothing yet; see `start_chosen`."""
+        return start_chosen(config, self.folder, self.inputs, folder, begun_with, say, self.chat)
 
-        Raises:
-            MergetuneError: it cannot be started.
-        """
-        engine, _ = start_chosen(config, self.folder, self.inputs, None, None, say, self.chat)
-        try:
-            if self.recipe is not None:
-                engine.load(self.recipe)
-            yield engine.lm
-        finally:
-            engine.close()
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """A server as an engine: its weights are its own."""
+
+    lm: LM
+
+    def load(self, _recipe: MergeRecipe) -> LoadTime:
+        """Raise `MergetuneError`: a server takes no weights."""
+        raise MergetuneError("A server takes no weights: give a model in files to merge into.")
+
+    def close(self) -> None:
+        """Leave the server as it is."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,13 @@ class ServedModel:
 
     digest = None
 
-    @contextmanager
-    def started(self, config: EngineConfig, say: Callable[[str], None]) -> Iterator[LM]:
+    def start(
+        self,
+        config: EngineConfig,
+        _folder: Path | None,
+        _begun_with: EngineKind | None,
+        say: Callable[[str], object],
+    ) -> tuple[Engine, EngineConfig]:
         """Connect to the server; only `batch_size` is heeded.
 
         Raises:
@@ -116,7 +129,7 @@ class ServedModel:
         key = None if self.key_variable is None else os.environ.get(self.key_variable)
         if self.key_variable is not None and not key:
             raise MergetuneError(f"{self.url}: the variable {self.key_variable} holds no API key. Set it.")
-        yield served_lm(self.url, self.name, self.tokenizer, requests, key)
+        return ServedEngine(served_lm(self.url, self.name, self.tokenizer, requests, key)), config
 
 
 ModelUnderTest = LocalModel | ServedModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -50,9 +51,21 @@ def candidate_line(name: str, scores: Mapping[str, Score] | None, seconds: float
     return f"{name:<16} {shown}  {seconds:.1f} s"
 
 
-def study_line(number: int, total: int, seconds_per_trial: float | None, n_front: int) -> str:
-    """Return the line of where the search stands, before trial `number` of `total`."""
-    left = (
-        "…" if seconds_per_trial is None else f"{seconds_per_trial * (total - number + 1) / 60:.0f} min left"
-    )
-    return f"trial {number} of {total} · front {n_front} · {left}"
+class StudyLine:
+    """Says where a search stands.
+
+    Args:
+        first: the number of the first trial of this sitting.
+        n_trials: how many are to come.
+    """
+
+    def __init__(self, first: int, n_trials: int) -> None:
+        self._first, self._last, self._began = first, first + n_trials - 1, time.monotonic()
+
+    def text(self, number: int, n_front: int) -> str:
+        """Return the line to show before trial `number`, with so many merges on the front."""
+        left = "…"
+        if number > self._first:
+            seconds_per_trial = (time.monotonic() - self._began) / (number - self._first)
+            left = f"{seconds_per_trial * (self._last - number + 1) / 60:.0f} min left"
+        return f"trial {number} of {self._last} · front {n_front} · {left}"

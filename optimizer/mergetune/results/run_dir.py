@@ -69,8 +69,6 @@ _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(r
 CandidateKind = Literal["baseline", "trial"]
 SpaceKind = Literal["search_space", "front"]  # the study's own, or the one around the points of a warm start
 
-MOST_ATTEMPTS = 2  # at one thing, over all sittings
-
 
 class StudyRecord(StudyConfig):
     """The study as it was resolved: hub ids pinned, absolute paths, and what its inputs held."""
@@ -157,6 +155,18 @@ class Attempts(Strict):
         times = {1: "once", 2: "twice"}.get(n_silent, f"{n_silent} times")
         silent = f"{times} the process ended in the middle of it (killed, perhaps for want of memory)"
         return f"begun {self.begun} times: {'; '.join((*self.faults, *([silent] if n_silent else [])))}"
+
+    def with_another(self) -> Attempts:
+        """Return these and one more."""
+        return self.model_copy(update={"begun": self.begun + 1})
+
+    def with_fault(self, fault: str) -> Attempts:
+        """Return these, with how the last one ended."""
+        return self.model_copy(update={"faults": (*self.faults, fault)})
+
+    def with_one_less(self) -> Attempts:
+        """Return these without the last one."""
+        return self.model_copy(update={"begun": max(self.begun - 1, 0)})
 
 
 class WarmStart(Strict):
@@ -324,19 +334,17 @@ class RunDir:
 
     def begin_attempt(self, what: str, of: str = "") -> None:
         """Count an attempt; that is on disk before this returns, whatever becomes of this process then."""
-        known = self.attempts(what, of)
-        self._write_attempts(what, known.model_copy(update={"begun": known.begun + 1}))
+        self._write_attempts(what, self.attempts(what, of).with_another())
 
     def add_fault(self, what: str, of: str, fault: str) -> None:
         """Keep how the attempt begun last ended; it still counts."""
-        known = self.attempts(what, of)
-        self._write_attempts(what, known.model_copy(update={"faults": (*known.faults, fault)}))
+        self._write_attempts(what, self.attempts(what, of).with_fault(fault))
 
     def take_back_attempt(self, what: str, of: str = "") -> None:
         """Count the attempt begun last no more."""
-        known = self.attempts(what, of)
-        if known.begun > 1:
-            self._write_attempts(what, known.model_copy(update={"begun": known.begun - 1}))
+        known = self.attempts(what, of).with_one_less()
+        if known.begun > 0:
+            self._write_attempts(what, known)
         else:
             self.forget_attempts(what)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,7 +21,7 @@ from mergetune.evaluation.leakage import leakage_warnings
 from mergetune.evaluation.suite import Direction
 from mergetune.files.library import use_cache
 from mergetune.machine.interrupts import Interrupts
-from mergetune.measuring.progress import Progress, study_line
+from mergetune.measuring.progress import Progress, StudyLine
 from mergetune.merging.inputs import Inputs
 from mergetune.merging.native import why_slow
 from mergetune.report import write_report
@@ -36,25 +35,27 @@ from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
 from mergetune.study.baselines import baselines
-from mergetune.study.bench import Bench, write_facts
+from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
+from mergetune.study.noise import measure_noise
 from mergetune.study.plan import Plan
 from mergetune.study.search import (
     CANDIDATE,
     REFUSED,
     Known,
+    Outcome,
     catch_up,
     make_sampler,
     n_startup,
     open_search,
+    outcome,
     refused,
     tell,
     try_sampler,
 )
+from mergetune.study.slopes import take_slopes
 from mergetune.study.soup import measure_greedy_soup
 from mergetune.study.warm_start import Searched, check_warm_start, start_search
-
-log = logging.getLogger("mergetune")
 
 
 def run_study(
@@ -97,24 +98,28 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         slow = [reason] if (reason := why_slow()) else []
         for warning in (*run.set_aside_broken(), *inputs.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")
-        bench = Bench(plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested)
-        with closing(bench):
+        candidates = Candidates(
+            plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested
+        )
+        with closing(candidates):
             try:
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
-                    bench.measure("baseline", baseline.name, baseline.recipe, baseline.params)
-                bench.measure_broken()
-                _check_objectives(plan, bench)
-                soup = measure_greedy_soup(bench, space, inputs)
-                bench.measure_noise()
+                    candidates.measure(Proposal("baseline", baseline.name, baseline.recipe, baseline.params))
+                candidates.measure_broken()
+                _check_objectives(plan, candidates)
+                soup = measure_greedy_soup(candidates, space, inputs)
+                measure_noise(candidates)
                 n_trials = plan.config.budget.trials if run.spent_s() < _hours_s(plan) else 0
-                searched = start_search(bench, plan.config.warm_start, space, fine, n_trials)
-                _search(plan, searched, bench, interrupts)
+                searched = start_search(candidates, plan.config.warm_start, space, fine, n_trials)
+                _search(plan, searched, candidates, interrupts)
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
                 unsearched = selection.best_baseline(run, choice) if choice else None
-                _confirm(bench, finalists, {uniform_name(len(inputs.experts)), soup, unsearched})
+                _confirm(candidates, finalists, {uniform_name(len(inputs.experts)), soup, unsearched})
                 if plan.config.warm_start.kind != "none" and choice and choice.recommendation:
-                    _take_slopes(bench, choice.recommendation)
+                    chosen = run.candidate(choice.recommendation.name)
+                    assert chosen is not None  # measured before
+                    take_slopes(candidates, chosen.recipe)
             except BaseException as error:
                 if not interrupts.requested:
                     raise
@@ -123,7 +128,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 )
                 raise KeyboardInterrupt from error
         report = write_report(run)
-        _write_best(bench, choice.recommendation if choice else None)
+        _write_best(candidates, choice.recommendation if choice else None)
     return report
 
 
@@ -144,59 +149,73 @@ def _check_search(plan: Plan, space: SearchSpace, fine: SearchSpace, inputs: Inp
         try_sampler(plan.config.sampler, directions, around.distributions)
 
 
-def _check_objectives(plan: Plan, bench: Bench) -> None:
+def _check_objectives(plan: Plan, candidates: Candidates) -> None:
     """Raise `MergetuneError` where a search would be wasted, unless the study file allows that."""
-    found = flat_objectives(bench.run, bench.scores, list(plan.config.experts))
+    found = flat_objectives(candidates.run, candidates.scores, list(plan.config.experts))
     if not found:
         return
     text = "A search cannot improve these objectives:\n" + "\n".join(found)
     if plan.config.allow_flat_objectives or plan.config.budget.trials == 0:
-        bench.progress.say(f"warning: {text}")
+        candidates.progress.say(f"warning: {text}")
         return
     raise MergetuneError(
         f"{text}\nIf the items show that the suite is wrong (the scorer, the form of the answers, the "
         "prompts), mend it and take a new run directory. If they are right, no merge of these experts can "
         "gain there: make it a guard or leave it out, or say `allow_flat_objectives: true` in the study file "
-        f"and run again. Report so far: {write_report(bench.run)}"
+        f"and run again. Report so far: {write_report(candidates.run)}"
     )
+
+
+def _outcome(candidates: Candidates, candidate: Candidate | None) -> Outcome:
+    return outcome(candidate, candidates.scores, candidates.evaluator.suite.config)
 
 
 def _directions(plan: Plan) -> list[Direction]:
     return [objective.better for objective in plan.suite.config.objectives.values()]
 
 
-def _search(plan: Plan, searched: Searched, bench: Bench, interrupts: Interrupts) -> None:
+def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: Interrupts) -> None:
     """Ask, merge, evaluate, tell, until the budget is spent."""
-    run, space, n_allowed = bench.run, searched.space, plan.config.budget.trials
-    known = _known(searched, bench)
-    seed = plan.config.seed + len(bench.candidates)
+    run, space, n_allowed = candidates.run, searched.space, plan.config.budget.trials
+    known = _known(searched, candidates)
+    seed = plan.config.seed + len(candidates.all)
     sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
     storage = run.path / "study.db"
     search = open_search(storage, _directions(plan), sampler)
-    names, spent_s = _trial_names(bench.candidates, refused(search)), run.spent_s()
-    n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # nothing to search: one says it all
+    names, spent_s = _trial_names(candidates.all, refused(search)), run.spent_s()
+    n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # no free coefficient: one suffices
     first = _last_number(names) + 1
-    due = range(first, first + max(n_allowed - len(names), 0))
+    due = deque(range(first, first + max(n_allowed - len(names), 0)))
     if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
-        search = catch_up(search, storage, known, space.distributions, bench.outcome(None))
+        search = catch_up(search, storage, known, space.distributions, _outcome(candidates, None))
         _enqueue_design(search, plan, space, known)
-    started, seconds_per_trial = time.monotonic(), None
-    for number in due:
+    line = StudyLine(first, len(due))
+    asked: dict[str, Trial] = {}  # by the candidate's name
+    while due or asked:
         interrupts.check()
-        if number > first:
-            seconds_per_trial = (time.monotonic() - started) / (number - first)
-        if spent_s >= _hours_s(plan):
-            bench.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
-            break
-        n_front = len(selection.front(bench.scores, bench.evaluator.suite.config))
-        bench.progress.at_work(study_line(number, due[-1], seconds_per_trial, n_front))
-        trial = search.ask(dict(space.distributions))
-        candidate = _measure(bench, searched, trial, roles.trial_name(number))
-        if candidate is not None:
+        if due and spent_s >= _hours_s(plan):
+            candidates.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
+            due.clear()
+        candidate: Candidate | None = None
+        if due and candidates.pool.has_room:
+            number = due.popleft()
+            n_front = len(selection.front(candidates.scores, candidates.evaluator.suite.config))
+            candidates.progress.at_work(line.text(number, n_front))
+            trial = search.ask(dict(space.distributions))
+            proposal = _proposal(candidates, searched, trial, roles.trial_name(number))
+            if proposal is not None and (candidate := candidates.known(proposal)) is None:
+                candidates.propose(proposal)
+                asked[proposal.name] = trial
+                continue
+        elif asked:
+            candidate = candidates.next()
             spent_s += candidate.cost.total_s
-        if not tell(search, trial, bench.outcome(candidate)):
-            bench.progress.say("The sampler has proposed every point that there is.")
+            trial = asked.pop(candidate.name)
+        else:
             break
+        if not tell(search, trial, _outcome(candidates, candidate)) and due:
+            candidates.progress.say("The sampler has proposed every point that there is.")
+            due.clear()
 
 
 def _enqueue_design(
@@ -211,26 +230,26 @@ def _enqueue_design(
         search.enqueue_trial(params, skip_if_exists=True)  # a study that goes on has some of them
 
 
-def _known(searched: Searched, bench: Bench) -> list[Known]:
+def _known(searched: Searched, candidates: Candidates) -> list[Known]:
     """Return the candidates that are points of the searched space, with what became of them."""
-    points = {candidate.name: searched.point(candidate) for candidate in bench.candidates}
+    points = {candidate.name: searched.point(candidate) for candidate in candidates.all}
     return [
-        Known(candidate.name, point, bench.outcome(candidate))
-        for candidate in bench.candidates
+        Known(candidate.name, point, _outcome(candidates, candidate))
+        for candidate in candidates.all
         if (point := points[candidate.name]) is not None
     ]
 
 
-def _measure(bench: Bench, searched: Searched, trial: Trial, name: str) -> Candidate | None:
-    """Measure a trial's point; None where it has no recipe, such as where shares sum to 0."""
+def _proposal(candidates: Candidates, searched: Searched, trial: Trial, name: str) -> Proposal | None:
+    """Return a trial's point as a candidate; None where it has no recipe, such as where shares sum to 0."""
     trial.set_user_attr(CANDIDATE, name)
     try:
         recipe = searched.space.recipe(trial.params)
     except TrialError as error:
-        bench.progress.say(f"{name} failed: {error}")
+        candidates.progress.say(f"{name} failed: {error}")
         trial.set_user_attr(REFUSED, str(error))
         return None
-    return bench.measure("trial", name, recipe, trial.params, searched.kind)
+    return Proposal("trial", name, recipe, trial.params, searched.kind)
 
 
 def _trial_names(known: Sequence[Candidate], refused: Collection[str]) -> list[str]:
@@ -248,49 +267,36 @@ def _hours_s(plan: Plan) -> float:
     return plan.config.budget.hours * 3600
 
 
-def _confirm(bench: Bench, finalists: tuple[str, ...], averages: Collection[str | None]) -> None:
+def _confirm(candidates: Candidates, finalists: tuple[str, ...], averages: Collection[str | None]) -> None:
     """Measure the finalists on the holdout split, with what they are compared to.
 
     They are written down before any is measured there.
     """
-    if bench.evaluator.count("holdout") == 0:
+    if candidates.evaluator.count("holdout") == 0:
         return
-    uses = bench.run.holdout_uses()
+    uses = candidates.run.holdout_uses()
     if finalists and (not uses or uses[-1].finalists != finalists):
         if uses:
-            bench.progress.say(
+            candidates.progress.say(
                 f"warning: the holdout split is used again (use {len(uses) + 1}): whoever has seen "
                 "the earlier numbers can no longer choose without them."
             )
         now = datetime.now(UTC).replace(microsecond=0)
-        use = HoldoutUse(at=now, finalists=finalists, n_candidates=len(bench.scores))
-        bench.run.add_holdout_use(use)
-    compared = [name for name in bench.scores if name == roles.BASE or roles.is_expert(name)]
+        use = HoldoutUse(at=now, finalists=finalists, n_candidates=len(candidates.scores))
+        candidates.run.add_holdout_use(use)
+    compared = [name for name in candidates.scores if name == roles.BASE or roles.is_expert(name)]
     names = {*compared, *averages, *finalists}
-    for candidate in bench.candidates:
+    for candidate in candidates.all:
         if candidate.name in names and candidate.state == "complete":
-            bench.confirm(candidate)
+            candidates.confirm(candidate)
 
 
-def _take_slopes(bench: Bench, chosen: Recommendation) -> None:
-    """Take the slopes at the recommended merge and at what it is compared to, where that can be done."""
-    candidate = bench.run.candidate(chosen.name)
-    assert candidate is not None  # measured before
-    try:
-        bench.measure_sensitivity(candidate.recipe)
-    except Exception as error:  # whatever it is, the report and the merged model are still to come
-        if bench.ends_study(error):
-            raise
-        log.exception("no sensitivity")
-        bench.progress.say(f"no sensitivity: {error}")
-
-
-def _write_best(bench: Bench, chosen: Recommendation | None) -> None:
+def _write_best(candidates: Candidates, chosen: Recommendation | None) -> None:
     """Write the recommended merge as a model directory."""
-    candidate = bench.run.candidate(chosen.name) if chosen else None
+    candidate = candidates.run.candidate(chosen.name) if chosen else None
     if chosen is None or candidate is None:
         return
-    bench.progress.at_work("writing the merged model …")
-    results = bench.run.scores(chosen.name, "holdout") or bench.scores[chosen.name]
-    write_merged(bench.run.path / "best", candidate.recipe, bench.inputs, results)
-    bench.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")
+    candidates.progress.at_work("writing the merged model …")
+    results = candidates.run.scores(chosen.name, "holdout") or candidates.scores[chosen.name]
+    write_merged(candidates.run.path / "best", candidate.recipe, candidates.inputs, results)
+    candidates.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")

@@ -14,9 +14,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.suite import Direction
+from mergetune.evaluation.suite import Direction, SuiteConfig
 from mergetune.files.yaml_io import nearest
+from mergetune.results import selection
 from mergetune.results.config import SamplerConfig
+from mergetune.results.run_dir import Candidate
+from mergetune.results.selection import Scores
 
 _NAME = "mergetune"  # of the Optuna study in its file
 
@@ -82,6 +85,27 @@ def failure(known: Sequence[Outcome], directions: Sequence[Direction]) -> Outcom
     values = tuple(worst[direction](column) for direction, column in zip(directions, columns, strict=True))
     constraints = {name: max(each.constraints[name] for each in known) for name in known[0].constraints}
     return Outcome(values, {**constraints, FAILED: 1.0})
+
+
+def outcome(candidate: Candidate | None, scores: Mapping[str, Scores], suite: SuiteConfig) -> Outcome:
+    """Return what Optuna is told of a candidate; None stands for a point that has no recipe.
+
+    Optuna adds the guards' excesses up, so that each is in the unit of `selection.guard_units`.
+
+    Args:
+        candidate: measured or failed.
+        scores: of all that was measured, by candidate name.
+        suite: the suite's file.
+    """
+    if candidate is not None and candidate.state == "complete":
+        return _success_of(scores[candidate.name], scores, suite)
+    directions = [objective.better for objective in suite.objectives.values()]
+    return failure([_success_of(own, scores, suite) for own in scores.values()], directions)
+
+
+def _success_of(own: Scores, scores: Mapping[str, Scores], suite: SuiteConfig) -> Outcome:
+    values = [own[name].value for name in suite.objectives]
+    return success(values, selection.relative_violations(own, scores, suite))
 
 
 def check_sampler(config: SamplerConfig) -> None:

@@ -22,7 +22,7 @@ from mergetune.results.selection import Scales, Scores
 from mergetune.space.recipe import MergeRecipe
 from mergetune.space.search_space import SearchSpace
 from mergetune.study import baselines
-from mergetune.study.bench import Bench, write_facts
+from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
 from mergetune.study.soup_plan import SoupPlan
 
@@ -109,21 +109,24 @@ def greedy_soup(standings: Mapping[str, Standing], measure: Callable[[tuple[str,
     return Soup(members, best, tuple(attempts))
 
 
-def measure_greedy_soup(bench: Bench, space: SearchSpace, inputs: Inputs) -> str:
+def measure_greedy_soup(candidates: Candidates, space: SearchSpace, inputs: Inputs) -> str:
     """Measure what the greedy soup of a study's experts takes; returns the soup's candidate name.
 
     The base, the experts and the plain average must have been measured. With one or two experts they
     decide, and nothing more is measured.
     """
-    experts, suite = inputs.expert_sources, bench.evaluator.suite.config
-    scales = selection.scales_of(bench.run, [BASE, *map(expert_name, experts)])
+    experts, suite = inputs.expert_sources, candidates.evaluator.suite.config
+    scales = selection.scales_of(candidates.run, [BASE, *map(expert_name, experts)])
 
     def measure(members: tuple[str, ...]) -> Standing:
         tried = baselines.soup(members, space, inputs.base_source, experts)
-        bench.measure("baseline", tried.name, tried.recipe, tried.params)
-        return standing(bench.scores[tried.name], bench.scores, suite, scales)
+        candidates.measure(Proposal("baseline", tried.name, tried.recipe, tried.params))
+        return standing(candidates.scores[tried.name], candidates.scores, suite, scales)
 
-    alone = {name: standing(bench.scores[expert_name(name)], bench.scores, suite, scales) for name in experts}
+    alone = {
+        name: standing(candidates.scores[expert_name(name)], candidates.scores, suite, scales)
+        for name in experts
+    }
     return average_name(greedy_soup(alone, measure).members, list(experts))
 
 
@@ -169,10 +172,10 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
         write_facts(run, inputs, evaluator)
         for warning in inputs.warnings:
             progress.say(f"warning: {warning}")
-        with closing(Bench(study.config.engine, inputs, evaluator, run, progress)) as bench:
+        with closing(Candidates(study.config.engine, inputs, evaluator, run, progress)) as candidates:
             try:
-                tasting = _choose(plan, bench, inputs)
-                _confirm(plan, bench, tasting.soup)
+                tasting = _choose(plan, candidates, inputs)
+                _confirm(plan, candidates, tasting.soup)
             except KeyboardInterrupt:
                 progress.say("Interrupted; run the same command to go on.")
                 raise
@@ -187,22 +190,22 @@ def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
     return MergeRecipe.of_one_group("linear", inputs.base_source, sources, {"lambda": shares})
 
 
-def _choose(plan: SoupPlan, bench: Bench, inputs: Inputs) -> Tasting:
+def _choose(plan: SoupPlan, candidates: Candidates, inputs: Inputs) -> Tasting:
     """Measure the base, if there is one, and each ingredient; then build the greedy soup."""
-    names, suite = list(plan.models), bench.evaluator.suite.config
+    names, suite = list(plan.models), candidates.evaluator.suite.config
     frames: dict[str, pd.DataFrame] = {}
     if plan.base is not None:
         recipe = MergeRecipe.of_base(inputs.base_source, inputs.expert_sources)
-        frames[BASE] = _measure(bench, BASE, recipe, plan.splits)
+        frames[BASE] = _measure(candidates, BASE, recipe, plan.splits)
     for name in names:
         alone_as = expert_name(name)
-        frames[alone_as] = _measure(bench, alone_as, soup_recipe([name], inputs), plan.splits)
+        frames[alone_as] = _measure(candidates, alone_as, soup_recipe([name], inputs), plan.splits)
     scores: dict[str, Scores] = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
     scales = Scales.of_frames(frames, suite)
 
     def measure(members: tuple[str, ...]) -> Standing:
         name = average_name(members, names)
-        found = _measure(bench, name, soup_recipe(members, inputs), plan.splits)
+        found = _measure(candidates, name, soup_recipe(members, inputs), plan.splits)
         scores[name] = Measurement(found, 0.0).scores()
         return standing(scores[name], scores, suite, scales)
 
@@ -224,33 +227,33 @@ def _rows(soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores
         yield Tasted(" + ".join(attempt.members), own, attempt.standing, attempt.is_kept)
 
 
-def _measure(bench: Bench, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> pd.DataFrame:
+def _measure(candidates: Candidates, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> pd.DataFrame:
     """Score a candidate on these splits together, item by item, where that was not done before."""
-    bench.progress.at_work(f"{name} …")
+    candidates.progress.at_work(f"{name} …")
     if "search" in splits:
-        bench.measure("baseline", name, recipe, None)
+        candidates.measure(Proposal("baseline", name, recipe))
     if "holdout" in splits:
-        candidate = bench.run.candidate(name)
+        candidate = candidates.run.candidate(name)
         if candidate is None:
-            candidate = Candidate(name=name, number=len(bench.candidates), kind="baseline", recipe=recipe)
-        if reason := bench.confirm(candidate):
-            bench.run.forget_attempts(f"holdout.{name}")
+            candidate = Candidate(name=name, number=len(candidates.all), kind="baseline", recipe=recipe)
+        if reason := candidates.confirm(candidate):
+            candidates.run.forget_attempts(f"holdout.{name}")
             raise MergetuneError(
-                f"`{name}` cannot be measured: {reason}\n{bench.run.path / 'run.log'} has more. Mend what is "
-                "wrong and run the same command again; what was measured is kept."
+                f"`{name}` cannot be measured: {reason}\n{candidates.run.path / 'run.log'} has more. Mend "
+                "what is wrong and run the same command again; what was measured is kept."
             )
-    frames = [bench.run.measurement(name, split) for split in splits]
+    frames = [candidates.run.measurement(name, split) for split in splits]
     return pd.concat([frame for frame in frames if frame is not None], ignore_index=True)
 
 
-def _confirm(plan: SoupPlan, bench: Bench, soup: Soup) -> None:
+def _confirm(plan: SoupPlan, candidates: Candidates, soup: Soup) -> None:
     """Measure the soup, its best ingredient and the base on items that it was not chosen on."""
-    if "holdout" in plan.splits or bench.evaluator.count("holdout") == 0:
+    if "holdout" in plan.splits or candidates.evaluator.count("holdout") == 0:
         return
     best, chosen = (average_name(members, list(plan.models)) for members in (soup.members[:1], soup.members))
     for name in dict.fromkeys([BASE, best, chosen]):
-        if (candidate := bench.run.candidate(name)) is not None:
-            bench.confirm(candidate)
+        if (candidate := candidates.run.candidate(name)) is not None:
+            candidates.confirm(candidate)
 
 
 def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, tasting: Tasting) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from mergetune.errors import MergetuneError
 from mergetune.machine import clock
 from mergetune.machine.memory import in_smaller_batches
+from mergetune.measuring.attempts import attempt
 from mergetune.results import roles, selection
 from mergetune.results.config import WarmStartConfig
 from mergetune.results.roles import uniform_name
@@ -17,7 +18,8 @@ from mergetune.slopes.descent import Ground, Known, Params, descend
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace, nearest_in
 from mergetune.study.baselines import baselines
-from mergetune.study.bench import Bench
+from mergetune.study.candidates import Candidates, Proposal
+from mergetune.study.slopes import study_references
 
 _WARM_START = "warm_start"  # names attempts
 
@@ -50,14 +52,14 @@ class Searched:
 
 
 def start_search(
-    bench: Bench, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace, n_trials: int
+    candidates: Candidates, config: WarmStartConfig, space: SearchSpace, fine: SearchSpace, n_trials: int
 ) -> Searched:
     """Follow the slopes and measure where they lead, unless that was done; returns the space to search.
 
     With a finer grain that is the space around the points found.
 
     Args:
-        bench: where the baselines were measured.
+        candidates: where the baselines were measured.
         config: whether to follow slopes at all.
         space: the study's search space.
         fine: the space to descend in, of the grain that `config` names.
@@ -67,47 +69,48 @@ def start_search(
         MergetuneError: it was asked for and cannot be done.
     """
     own = Searched(space, "search_space")
-    found = bench.run.warm_start()
+    found = candidates.run.warm_start()
     if found is None and n_trials == 0:
         return own
     if found is None:
-        found = _follow_slopes(bench, config, fine)
-        bench.run.write_warm_start(found)
+        found = _follow_slopes(candidates, config, fine)
+        candidates.run.write_warm_start(found)
     if not found.points:
         return own
     if config.grain == "search_space":
-        _measure(bench, own, found.points[:n_trials])
+        _measure(candidates, own, found.points[:n_trials])
         return own
-    around = FrontSpace(fine, found.points, space.groups, bench.inputs.base.names)
-    places = {name: around.place(params) for name, params in _points(bench, fine).items()}
+    around = FrontSpace(fine, found.points, space.groups, candidates.inputs.base.names)
+    places = {name: around.place(params) for name, params in _points(candidates, fine).items()}
     inside = {name: place for name, place in places.items() if place is not None}
     searched = Searched(around, "front", inside)
-    _measure(bench, searched, [around.corner(number) for number in range(len(found.points))][:n_trials])
+    _measure(candidates, searched, [around.corner(number) for number in range(len(found.points))][:n_trials])
     return searched
 
 
-def _measure(bench: Bench, searched: Searched, points: Sequence[Params]) -> None:
+def _measure(candidates: Candidates, searched: Searched, points: Sequence[Params]) -> None:
     for number, params in enumerate(points, start=1):
         recipe = searched.space.recipe(params)
-        bench.measure("trial", f"{roles.GRADIENT}{number}", recipe, params, searched.kind)
+        name = f"{roles.GRADIENT}{number}"
+        candidates.measure(Proposal("trial", name, recipe, params, searched.kind))
 
 
-def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
+def _follow_slopes(candidates: Candidates, config: WarmStartConfig, space: SearchSpace) -> WarmStart:
     """Descend, or say why not."""
     if config.kind == "none":
         return WarmStart(reason="`warm_start: none`.")
     if not space.smooth_shares():
-        bench.progress.say(f"warm start: none; {_no_slopes(space)}")
+        candidates.progress.say(f"warm start: none; {_no_slopes(space)}")
         return WarmStart(reason=_no_slopes(space))
     began = clock.seconds()
     try:
-        with bench.attempt(_WARM_START):
-            found = _descend(bench, space)
+        with attempt(candidates.run, _WARM_START):
+            found = _descend(candidates, space)
     except Exception as error:  # transformers and torch have many ways to say that they cannot
-        if bench.ends_study(error):
+        if candidates.pool.ends_all(error):
             raise
         if config.kind == "gradient":
-            bench.run.forget_attempts(_WARM_START)
+            candidates.run.forget_attempts(_WARM_START)
             raise MergetuneError(
                 f"`warm_start: gradient` cannot be done: {error}\nMend what is wrong and run the same "
                 "command again, or take `warm_start: auto`, which goes on without, in a new run directory."
@@ -119,7 +122,7 @@ def _follow_slopes(bench: Bench, config: WarmStartConfig, space: SearchSpace) ->
     cost = f"{found.seconds:.1f} s"
     if found.full_evaluations:
         cost = f"the cost of {found.full_evaluations:.1f} full evaluations, {cost}"
-    bench.progress.say(f"warm start: {what} for {cost}{f'; {found.reason}' if found.reason else ''}")
+    candidates.progress.say(f"warm start: {what} for {cost}{f'; {found.reason}' if found.reason else ''}")
     return found
 
 
@@ -127,34 +130,34 @@ def _no_slopes(space: SearchSpace) -> str:
     return f"`{space.config.method}` has no coefficient here that losses have a slope in."
 
 
-def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
-    suite, n_items = bench.evaluator.suite.config, bench.evaluator.count("search")
-    points = _points(bench, space)
-    start_name, start = _start(bench, space, points)
-    names = {roles.BASE, *map(roles.expert_name, bench.inputs.expert_sources)}
-    names |= {uniform_name(len(bench.inputs.experts)), start_name}
+def _descend(candidates: Candidates, space: SearchSpace) -> WarmStart:
+    suite, n_items = candidates.evaluator.suite.config, candidates.evaluator.count("search")
+    points = _points(candidates, space)
+    start_name, start = _start(candidates, space, points)
+    names = {roles.BASE, *map(roles.expert_name, candidates.inputs.expert_sources)}
+    names |= {uniform_name(len(candidates.inputs.experts)), start_name}
     known = {
-        candidate.name: Known(candidate.recipe, bench.scores[candidate.name])
-        for candidate in bench.candidates
+        candidate.name: Known(candidate.recipe, candidates.scores[candidate.name])
+        for candidate in candidates.all
         if candidate.name in names
     }
-    with bench.transformers() as engine:
-        references = bench.references(engine)
+    with candidates.pool.transformers() as engine:
+        references = study_references(candidates, engine)
         without = suite.objectives.keys() - references.by_score.keys()
-        tasks = bench.evaluator.tasks
+        tasks = candidates.evaluator.tasks
         lacking = [reason for name, reason in references.missing.items() if tasks[name].score_name in without]
         if lacking:
             raise MergetuneError(" ".join(lacking))
-        scored = [(params, bench.scores[name]) for name, params in points.items()]
+        scored = [(params, candidates.scores[name]) for name, params in points.items()]
         n_texts = n_items - len(references.items) + references.n_texts
-        ground = Ground(engine, bench.inputs.merger, space, references, suite, known, scored, n_texts)
+        ground = Ground(engine, candidates.inputs.merger, space, references, suite, known, scored, n_texts)
         found = in_smaller_batches(
             lambda n_tokens: descend(
                 replace(ground, max_tokens=n_tokens),
                 start,
-                on_step=lambda step, of: bench.progress.at_work(f"following slopes: {step} of {of}"),
+                on_step=lambda step, of: candidates.progress.at_work(f"following slopes: {step} of {of}"),
             ),
-            bench.progress.say,
+            candidates.progress.say,
         )
     return WarmStart(
         points=tuple(point.params for point in found.points),
@@ -165,21 +168,23 @@ def _descend(bench: Bench, space: SearchSpace) -> WarmStart:
     )
 
 
-def _points(bench: Bench, space: SearchSpace) -> dict[str, Params]:
+def _points(candidates: Candidates, space: SearchSpace) -> dict[str, Params]:
     """Return the baselines that were measured and are points of the space, by name."""
-    inputs = bench.inputs
+    inputs = candidates.inputs
     listed = baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
     return {
-        each.name: each.params for each in listed if each.params is not None and each.name in bench.scores
+        each.name: each.params
+        for each in listed
+        if each.params is not None and each.name in candidates.scores
     }
 
 
-def _start(bench: Bench, space: SearchSpace, points: Mapping[str, Params]) -> tuple[str, Params]:
+def _start(candidates: Candidates, space: SearchSpace, points: Mapping[str, Params]) -> tuple[str, Params]:
     """Return the best merge of these and its point; else the middle of all ranges."""
-    anchors = {name: own for name, own in bench.scores.items() if not roles.is_merge(name)}
-    merges = {name: bench.scores[name] for name in points if roles.is_merge(name)}
-    scales = selection.scales_of(bench.run, anchors | merges)
-    best = selection.recommend(anchors | merges, bench.evaluator.suite.config, scales)
+    anchors = {name: own for name, own in candidates.scores.items() if not roles.is_merge(name)}
+    merges = {name: candidates.scores[name] for name in points if roles.is_merge(name)}
+    scales = selection.scales_of(candidates.run, anchors | merges)
+    best = selection.recommend(anchors | merges, candidates.evaluator.suite.config, scales)
     if best is not None:
         return best.name, points[best.name]
     middle = {key: (each.low + each.high) / 2 for key, each in space.distributions.items()}

@@ -1,4 +1,4 @@
-"""The bench on tiny real models: what breaks, what that costs, and what a run goes on with."""
+"""Candidates on tiny real models: what breaks, what that costs, and what a run goes on with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.space.recipe import MergeRecipe
-from mergetune.study.bench import Bench, write_facts
+from mergetune.study.candidates import Candidates, Proposal, write_facts
+from mergetune.study.search import outcome
 from studies import write_study
 
 
@@ -28,15 +29,17 @@ def half(tiny_half: dict[str, Path]) -> Inputs:
 
 
 @contextmanager
-def benched(inputs: Inputs, folder: Path, printed: io.StringIO) -> Iterator[Bench]:
-    """Lend a bench in the run directory `folder`/run."""
+def opened(inputs: Inputs, folder: Path, printed: io.StringIO) -> Iterator[Candidates]:
+    """Lend candidates in the run directory `folder`/run."""
     write_study(folder, inputs.base.folder, {})
     evaluator, run = Evaluator(read_suite(folder / "suite.yaml")), RunDir(folder / "run")
     (run.path / "candidates").mkdir(parents=True, exist_ok=True)
     write_facts(run, inputs, evaluator)
     progress = Progress(Console(file=printed, width=200))
-    with closing(Bench(EngineConfig(kind="transformers"), inputs, evaluator, run, progress)) as bench:
-        yield bench
+    with closing(
+        Candidates(EngineConfig(kind="transformers"), inputs, evaluator, run, progress)
+    ) as candidates:
+        yield candidates
 
 
 def at(inputs: Inputs, value: float) -> MergeRecipe:
@@ -48,20 +51,20 @@ FAR = 1e9  # beyond what float16 holds
 
 
 def test_what_fails_keeps_its_seconds(half: Inputs, tmp_path: Path) -> None:
-    with benched(half, tmp_path, io.StringIO()) as bench:
-        failed = bench.measure("trial", "trial-0001", at(half, FAR), None)
+    with opened(half, tmp_path, io.StringIO()) as candidates:
+        failed = candidates.measure(Proposal("trial", "trial-0001", at(half, FAR)))
     assert failed.state == "failed"
     assert failed.cost.total_s == failed.cost.lost_s > 0
-    assert bench.run.candidates() == [failed]
+    assert candidates.run.candidates() == [failed]
 
 
 def test_what_cannot_be_confirmed_is_said_and_no_error(half: Inputs, tmp_path: Path) -> None:
     printed = io.StringIO()
-    with benched(half, tmp_path, printed) as bench:
-        bench.confirm(Candidate(name="far", number=0, kind="trial", recipe=at(half, FAR)))
-        bench.confirm(Candidate(name="near", number=1, kind="trial", recipe=at(half, 1.0)))
+    with opened(half, tmp_path, printed) as candidates:
+        candidates.confirm(Candidate(name="far", number=0, kind="trial", recipe=at(half, FAR)))
+        candidates.confirm(Candidate(name="near", number=1, kind="trial", recipe=at(half, 1.0)))
     assert "holdout: far              failed: " in printed.getvalue()
-    assert bench.run.all_scores("holdout").keys() == {"near"}
+    assert candidates.run.all_scores("holdout").keys() == {"near"}
 
 
 def test_a_second_attempt_counts_what_the_first_took(
@@ -70,9 +73,9 @@ def test_a_second_attempt_counts_what_the_first_took(
     def break_down(recipe: MergeRecipe) -> None:
         raise EngineError("gone")
 
-    with benched(half, tmp_path, io.StringIO()) as bench:
-        monkeypatch.setattr(bench.engine, "load", break_down)
-        found = bench.measure("trial", "trial-0001", at(half, 1.0), None)
+    with opened(half, tmp_path, io.StringIO()) as candidates:
+        monkeypatch.setattr(candidates.pool.engine, "load", break_down)
+        found = candidates.measure(Proposal("trial", "trial-0001", at(half, 1.0)))
     cost = found.cost
     assert (found.state, found.faults) == ("complete", ("gone",))
     assert cost.total_s > cost.lost_s > 0
@@ -80,10 +83,10 @@ def test_a_second_attempt_counts_what_the_first_took(
 
 def test_other_versions_than_before_are_said(half: Inputs, tmp_path: Path) -> None:
     printed = io.StringIO()
-    with benched(half, tmp_path, printed) as bench:
-        bench.run.write_versions("transformers", {**bench.run.versions(), "torch": "0.1"})
+    with opened(half, tmp_path, printed) as candidates:
+        candidates.run.write_versions("transformers", {**candidates.run.versions(), "torch": "0.1"})
     assert "warning" not in printed.getvalue()
-    with benched(half, tmp_path, printed):
+    with opened(half, tmp_path, printed):
         pass
     assert "was measured with torch 0.1 (now " in printed.getvalue()
 
@@ -94,25 +97,25 @@ def test_what_a_tasks_own_code_raises_fails_the_trial_alone(
     def raise_in(doc: object, replies: object) -> None:
         raise ZeroDivisionError("of the task's own code")
 
-    with benched(half, tmp_path, io.StringIO()) as bench:
-        task = next(iter(bench.evaluator.tasks.values())).task
+    with opened(half, tmp_path, io.StringIO()) as candidates:
+        task = next(iter(candidates.evaluator.tasks.values())).task
         with monkeypatch.context() as patched:
             patched.setattr(task.config, "process_results", raise_in)
-            failed = bench.measure("trial", "trial-0001", at(half, 0.5), None)
+            failed = candidates.measure(Proposal("trial", "trial-0001", at(half, 0.5)))
             with pytest.raises(MergetuneError, match="baseline `base` cannot be measured: ZeroDivisionError"):
-                bench.measure("baseline", "base", at(half, 0.0), None)
-        found = bench.measure("trial", "trial-0002", at(half, 1.0), None)
+                candidates.measure(Proposal("baseline", "base", at(half, 0.0)))
+        found = candidates.measure(Proposal("trial", "trial-0002", at(half, 1.0)))
     assert (failed.state, failed.reason) == ("failed", "ZeroDivisionError: of the task's own code")
     assert found.state == "complete"
 
 
 def test_a_candidate_that_ends_the_process_is_tried_twice(half: Inputs, tmp_path: Path) -> None:
-    with benched(half, tmp_path, io.StringIO()) as bench:
+    with opened(half, tmp_path, io.StringIO()) as candidates:
         for _ in range(2):  # killed in the middle: the attempt was begun and never ended
-            bench.run.begin_attempt("search.trial-0001", at(half, 0.5).digest)
-        bench.run.begin_attempt("search.trial-0002", at(half, 1.0).digest)
-        poison = bench.measure("trial", "trial-0001", at(half, 0.5), None)
-        other = bench.measure("trial", "trial-0002", at(half, 1.0), None)
+            candidates.run.begin_attempt("search.trial-0001", at(half, 0.5).digest)
+        candidates.run.begin_attempt("search.trial-0002", at(half, 1.0).digest)
+        poison = candidates.measure(Proposal("trial", "trial-0001", at(half, 0.5)))
+        other = candidates.measure(Proposal("trial", "trial-0002", at(half, 1.0)))
     assert poison.state == "failed"
     assert "begun 2 times: twice the process ended in the middle of it" in str(poison.reason)
     assert other.state == "complete"
@@ -121,18 +124,20 @@ def test_a_candidate_that_ends_the_process_is_tried_twice(half: Inputs, tmp_path
 def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_another_is_broken(
     half: Inputs, tmp_path: Path
 ) -> None:
-    with benched(half, tmp_path, io.StringIO()) as bench:
+    with opened(half, tmp_path, io.StringIO()) as candidates:
         file = tmp_path / "suite.yaml"
         file.write_text(file.read_text().replace("margin: 0.5", "margin: 0.1"))
-        bench.evaluator = Evaluator(read_suite(file))
+        candidates.evaluator = Evaluator(read_suite(file))
         tried = Candidate(name="trial", number=1, kind="trial", recipe=at(half, 0.5))
         rest = {"words": Score(0.5, 0.1, 20), "parity": Score(0.5, 0.1, 20)}
         for n_items in (20, 100):
             for right in range(n_items // 2, n_items + 1):
-                bench.scores["base"] = rest | {"calm": Score(right / n_items, 0.05, n_items)}
+                candidates.scores["base"] = rest | {"calm": Score(right / n_items, 0.05, n_items)}
                 for lost, met in ((n_items // 10, True), (n_items // 10 + 1, False)):
-                    bench.scores["trial"] = rest | {"calm": Score((right - lost) / n_items, 0.05, n_items)}
-                    told = bench.outcome(tried)
+                    candidates.scores["trial"] = rest | {
+                        "calm": Score((right - lost) / n_items, 0.05, n_items)
+                    }
+                    told = outcome(tried, candidates.scores, candidates.evaluator.suite.config)
                     constraints = told.constraints
                     assert told.values == (0.5, 0.5)
                     assert constraints["calm"] == pytest.approx(0 if met else 1 / n_items / 0.1)
@@ -141,11 +146,11 @@ def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_a
 
 def test_what_is_no_fault_of_a_candidate_does_not_fail_it(half: Inputs, tmp_path: Path) -> None:
     """Replies cannot be written, as on a full disk: the study ends, however often, and then goes on."""
-    with benched(half, tmp_path, io.StringIO()) as bench:
-        replies = bench.run.path / "replies"
+    with opened(half, tmp_path, io.StringIO()) as candidates:
+        replies = candidates.run.path / "replies"
         replies.write_text("in the way")
         for _ in range(3):
             with pytest.raises(OSError, match="replies"):
-                bench.measure("trial", "trial-0001", at(half, 1.0), None)
+                candidates.measure(Proposal("trial", "trial-0001", at(half, 1.0)))
         replies.unlink()
-        assert bench.measure("trial", "trial-0001", at(half, 1.0), None).state == "complete"
+        assert candidates.measure(Proposal("trial", "trial-0001", at(half, 1.0))).state == "complete"

@@ -1,4 +1,4 @@
-"""The meter on a tiny real model: what is asked once, whatever it counts for."""
+"""The pool on a tiny real model: what is asked once, whatever it counts for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 from mergetune.engines.engine import EngineConfig
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
-from mergetune.measuring.meter import Meter
 from mergetune.measuring.model_under_test import open_model
+from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
 
 
@@ -35,11 +35,12 @@ def test_an_item_of_two_scores_is_asked_once(
     evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
     model, store = open_model(str(tiny_base)), ReplyStore(tmp_path / "store")
     config = EngineConfig(kind="transformers")
-    with closing(Meter(model, config, evaluator, store, print)) as meter:
-        found = meter.measure(evaluator.documents("all")).set_index("score_name")["score"]
-    assert meter.n_measured == 24
+    with closing(Pool(model, config, evaluator, store)) as pool:
+        first = pool.measured(Job("test", evaluator.documents("all")))
+    found = first.measurement.items.set_index("score_name")["score"]
+    assert first.n_asked == 24
     assert found["parity"].tolist() == found["calm"].tolist()
     assert len(list((tmp_path / "store").glob("*.parquet"))) == 1
-    with closing(Meter(model, config, evaluator, store, print)) as again:
-        again.measure(evaluator.documents("all"))
-    assert again.n_measured == 0
+    with closing(Pool(model, config, evaluator, store)) as again:
+        assert again.measured(Job("test", evaluator.documents("all"))).n_asked == 0
+        assert again.engine is None

@@ -1,0 +1,231 @@
+"""Candidates: measured by the pool, kept in the run directory, never measured twice."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergetune.engines.choice import installed_version
+from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator, Measurement
+from mergetune.evaluation.suite import Split
+from mergetune.machine import clock
+from mergetune.measuring.model_under_test import LocalModel
+from mergetune.measuring.pool import Failed, Job, Measured, Pool, PoolOptions
+from mergetune.measuring.progress import Progress, candidate_line
+from mergetune.measuring.reply_store import ReplyStore
+from mergetune.merging.inputs import Inputs
+from mergetune.results.run_dir import Candidate, CandidateKind, Cost, RunDir, SpaceKind
+from mergetune.space.recipe import MergeRecipe, count_layers
+
+_VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
+
+
+def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequence[str] = ()) -> None:
+    """Keep what the report needs beside the measurements.
+
+    Raises:
+        MergetuneError: what was measured here is of other items.
+    """
+    run.write_items(evaluator.items())
+    run.write_json("warnings.json", [*inputs.warnings, *leaks])
+    run.write_json(
+        "model.json",
+        {
+            "n_layers": count_layers(inputs.base.names),
+            "tensors": list(inputs.base.names),
+            "changed": inputs.changed,
+            "task_vector_norms": dict(inputs.norms),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that is to be measured on the search split."""
+
+    kind: CandidateKind
+    name: str
+    recipe: MergeRecipe
+    params: Mapping[str, float] | None = None
+    space: SpaceKind = "search_space"
+
+
+class Candidates:
+    """The models of a study: each is measured once, and what it scored is kept.
+
+    Args:
+        engine: how to start the engine.
+        inputs: what is merged.
+        evaluator: the suite.
+        run: where all is kept.
+        progress: is told what is done.
+        interrupted: says whether the user has pressed Ctrl-C, which may come out as any exception.
+
+    Raises:
+        MergetuneError: the engine cannot be started.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        inputs: Inputs,
+        evaluator: Evaluator,
+        run: RunDir,
+        progress: Progress,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
+        self.scores = run.all_scores("search")
+        self._known = {candidate.name: candidate for candidate in run.candidates()}
+        self._proposed: dict[str, tuple[Proposal, float]] = {}  # by the job's purpose; when it was begun
+        known = run.versions()
+        options = PoolOptions(
+            folder=run.path,
+            begun_with=known.get("engine"),
+            name=_reply_name,
+            ledger=run,
+            say=progress.say,
+            on_fault=self._say_fault,
+            at_work=progress.at_work,
+            interrupted=interrupted,
+        )
+        base = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
+        self.pool = Pool(base, engine, evaluator, ReplyStore(run.path / "replies"), options)
+        kind = self.pool.start().kind
+        assert kind != "auto"  # it is settled
+        versions = _versions(kind)
+        changed = [name for name, now in versions.items() if known.get(name, now) != now]
+        if changed:
+            others = ", ".join(f"{name} {known[name]} (now {versions[name]})" for name in changed)
+            progress.say(f"warning: what was measured here before was measured with {others}.")
+        run.write_versions(kind, versions)
+
+    @property
+    def all(self) -> list[Candidate]:
+        """The candidates in the order measured."""
+        return list(self._known.values())
+
+    def measure(self, proposal: Proposal) -> Candidate:
+        """Merge, load and score one candidate on the search split, unless that was done before.
+
+        What goes wrong with a trial is its own failure, whatever it is; a baseline must be measured.
+
+        Raises:
+            MergetuneError: a baseline cannot be measured, or something is wrong that is no fault of the
+                candidate and that the user has to mend.
+        """
+        if (known := self.known(proposal)) is not None:
+            return known
+        self.propose(proposal)
+        return self.next()
+
+    def known(self, proposal: Proposal) -> Candidate | None:
+        """Return a candidate that was measured before, or failed; None where it is to be measured."""
+        known = self._known.get(proposal.name)  # perhaps from the holdout split alone
+        is_failed = known is not None and known.state == "failed" and proposal.kind == "trial"
+        return known if proposal.name in self.scores or is_failed else None
+
+    def propose(self, proposal: Proposal) -> None:
+        """Give a candidate to the pool; `next` returns it, measured."""
+        job = Job(f"search.{proposal.name}", self.evaluator.documents("search"), proposal.recipe)
+        self._proposed[job.purpose] = (proposal, clock.seconds())
+        self.pool.submit(job)
+
+    def next(self) -> Candidate:
+        """Return a proposed candidate, measured or failed; see `measure`."""
+        found = self.pool.next()
+        what = found.job.purpose
+        proposal, began = self._proposed.pop(what)
+        known = self._known.get(proposal.name)
+        fields: dict[str, Any] = {
+            "name": proposal.name,
+            "number": len(self._known) if known is None else known.number,
+            "kind": proposal.kind,
+            "recipe": proposal.recipe,
+            "params": proposal.params,
+            "space": proposal.space,
+            "holdout_cost": Cost() if known is None else known.holdout_cost,
+        }
+        if isinstance(found, Failed) and proposal.kind == "baseline":
+            self.run.forget_attempts(what)  # for it is tried anew at the next start
+            raise MergetuneError(
+                f"The baseline `{proposal.name}` cannot be measured: {found.reason}\nMend what is wrong and "
+                "run the same command again; what was measured is kept. "
+                f"{self.run.path / 'run.log'} has more."
+            )
+        if isinstance(found, Failed):
+            cost = Cost(lost_s=clock.seconds() - began)
+            kept = self._keep({**fields, "state": "failed", "reason": found.reason, "cost": cost}, None)
+            line = candidate_line(proposal.name, None, 0.0, found.reason)
+        else:
+            kept = self._keep({**fields, "cost": found.cost, "faults": found.faults}, found.measurement)
+            line = candidate_line(proposal.name, self.scores[proposal.name], kept.cost.total_s, "")
+        self.run.forget_attempts(what)
+        self.progress.say(line)
+        return kept
+
+    def measure_broken(self) -> None:
+        """Measure again whose scores could not be read."""
+        for each in self.all:
+            if each.state == "complete" and each.name not in self.scores:
+                self.measure(Proposal(each.kind, each.name, each.recipe, each.params, each.space))
+
+    def confirm(self, candidate: Candidate) -> str | None:
+        """Score a candidate on the holdout split, unless that was done before; says and returns why not."""
+        name = candidate.name
+        if name in self._known and self.run.holds_measurement(name, "holdout"):
+            return None
+        self.progress.at_work(f"holdout: {name}")
+        found = self.measure_apart(f"holdout.{name}", candidate.recipe, "holdout")
+        if isinstance(found, Failed):
+            self.progress.say(f"holdout: {candidate_line(name, None, 0.0, found.reason)}")
+            return found.reason
+        self.run.write_measurement(name, "holdout", found.measurement)
+        self._keep(candidate.model_copy(update={"holdout_cost": found.cost}), None)
+        self.run.forget_attempts(f"holdout.{name}")
+        line = candidate_line(name, found.measurement.scores(), found.cost.total_s, "")
+        self.progress.say(f"holdout: {line}")
+        return None
+
+    def measure_apart(
+        self, what: str, recipe: MergeRecipe, split: Split, repeat: int = 0
+    ) -> Measured | Failed:
+        """Measure a recipe without keeping it as a candidate; see `Pool.measure`.
+
+        `what` names the attempts, which count until `RunDir.forget_attempts`.
+        """
+        return self.pool.measure(Job(what, self.evaluator.documents(split), recipe, repeat))
+
+    def close(self) -> None:
+        """End the engine."""
+        self.pool.close()
+
+    def _say_fault(self, job: Job, reason: str) -> None:
+        split, _, name = job.purpose.partition(".")
+        line = candidate_line(name or split, None, 0.0, reason)
+        self.progress.say(f"holdout: {line}" if split == "holdout" else line)
+
+    def _keep(self, candidate: Candidate | Mapping[str, Any], measurement: Measurement | None) -> Candidate:
+        """Write a candidate down."""
+        kept = Candidate.model_validate(candidate)
+        self.run.write_candidate(kept, measurement)
+        self._known[kept.name] = kept
+        if measurement is not None:
+            self.scores[kept.name] = measurement.scores()
+        return kept
+
+
+def _reply_name(job: Job) -> str:
+    """Return a recipe's name in a run's store of replies."""
+    assert job.recipe is not None  # all that a study measures is merged
+    return f"{job.recipe.digest}-{job.repeat}" if job.repeat else job.recipe.digest
+
+
+def _versions(kind: EngineKind) -> dict[str, str]:
+    """Return the versions of what numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+    return found | ({"vllm": installed_version() or ""} if kind == "vllm" else {})
