@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mergetune.analysis.advice import Verdict
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.engines.engine import EngineKind
-    from mergetune.evaluation.suite import Suite as EvalSuite
-    from mergetune.merging.inputs import Inputs
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import Tasting
 
@@ -185,49 +183,44 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge or retrain? Check that models fit together, and compare what they learned."""
-    from mergetune.analysis.advice import as_data, judge
+    from mergetune import api
+    from mergetune.analysis.advice import as_data
     from mergetune.analysis.conflicts import sensitivity_as_data
-    from mergetune.analysis.task_vectors import task_vector_statistics
-    from mergetune.evaluation.suite import read_suite
-    from mergetune.files.library import find, use_cache
+    from mergetune.engines.engine import EngineConfig
     from mergetune.measuring.progress import Progress
-    from mergetune.merging.inputs import open_inputs
-    from mergetune.space.search_space_config import layer_groups, read_search_space
-    from mergetune.weights.models import find_model
 
     if chart is not None:
         from mergetune.analysis.chart import check_chart_path, write_chart
 
         check_chart_path(chart)
-    use_cache(cache, _remark)
     for option, value in (("--batch-size", batch_size), ("--device", device)):
         if value is not None and suite is None:
             raise MergetuneError(f"{option} {value} goes with --suite. Name a suite, or leave it out.")
-    folder = Path()
-    skills = read_suite(find("evals", suite, folder)) if suite is not None else None
-    space = read_search_space(find("search_spaces", search_space, folder))
-    found = {name: find_model(reference, folder) for name, reference in _named(experts).items()}
     with Progress(_err) as progress:
-        inputs = open_inputs(find_model(base, folder), found, vocabulary, say=progress.at_work)
-    if skills is not None:
-        inputs = inputs.speaking(skills.config.chat_template)
-    groups = layer_groups(space, inputs.base.names)
-    statistics = task_vector_statistics(inputs, groups)
-    verdict = judge(statistics)
-    frame = _probe(inputs, skills, batch_size, device) if skills is not None else None
+        found = api.inspect(
+            base,
+            _named(experts),
+            search_space=search_space,
+            suite=suite,
+            engine=EngineConfig(kind="transformers", batch_size=batch_size, device=device or "auto"),
+            vocabulary=vocabulary,
+            cache=cache,
+            say=_remark,
+            at_work=progress.at_work,
+        )
     if chart is not None:
-        write_chart(statistics, verdict, chart, frame)
+        write_chart(found.statistics, found.verdict, chart, found.sensitivity)
     if as_json:
-        data = as_data(statistics, verdict, inputs.warnings)
-        if frame is not None:
-            data["sensitivity"] = sensitivity_as_data(frame, groups)
+        data = as_data(found.statistics, found.verdict, found.warnings)
+        if found.sensitivity is not None:
+            data["sensitivity"] = sensitivity_as_data(found.sensitivity, found.groups)
         typer.echo(json.dumps(data, indent=1))
         return
-    for warning in inputs.warnings:
+    for warning in found.warnings:
         _out.print(f"warning: {warning}", highlight=False, markup=False)
-    _print_inspection(statistics, verdict)
-    if frame is not None:
-        _print_sensitivity(frame, groups)
+    _print_inspection(found.statistics, found.verdict)
+    if found.sensitivity is not None:
+        _print_sensitivity(found.sensitivity, found.groups)
 
 
 @app.command()
@@ -239,16 +232,11 @@ def merge(
     cache: Cache = None,
 ) -> None:
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
-    from mergetune.files.library import use_cache
+    from mergetune import api
     from mergetune.measuring.progress import Progress
-    from mergetune.merging.native import why_slow
-    from mergetune.study.export import merge_recipe
 
-    use_cache(cache, _remark)
-    if reason := why_slow():
-        _remark(f"warning: {reason}")
     with Progress(_err) as progress:
-        merge_recipe(recipe, out, progress.at_work)
+        api.merge(recipe, out, cache=cache, say=_remark, at_work=progress.at_work)
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 
 
@@ -318,35 +306,33 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score any model on a suite, item by item."""
-    from contextlib import closing
     from dataclasses import asdict
 
-    from mergetune.evaluation.evaluate import Evaluator, Measurement
-    from mergetune.evaluation.suite import read_suite
+    from mergetune import api
     from mergetune.files.atomic_files import write_parquet
-    from mergetune.files.library import find, use_cache, writable
-    from mergetune.measuring.model_under_test import open_model
-    from mergetune.measuring.pool import Job, Pool, PoolOptions
+    from mergetune.files.library import writable
     from mergetune.measuring.progress import Progress
-    from mergetune.results.config import engine_options
 
-    use_cache(cache, _remark)
-    config = engine_options(engine, batch_size)
     if out is not None:
         writable(out.parent, "--out")
         if out.is_dir():
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
-    asked = read_suite(find("evals", suite, Path()))
-    keys = _named_variables(api_key)
-    template = asked.config.chat_template
     with Progress(_err) as progress:
-        opened = open_model(model, base, tokenizer, template, keys, vocabulary, progress.at_work)
-    evaluator = Evaluator(asked)
-    with closing(Pool(opened, config, evaluator, None, PoolOptions(say=_remark))) as pool:
-        items = pool.measured(Job("eval", evaluator.documents(split))).measurement.items
+        options = api.ModelOptions(
+            engine,
+            batch_size,
+            base,
+            tokenizer,
+            _named_variables(api_key),
+            vocabulary,
+            cache,
+            _remark,
+            progress.at_work,
+        )
+        measurement = api.evaluate(model, suite, split=split, options=options)
     if out is not None:
-        write_parquet(out, items)
-    scores = Measurement(items, 0.0).scores()
+        write_parquet(out, measurement.items)
+    scores = measurement.scores()
     if as_json:
         typer.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=1))
         return
@@ -405,20 +391,14 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Is CANDIDATE worse than the baseline by more than the margin? Exits 0 pass, 1 fail, 2 inconclusive."""
-    from mergetune.check.judge import EXIT
-    from mergetune.check.outputs import as_data, as_table, write_outputs
-    from mergetune.check.run import CheckOptions, check_models, check_stored
-    from mergetune.evaluation.suite import read_suite
+    from mergetune import api
     from mergetune.files.atomic_files import write_parquet
-    from mergetune.files.library import find, use_cache, writable
-    from mergetune.measuring.model_under_test import open_model
+    from mergetune.files.library import writable
+    from mergetune.gate.judge import EXIT
+    from mergetune.gate.outputs import as_data, as_table, write_outputs
     from mergetune.measuring.progress import Progress
-    from mergetune.measuring.reply_store import ReplyStore, default_store
-    from mergetune.results.config import engine_options
 
-    deployed = read_suite(find("evals", suite, Path()))
-    config = engine_options(engine, batch_size)
-    options = CheckOptions(split, alpha, fast, noise_floor, config, tuple(training or ()))
+    texts = tuple(training or ())
     if measured:
         if len(measured) != 2:
             raise MergetuneError("Give --from twice: the candidate's measurement, then the baseline's.")
@@ -428,22 +408,40 @@ def check(
             raise MergetuneError(
                 f"--from compares what was measured, so that {unused} has no use: leave it out."
             )
-        checked = check_stored(measured[0], measured[1], deployed, options)
+        checked = api.check_measurements(
+            measured[0], measured[1], suite, split=split, alpha=alpha, training=texts
+        )
     elif candidate is None or baseline is None:
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:
-        use_cache(cache, _remark)
         if out is not None:
             writable(out, "--out")
-        keys = _named_variables(api_key)
-        template = deployed.config.chat_template
+        if store is not None:
+            writable(store, "--store")
         with Progress(_err) as progress:
-            models = [
-                open_model(reference, base, tokenizer, template, keys, vocabulary, progress.at_work)
-                for reference in (candidate, baseline)
-            ]
-        kept = ReplyStore(writable(store, "--store")) if store else default_store()
-        checked = check_models(models[0], models[1], deployed, options, kept, _remark)
+            options = api.ModelOptions(
+                engine,
+                batch_size,
+                base,
+                tokenizer,
+                _named_variables(api_key),
+                vocabulary,
+                cache,
+                _remark,
+                progress.at_work,
+            )
+            checked = api.check(
+                candidate,
+                baseline,
+                suite,
+                split=split,
+                alpha=alpha,
+                fast=fast,
+                noise_floor=noise_floor,
+                training=texts,
+                store=store,
+                options=options,
+            )
     result = checked.check
     if out is not None:
         write_outputs(result, out)
@@ -509,10 +507,10 @@ def _remark(text: str) -> None:
 
 
 def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) -> None:
-    from mergetune.study.loop import run_study
+    from mergetune import api
 
-    page = run_study(study, out, _out, engine, cache)
-    _out.print(f"Report: {page}", highlight=False, markup=False)
+    api.run_study(study, out, engine=engine, cache=cache, console=_out)
+    _out.print(f"Report: {out / 'report' / 'index.html'}", highlight=False, markup=False)
     if (out / "best").is_dir():
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
 
@@ -542,14 +540,6 @@ def _named(experts: Sequence[str]) -> dict[str, str]:
             )
         named[name] = reference
     return named
-
-
-def _probe(inputs: Inputs, suite: EvalSuite, batch_size: int | None, device: str | None) -> pd.DataFrame:
-    from mergetune.engines.engine import EngineConfig
-    from mergetune.slopes.probe import probe
-
-    config = EngineConfig(kind="transformers", batch_size=batch_size, device=device or "auto")
-    return probe(inputs, suite, config, _remark)
 
 
 def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> None:

@@ -28,7 +28,6 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import build_llama
-from mergetune.check.run import CheckOptions, check_models
 from mergetune.engines.chat_lm import served_lm
 from mergetune.engines.completions import Choosing, Generation, Scoring
 from mergetune.engines.endpoint import Endpoint
@@ -36,6 +35,7 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.errors import EngineError, MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import Suite, read_suite
+from mergetune.gate.run import CheckOptions, check_models
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.reply_store import ReplyStore
 

@@ -57,7 +57,7 @@ def find(kind: Kind, name: str, folder: Path) -> Path:
     return found[name]
 
 
-def use_cache(given: Path | None, say: Callable[[str], None]) -> None:
+def use_cache(given: Path | None, say: Callable[[str], object]) -> None:
     """Settle before any work where things made once per machine are kept, in processes started here, too.
 
     Where this user's cache cannot be written, a temporary folder takes its place, and `say` is told so.

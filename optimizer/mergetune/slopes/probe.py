@@ -22,7 +22,7 @@ from mergetune.space.recipe import MergeRecipe
 _CANDIDATES = 48  # documents of each task among which items with an answer are looked for
 
 
-def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str], None]) -> pd.DataFrame:
+def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str], object]) -> pd.DataFrame:
     """Measure the sensitivity at the base and at the uniform average, on items of the search split.
 
     Args:
@@ -53,7 +53,7 @@ def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str
 
 
 def _references(
-    engine: TransformersEngine, evaluator: Evaluator, inputs: Inputs, say: Callable[[str], None]
+    engine: TransformersEngine, evaluator: Evaluator, inputs: Inputs, say: Callable[[str], object]
 ) -> References:
     """Find references; for tasks whose items have no answers, in what the experts reply.
 

@@ -10,14 +10,14 @@ from typing import Literal
 
 import pandas as pd
 
-from mergetune.check.early import Early, measure_until_clear
-from mergetune.check.judge import Check, judge
 from mergetune.engines.choice import choose_engine
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, StartError
 from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from mergetune.evaluation.leakage import find_leaks, read_training_texts
 from mergetune.evaluation.suite import Split, Suite
+from mergetune.gate.early import Early, measure_until_clear
+from mergetune.gate.judge import Check, judge
 from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
 from mergetune.measuring.pool import Job, Pool, PoolOptions
 from mergetune.measuring.reply_store import ReplyStore
@@ -61,7 +61,7 @@ def check_models(
     suite: Suite,
     options: CheckOptions,
     store: ReplyStore,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> Checked:
     """Measure two models on a suite, as far as the store does not hold them, and judge the candidate.
 
@@ -98,7 +98,7 @@ class _Pair:
     options: CheckOptions
     warnings: tuple[str, ...]
     store: ReplyStore
-    say: Callable[[str], None]
+    say: Callable[[str], object]
 
     def checked(self, engine: EngineConfig) -> Checked:
         """Measure both in one kind of engine, and judge."""
@@ -174,7 +174,7 @@ def _split(suite: Suite, options: CheckOptions) -> CheckSplit:
 
 
 def _settled(
-    config: EngineConfig, models: Sequence[ModelUnderTest], say: Callable[[str], None]
+    config: EngineConfig, models: Sequence[ModelUnderTest], say: Callable[[str], object]
 ) -> EngineConfig:
     """Settle `kind: auto` for all models at once: two engines score a little differently."""
     folders = {model.folder: None for model in models if isinstance(model, LocalModel)}

@@ -31,7 +31,7 @@ def measure_until_clear(
     baseline: pd.DataFrame,
     documents: Documents,
     alpha: float,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> Early:
     """Measure in a fixed shuffled order, batch by batch; see `sequential` for the rule and its proof.
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mergetune.check import words
-from mergetune.check.judge import Check, Flip
-from mergetune.check.row import Row
 from mergetune.files.templates import render_page
+from mergetune.gate import words
+from mergetune.gate.judge import Check, Flip
+from mergetune.gate.row import Row
 from mergetune.stats import number_text
 
 _FLIPS_A_SCORE = 100

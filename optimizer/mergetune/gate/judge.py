@@ -37,13 +37,13 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from mergetune.check.pairs import pairs
-from mergetune.check.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
-from mergetune.check.words import summary_of
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores, not_means, parts_of, settled
 from mergetune.evaluation.evaluate import ITEM_KEYS
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
+from mergetune.gate.pairs import pairs
+from mergetune.gate.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
+from mergetune.gate.words import summary_of
 from mergetune.stats.paired import Verdict, noise_variance
 from mergetune.stats.resampling import Floats, bootstrap_parts
 from mergetune.stats.sequential import Levels, Look

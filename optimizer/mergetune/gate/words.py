@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from mergetune.stats.number_text import number, signed
 
 if TYPE_CHECKING:
-    from mergetune.check.judge import Check
-    from mergetune.check.row import Row
+    from mergetune.gate.judge import Check
+    from mergetune.gate.row import Row
     from mergetune.stats.paired import Verdict
     from mergetune.stats.resampling import Interval
 

@@ -18,10 +18,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mergetune.check.judge import EXIT, Check, Flip
-from mergetune.check.page import as_html as as_html
-from mergetune.check.row import Row
-from mergetune.check.words import (
+from mergetune.files.atomic_files import write_text
+from mergetune.gate.judge import EXIT, Check, Flip
+from mergetune.gate.page import as_html as as_html
+from mergetune.gate.row import Row
+from mergetune.gate.words import (
     clean,
     excerpt,
     full_name,
@@ -31,7 +32,6 @@ from mergetune.check.words import (
     span,
     verdict_words,
 )
-from mergetune.files.atomic_files import write_text
 from mergetune.stats.number_text import number, signed
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}

@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from helpers import fine_tune, mergetune
-from mergetune.check.run import Checked, CheckOptions, check_models, check_stored
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
 from mergetune.evaluation.suite import Suite
 from mergetune.files.library import shared_folder
+from mergetune.gate.run import Checked, CheckOptions, check_models, check_stored
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
@@ -219,7 +219,7 @@ def run_example(folder: Path, candidate: Path, baseline: Path, suite: str | Path
     example = shared_folder("examples") / "check" / "test_merge.py"
     environment = os.environ | {
         **{"CANDIDATE": str(candidate), "BASELINE": str(baseline), "SUITE": str(suite)},
-        **{"OPTIONS": "--engine transformers", "XDG_CACHE_HOME": str(folder), "PYTEST_ADDOPTS": ""},
+        **{"ENGINE": "transformers", "XDG_CACHE_HOME": str(folder), "PYTEST_ADDOPTS": ""},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", str(example)]

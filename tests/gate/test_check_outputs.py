@@ -15,11 +15,11 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from mergetune.check.judge import Check, judge
-from mergetune.check.outputs import as_data, as_html, as_junit, as_markdown, as_table
-from mergetune.check.page import drawings, shown_flips
-from mergetune.check.words import about, clean, excerpt
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.gate.judge import Check, judge
+from mergetune.gate.outputs import as_data, as_html, as_junit, as_markdown, as_table
+from mergetune.gate.page import drawings, shown_flips
+from mergetune.gate.words import about, clean, excerpt
 from mergetune.stats.number_text import number
 from mergetune.stats.sequential import look, split_alpha
 

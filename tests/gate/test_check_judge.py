@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from mergetune.check.judge import EXIT, Check, judge
-from mergetune.check.row import Row
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import Direction, GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.gate.judge import EXIT, Check, judge
+from mergetune.gate.row import Row
 from mergetune.stats.resampling import Interval
 from mergetune.stats.sequential import look, split_alpha
 

@@ -1,0 +1,337 @@
+"""What the command line does, as functions; `import mergetune` offers them. Each imports its own stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.files.library import find, use_cache
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from mergetune.analysis.advice import Verdict
+    from mergetune.analysis.task_vectors import TaskVectorStatistics
+    from mergetune.evaluation.evaluate import Measurement
+    from mergetune.evaluation.suite import Split, Suite
+    from mergetune.gate.run import Checked, CheckSplit
+    from mergetune.measuring.model_under_test import ModelUnderTest
+    from mergetune.results.run import Run
+    from mergetune.space.recipe import LayerGroup
+    from mergetune.weights.vocabulary import VocabularyRule
+
+Say = Callable[[str], object]
+Given = str | Path
+LAYER_GROUPS = "task_arithmetic_layer_groups"  # the search space whose layer groups `inspect` compares by
+
+
+def _quiet(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How models that are scored as they are get opened and run.
+
+    Attributes:
+        engine: `auto`, `transformers`, `vllm`, a YAML file with `engine`, or the options themselves.
+        batch_size: items at a time, where `engine` does not say it.
+        base: the model that an adapter belongs to.
+        tokenizer: of a served model, where it is not on this machine.
+        api_keys: by host, or host:port, the environment variable with a server's API key.
+        vocabulary: what becomes of tokens that an adapter added: `refuse`, `base` or `mean`.
+        cache: where replies, the kernel and logs are kept; None: this user's cache.
+        say: is told which engine runs, and what it warns of.
+        at_work: is told what is being done.
+    """
+
+    engine: str | EngineConfig = "auto"
+    batch_size: int | None = None
+    base: Given | None = None
+    tokenizer: str | None = None
+    api_keys: Mapping[str, str] = field(default_factory=dict)
+    vocabulary: VocabularyRule = "refuse"
+    cache: Path | None = None
+    say: Say = _quiet
+    at_work: Say = _quiet
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's options; raises `MergetuneError` as `engine_options` does."""
+        from mergetune.results.config import engine_options
+
+        if isinstance(self.engine, EngineConfig):
+            return self.engine
+        return engine_options(self.engine, self.batch_size)
+
+    def opened(self, model: Given, suite: Suite) -> ModelUnderTest:
+        """Open a model for a suite; raises `MergetuneError` as `open_model` does."""
+        from mergetune.measuring.model_under_test import open_model
+
+        return open_model(
+            str(model),
+            None if self.base is None else str(self.base),
+            self.tokenizer,
+            suite.config.chat_template,
+            self.api_keys,
+            self.vocabulary,
+            self.at_work,
+        )
+
+
+def run_study(
+    study_file: Given,
+    out: Given,
+    *,
+    engine: EngineKind | None = None,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Run a study, or go on with the one in `out`, as `mergetune run` does.
+
+    Args:
+        study_file: the study's YAML file.
+        out: the run directory.
+        engine: takes the place of the study file's `engine.kind`.
+        cache: takes the place of the study file's `cache`.
+        console: where progress goes; by default standard error.
+
+    Returns:
+        What is in the run directory now; the report is `out/report/index.html`, the model `out/best`.
+
+    Raises:
+        MergetuneError: something the user has to mend; what was measured stays on disk.
+        KeyboardInterrupt: after a report of what is there was written.
+    """
+    from rich.console import Console
+
+    from mergetune.results.run import Run
+    from mergetune.study import loop
+
+    loop.run_study(Path(study_file), Path(out), console or Console(stderr=True), engine, cache)
+    return Run(Path(out))
+
+
+def read_run(folder: Given) -> Run:
+    """Read a run directory: candidates, front, recommendation, recipes, scores with intervals, items.
+
+    Raises:
+        MergetuneError: it is none.
+    """
+    from mergetune.results.run import Run
+
+    return Run(Path(folder))
+
+
+def read_suite(suite: Given) -> Suite:
+    """Read a suite and its items.
+
+    Args:
+        suite: a preset's name, or a path.
+
+    Raises:
+        MergetuneError: there is no such suite, or it or its items break a rule.
+    """
+    from mergetune.evaluation import suite as suites
+
+    return suites.read_suite(find("evals", str(suite), Path()))
+
+
+def evaluate(
+    model: Given,
+    suite: Given,
+    *,
+    split: Split | Literal["all"] = "all",
+    options: ModelOptions | None = None,
+) -> Measurement:
+    """Score any model on a suite, item by item, as `mergetune eval` does.
+
+    Args:
+        model: a directory, hub id, adapter (with `options.base`), recipe file, or a server's address.
+        suite: a preset's name, or a path.
+        split: which of the suite's items.
+        options: how the model is opened and run.
+
+    Returns:
+        A row per item, and `scores()` of objectives and guards.
+
+    Raises:
+        MergetuneError: the model or the suite cannot be had, or not be scored.
+    """
+    from mergetune.evaluation.evaluate import Evaluator
+    from mergetune.measuring.pool import Job, Pool, PoolOptions
+
+    options = options or ModelOptions()
+    use_cache(options.cache, options.say)
+    config, asked = options.config, read_suite(suite)
+    opened, evaluator = options.opened(model, asked), Evaluator(asked)
+    with closing(Pool(opened, config, evaluator, None, PoolOptions(say=options.say))) as pool:
+        return pool.measured(Job("eval", evaluator.documents(split))).measurement
+
+
+def check(
+    candidate: Given,
+    baseline: Given,
+    suite: Given,
+    *,
+    split: CheckSplit | None = None,
+    alpha: float = 0.05,
+    fast: bool = False,
+    noise_floor: bool = True,
+    training: tuple[Path, ...] = (),
+    store: Path | None = None,
+    options: ModelOptions | None = None,
+) -> Checked:
+    """Say whether a candidate is worse than a baseline by more than the margins, as `mergetune check` does.
+
+    Args:
+        candidate: given as in `evaluate`.
+        baseline: likewise.
+        suite: a preset's name, or a path; its objectives and guards have margins.
+        split: which of the suite's items; None: those held out, if the suite holds out any.
+        alpha: one-sided, in (0, 0.5): the error of PASS, and that of FAIL.
+        fast: stop as soon as the verdict is clear.
+        noise_floor: measure the baseline twice, and count what differs as noise.
+        training: files that one of the models was trained on, to look for the suite's items in.
+        store: where replies are kept; None: in the cache.
+        options: how the models are opened and run.
+
+    Returns:
+        The check (`check.verdict` is `pass`, `fail` or `inconclusive`) and both measurements.
+
+    Raises:
+        MergetuneError: a model or the suite cannot be had, or not be scored.
+    """
+    from mergetune.gate.run import CheckOptions, check_models
+    from mergetune.measuring.reply_store import ReplyStore, default_store
+
+    options = options or ModelOptions()
+    use_cache(options.cache, options.say)
+    deployed = read_suite(suite)
+    how = CheckOptions(split, alpha, fast, noise_floor, options.config, training)
+    first, second = (options.opened(model, deployed) for model in (candidate, baseline))
+    kept = ReplyStore(store) if store else default_store()
+    return check_models(first, second, deployed, how, kept, options.say)
+
+
+def check_measurements(
+    candidate: Path,
+    baseline: Path,
+    suite: Given,
+    *,
+    split: CheckSplit | None = None,
+    alpha: float = 0.05,
+    training: tuple[Path, ...] = (),
+) -> Checked:
+    """Check what `evaluate` or an earlier check measured, as `mergetune check --from` does; no model runs.
+
+    Args:
+        candidate: a Parquet file with the items of a measurement.
+        baseline: likewise.
+        suite: a preset's name, or a path.
+        split: see `check`.
+        alpha: see `check`.
+        training: see `check`.
+
+    Raises:
+        MergetuneError: a file is no measurement of this suite, or was made by other rules.
+    """
+    from mergetune.gate.run import CheckOptions, check_stored
+
+    deployed = read_suite(suite)
+    return check_stored(candidate, baseline, deployed, CheckOptions(split, alpha, training=training))
+
+
+def merge(
+    recipe: Given, out: Given, *, cache: Path | None = None, say: Say = _quiet, at_work: Say = _quiet
+) -> Path:
+    """Write the model of a recipe file, as `mergetune merge` does; returns its directory.
+
+    Raises:
+        MergetuneError: a model of the recipe cannot be had or is another than it names, or the disk is full.
+    """
+    from mergetune.merging.native import why_slow
+    from mergetune.study.export import merge_recipe
+
+    use_cache(cache, say)
+    if reason := why_slow():
+        say(f"warning: {reason}")
+    merge_recipe(Path(recipe), Path(out), at_work)
+    return Path(out)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What task vectors say before any merge.
+
+    Attributes:
+        warnings: what is suspicious about the models.
+        statistics: lengths, redundancy, cosines and sign conflicts of the task vectors, by layer group.
+        verdict: merge or retrain, with its reasons.
+        groups: the layer groups.
+        sensitivity: how each score's loss moves with each coefficient, as `measure_sensitivity` gives it;
+            None without a suite.
+    """
+
+    warnings: tuple[str, ...]
+    statistics: TaskVectorStatistics
+    verdict: Verdict
+    groups: tuple[LayerGroup, ...]
+    sensitivity: pd.DataFrame | None
+
+
+def inspect(
+    base: Given,
+    experts: Mapping[str, Given],
+    *,
+    search_space: Given = LAYER_GROUPS,
+    suite: Given | None = None,
+    engine: EngineConfig | None = None,
+    vocabulary: VocabularyRule = "refuse",
+    cache: Path | None = None,
+    say: Say = _quiet,
+    at_work: Say = _quiet,
+) -> Inspection:
+    """Check that models fit together, and compare what they learned, as `mergetune inspect` does.
+
+    Args:
+        base: a directory or a hub id.
+        experts: fine-tunes or adapters of it, by the names that they are to have.
+        search_space: whose layer groups are compared by: a preset's name, or a path.
+        suite: where the skills of this suite conflict is measured, too: a preset's name, or a path.
+        engine: with a suite: the options of the transformers engine.
+        vocabulary: what becomes of tokens that experts added.
+        cache: None: this user's cache.
+        say: is told what is under way.
+        at_work: is told what is being done.
+
+    Raises:
+        MergetuneError: the models do not fit together, or something cannot be had.
+    """
+    from mergetune.analysis.advice import judge
+    from mergetune.analysis.task_vectors import task_vector_statistics
+    from mergetune.merging.inputs import open_inputs
+    from mergetune.space.search_space_config import layer_groups, read_search_space
+    from mergetune.weights.models import find_model
+
+    use_cache(cache, say)
+    folder = Path()
+    skills = read_suite(suite) if suite is not None else None
+    space = read_search_space(find("search_spaces", str(search_space), folder))
+    found = {name: find_model(str(reference), folder) for name, reference in experts.items()}
+    inputs = open_inputs(find_model(str(base), folder), found, vocabulary, say=at_work)
+    if skills is not None:
+        inputs = inputs.speaking(skills.config.chat_template)
+    groups = layer_groups(space, inputs.base.names)
+    statistics = task_vector_statistics(inputs, groups)
+    frame = None
+    if skills is not None:
+        from mergetune.slopes.probe import probe
+
+        frame = probe(inputs, skills, engine or EngineConfig(kind="transformers"), say)
+    return Inspection(inputs.warnings, statistics, judge(statistics), tuple(groups), frame)
