@@ -12,7 +12,8 @@ import yaml
 
 from helpers import mergetune
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.suite import Item, read_suite
+from mergetune.evaluation.items import Item
+from mergetune.evaluation.suite import read_suite
 
 GOOD = {"prompt": "Say hi", "answer": "hi"}
 LINE = json.dumps(GOOD) + "\n"

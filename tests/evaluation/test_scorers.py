@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.task import ConfigurableTask
+from pydantic import TypeAdapter
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.answers import (
-    NOT_JSON,
-    ScorerKind,
-    answer_problem,
-    answer_text,
-    choice_index,
-    load_json,
-    parse_json,
-)
 from mergetune.evaluation.evaluate import Evaluator
-from mergetune.evaluation.scorers import Scorer, json_equal
+from mergetune.evaluation.items import Item, load_json
+from mergetune.evaluation.lm_tasks import item_of
+from mergetune.evaluation.rules import scorer_code
+from mergetune.evaluation.scorers import SCORERS, BaseScorer, ChoiceScorer, Scorer, scorer_rows
+from mergetune.evaluation.scorers.choice import choice_index
+from mergetune.evaluation.scorers.json_answer import NOT_JSON, json_equal, parse_json
 from mergetune.evaluation.suite import read_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}
@@ -37,8 +38,18 @@ JSON = st.recursive(
 )
 
 
+def scorer_of(kind: str, **options: Any) -> BaseScorer:
+    scorer: BaseScorer = TypeAdapter(Scorer).validate_python({"kind": kind, **options})
+    return scorer
+
+
+def score(scorer: BaseScorer, reply: str, answer: Any, patterns: tuple[str, ...] = ()) -> float:
+    (found,) = scorer.score([Item(prompt="x", answer=answer, patterns=patterns)], [reply])
+    return found
+
+
 @pytest.mark.parametrize(
-    ("kind", "reply", "answer", "score"),
+    ("kind", "reply", "answer", "expected"),
     [
         ("exact", " Paris \n", "Paris", 1),
         ("exact", "paris", "Paris", 0),
@@ -72,23 +83,23 @@ JSON = st.recursive(
         ("json", "```\n" + "\n" * 20_000, [], 0),
     ],
 )
-def test_scores(kind: Any, reply: str, answer: Any, score: float) -> None:
-    assert Scorer(kind=kind).score(reply, answer) == score
+def test_scores(kind: str, reply: str, answer: Any, expected: float) -> None:
+    assert score(scorer_of(kind), reply, answer) == expected
 
 
 def test_case_may_be_ignored() -> None:
-    assert Scorer(kind="exact", ignore_case=True).score("PARIS", "paris") == 1
-    assert Scorer(kind="exact", ignore_case=True).score("True", True) == 1
-    assert Scorer(kind="regex", ignore_case=True, patterns=("^yes",)).score("YES!", None) == 1
+    assert score(scorer_of("exact", ignore_case=True), "PARIS", "paris") == 1
+    assert score(scorer_of("exact", ignore_case=True), "True", True) == 1
+    assert score(scorer_of("regex", ignore_case=True, patterns=("^yes",)), "YES!", None) == 1
 
 
 def test_regex_scores_the_share_of_patterns_found() -> None:
-    scorer = Scorer(kind="regex", patterns=(r"\?$", "^You"))
-    assert scorer.score("You can. Ready?", None, ["tax", "10 minutes"]) == 0.5
+    scorer = scorer_of("regex", patterns=(r"\?$", "^You"))
+    assert score(scorer, "You can. Ready?", None, ("tax", "10 minutes")) == 0.5
 
 
 def test_more_digits_than_python_reads_are_a_wrong_answer() -> None:
-    assert Scorer(kind="json").score("9" * 5000, 9) == 0
+    assert score(scorer_of("json"), "9" * 5000, 9) == 0
 
 
 @pytest.mark.parametrize("reply", ["NaN", "-Infinity", "[NaN]", ""])
@@ -109,7 +120,7 @@ def test_what_json_does_not_have_is_no_json(reply: str) -> None:
 )
 def test_options_of_another_scorer_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Scorer.model_validate(fields)
+        scorer_of(**fields)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +128,13 @@ def test_options_of_another_scorer_are_refused(fields: dict[str, Any], message: 
 )
 def test_a_pattern_that_every_reply_matches_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="not every reply matches"):
-        Scorer(kind="regex", patterns=(pattern,))
+        scorer_of("regex", patterns=(pattern,))
 
 
 @pytest.mark.parametrize("pattern", ["(?!)", "$^"])
 def test_a_pattern_that_no_reply_matches_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="some reply matches"):
-        Scorer(kind="regex", patterns=(pattern,))
+        scorer_of("regex", patterns=(pattern,))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +154,7 @@ def test_a_pattern_that_no_reply_matches_is_refused(pattern: str) -> None:
     ],
 )
 def test_a_pattern_that_some_replies_match_is_taken(pattern: str) -> None:
-    assert Scorer(kind="regex", patterns=(pattern,)).patterns == (pattern,)
+    assert scorer_of("regex", patterns=(pattern,)).model_dump()["patterns"] == (pattern,)
 
 
 @pytest.mark.parametrize(
@@ -186,17 +197,15 @@ def test_an_answer_is_read_as_what_it_plainly_is_or_refused(
     tmp_path: Path, answer: str, texts: tuple[str | None, ...]
 ) -> None:
     (tmp_path / "items.jsonl").write_text(f'{{"prompt": "x", "answer": {answer}}}\n')
-    kinds: tuple[ScorerKind, ...] = ("exact", "contains", "json")
-    for kind, text in zip(kinds, texts, strict=True):
+    for kind, text in zip(("exact", "contains", "json"), texts, strict=True):
         suite = write_suite(tmp_path, {"scorer": kind})
         if text is None:
             with pytest.raises(MergetuneError, match=r"items\.jsonl, line 1: .*`answer`"):
                 read_suite(suite)
             continue
         (item,) = read_suite(suite).items["items.jsonl"]
-        assert answer_text(kind, item.answer) == text
-        assert Scorer(kind=kind).score(text, item.answer) == 1
-        assert Scorer(kind=kind).score("of no use", item.answer) == 0
+        assert scorer_of(kind).answer_text(item) == text
+        assert scorer_of(kind).score([item, item], [text, "of no use"]) == [1, 0]
 
 
 @pytest.mark.parametrize("answer", ["NaN", "-Infinity", '{"a": NaN}', "9" * 5000, "[" * 100_000])
@@ -208,10 +217,10 @@ def test_an_answer_that_json_does_not_have_is_refused(tmp_path: Path, answer: st
 
 @pytest.mark.parametrize("kind", ["exact", "contains", "json"])
 @given(value=JSON)
-def test_the_text_of_every_answer_that_is_taken_scores(kind: ScorerKind, value: Any) -> None:
-    answer = load_json(json.dumps(value))
-    if answer_problem(kind, answer) is None:
-        assert Scorer(kind=kind).score(answer_text(kind, answer), answer) == 1
+def test_the_text_of_every_answer_that_is_taken_scores(kind: str, value: Any) -> None:
+    scorer, item = scorer_of(kind), Item(prompt="x", answer=load_json(json.dumps(value)))
+    if scorer.check_item(item) is None:
+        assert scorer.score([item], [scorer.answer_text(item)]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +333,83 @@ def test_a_pattern_without_end_names_item_and_pattern(tmp_path: Path) -> None:
 
 
 def test_a_pattern_with_repetitions_in_repetitions_ends() -> None:
-    assert Scorer(kind="regex", patterns=(r"^(\w+\s?)+[.!?]$",)).score("a" * 36, None) == 0
+    assert score(scorer_of("regex", patterns=(r"^(\w+\s?)+[.!?]$",)), "a" * 36, None) == 0
+
+
+@pytest.fixture(scope="module")
+def choosing() -> Any:
+    """A multiple-choice task as lm-eval has it; the first choice is right."""
+    rows = Dataset.from_list([{"prompt": "x", "choices": ["a", "b"]}])
+    metrics = [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+    ]
+    settings = {
+        "task": "choosing",
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "prompt",
+        "doc_to_choice": lambda doc: doc["choices"],
+        "doc_to_target": lambda doc: 0,
+        "metric_list": metrics,
+    }
+    return ConfigurableTask(config=settings)
+
+
+@given(
+    choices=st.lists(st.text("aé語", min_size=1), min_size=2, max_size=4, unique=True),
+    likelihoods=st.lists(st.floats(-50, 0), min_size=4, max_size=4),
+)
+def test_a_choice_scores_as_in_lm_eval(choosing: Any, choices: list[str], likelihoods: list[float]) -> None:
+    item, likely = Item(prompt="x", choices=tuple(choices), answer=0), likelihoods[: len(choices)]
+    expected = choosing.process_results({"choices": choices}, [(each, False) for each in likely])
+    for scorer in (ChoiceScorer(), ChoiceScorer(per_character=True)):
+        assert scorer.score([item], [likely]) == [expected[scorer.metric]]
+
+
+def test_a_scorer_sees_the_item_with_its_messages_and_metadata(tmp_path: Path) -> None:
+    item = {"prompt": "Say yes.", "answer": "yes", "metadata": {"from": ["a", 1]}, "note": "no key of ours"}
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, [item, {**item, "system": "Be terse."}])))
+    path = write_suite(tmp_path, {"scorer": "exact", "system": "Be brief."})
+    (bound,) = Evaluator(read_suite(path)).tasks.values()
+    for doc, system in zip(bound.docs, ("Be brief.", "Be terse."), strict=True):
+        asked = item_of(doc)
+        assert asked.metadata == {"from": ["a", 1]}
+        assert asked.messages == [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "Say yes."},
+        ]
+
+
+def test_ids_and_digests_know_of_metadata_only_where_there_is_some() -> None:
+    bare = Item(prompt="x", answer="y")
+    assert "metadata" not in bare.model_dump_json()
+    assert Item(prompt="x", answer="y", metadata=[0]).model_dump() == {**bare.model_dump(), "metadata": [0]}
+
+
+def test_the_digest_of_a_scorer_follows_its_own_code(tmp_path: Path) -> None:
+    """And that of nothing but it, what scorers share and items, wherever these stand."""
+    code = "from mergetune.evaluation.scorers.scorer import BaseScorer\n\n\nclass Own(BaseScorer): ...\n"
+
+    def digest(folder: str, text: str) -> str:
+        file = tmp_path / folder / "own.py"
+        file.parent.mkdir()
+        file.write_text(text)
+        spec = importlib.util.spec_from_file_location(folder, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[folder] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return scorer_code(module.Own)
+
+    first, moved, changed = digest("own_1", code), digest("own_2", code), digest("own_3", f"{code}x = 1\n")
+    assert first == moved != changed
+    assert len({scorer_code(scorer) for scorer in SCORERS.values()}) == len(SCORERS)
+
+
+def test_the_docs_have_a_row_for_each_scorer() -> None:
+    assert [kind for kind, _, _ in scorer_rows()] == ["exact", "contains", "regex", "json", "choice"]
+    assert all(needs and scores for _, needs, scores in scorer_rows())
 
 
 def write_suite(folder: Path, task: dict[str, Any]) -> Path:

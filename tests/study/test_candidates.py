@@ -94,13 +94,13 @@ def test_other_versions_than_before_are_said(half: Inputs, tmp_path: Path) -> No
 def test_what_a_tasks_own_code_raises_fails_the_trial_alone(
     half: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raise_in(doc: object, replies: object) -> None:
+    def raise_in(scorer: object, items: object, replies: object) -> None:
         raise ZeroDivisionError("of the task's own code")
 
     with opened(half, tmp_path, io.StringIO()) as candidates:
-        task = next(iter(candidates.evaluator.tasks.values())).task
+        scorer = next(iter(candidates.evaluator.tasks.values())).config.scorer
         with monkeypatch.context() as patched:
-            patched.setattr(task.config, "process_results", raise_in)
+            patched.setattr(type(scorer), "score", raise_in)
             failed = candidates.measure(Proposal("trial", "trial-0001", at(half, 0.5)))
             with pytest.raises(MergetuneError, match="baseline `base` cannot be measured: ZeroDivisionError"):
                 candidates.measure(Proposal("baseline", "base", at(half, 0.0)))

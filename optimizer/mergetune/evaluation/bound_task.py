@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
 from mergetune.evaluation.lm_requests import filter_names
-from mergetune.evaluation.lm_tasks import fix_fewshot, item_patterns
+from mergetune.evaluation.lm_tasks import fix_fewshot, item_of, item_scores
 from mergetune.evaluation.rules import rules_digest
 from mergetune.evaluation.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
 from mergetune.files.yaml_io import nearest
@@ -57,38 +57,57 @@ class BoundTask:
         return _prompt(self.task, self.docs[index])
 
     def target(self, index: int) -> str:
-        """Return what an item asks for in words: its answer, or the patterns that its score counts."""
+        """Return what an item asks for in words: its answer, or what its score counts."""
         doc, scorer = self.docs[index], self.config.scorer
-        if scorer is not None and scorer.kind == "regex":
-            return "\n".join(["the share met of these patterns:", *scorer.patterns, *item_patterns(doc)])
-        return str(right_answer(self.task, doc))
+        return str(right_answer(self.task, doc)) if scorer is None else scorer.target_text(item_of(doc))
 
-    def row(self, index: int, requests: Sequence[Instance], results: Sequence[Any]) -> dict[str, Any]:
-        """Score a document's replies, as the task's filter left them, as a row of a measurement.
+    def measured(self, results: Mapping[int, Sequence[Any]]) -> dict[int, Mapping[str, Any]]:
+        """Return what the task measures of each document's replies, as its filter left them, by metric.
+
+        Raises:
+            MergetuneError: an item cannot be scored.
+        """
+        if self.config.scorer is None:
+            return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
+        scores = item_scores(self.config.scorer, [self.docs[i] for i in results], results.values())
+        return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
+
+    def rows(
+        self, requests: Mapping[int, Sequence[Instance]], results: Mapping[int, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """Score documents' replies, as the task's filter left them, as rows of a measurement.
 
         Raises:
             TrialError: a log-likelihood is NaN.
-            MergetuneError: the metric has no number.
+            MergetuneError: an item cannot be scored, or the metric has no number.
         """
-        if any(request.doc_id != index for request in requests):
-            raise MergetuneError(f"`{self.name}`: a reply came back for another item than it was asked for.")
-        if any(isinstance(each, tuple) and math.isnan(each[0]) for each in results):
-            raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
-        scores = self.task.process_results(self.docs[index], list(results))
+        for index, own in results.items():
+            if any(request.doc_id != index for request in requests[index]):
+                raise MergetuneError(
+                    f"`{self.name}`: a reply came back for another item than it was asked for."
+                )
+            if any(isinstance(each, tuple) and math.isnan(each[0]) for each in own):
+                raise TrialError(f"`{self.name}`: the model's scores or log-likelihoods are NaN.")
+        measured = self.measured(results)
+        return [
+            {
+                "score_name": self.score_name,
+                "task": self.name,
+                "item": self.item_ids[index],
+                **self._scored(measured[index]),
+                "response": _response(requests[index], own),
+                "rules": self.rules,
+            }
+            for index, own in results.items()
+        ]
+
+    def _scored(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row's score and how it goes into the task's."""
         # as in lm-eval, what the task gives no value for is left out of a mean
-        is_left_out = self.metric not in scores and self.aggregation.name == "mean"
+        is_left_out = self.metric not in measured and self.aggregation.name == "mean"
         aggregation = by_name("nanmean") if is_left_out else self.aggregation
-        score, parts = self._value(scores.get(self.metric, math.nan), aggregation)
-        return {
-            "score_name": self.score_name,
-            "task": self.name,
-            "item": self.item_ids[index],
-            "score": score,
-            "response": _response(requests, results),
-            "aggregation": aggregation.name,
-            "parts": parts,
-            "rules": self.rules,
-        }
+        score, parts = self._value(measured.get(self.metric, math.nan), aggregation)
+        return {"score": score, "aggregation": aggregation.name, "parts": parts}
 
     def _value(self, value: Any, aggregation: Aggregation) -> tuple[float, list[float] | None]:
         """Return the score of one item and its parts; None where the metric is the mean of the scores."""
@@ -223,7 +242,7 @@ def _try_metric(bound: BoundTask) -> None:
         made = bound.task.construct_requests(doc=bound.docs[0], ctx="", metadata=(bound.name, 0, 1))
         n_replies = len(made) if isinstance(made, list) else 1
         replies = [-1.0 - n if is_rolling else (-1.0 - n, False) for n in range(n_replies)]
-        scores = bound.task.process_results(bound.docs[0], replies)
+        scores = bound.measured({0: replies})[0]
     except Exception:  # whatever a task's own code raises at replies that no model gave
         return
     if bound.metric in scores:

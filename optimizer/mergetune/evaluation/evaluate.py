@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
@@ -120,7 +120,11 @@ class Evaluator:
         start = clock.seconds()
         requests = self.requests(lm, documents)
         ask(lm, [request for own in requests.values() for each in own.values() for request in each])
-        rows = [row for name, own in requests.items() for row in _rows(self._tasks[name], own)]
+        rows = [
+            row
+            for bound, own in ((self._tasks[name], own) for name, own in requests.items())
+            for row in bound.rows(own, filtered(bound.task, own, bound.filter))
+        ]
         return Measurement(pd.DataFrame(rows, columns=COLUMNS), clock.seconds() - start)
 
     def requests(self, lm: LM, documents: Documents) -> Requests:
@@ -235,13 +239,6 @@ def _settled(config: SuiteConfig, tasks: Sequence[BoundTask]) -> SuiteConfig:
 
     parts = {"objectives": settled(config.objectives), "guards": settled(config.guards)}
     return config.model_copy(update=parts)
-
-
-def _rows(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> Iterator[dict[str, Any]]:
-    """Score what a task's documents were replied."""
-    results = filtered(bound.task, requests, bound.filter)
-    for index, own in requests.items():
-        yield bound.row(index, own, results[index])
 
 
 def _mean_over_tasks(rows: pd.DataFrame) -> Score:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.answers import load_json
+from mergetune.evaluation.items import load_json
 from mergetune.files.yaml_io import read_text
 
 _ITEM = '{"prompt": "…", "answer": "…"}'

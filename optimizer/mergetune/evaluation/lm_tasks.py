@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.answers import answer_text, choice_index
+from mergetune.evaluation.items import Item
 from mergetune.evaluation.scorers import Scorer
-from mergetune.evaluation.suite import Item, Suite, TaskConfig
+from mergetune.evaluation.suite import Suite, TaskConfig
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import nearest
 
@@ -26,7 +26,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
     data = {"test": _dataset(items[config.items], config)}
     if config.fewshot_items is not None:
         data["fewshot"] = _dataset(items[config.fewshot_items], config)
-    common = {
+    settings = {
         "task": name,
         "custom_dataset": lambda **_: data,
         "test_split": "test",
@@ -34,29 +34,27 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
         "num_fewshot": config.num_fewshot or 0,
         "doc_to_text": "prompt",
         "description": "system",
+        "process_results": _scoring(config.scorer),
+        "metric_list": [{"metric": config.scorer.metric, "aggregation": "mean", "higher_is_better": True}],
     }
-    if config.scorer.kind == "choice":
-        metric = "acc_norm" if config.scorer.per_character else "acc"
-        own = {
+    if config.scorer.asks == "likelihoods":
+        settings |= {
             "output_type": "multiple_choice",
-            "doc_to_choice": _payload("choices"),
-            "doc_to_target": _right_choice,
+            "doc_to_choice": lambda doc: item_of(doc).choices,
+            "doc_to_target": _right_choice(config.scorer),
             "target_delimiter": _delimiter(items[config.items]),
-            "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
         }
     else:
-        own = {
+        settings |= {
             "output_type": "generate_until",
             "doc_to_target": "target",
-            "process_results": _scoring(config.scorer),
-            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
             "generation_kwargs": {
                 "until": list(config.stop),
                 "max_gen_toks": config.max_new_tokens,
                 "do_sample": False,
             },
         }
-    return ConfigurableTask(config={**common, **own})
+    return ConfigurableTask(config=settings)
 
 
 def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
@@ -64,13 +62,12 @@ def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
     from datasets import Dataset
 
     assert config.scorer is not None  # TaskConfig
-    kind = config.scorer.kind
     return Dataset.from_list(
         [
             {
                 "prompt": item.prompt,
                 "system": config.system if item.system is None else item.system,
-                "target": "" if item.answer is None else answer_text(kind, item.answer),
+                "target": config.scorer.answer_text(item),
                 "payload": item.model_dump_json(),
             }
             for item in items
@@ -78,19 +75,22 @@ def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
     )
 
 
-def item_answer(doc: Mapping[str, str]) -> Any:
-    """Return the answer of a JSONL item's document as the item has it."""
-    return _payload("answer")(doc)
+def item_of(doc: Mapping[str, str]) -> Item:
+    """Return the item that a document of a JSONL task was made of, with the system message that it gets."""
+    fields = {**json.loads(doc["payload"]), "system": doc["system"]}
+    return Item.model_construct(**fields)  # it was validated when it was read
 
 
-def item_patterns(doc: Mapping[str, str]) -> list[str]:
-    """Return the patterns that a JSONL item's document has of its own."""
-    patterns: list[str] = _payload("patterns")(doc)
-    return patterns
+def item_scores(
+    scorer: Scorer, docs: Iterable[Mapping[str, str]], results: Iterable[Sequence[Any]]
+) -> list[float]:
+    """Score documents of a JSONL task by what was replied to each, as lm-eval hands it on.
 
-
-def _payload(key: str) -> Callable[[Mapping[str, str]], Any]:
-    return lambda doc: json.loads(doc["payload"])[key]
+    Raises:
+        MergetuneError: one of them cannot be scored.
+    """
+    replies: list[Any] = [own[0] if scorer.asks == "reply" else [each for each, _ in own] for own in results]
+    return scorer.score([item_of(doc) for doc in docs], replies)
 
 
 def _delimiter(items: Sequence[Item]) -> str:
@@ -98,18 +98,17 @@ def _delimiter(items: Sequence[Item]) -> str:
     return "" if all(item.prompt[-1].isspace() for item in items) else " "
 
 
-def _right_choice(doc: Mapping[str, str]) -> int | None:
-    item = json.loads(doc["payload"])
-    return choice_index(item["choices"], item["answer"])
+def _right_choice(scorer: Scorer) -> Callable[[Mapping[str, str]], int]:
+    def doc_to_target(doc: Mapping[str, str]) -> int:
+        item = item_of(doc)
+        return item.choices.index(scorer.target_text(item))
+
+    return doc_to_target
 
 
-def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], list[str]], dict[str, float]]:
-    def process_results(doc: Mapping[str, str], results: list[str]) -> dict[str, float]:
-        item = json.loads(doc["payload"])
-        try:
-            return {"score": scorer.score(results[0], item["answer"], item["patterns"])}
-        except MergetuneError as error:
-            raise MergetuneError(f"The item {doc['prompt'][:80]!r} cannot be scored: {error}") from error
+def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], Sequence[Any]], dict[str, float]]:
+    def process_results(doc: Mapping[str, str], results: Sequence[Any]) -> dict[str, float]:
+        return {scorer.metric: item_scores(scorer, [doc], [results])[0]}
 
     return process_results
 

@@ -84,9 +84,7 @@ def reply_scores(
             request.resps, request.filtered_resps = [replies[index]], {}
     try:
         results = filtered(bound.task, requests, bound.filter)
-        values = {
-            i: bound.task.process_results(bound.docs[i], own)[bound.metric] for i, own in results.items()
-        }
+        values = {index: own[bound.metric] for index, own in bound.measured(results).items()}
         of_one, parts = bound.aggregation.of_one, bound.aggregation.parts
         scores = {index: of_one(value, parts(value)) for index, value in values.items()}
     except MergetuneError:  # the suite's to mend
@@ -100,8 +98,9 @@ def _gains(bound: BoundTask, documents: Sequence[NamedTexts]) -> Iterator[float]
     """Yield how much higher the metric is where all named texts are likely than where one is not."""
 
     def parts(document: NamedTexts, likely: Sequence[int]) -> tuple[float, ...]:
-        scores = bound.task.process_results(bound.docs[document.index], _made_up(document, likely))
-        return bound.aggregation.parts(scores.get(bound.metric, math.nan))
+        replies = {document.index: _made_up(document, likely)}
+        measured = bound.measured(replies)[document.index]
+        return bound.aggregation.parts(measured.get(bound.metric, math.nan))
 
     named = np.array([parts(document, document.named) for document in documents], dtype=np.float64)
     whole = float(bound.aggregation.combine(named.mean(axis=0)))

@@ -8,11 +8,12 @@ import importlib.metadata
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetune.evaluation.scorers import SCORERS_VERSION
+from mergetune.evaluation.items import Item
+from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.evaluation.suite import SuiteConfig, TaskConfig
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ _OF_DATA = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", 
 def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str) -> str:
     """Return a digest of how a task's items are asked and scored, whichever its items.
 
-    Beside what suite and task say it covers the source of every function that the task's file names, and
-    of the files beside it, the few-shot examples and, for lm-eval's tasks, lm-eval's version.
+    Beside what suite and task say it covers the few-shot examples and, of JSONL items, the source of their
+    scorer; of lm-eval's tasks, the source of every function that the task's file names, and of the files
+    beside it, and lm-eval's version.
     """
     shots = task.config.num_fewshot or 0
     data = {
@@ -35,15 +37,25 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
         "metric": metric,
         "examples": list(task.fewshot_docs())[:shots] if shots else [],
         "prompt": suite.model_dump(mode="json", include={"chat_template", "system", "truncate"}),
-        "scorers": SCORERS_VERSION,
     }
-    if config.items is None:
+    if config.scorer is not None:
+        data["scorer"] = scorer_code(type(config.scorer))
+    else:
         settings = task.config.to_dict(keep_callable=True)
         data["task"] = {key: plain(value) for key, value in settings.items() if key not in _OF_DATA}
         data["code"] = _code(type(task))
         data["version"] = [str(task.VERSION), importlib.metadata.version("lm-eval")]
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def scorer_code(scorer: type[BaseScorer]) -> str:
+    """Return a digest of the files in which a scorer, what all scorers share, and items stand.
+
+    It depends neither on where the files are nor on the other scorers.
+    """
+    kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
+    return _digest_of({Path(inspect.getfile(kind)) for kind in kinds})
 
 
 def plain(value: Any) -> Any:
@@ -68,11 +80,11 @@ def _code(function: Any) -> list[str]:
         file = Path(inspect.getfile(kind))
     except (TypeError, OSError):  # built in
         return [str(getattr(kind, "__qualname__", kind))]
-    return [kind.__qualname__, _digest_of_folder(file.parent)]
+    return [kind.__qualname__, _digest_of(file.parent.glob("*.py"))]
 
 
-def _digest_of_folder(folder: Path) -> str:
+def _digest_of(files: Iterable[Path]) -> str:
     total = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(files, key=lambda file: file.name):
         total.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return total.hexdigest()[:16]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.answers import answer_problem, choice_problem, stop_problem
 from mergetune.evaluation.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
-from mergetune.evaluation.scorers import ReplyPattern, Scorer
+from mergetune.evaluation.items import Item
+from mergetune.evaluation.scorers import Scorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
 
@@ -134,21 +134,6 @@ class SuiteConfig(Strict):
         return {**self.objectives, **self.guards}
 
 
-class Item(Strict):
-    """An item of a JSONL file; further keys are allowed and kept out of the prompt.
-
-    What `answer` may be depends on the scorer: see `Scorer`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    prompt: str = Field(min_length=1)
-    answer: Any = None
-    choices: tuple[str, ...] = ()
-    patterns: tuple[ReplyPattern, ...] = ()
-    system: str | None = None
-
-
 @dataclass(frozen=True)
 class Suite:
     """A suite with its JSONL items read: `items[file]`, in the file's order."""
@@ -225,22 +210,9 @@ def _item(data: dict[str, Any], place: str, task: TaskConfig, is_asked: bool) ->
 def _problem(item: Item, task: TaskConfig, is_asked: bool) -> str | None:
     """Say why a task's scorer cannot take an item; None where it can."""
     assert task.scorer is not None  # TaskConfig
-    kind = task.scorer.kind
     if not _is_unicode(item):
         return "must be Unicode, but half a character, such as \\ud83d, stands alone in it."
-    if kind == "choice":
-        return choice_problem(item.choices, item.answer)
-    if kind == "regex" and is_asked:
-        has_some = task.scorer.patterns or item.patterns
-        return None if has_some else "the scorer `regex` needs `patterns`, here or in the suite."
-    if item.patterns and kind != "regex":
-        return f"`patterns` belongs to the scorer `regex`, but this task's is `{kind}`."
-    if item.answer is None:
-        null = ' JSON\'s null as an answer is written "null", in quotes.' if kind == "json" else ""
-        needs = f"the scorer `{kind}` needs `answer`" if is_asked else "a few-shot example needs `answer`"
-        return f"{needs}, but it is missing or null.{null}"
-    stop = task.stop if is_asked else ()
-    return answer_problem(kind, item.answer) or stop_problem(kind, item.answer, stop, task.scorer.ignore_case)
+    return task.scorer.check_item(item, task.stop if is_asked else (), is_example=not is_asked)
 
 
 def _is_unicode(item: Item) -> bool:

@@ -233,10 +233,25 @@ _Place = tuple[Any, ...]  # keys and indices from the top of a file
 def _explain(error: ValidationError, data: object, model: type[BaseModel]) -> list[str]:
     """Return a line for each place with a mistake; one inside a value says more than what it breaks."""
     places: dict[_Place, list[Any]] = {}
-    for detail in error.errors():
+    for detail in map(_of_a_field, error.errors()):
         places.setdefault(_place(detail, data), []).append(detail)
     outer = {place[:length] for place in places for length in range(len(place))}
     return [_sentence(place, details, model) for place, details in places.items() if place not in outer]
+
+
+def _of_a_field(detail: Any) -> Any:
+    """Return a mistake in the `kind` that a union is told by as one in a field that takes these kinds."""
+    loc = (*detail["loc"], "kind")
+    match detail["type"]:
+        case "union_tag_not_found":
+            return {**detail, "type": "missing", "loc": loc}
+        case "union_tag_invalid":
+            *most, last = detail["ctx"]["expected_tags"].split(", ")
+            rule = f"must be {', '.join(most)} or {last}"
+            return {"type": "literal_error", "loc": loc, "msg": rule, "input": detail["input"]["kind"]}
+        case "model_attributes_type":
+            return {**detail, "type": "model_type"}
+    return detail
 
 
 def _place(detail: Any, data: Any) -> _Place:

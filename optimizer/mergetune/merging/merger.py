@@ -13,6 +13,7 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.merging.elementwise import merge_tensor
 from mergetune.merging.methods import RULES, Coefficients
 from mergetune.merging.piece import Piece, Tables
+from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.weights.checkpoint import Expert
 
@@ -74,7 +75,7 @@ class Merger:
         peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
             piece = self.piece(recipe, name)
-            is_changed = name in groups and (piece.changed or recipe.method == "passthrough")
+            is_changed = name in groups and (piece.changed or METHODS[recipe.method].changes_every_tensor)
             if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
                 yield name, piece.base
                 continue

@@ -30,6 +30,7 @@ from mergetune.results import roles, selection
 from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
 from mergetune.slopes.sensitivity import RECOMMENDED
+from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import single_layers
 from mergetune.stats import pareto
 from mergetune.stats.resampling import Hypervolume
@@ -161,8 +162,8 @@ def gather(run: RunDir) -> ReportData:
     front = selection.front(search, suite) if choice else []
     slopes = run.sensitivity()
     tensors, changed = _tensors(run)
-    if any(candidate.recipe.method == "passthrough" for candidate in candidates):
-        changed = None  # it scales tensors that no expert changes, too
+    if any(METHODS[candidate.recipe.method].changes_every_tensor for candidate in candidates):
+        changed = None  # coefficients count for what no expert changes, too
     lines = recipe_lines([c for c in candidates if c.name in search], tensors, changed)
     entries = tuple(
         Entry(

@@ -129,7 +129,7 @@ class _Totals:
 
     def __init__(self, merger: Merger, recipe: MergeRecipe) -> None:
         changed = {name for expert in recipe.experts for name in merger.experts[expert].targets}
-        every = recipe.method == "passthrough"
+        every = METHODS[recipe.method].changes_every_tensor
         self._groups = assign_groups(recipe.groups, merger.base.names)
         self.names = [name for name in self._groups if every or name in changed]
         self.values: dict[tuple[str, str, str], float] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergetune.engines.completions import Scoring
 from mergetune.evaluation.bound_task import BoundTask, right_answer
-from mergetune.evaluation.lm_tasks import item_answer
+from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
 from mergetune.slopes.continuation import closing, continued, replied
 from mergetune.stats.gains import ROUNDING
@@ -257,13 +257,12 @@ class _TaskReferences:
 
 
 def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
-    """Return the answer as few-shot examples show it; None: there is none, or a list of words that count."""
+    """Return the answer as few-shot examples show it; None: there is none."""
     task, scorer = bound.task, bound.config.scorer
-    if scorer is not None:
-        answer = item_answer(doc)
-        if answer is None or (scorer.kind == "contains" and isinstance(answer, list)):
-            return None
-    first = next(iter(_as_list(right_answer(task, doc))), None)
+    if scorer is None:
+        first = next(iter(_as_list(right_answer(task, doc))), None)
+    else:
+        first = scorer.wanted_reply(item_of(doc))
     prefix = task.doc_to_prefix(doc)
     if prefix:
         delimiter = "" if prefix[-1].isspace() else " "

@@ -64,7 +64,7 @@ class Parameter:
     """A coefficient of a method: one value per expert, or one for all of them, in each layer group.
 
     `default` is what a search space takes where it says nothing: an interval to search, or a number
-    to hold.
+    to hold. `is_position`: it is a place between two experts, the second one's share of the two.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Parameter:
     valid: Interval
     default: SearchInterval | float
     is_per_expert: bool = True
+    is_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,35 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Method:
-    """What a merge method does, what it reads and how many experts it takes.
+class MergekitForm:
+    """How a configuration of mergekit says the same merge; coefficients per expert stand with their models.
 
-    `is_joint`: the coefficient of an expert counts even for tensors that this expert leaves alone.
+    Attributes:
+        base_model: what mergekit takes for `base_model`.
+        single: where a coefficient stands that is one for all experts: once for all models, with its model,
+            or, a position t, as the weights 1 − t and t of the two models.
+    """
+
+    base_model: Literal["base", "first expert", "none"] = "base"
+    single: Literal["all models", "model", "weights"] = "all models"
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that is known of a merge method beside its rule: `merging.methods.RULES`.
+
+    Attributes:
+        summary: what it does, in a line.
+        parameters: the coefficients that it reads.
+        options: the choices that it leaves open.
+        min_experts: how many experts it takes at least.
+        max_experts: how many it takes at most; None: any number.
+        is_joint: whether the coefficient of an expert counts even for tensors that this expert leaves alone.
+        changes_every_tensor: whether it changes even tensors that no expert changes.
+        divides_by_sum: whether it divides by the sum of the lambdas, which then must not be 0.
+        usual_density: the density that is usual without a search, where the lambdas are 1; None: there is
+            no such default.
+        mergekit: how mergekit says the same; None: it cannot, or merges otherwise.
     """
 
     summary: str
@@ -96,6 +122,10 @@ class Method:
     min_experts: int = 1
     max_experts: int | None = None
     is_joint: bool = False
+    changes_every_tensor: bool = False
+    divides_by_sum: bool = False
+    usual_density: float | None = None
+    mergekit: MergekitForm | None = None
 
     @property
     def coefficients(self) -> str:
@@ -132,7 +162,8 @@ _T = Parameter(
     "position between the first expert (0) and the second (1)",
     Interval(0.0, 1.0),
     SearchInterval(0.0, 1.0),
-    False,
+    is_per_expert=False,
+    is_position=True,
 )
 _TOPK = Parameter(
     "select_topk",
@@ -163,19 +194,37 @@ _ORIGIN = Option(
 )
 _GRANULARITY = Option("granularity", "what is taken as one vector", ("tensor", "rows"))
 
+_USUAL_IN_DARE = 0.1  # Yu et al. 2024: nine entries in ten dropped of fine-tunes of this kind
+
 METHODS: dict[MethodName, Method] = {
-    "linear": Method("Σ wᵢθᵢ with w = λ / Σλ; equal λ: the uniform soup", (_SHARE,), is_joint=True),
-    "task_arithmetic": Method("θ₀ + Σ λᵢτᵢ with τᵢ = θᵢ − θ₀; λ < 0 removes a skill", (_LAMBDA,)),
+    "linear": Method(
+        "Σ wᵢθᵢ with w = λ / Σλ; equal λ: the uniform soup",
+        (_SHARE,),
+        is_joint=True,
+        divides_by_sum=True,
+        mergekit=MergekitForm(base_model="none"),
+    ),
+    "task_arithmetic": Method(
+        "θ₀ + Σ λᵢτᵢ with τᵢ = θᵢ − θ₀; λ < 0 removes a skill", (_LAMBDA,), mergekit=MergekitForm()
+    ),
     "ties": Method(
         "trim each τᵢ to its largest entries, elect a sign, average the λᵢτᵢ that agree",
         (_LAMBDA, _DENSITY),
         (_NORMALIZE,),
+        usual_density=0.2,  # Yadav et al. 2023, section 4: the top 20 %
+        mergekit=MergekitForm(),
     ),
-    "dare_linear": Method("drop entries of τᵢ at random, rescale, add", (_LAMBDA, _DENSITY), (_RESCALE,)),
+    "dare_linear": Method(
+        "drop entries of τᵢ at random, rescale, add",
+        (_LAMBDA, _DENSITY),
+        (_RESCALE,),
+        usual_density=_USUAL_IN_DARE,
+    ),
     "dare_ties": Method(
         "drop at random, rescale, elect a sign, average what agrees",
         (_LAMBDA, _DENSITY),
         (_RESCALE, _NORMALIZE),
+        usual_density=_USUAL_IN_DARE,
     ),
     "della_linear": Method(
         "drop at random, small entries of a row more often than large ones, rescale, add",
@@ -188,43 +237,76 @@ METHODS: dict[MethodName, Method] = {
         (_RESCALE, _NORMALIZE),
     ),
     "breadcrumbs": Method(
-        "drop the largest entries of τᵢ and the smallest, add", (_LAMBDA, _DENSITY, _GAMMA)
+        "drop the largest entries of τᵢ and the smallest, add",
+        (_LAMBDA, _DENSITY, _GAMMA),
+        mergekit=MergekitForm(),
     ),
     "breadcrumbs_ties": Method(
         "drop as `breadcrumbs` does, elect a sign, average what agrees",
         (_LAMBDA, _DENSITY, _GAMMA),
         (_NORMALIZE,),
+        mergekit=MergekitForm(),
     ),
     "sce": Method(
-        "keep the entries that vary most, weigh τᵢ by its mean square, elect a sign", (_TOPK,), (), 2
+        "keep the entries that vary most, weigh τᵢ by its mean square, elect a sign",
+        (_TOPK,),
+        min_experts=2,
     ),
     "model_stock": Method(
-        "θ₀ + t · mean τ, with t from the angle between the τᵢ", (), (_GRANULARITY,), 2, is_joint=True
+        "θ₀ + t · mean τ, with t from the angle between the τᵢ",
+        (),
+        (_GRANULARITY,),
+        min_experts=2,
+        is_joint=True,
+        mergekit=MergekitForm(),
     ),
     "slerp": Method(
-        "the arc from the first expert's weights to the second's", (_T,), (), 2, 2, is_joint=True
+        "the arc from the first expert's weights to the second's",
+        (_T,),
+        min_experts=2,
+        max_experts=2,
+        is_joint=True,
+        mergekit=MergekitForm(base_model="first expert"),
     ),
     "nuslerp": Method(
         "the arc between two task vectors, or weights, by their directions",
         (_T,),
         (_ORIGIN, _GRANULARITY),
-        2,
-        2,
+        min_experts=2,
+        max_experts=2,
         is_joint=True,
+        mergekit=MergekitForm(single="weights"),
     ),
     "multislerp": Method(
         "the direction of the weighted mean of unit vectors, times their mean norm",
         (_SHARE,),
         (_ORIGIN,),
-        2,
+        min_experts=2,
         is_joint=True,
+        divides_by_sum=True,
+        mergekit=MergekitForm(),
     ),
     "karcher": Method(
-        "mean on the sphere by Riemannian averaging, times the mean norm", (), (), 2, is_joint=True
+        "mean on the sphere by Riemannian averaging, times the mean norm",
+        min_experts=2,
+        is_joint=True,
+        mergekit=MergekitForm(base_model="none"),
     ),
-    "nearswap": Method("move each weight to the expert's, but by t at most", (_REACH,), (), 1, 1),
-    "arcee_fusion": Method("take over the weights that matter most (|τ| times KL divergence)", (), (), 1, 1),
-    "passthrough": Method("the expert itself, scaled", (_SCALE,), (), 1, 1, is_joint=True),
+    "nearswap": Method(
+        "move each weight to the expert's, but by t at most",
+        (_REACH,),
+        max_experts=1,
+        mergekit=MergekitForm(),
+    ),
+    "arcee_fusion": Method("take over the weights that matter most (|τ| times KL divergence)", max_experts=1),
+    "passthrough": Method(
+        "the expert itself, scaled",
+        (_SCALE,),
+        max_experts=1,
+        is_joint=True,
+        changes_every_tensor=True,
+        mergekit=MergekitForm(base_model="none", single="model"),
+    ),
 }
 assert set(METHODS) == set(get_args(MethodName))
 

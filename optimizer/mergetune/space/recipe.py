@@ -241,7 +241,7 @@ def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[st
         for value in given.values() if isinstance(given, dict) else [given]:
             if value not in parameter.valid:
                 raise ValueError(f"`{name}` ∈ {parameter.valid} must hold in `{group.name}`, but got {value}")
-    if method in ("linear", "multislerp") and sum(group.per_expert("lambda").values()) == 0:
+    if METHODS[method].divides_by_sum and sum(group.per_expert("lambda").values()) == 0:
         raise ValueError(f"`{method}` divides by the sum of the lambdas, which is 0 in `{group.name}`")
 
 

@@ -163,11 +163,10 @@ class SearchSpace:
         ]
 
     def _shares(self, lambdas: Mapping[str, float]) -> dict[str, float]:
-        """Return `t` of the methods between two experts: the second one's share of the lambdas."""
+        """Return the positions between two experts that lambdas stand for: the second one's share of them."""
         total = sum(lambdas.values())
-        if self.config.method not in ("slerp", "nuslerp") or total == 0:
-            return {}
-        return {"t": list(lambdas.values())[1] / total}
+        positions = [each.name for each in METHODS[self.config.method].parameters if each.is_position]
+        return {name: list(lambdas.values())[1] / total for name in positions if total != 0}
 
     def _make_slots(self, changed: Mapping[str, Collection[str]]) -> dict[str, list[_Slot]]:
         """Return the slots of each scope."""

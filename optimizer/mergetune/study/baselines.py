@@ -13,14 +13,12 @@ from mergetune.results.roles import (
     scaled_average_name,
     uniform_name,
 )
+from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.space.search_space import SearchSpace
 
 # Usual scaling factors of task arithmetic without a search (Ilharco et al. 2023; Yadav et al. 2023).
 _USUAL_LAMBDAS = (0.5, 0.8, 1.0)
-# TIES without a search keeps the top 20 % and scales by 1 (Yadav et al. 2023, section 4);
-# DARE's usual drop rate is 0.9 for fine-tunes of this kind (Yu et al. 2024).
-_USUAL_DENSITY = {"ties": 0.2, "dare_linear": 0.1, "dare_ties": 0.1}
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,17 @@ def _average(
     experts: Mapping[str, Source],
 ) -> Baseline:
     """A sum of task vectors: a point of the space where that is what the space searches."""
-    is_inside = space.config.method == "task_arithmetic"
-    params = space.constant(lambdas, density=1.0) if is_inside else None
-    return Baseline(name, _task_arithmetic(lambdas, base, experts), params)
+    recipe = _task_arithmetic(lambdas, base, experts)
+    is_inside = space.config.method == recipe.method
+    return Baseline(name, recipe, space.constant(lambdas, density=1.0) if is_inside else None)
 
 
 def _method_default(space: SearchSpace, experts: Mapping[str, Source]) -> list[Baseline]:
     method = space.config.method
-    if method not in _USUAL_DENSITY:
+    density = METHODS[method].usual_density
+    if density is None:
         return []
-    params = space.constant(dict.fromkeys(experts, 1.0), density=_USUAL_DENSITY[method])
+    params = space.constant(dict.fromkeys(experts, 1.0), density=density)
     return [] if params is None else [Baseline(f"{method}-default", space.recipe(params), params)]
 
 

@@ -14,14 +14,13 @@ from mergetune.evaluation.evaluate import Score
 from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import to_yaml
 from mergetune.merging.inputs import Inputs, open_recipe
+from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
 from mergetune.stats.number_text import number
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.models import DEMO_MODEL, model_name, reference_to
 from mergetune.weights.vocabulary import MatchedExpert
 from mergetune.weights.writer import write_model
-
-_WITHOUT_BASE = ("linear", "karcher", "passthrough")  # to mergekit
 
 
 def write_merged(
@@ -80,8 +79,8 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise, and
     it leaves nothing as it is, such as a vision tower.
     """
-    shared = _shared_parameters(recipe)
-    if shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
+    form, shared = METHODS[recipe.method].mergekit, _shared_parameters(recipe)
+    if form is None or shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
     if len(groups) < len(inputs.base.names):
@@ -92,15 +91,12 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
         {"model": f"{base}+{name}" if is_adapter(expert.folder) else name}
         for expert, name in zip(inputs.experts, names, strict=True)
     ]
+    parameters = [_expert_parameters(recipe, groups, name) for name in recipe.experts]
+    pairs = zip(models, parameters, strict=True)
     config: dict[str, Any] = {"merge_method": recipe.method}
-    if recipe.method == "slerp":
-        config |= {"base_model": models[0]["model"], "models": models}
-    else:
-        parameters = [_expert_parameters(recipe, groups, name) for name in recipe.experts]
-        pairs = zip(models, parameters, strict=True)
-        config["models"] = [{**model, **({"parameters": own} if own else {})} for model, own in pairs]
-        if recipe.method not in _WITHOUT_BASE and recipe.choices.get("origin") != "zero":
-            config["base_model"] = base
+    config["models"] = [{**model, **({"parameters": own} if own else {})} for model, own in pairs]
+    if form.base_model != "none" and recipe.choices.get("origin") != "zero":
+        config["base_model"] = base if form.base_model == "base" else models[0]["model"]
     outer = {name: _by_tensor(groups, value) if callable(value) else value for name, value in shared.items()}
     config |= {"parameters": outer} if outer else {}
     config |= {"dtype": "float32", "out_dtype": _dtype(inputs)}
@@ -116,12 +112,11 @@ def _mergekit_name(folder: Path) -> str:
 def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:
     """Return mergekit's parameters for all models at once, functions of the layer group where they vary.
 
-    None where mergekit cannot express the method with these options.
+    None where mergekit cannot express these options.
     """
     options = recipe.choices
     normalize = options.get("normalize")
-    is_random = recipe.method.startswith(("dare", "della"))
-    if is_random or recipe.method in ("sce", "arcee_fusion") or options.get("granularity") == "rows":
+    if options.get("granularity") == "rows":
         return None
     if normalize == "count":
         if any(len(set(group.per_expert("lambda").values())) > 1 for group in recipe.groups):
@@ -129,22 +124,32 @@ def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:
         return {"normalize": True, "lambda": lambda group: next(iter(group.per_expert("lambda").values()))}
     if normalize is not None:
         return {"normalize": normalize == "weights"}
-    return {"t": lambda group: group.single("t")} if recipe.method in ("slerp", "nearswap") else {}
+    return {name: lambda group, name=name: group.single(name) for name in _singles(recipe, "all models")}
 
 
 def _expert_parameters(recipe: MergeRecipe, groups: Mapping[str, RecipeGroup], expert: str) -> dict[str, Any]:
     """Return mergekit's parameters of one model."""
-    if recipe.method == "nuslerp":
-        is_second = expert == list(recipe.experts)[1]
-        return {"weight": _by_tensor(groups, lambda g: g.single("t") if is_second else 1 - g.single("t"))}
-    if recipe.method == "passthrough":
-        return {"scale": _by_tensor(groups, lambda group: group.single("scale"))}
     named = {"lambda": "weight", "density": "density", "gamma": "gamma"}
     given = [name for name in named if name in recipe.groups[0].coefficients]
     found = {
         named[name]: _by_tensor(groups, lambda g, name=name: g.per_expert(name)[expert]) for name in given
     }
+    for name in _singles(recipe, "model"):
+        found[name] = _by_tensor(groups, lambda g, name=name: g.single(name))
+    is_second = expert == list(recipe.experts)[-1]
+    for name in _singles(recipe, "weights"):
+        found["weight"] = _by_tensor(
+            groups, lambda g, name=name: g.single(name) if is_second else 1 - g.single(name)
+        )
     return found | ({"weight": 1.0} if recipe.choices.get("normalize") == "count" else {})
+
+
+def _singles(recipe: MergeRecipe, place: str) -> list[str]:
+    """Return the coefficients, one for all experts, that stand in this place in mergekit's configuration."""
+    method = METHODS[recipe.method]
+    if method.mergekit is None or method.mergekit.single != place:
+        return []
+    return [parameter.name for parameter in method.parameters if not parameter.is_per_expert]
 
 
 def _by_tensor(groups: Mapping[str, RecipeGroup], value: Any) -> Any:

@@ -1,0 +1,142 @@
+"""What a scorer of JSONL items is, and what scorers share.
+
+A scorer stands in a file of its own: a frozen model with its `kind`, by which suites name it, its options,
+and what is said of it in the docs. `Scorer`, in `__init__.py`, is the union of them all.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from mergetune.evaluation.items import Item, Number
+from mergetune.files.yaml_io import Strict
+
+
+class BaseScorer(Strict):
+    """How the items of one task are scored, and what they need.
+
+    An answer has one text, that of the reply which is wanted: replies are compared with it, and examples,
+    slopes and reports show it. Space around replies and answers does not count; a number, true or false is
+    its JSON text.
+
+    Attributes:
+        needs: what an item needs, for the docs.
+        scores: what an item scores, for the docs.
+        asks: what a model is asked for: a reply, or the log-likelihoods of the item's choices, of which
+            the target text is then one.
+        metric: what the score is called in lm-eval's terms.
+    """
+
+    needs: ClassVar[str]
+    scores: ClassVar[str]
+    asks: ClassVar[Literal["reply", "likelihoods"]] = "reply"
+
+    kind: str
+
+    @property
+    def metric(self) -> str:
+        """See the class."""
+        return "score"
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
+        """Return the score of each item, in [0, 1], by what a model replied to it.
+
+        Args:
+            items: items that `check_item` takes.
+            replies: a text for each of them or, where the scorer asks for log-likelihoods, (n_choices,) of
+                these, in nats.
+
+        Raises:
+            MergetuneError: an item cannot be scored.
+        """
+
+    @abstractmethod
+    def check_item(self, item: Item, stop: Sequence[str] = (), *, is_example: bool = False) -> str | None:
+        """Say why an item cannot be scored, or cannot serve as a few-shot example; None where it can.
+
+        An answer that no reply can have is a reason, and so is one that every reply has.
+
+        Args:
+            item: the item.
+            stop: strings where every reply to it ends.
+            is_example: whether it is shown, and not asked.
+        """
+
+    def lacking(self, item: Item, *, is_example: bool) -> str | None:
+        """Say that an item has no answer, where one is needed and no patterns are; None where it has one."""
+        if item.patterns:
+            return f"`patterns` belongs to the scorer `regex`, but this task's is `{self.kind}`."
+        return self.missing_answer(is_example) if item.answer is None else None
+
+    def missing_answer(self, is_example: bool) -> str:
+        """Say that an item has no answer, which it needs."""
+        what = "a few-shot example" if is_example else f"the scorer `{self.kind}`"
+        return f"{what} needs `answer`, but it is missing or null."
+
+    def answer_text(self, item: Item) -> str:
+        """Return the item's answer as few-shot examples show it; of several that are right, the first."""
+        return "" if item.answer is None else text_of(item.answer)
+
+    def target_text(self, item: Item) -> str:
+        """Return what the item asks for in words, for reports."""
+        return self.answer_text(item)
+
+    def wanted_reply(self, item: Item) -> str | None:
+        """Return a reply that slopes may make likelier; None where the item names none."""
+        return None if item.answer is None else self.answer_text(item)
+
+
+def text_of(value: Any) -> str:
+    """Return an answer's text: itself, or its JSON."""
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def each_text(answer: Any) -> list[str]:
+    """Return the texts of an answer that may be a list of answers."""
+    return [text_of(each) for each in (answer if isinstance(answer, list) else [answer])]
+
+
+def folded(text: str, ignore_case: bool) -> str:
+    """Return a text without what does not count when it is compared."""
+    stripped = text.strip()
+    return stripped.casefold() if ignore_case else stripped
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Return a value as errors show it, cut off after so many characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def plain_problem(answer: Any, which: str) -> str | None:
+    """Say why an answer cannot be compared as text, part by part; `which` says of which parts of a list."""
+    parts = answer if isinstance(answer, list) else [answer]
+    for part in parts:
+        if part is None or isinstance(part, (dict, list)):
+            return (
+                f"`answer` must be text, a number, true or false, or a list of these, {which}, "
+                f"but holds {shown(part)}. The scorer for JSON is `json`."
+            )
+        if isinstance(part, Number) and not part.is_certain:
+            return (
+                f"`answer` is compared as text, and the number {part.written} can be written in other ways. "
+                f'Put the text of the reply in quotes, such as "{part.written}".'
+            )
+    return None if parts else "`answer` must not be empty, but is []."
+
+
+def stop_problem(texts: Sequence[str], stop: Sequence[str], ignore_case: bool = False) -> str | None:
+    """Say which stop string cuts off every reply that has one of an answer's texts; None where none does."""
+    for end in stop:
+        if ignore_case and end.lower() != end.upper():
+            continue  # the reply may be in the other case
+        if held := next((text for text in texts if end in text), None):
+            return (
+                f"`answer` holds the stop string {end!r}, where every reply ends, so that no reply can be "
+                f"right: it is {shown(held)}. Change the task's `stop`, or the answer."
+            )
+    return None
