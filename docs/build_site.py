@@ -29,9 +29,7 @@ def gather(folder: Path) -> None:
         for link in set(_LINK.findall(text)):
             linked = (page.parent / link).resolve()
             if linked not in pages:
-                place = folder / linked.relative_to(ROOT)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(linked, place)
+                _copy(linked.parent if linked.name == "index.html" else linked, folder)
         (folder / name).write_text(_LINK.sub(lambda link: _in_site(link[1]), text), encoding="utf-8")
 
 
@@ -41,6 +39,16 @@ def build(folder: Path) -> int:
     shutil.copyfile(ROOT / "docs" / "zensical.toml", folder / "zensical.toml")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     return subprocess.run(command, cwd=folder, check=False).returncode
+
+
+def _copy(linked: Path, folder: Path) -> None:
+    """Copy a file, or a folder whose page leads to its other files, to the same place in `folder`."""
+    place = folder / linked.relative_to(ROOT)
+    if linked.is_dir():
+        shutil.copytree(linked, place, dirs_exist_ok=True)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(linked, place)
 
 
 def _in_site(link: str) -> str:

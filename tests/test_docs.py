@@ -178,6 +178,12 @@ def test_the_readme_is_a_door_to_every_page() -> None:
 def test_the_site_is_built_and_every_link_leads_somewhere(tmp_path: Path) -> None:
     pytest.importorskip("zensical")
     assert build(tmp_path) == 0
-    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
-    for link in re.findall(r'(?:href|src)="([^":#?]+)', home):
-        assert (tmp_path / "site" / link).exists(), link
+    pages = list((tmp_path / "site").glob("**/index.html"))
+    assert len(pages) > len(FILES)
+    for page in pages:
+        html = re.sub(
+            r"(<script[^>]*>).*?</script>", r"\1", page.read_text(encoding="utf-8"), flags=re.DOTALL
+        )
+        for link in re.findall(r'<(?:a|img|link|script)\b[^>]*? (?:href|src)="([^":#?]+)["#?]', html):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+        assert not re.search(r'<(?:img|link|script)\b[^>]*? (?:href|src)="(?:https?:)?//', html)
