@@ -17,6 +17,7 @@ from typing import Any
 from typer.main import get_command
 
 from mergetune.cli import app
+from mergetune.evaluation.scorers import scorer_rows
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.files.library import presets
 from mergetune.files.yaml_io import read_yaml
@@ -50,6 +51,12 @@ def suites() -> str:
         (f"`{name}`", read_yaml(path, SuiteConfig).description) for name, path in presets("evals").items()
     ]
     return table(("preset", "what it measures"), rows)
+
+
+def scorers() -> str:
+    """List the scorers of JSONL items."""
+    rows = [(f"`{kind}`", needs, scores) for kind, needs, scores in scorer_rows()]
+    return table(("scorer", "an item needs", "the score of an item"), rows)
 
 
 def methods() -> str:
@@ -86,7 +93,7 @@ def modules() -> str:
     alone = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
     parts = [f"### `{PACKAGE.name}/`\n\n{_rows(PACKAGE, alone)}"]
     for room in rooms:
-        inside = sorted(path for path in room.rglob("*.py") if path != room / "__init__.py")
+        inside = sorted(path for path in room.rglob("*.py") if path.name != "__init__.py")
         parts.append(f"### `{room.name}/`\n\n{_first_line(room / '__init__.py')}\n\n{_rows(room, inside)}")
     return "\n" + "\n".join(parts)
 
@@ -103,6 +110,7 @@ def commands() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "search spaces": search_spaces,
     "suites": suites,
+    "scorers": scorers,
     "methods": methods,
     "options": options,
     "coefficients": coefficients,

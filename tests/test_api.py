@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,6 +89,12 @@ def test_a_model_is_evaluated_as_by_the_command(run: mergetune.Run, tiny_base: P
     assert mergetune.read_suite(suite).config.scores.keys() == found.scores().keys()
 
 
+def with_margins(suite: str) -> str:
+    for name in ("words", "parity"):
+        suite = suite.replace(f"  {name}:\n", f"  {name}:\n    margin: 0.9\n")
+    return suite
+
+
 def test_a_merge_is_made_checked_and_checked_again_from_what_was_measured(
     run: mergetune.Run, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -94,8 +103,7 @@ def test_a_merge_is_made_checked_and_checked_again_from_what_was_measured(
     best = Checkpoint(run.path / "best")
     assert all(torch.equal(Checkpoint(made).tensor(name), best.tensor(name)) for name in best.names)
     suite = tmp_path / "suite.yaml"
-    text = (run.path.parent / "suite.yaml").read_text().replace("words:", "words:\n    margin: 0.9", 1)
-    suite.write_text(text.replace("parity:", "parity:\n    margin: 0.9", 1))
+    suite.write_text(with_margins((run.path.parent / "suite.yaml").read_text()))
     for name in ("words", "parity"):
         (tmp_path / f"{name}.jsonl").write_text((run.path.parent / f"{name}.jsonl").read_text())
     found = mergetune.check(made, tiny_base, suite, split="all", store=tmp_path / "store", options=OPTIONS)
@@ -115,3 +123,27 @@ def test_models_are_inspected(tiny_base: Path, tiny_experts: dict[str, Path]) ->
     assert found.sensitivity is None
     with pytest.raises(mergetune.MergetuneError, match="no such model directory"):
         mergetune.inspect(tiny_base, {"gone": "nowhere/at-all/here"})
+
+
+def test_the_examples_of_the_docs_run(
+    tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for function in mergetune.__all__:
+        if function[0].islower() and function != "read_suite":
+            assert any(f"mergetune.{function}(" in example for example in examples), function
+    models = {name: tmp_path / f"expert-{name}" for name in tiny_experts}
+    for name, model in tiny_experts.items():
+        shutil.copytree(model, models[name])
+    shutil.copytree(tiny_base, tmp_path / "base")
+    write_study(tmp_path, tmp_path / "base", models, warm_start="none")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(with_margins(suite.read_text()))
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {}
+    for example in examples:
+        exec(example, known)
+    assert known["run"].recommended
+    assert known["checked"].check.summary == known["again"].check.summary
+    assert (known["folder"] / "model.safetensors").exists()

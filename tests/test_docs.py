@@ -6,7 +6,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from typer.main import get_command
 from build_site import build
 from generate import PARTS, filled
 from mergetune.cli import app
-from mergetune.evaluation.answers import ScorerKind
+from mergetune.evaluation.scorers import SCORERS
 from mergetune.evaluation.suite import SuiteConfig, read_suite
 from mergetune.files.library import presets
 from mergetune.files.yaml_io import Strict, validate
@@ -74,7 +74,7 @@ def test_every_file_of_yaml_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("scorer", "line"),
-    zip(get_args(ScorerKind), blocks("suites.md", "jsonl")[0].splitlines(), strict=True),
+    zip(SCORERS, blocks("suites.md", "jsonl")[0].splitlines(), strict=True),
 )
 def test_every_line_of_items_suits_its_scorer(scorer: str, line: str, tmp_path: Path) -> None:
     assert f"\n| `{scorer}` |" in PAGES["suites.md"]

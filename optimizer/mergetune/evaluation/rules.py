@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -50,12 +51,28 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
 
 
 def scorer_code(scorer: type[BaseScorer]) -> str:
-    """Return a digest of the files in which a scorer, what all scorers share, and items stand.
+    """Return a digest of the code of a scorer, of what all scorers share, and of items.
 
-    It depends neither on where the files are nor on the other scorers.
+    It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
     kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
-    return _digest_of({Path(inspect.getfile(kind)) for kind in kinds})
+    files = {Path(inspect.getfile(kind)) for kind in kinds}
+    code = [
+        code_alone(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.name)
+    ]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+
+
+def code_alone(source: str) -> str:
+    """Return Python source without comments and docstrings, in one format."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            del node.body[0]
+    return ast.unparse(tree)
 
 
 def plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ class WarmStartConfig(Strict):
 
 
 class StudyConfig(Strict):
-    """The file `study.yaml`; see README for its keys.
+    """The file `study.yaml`; see docs/study.md for its keys.
 
     `finalists` is how many merges, fixed before anything is looked at, are measured on the holdout
     split at the end.

@@ -21,7 +21,7 @@ class ContainsScorer(BaseScorer):
     """The answer, or each of a list of answers, stands in the reply."""
 
     needs = "`answer`: text that is not empty, a number, true or false, or a list of these"
-    scores = "1 if the answer, or each of a list of answers, stands in the reply"
+    scores = "1 if the reply contains the answer, or every answer of a list"
 
     kind: Literal["contains"] = "contains"
     ignore_case: bool = False

@@ -16,7 +16,10 @@ class JsonScorer(BaseScorer):
     """The reply parses to the answer, a JSON value, or JSON as text; key order is free."""
 
     needs = "`answer`: a JSON value, or JSON as text"
-    scores = "1 if the reply parses to the answer, a JSON value or JSON as text; the order of keys is free"
+    scores = (
+        "1 if the reply parses to the answer; the order of keys is free, and a Markdown code fence around "
+        "the reply does not count"
+    )
 
     kind: Literal["json"] = "json"
 
