@@ -2,7 +2,6 @@
 
     python benchmarks/engine.py                      # on the device that the engines choose
     python benchmarks/engine.py --compiled           # vLLM compiles the model
-    python benchmarks/engine.py --lora-batch 1 2 4 8 # so many candidates at once, as LoRA adapters
 
 The same candidates of the demo (SmolLM2-135M and its two experts, the search split of its suite) are
 measured in three ways that take turns in one run:
@@ -12,7 +11,7 @@ measured in three ways that take turns in one run:
 - `transformers`: as a study does it with that engine.
 
 `inference_s` is the time inside the model: vLLM's answers, or the forward passes and generation of
-lm-eval's `HFLM`. `overhead_s` is the rest of the evaluation. The figures are medians over candidates;
+transformers. `overhead_s` is the rest of the evaluation. The figures are medians over candidates;
 `swap` and `transformers` measure one more before, which does not count. Let nothing else run: with
 its cores taken, vLLM on a CPU is many times slower.
 """
@@ -36,9 +35,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_batch import Comparison
 from mergetune.engines.engine import Engine, EngineConfig
 from mergetune.engines.start import start_engine
+from mergetune.engines.transformers_engine import TransformersEngine
 from mergetune.engines.vllm_engine import VllmEngine
 from mergetune.evaluation.evaluate import Evaluator, Measurement
 from mergetune.evaluation.suite import Suite, SuiteConfig, read_suite
@@ -51,7 +50,7 @@ from mergetune.weights.models import demo_model
 # Two vLLMs live at a time, `swap` and `restart`, so each takes less than a study's would.
 _VLLM = EngineConfig(kind="vllm", gpu_memory_utilization=0.3, kv_cache_gib=2)
 _TRANSFORMERS = EngineConfig(kind="transformers", batch_size=50)
-_INFERENCE_OF = {"vllm": ("generate", "score", "choose"), "transformers": ("_model_call", "_model_generate")}
+_INFERENCE = ("generate", "score", "choose")  # of a `Completer`
 _TARGETS = {"inference share of swap": 0.9, "overhead share of swap": 0.05, "restart / swap": 15.0}
 
 
@@ -153,7 +152,7 @@ def restarted(config: EngineConfig, inputs: Inputs, folder: Path, evaluator: Eva
         engine = VllmEngine(config, folder / "candidate", None, folder / "restart.log")
         load_s = time.perf_counter() - written
         try:
-            watch = Stopwatch(engine.vllm, _INFERENCE_OF["vllm"])
+            watch = Stopwatch(engine.vllm, _INFERENCE)
             return _evaluated(engine, watch, evaluator, written - start, load_s)
         finally:
             engine.close()
@@ -179,11 +178,12 @@ def compare_ways(
     start_s = time.perf_counter() - start
     assert isinstance(vllm, VllmEngine)
     hf = start_engine(_TRANSFORMERS, inputs.base.folder, inputs)
+    assert isinstance(hf, TransformersEngine)
     try:
         ways = {
-            "swap": swapped(vllm, Stopwatch(vllm.vllm, _INFERENCE_OF["vllm"]), evaluator),
+            "swap": swapped(vllm, Stopwatch(vllm.vllm, _INFERENCE), evaluator),
             "restart": restarted(config, inputs, folder, evaluator),
-            "transformers": swapped(hf, Stopwatch(hf.lm, _INFERENCE_OF["transformers"]), evaluator),
+            "transformers": swapped(hf, Stopwatch(hf.completer, _INFERENCE), evaluator),
         }
         for way in ("swap", "transformers"):
             ways[way](warm_up)
@@ -210,18 +210,6 @@ def _told(way: str, found: tuple[Times, Measurement]) -> tuple[Times, Measuremen
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in asdict(found[0]).items())
     print(f"{way}: {seconds}; load {os.getloadavg()[0]:.1f}", flush=True)
     return found
-
-
-def compare_lora(
-    config: EngineConfig, inputs: Inputs, evaluator: Evaluator, arguments: argparse.Namespace, folder: Path
-) -> list[dict[str, float]]:
-    """Compare batches of LoRA candidates with swaps, for every size that was asked for."""
-    recipes = candidates(inputs, max(arguments.lora_batch))
-    comparison = Comparison(config, inputs, evaluator, folder)
-    try:
-        return [comparison.compare(recipes[:size], arguments.candidates) for size in arguments.lora_batch]
-    finally:
-        comparison.close()
 
 
 def _median(times: Sequence[Times]) -> Times:
@@ -263,19 +251,6 @@ def show(found: Mapping[str, Times], console: Console) -> None:
         console.print(f"{what}: {value:.3g} (target {target:g}, {'met' if is_met else 'missed'})")
 
 
-def show_lora(found: Sequence[Mapping[str, float]], console: Console) -> None:
-    """Print how batches of LoRA candidates compare with swaps."""
-    table = Table("at once", "swap", "LoRA", "swap / LoRA", "|Δscore|", "|Δlogprob|")
-    for row in found:
-        table.add_row(
-            f"{row['n_candidates']:.0f}",
-            *(f"{3600 / row[way]:.0f} an hour" for way in ("swap_s", "lora_s")),
-            f"{row['swap_s'] / row['lora_s']:.2f}",
-            *(f"{row[what]:.3f}" for what in ("score_difference", "logprob_difference")),
-        )
-    console.print(table)
-
-
 def main() -> None:
     """Measure and print; `--json` writes the figures."""
     parser = argparse.ArgumentParser(
@@ -283,7 +258,6 @@ def main() -> None:
     )
     parser.add_argument("--candidates", type=int, default=3, help="measured in every way")
     parser.add_argument("--compiled", action="store_true", help="let vLLM compile; the default on a GPU")
-    parser.add_argument("--lora-batch", type=int, nargs="+", metavar="K", help="measure this instead")
     parser.add_argument("--limit", type=int, help="take the first items of every task only")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
@@ -292,16 +266,10 @@ def main() -> None:
     inputs = open_inputs(demo_model(), {name: experts / name for name in ("tools", "persona")})
     evaluator = Evaluator(limited(read_suite(find("evals", "taskmaster", Path())), arguments.limit))
     console = Console()
-    written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.lora_batch:
-            rows = compare_lora(config, inputs, evaluator, arguments, Path(folder))
-            show_lora(rows, console)
-            written = {"lora_batch": rows}
-        else:
-            found, facts = compare_ways(config, inputs, evaluator, arguments.candidates, Path(folder))
-            show(found, console)
-            written = {way: asdict(times) for way, times in found.items()} | {"facts": facts}
+        found, facts = compare_ways(config, inputs, evaluator, arguments.candidates, Path(folder))
+    show(found, console)
+    written = {way: asdict(times) for way, times in found.items()} | {"facts": facts}
     if arguments.json:
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -18,7 +18,7 @@ from helpers import is_alive, wait_until_gone
 from mergetune.machine.guarded_process import GuardedProcess, last_words
 
 TARGET = f"{__name__}:answer"
-ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
 
 
 def answer(connection: Connection, settings: dict[str, Any]) -> None:

@@ -341,7 +341,7 @@ def test_what_cannot_be_measured_on_the_split_chosen_on_is_an_error(
     def fail(*_: object) -> None:
         raise TrialError("out of range")
 
-    monkeypatch.setattr(Evaluator, "measure", fail)
+    monkeypatch.setattr(Evaluator, "measure_documents", fail)
     with pytest.raises(MergetuneError, match=r"`expert-v0` cannot be measured: out of range"):
         soup_of(tmp_path / "out", variants[:2], suite=str(suite_file), split="holdout")
     assert "out of range" in (tmp_path / "out.soup" / "run.log").read_text()

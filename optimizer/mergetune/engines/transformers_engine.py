@@ -67,9 +67,9 @@ class TransformersEngine:
             model.to(device)
         self._merger = merger
         self._weights = StoredWeights(model)
-        self._completer = TransformersCompleter(model, text.tokenizer, config.batch_size or _BATCH_SIZE)
+        self.completer = TransformersCompleter(model, text.tokenizer, config.batch_size or _BATCH_SIZE)
         self._lm = CompletionsLM(
-            self._completer, text.tokenizer, text.max_length, config.seed, text.end_tokens
+            self.completer, text.tokenizer, text.max_length, config.seed, text.end_tokens
         )
 
     @property
@@ -80,7 +80,7 @@ class TransformersEngine:
     @property
     def model(self) -> Any:
         """The model itself."""
-        return self._completer.model
+        return self.completer.model
 
     def load(self, recipe: MergeRecipe) -> LoadTime:
         """Merge straight into the model's own tensors; see `Engine.load`."""
@@ -118,7 +118,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model."""
-        del self._weights, self._lm, self._completer
+        del self._weights, self._lm, self.completer
         free_memory()
 
 
