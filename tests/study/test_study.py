@@ -26,6 +26,7 @@ from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.pool import Job, Pool
+from mergetune.measuring.reply_store import default_store
 from mergetune.results import selection
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
@@ -73,6 +74,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) 
     folder = tmp_path_factory.mktemp("finished")
     run(study_of(folder, models), folder / "run")
     return RunDir(folder / "run")
+
+
+def test_what_was_tuned_is_checked_without_asking_again(finished: RunDir) -> None:
+    suite = read_suite(Path(finished.study.suite))
+    evaluator, best = Evaluator(suite), open_model(str(finished.path / "best"), chat=True)
+    config = EngineConfig(kind="transformers")
+    with closing(Pool(best, config, evaluator, default_store())) as pool:
+        again = pool.measured(Job("check", evaluator.documents("search")))
+        assert again.n_asked == 0
+        assert pool.engine is None
+    choice = selection.choose(finished)
+    assert choice is not None
+    assert choice.recommendation is not None
+    kept = finished.scores(choice.recommendation.name, "search")
+    assert again.measurement.scores() == kept
 
 
 def test_baselines_come_first_and_trials_follow(finished: RunDir) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergetune.engines.choice import installed_version
@@ -13,10 +15,10 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator, Measurement
 from mergetune.evaluation.suite import Split
 from mergetune.machine import clock
-from mergetune.measuring.model_under_test import LocalModel
-from mergetune.measuring.pool import Failed, Job, Measured, Pool, PoolOptions
+from mergetune.measuring.model_under_test import LocalModel, open_model
+from mergetune.measuring.pool import Failed, Job, Measured, Pool, PoolOptions, reply_name
 from mergetune.measuring.progress import Progress, candidate_line
-from mergetune.measuring.reply_store import ReplyStore
+from mergetune.measuring.reply_store import ReplyStore, default_store
 from mergetune.merging.inputs import Inputs
 from mergetune.results.run_dir import Candidate, CandidateKind, Cost, RunDir, SpaceKind
 from mergetune.space.recipe import MergeRecipe, count_layers
@@ -94,7 +96,8 @@ class Candidates:
             interrupted=interrupted,
         )
         base = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
-        self.pool = Pool(base, engine, evaluator, ReplyStore(run.path / "replies"), options)
+        self._replies = ReplyStore(run.path / "replies")
+        self.pool = Pool(base, engine, evaluator, self._replies, options)
         kind = self.pool.start().kind
         assert kind != "auto"  # it is settled
         versions = _versions(kind)
@@ -199,6 +202,18 @@ class Candidates:
         `what` names the attempts, which count until `RunDir.forget_attempts`.
         """
         return self.pool.measure(Job(what, self.evaluator.documents(split), recipe, repeat))
+
+    def share_replies(self, recipe: MergeRecipe, folder: Path) -> None:
+        """Put what a candidate replied where `check` looks for what the model written to `folder` replies.
+
+        Where that place cannot be written, the model is asked once more.
+        """
+        chat = self.evaluator.suite.config.chat_template
+        with contextlib.suppress(MergetuneError):
+            written = open_model(str(folder), chat=chat)
+            assert isinstance(written, LocalModel)
+            known = self._replies.read(recipe.digest)
+            default_store().add(reply_name(written, self.pool.config), known)
 
     def close(self) -> None:
         """End the engine."""

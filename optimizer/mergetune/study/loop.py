@@ -298,5 +298,7 @@ def _write_best(candidates: Candidates, chosen: Recommendation | None) -> None:
         return
     candidates.progress.at_work("writing the merged model …")
     results = candidates.run.scores(chosen.name, "holdout") or candidates.scores[chosen.name]
-    write_merged(candidates.run.path / "best", candidate.recipe, candidates.inputs, results)
+    best = candidates.run.path / "best"
+    write_merged(best, candidate.recipe, candidates.inputs, results)
+    candidates.share_replies(candidate.recipe, best)
     candidates.progress.say(f"Recommended: {chosen.name}. {chosen.reason}")
