@@ -20,6 +20,7 @@ from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.results.roles import BASE, expert_name
 from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
 from mergetune.results.selection import choose
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, Source, tensor_place
 
 EXPERTS = ("tools", "persona")
@@ -69,6 +70,10 @@ def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
     run.write_json("warnings.json", ["The task vector of `persona` is 2.1 times as long as that of `tools`."])
     run.write_json("versions.json", {"mergetune": "0.1.0", "torch": "2.9.0"})
     run.write_json("model.json", {"n_layers": N_LAYERS, "tensors": _tensors()})
+    places = [(group["name"], expert) for group in GROUPS for expert in EXPERTS]
+    run.write_coordinates(
+        {each.key: each for each in (Coordinate(parameter="lambda", group=g, expert=e) for g, e in places)}
+    )
     points = dict(list(_baselines().items())[: plan.n_baselines]) | _trials(plan.n_trials)
     for name, lambdas in points.items():
         _write(run, plan, name, lambdas)

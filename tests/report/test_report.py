@@ -17,7 +17,7 @@ import pytest
 from mergetune.evaluation.evaluate import Score
 from mergetune.report import ReportData, gather, write_report
 from mergetune.report.charts import points
-from mergetune.report.insights import MIN_TRIALS, Influence, parameter_name
+from mergetune.report.insights import MIN_TRIALS, Influence, coordinate_name
 from mergetune.report.labels import Label, place_labels
 from mergetune.report.metric import Metric
 from mergetune.report.page import duration, render, ticks
@@ -27,6 +27,7 @@ from mergetune.report.verdict import Verdict, judge
 from mergetune.results import selection
 from mergetune.results.config import read_study
 from mergetune.results.run_dir import RunDir
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.stats import pareto
 from mergetune.weights.models import find_model
@@ -640,17 +641,31 @@ def test_importance_charts_share_their_scale_and_name_coefficients_in_words(data
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("coordinate", "key", "words"),
     [
-        ("lambda.mlp1.persona", "persona in mlp1"),
-        ("lambda.mlp1", "lambda in mlp1"),
-        ("density.layers.0-9.tools", "density of tools in layers.0-9"),
-        ("toward.2", "toward gradient-3"),
-        ("times.early.tools", "factor of tools in early"),
+        (
+            Coordinate(parameter="lambda", group="mlp1", expert="persona"),
+            "lambda.mlp1.persona",
+            "persona in mlp1",
+        ),
+        (Coordinate(parameter="lambda", group="mlp1"), "lambda.mlp1", "lambda in mlp1"),
+        (
+            Coordinate(parameter="density", group="layers.0-9", expert="tools"),
+            "density.layers.0-9.tools",
+            "density of tools in layers.0-9",
+        ),
+        (Coordinate(parameter="toward", point=2), "toward.2", "toward gradient-3"),
+        (
+            Coordinate(parameter="times", group="early", expert="tools"),
+            "times.early.tools",
+            "factor of tools in early",
+        ),
     ],
 )
-def test_coefficients_are_named_in_words(key: str, words: str) -> None:
-    assert parameter_name(key, EXPERTS) == words
+def test_coefficients_are_named_in_words(coordinate: Coordinate, key: str, words: str) -> None:
+    assert coordinate.key == key
+    assert coordinate_name(key, {key: coordinate}) == words
+    assert coordinate_name(key, {}) == key  # of a run that does not say what it stands for
 
 
 @pytest.mark.parametrize(

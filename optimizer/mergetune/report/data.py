@@ -30,6 +30,7 @@ from mergetune.results import roles, selection
 from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
 from mergetune.slopes.sensitivity import RECOMMENDED
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import single_layers
 from mergetune.stats import pareto
@@ -106,6 +107,7 @@ class ReportData:
     n_items: Mapping[str, int]  # by split
     hypervolume: tuple[float, ...]  # after each entry
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
+    coordinates: Mapping[str, Coordinate]  # by the names in a candidate's point
     depth: tuple[DepthValue, ...]
     unchanged: tuple[str, ...]  # roles of tensors that no expert changes
     sensitivity: Sensitivity | None
@@ -164,7 +166,8 @@ def gather(run: RunDir) -> ReportData:
     tensors, changed = _tensors(run)
     if any(METHODS[candidate.recipe.method].changes_every_tensor for candidate in candidates):
         changed = None  # coefficients count for what no expert changes, too
-    lines = recipe_lines([c for c in candidates if c.name in search], tensors, changed)
+    coordinates = run.coordinates()
+    lines = recipe_lines([c for c in candidates if c.name in search], tensors, changed, coordinates)
     entries = tuple(
         Entry(
             candidate,
@@ -202,6 +205,7 @@ def gather(run: RunDir) -> ReportData:
         n_items=_count_items(search, holdout),
         hypervolume=_hypervolume(entries, suite) if choice else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
+        coordinates=coordinates,
         depth=tuple(_depth(tensors, changed, chosen, complete)),
         unchanged=unchanged_roles(tensors, changed),
         sensitivity=_sensitivity(slopes, chosen, candidates),

@@ -16,6 +16,7 @@ from mergetune.report.metric import Metric
 from mergetune.report.verdict import paired
 from mergetune.results.roles import GRADIENT
 from mergetune.results.run_dir import Candidate, searched
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups, tensor_place
 
@@ -120,7 +121,10 @@ def coefficients_over_depth(
 
 
 def recipe_lines(
-    candidates: Sequence[Candidate], tensors: Sequence[str], changed: Changed | None
+    candidates: Sequence[Candidate],
+    tensors: Sequence[str],
+    changed: Changed | None,
+    coordinates: Mapping[str, Coordinate],
 ) -> dict[str, tuple[str, ...]]:
     """Write each recipe's coefficients, a line per layer group: `early: tools 0.70, persona 0.30`.
 
@@ -133,8 +137,7 @@ def recipe_lines(
         recipe = candidate.recipe
         if len(recipe.groups) > _MANY_GROUPS and candidate.params:
             found[candidate.name] = tuple(
-                f"{parameter_name(key, recipe.experts)} {value:.2f}"
-                for key, value in candidate.params.items()
+                f"{coordinate_name(key, coordinates)} {value:.2f}" for key, value in candidate.params.items()
             )
             continue
         selectors = tuple(repr((g.layers, g.roles, g.match)) for g in recipe.groups)
@@ -176,16 +179,17 @@ def unchanged_roles(tensors: Sequence[str], changed: Changed | None) -> tuple[st
     return tuple(role for role in roles if role not in touched)
 
 
-def parameter_name(key: str, experts: Iterable[str]) -> str:
-    """Write a key of the search space in words: `lambda.mlp1.persona` is `persona in mlp1`."""
-    parameter, _, place = key.partition(".")
-    if parameter == "toward":  # see FrontSpace; the first point of the descent is the origin
-        return f"toward {GRADIENT}{int(place) + 1}"
-    expert = next((name for name in experts if place.endswith(f".{name}")), "")
-    what = "factor" if parameter == "times" else parameter
-    if expert:
-        what = expert if parameter == "lambda" else f"{what} of {expert}"
-    return f"{what} in {place.removesuffix(f'.{expert}')}"
+def coordinate_name(key: str, coordinates: Mapping[str, Coordinate]) -> str:
+    """Write a number of a point in words, such as `persona in mlp1`; its key where it is unknown."""
+    found = coordinates.get(key)
+    if found is None:
+        return key
+    if found.point is not None:  # see FrontSpace; the first point of the descent is the origin
+        return f"toward {GRADIENT}{found.point + 1}"
+    what = "factor" if found.parameter == "times" else found.parameter
+    if found.expert:
+        what = found.expert if found.parameter == "lambda" else f"{what} of {found.expert}"
+    return f"{what} in {found.group}"
 
 
 def changes(

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 
 from mergetune.report.data import ReportData
-from mergetune.report.insights import parameter_name
+from mergetune.report.insights import coordinate_name
 from mergetune.results.run_dir import Cost
 from mergetune.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
 
@@ -50,7 +50,7 @@ def importance(data: ReportData, objective: str) -> alt.LayerChart:
     found = sorted(data.influences[objective], key=lambda one: -one.share)[:_N_PARAMETERS]
     frame = pd.DataFrame(
         {
-            "parameter": [parameter_name(one.parameter, data.study.experts) for one in found],
+            "parameter": [coordinate_name(one.parameter, data.coordinates) for one in found],
             "share": [one.share for one in found],
             "correlation": [one.correlation for one in found],
             "effect": [_effect(one.correlation) for one in found],

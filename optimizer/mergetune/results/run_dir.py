@@ -10,6 +10,7 @@ items.parquet     every item of the suite: id, split, prompt, target
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 attempts/         WHAT.json: how often something was begun that has not come to its end
 replies/          what each candidate replied, by the digest of its recipe and of the request
+coordinates.json  what the numbers of a candidate's point stand for
 warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
@@ -49,6 +50,7 @@ from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
 from mergetune.files.yaml_io import Strict, write_yaml
 from mergetune.results.config import StudyConfig
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.models import reference_to
 
@@ -308,6 +310,16 @@ class RunDir:
         """Return the scores of every candidate measured on a split, in the candidates' order."""
         found = {candidate.name: self.scores(candidate.name, split) for candidate in self.candidates()}
         return {name: scores for name, scores in found.items() if scores is not None}
+
+    def write_coordinates(self, coordinates: Mapping[str, Coordinate]) -> None:
+        """Keep what the numbers of the candidates' points stand for, by their names."""
+        self.write_json("coordinates.json", {key: each.model_dump() for key, each in coordinates.items()})
+
+    def coordinates(self) -> dict[str, Coordinate]:
+        """Return what the numbers of points stand for; empty in a run of an earlier version."""
+        with readable(self.path / "coordinates.json"):
+            known = self.read_json("coordinates.json") or {}
+            return {key: Coordinate.model_validate(each) for key, each in known.items()}
 
     def write_warm_start(self, found: WarmStart) -> None:
         """Keep what following the slopes led to."""

@@ -8,6 +8,7 @@ import numpy as np
 from optuna.distributions import FloatDistribution
 from scipy.stats import qmc
 
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
 from mergetune.space.search_space import SearchSpace, nearest_in
 
@@ -36,10 +37,13 @@ class FrontSpace:
         tensor_names: Sequence[str],
     ) -> None:
         self._fine, self._origin, self._others = fine, points[0], points[1:]
-        self._multipliers = _multipliers(fine, coarse, tensor_names)
+        multipliers = _multipliers(fine, coarse, tensor_names)
+        self._multipliers = {key: each.key for key, each in multipliers.items()}
+        self._towards = [Coordinate(parameter="toward", point=i) for i in range(1, len(points))]
+        self.coordinates = {each.key: each for each in (*self._towards, *multipliers.values())}
         self.distributions: dict[str, FloatDistribution] = {
-            **{f"toward.{i}": FloatDistribution(0, 1) for i in range(1, len(points))},
-            **{key: FloatDistribution(*_TIMES) for key in dict.fromkeys(self._multipliers.values())},
+            key: FloatDistribution(*((0, 1) if each.parameter == "toward" else _TIMES))
+            for key, each in self.coordinates.items()
         }
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
@@ -48,7 +52,7 @@ class FrontSpace:
 
     def corner(self, number: int) -> dict[str, float]:
         """Return where a point of the descent lies: 0 is the origin."""
-        towards = {f"toward.{i}": float(i == number) for i in range(1, len(self._others) + 1)}
+        towards = {each.key: float(each.point == number) for each in self._towards}
         return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0)}
 
     def design(self, n_points: int, seed: int) -> list[dict[str, float]]:
@@ -82,9 +86,9 @@ class FrontSpace:
 
     def _fine_point(self, params: Mapping[str, float]) -> dict[str, float]:
         found = dict(self._origin)
-        for i, other in enumerate(self._others, start=1):
+        for toward, other in zip(self._towards, self._others, strict=True):
             for key, value in other.items():
-                found[key] += params[f"toward.{i}"] * (value - self._origin[key])
+                found[key] += params[toward.key] * (value - self._origin[key])
         for key, multiplier in self._multipliers.items():
             found[key] *= params[multiplier]
         return {key: nearest_in(self._fine.distributions[key], value) for key, value in found.items()}
@@ -100,7 +104,7 @@ class FrontSpace:
 
 def _multipliers(
     fine: SearchSpace, coarse: Sequence[LayerGroup], tensor_names: Sequence[str]
-) -> dict[str, str]:
+) -> dict[str, Coordinate]:
     """Return each smooth coefficient's multiplier: that of the coarse group that its layer group is in."""
     coarse_of, fine_of = assign_groups(coarse, tensor_names), assign_groups(fine.groups, tensor_names)
     place = {group.name: coarse_of[name].name for name, group in fine_of.items()}
@@ -109,7 +113,10 @@ def _multipliers(
     for share in fine.smooth_shares():
         experts.setdefault(share.key, set()).add(share.expert)
         places.setdefault(share.key, place[share.group])
-    return {key: ".".join(filter(None, ("times", places[key], _only(own)))) for key, own in experts.items()}
+    return {
+        key: Coordinate(parameter="times", group=places[key], expert=_only(own))
+        for key, own in experts.items()
+    }
 
 
 def _only(experts: set[str]) -> str:

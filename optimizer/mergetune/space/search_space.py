@@ -9,6 +9,7 @@ from optuna.distributions import FloatDistribution
 from pydantic import ValidationError
 
 from mergetune.errors import MergetuneError, TrialError
+from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS, SMOOTH, Parameter
 from mergetune.space.recipe import LayerGroup, MergeRecipe, RecipeGroup, Source, count_layers
 from mergetune.space.search_space_config import (
@@ -32,10 +33,15 @@ class _Slot:
 
     parameter: str
     expert: str | None
-    key: str  # Optuna's name
+    coordinate: Coordinate
     coefficient: Coefficient
     matters: bool
     idle: float
+
+    @property
+    def key(self) -> str:
+        """The coordinate's name."""
+        return self.coordinate.key
 
     @property
     def range(self) -> Range | None:
@@ -101,11 +107,12 @@ class SearchSpace:
         self._base, self._experts, self._seed = base, dict(experts), seed
         self._weights = _scope_weights(config, self.groups, count_layers(tensor_names))
         self._slots = self._make_slots(changed)
+        free = [(slot, slot.range) for slots in self._slots.values() for slot in slots]
+        self.coordinates = {slot.key: slot.coordinate for slot, own in free if own is not None}
         self.distributions: dict[str, FloatDistribution] = {
-            slot.key: FloatDistribution(slot.range.low, slot.range.high, step=slot.range.step)
-            for slots in self._slots.values()
-            for slot in slots
-            if slot.range is not None
+            slot.key: FloatDistribution(own.low, own.high, step=own.step)
+            for slot, own in free
+            if own is not None
         }
         try:
             self.recipe({key: each.high for key, each in self.distributions.items()})
@@ -188,9 +195,11 @@ class SearchSpace:
         given = (own.ranges.get(name), self.config.ranges.get(name), default_range(parameter))
         coefficient = next(found for found in given if found is not None)
         shared = expert is None or (isinstance(coefficient, Range) and coefficient.shared)
-        key = f"{name}.{scope}" if shared else f"{name}.{scope}.{expert}"
+        coordinate = Coordinate(parameter=name, group=scope, expert="" if shared else expert or "")
         low = coefficient.low if isinstance(coefficient, Range) else coefficient
-        return _Slot(name, expert, key, coefficient, matters, idle=1.0 if 1.0 in parameter.valid else low)
+        return _Slot(
+            name, expert, coordinate, coefficient, matters, idle=1.0 if 1.0 in parameter.valid else low
+        )
 
     def _touches(self, scope: str, expert: str | None, changed: Mapping[str, Collection[str]]) -> bool:
         """Say whether a coefficient in a scope has an effect on any tensor."""

@@ -111,6 +111,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 measure_noise(candidates)
                 n_trials = plan.config.budget.trials if run.spent_s() < _hours_s(plan) else 0
                 searched = start_search(candidates, plan.config.warm_start, space, fine, n_trials)
+                run.write_coordinates({**space.coordinates, **searched.space.coordinates})
                 _search(plan, searched, candidates, interrupts)
                 choice = selection.choose(run)
                 finalists = choice.finalists(plan.config.finalists) if choice else ()
