@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from mergetune.analysis.advice import Verdict
+    from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.evaluation.evaluate import Measurement
     from mergetune.evaluation.suite import Split, Suite
@@ -280,7 +280,7 @@ class Inspection:
 
     warnings: tuple[str, ...]
     statistics: TaskVectorStatistics
-    verdict: Verdict
+    verdict: Advice
     groups: tuple[LayerGroup, ...]
     sensitivity: pd.DataFrame | None
 
@@ -313,7 +313,7 @@ def inspect(
     Raises:
         MergetuneError: the models do not fit together, or something cannot be had.
     """
-    from mergetune.analysis.advice import judge
+    from mergetune.analysis.advice import advise
     from mergetune.analysis.task_vectors import task_vector_statistics
     from mergetune.merging.inputs import open_inputs
     from mergetune.space.search_space_config import layer_groups, read_search_space
@@ -326,7 +326,7 @@ def inspect(
     found = {name: find_model(str(reference), folder) for name, reference in experts.items()}
     inputs = open_inputs(find_model(str(base), folder), found, vocabulary, say=at_work)
     if skills is not None:
-        inputs = inputs.speaking(skills.config.chat_template)
+        inputs = inputs.with_chat(skills.config.chat_template)
     groups = layer_groups(space, inputs.base.names)
     statistics = task_vector_statistics(inputs, groups)
     frame = None
@@ -334,4 +334,4 @@ def inspect(
         from mergetune.slopes.probe import probe
 
         frame = probe(inputs, skills, engine or EngineConfig(kind="transformers"), say)
-    return Inspection(inputs.warnings, statistics, judge(statistics), tuple(groups), frame)
+    return Inspection(inputs.warnings, statistics, advise(statistics), tuple(groups), frame)

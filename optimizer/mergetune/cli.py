@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from mergetune.analysis.advice import Verdict
+    from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.engines.engine import EngineKind
     from mergetune.space.recipe import LayerGroup
-    from mergetune.study.soup import Tasting
+    from mergetune.study.soup import SoupResult
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -277,10 +277,10 @@ def soup(
     use_cache(cache, _remark)
     config = engine_options(engine, batch_size)
     plan = SoupPlan.read(out, models, base, last, suite, split, config, vocabulary)
-    tasting = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
-    if tasting is not None:
-        _out.print(_soup_table(tasting))
-    members = list(plan.models) if tasting is None else tasting.soup.members
+    result = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
+    if result is not None:
+        _out.print(_soup_table(result))
+    members = list(plan.models) if result is None else result.soup.members
     if len(members) > 1:
         _out.print(f"Averaged: {', '.join(members)}", highlight=False, markup=False)
     else:
@@ -515,7 +515,7 @@ def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) 
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
 
 
-def _print_inspection(statistics: TaskVectorStatistics, verdict: Verdict) -> None:
+def _print_inspection(statistics: TaskVectorStatistics, verdict: Advice) -> None:
     from mergetune.analysis.tables import inspection_tables, verdict_sections
 
     for table in inspection_tables(statistics, verdict):
@@ -561,14 +561,14 @@ def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> Non
     _out.print(f"{HOW_TO_READ} {evidence(frame)} {cost}", highlight=False, markup=False)
 
 
-def _soup_table(tasting: Tasting) -> Table:
+def _soup_table(result: SoupResult) -> Table:
     table = Table(title="Greedy soup")
     table.add_column("tried")
-    for name in tasting.rows[0].scores:
+    for name in result.rows[0].scores:
         table.add_column(name, justify="right")
     table.add_column("score", justify="right")
     table.add_column("kept")
-    for row in tasting.rows:
+    for row in result.rows:
         shown = [f"{number(score.value)} ± {number(score.stderr)}" for score in row.scores.values()]
         kept = "" if row.is_kept is None else "yes" if row.is_kept else "no"
         broken = " (breaks a guard)" if row.standing.allowance < 0 else ""

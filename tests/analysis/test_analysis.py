@@ -16,7 +16,7 @@ from scipy import integrate, stats
 from torch import Tensor
 
 from helpers import build_llama, mergetune
-from mergetune.analysis.advice import CONFLICT, OPPOSED, SMALLEST_SHARE, Verdict, as_data, judge
+from mergetune.analysis.advice import CONFLICT, OPPOSED, SMALLEST_SHARE, Advice, advise, as_data
 from mergetune.analysis.chart import check_chart_path, draw, pair_frame, vector_frame, write_chart
 from mergetune.analysis.tables import inspection_tables, verdict_sections
 from mergetune.analysis.task_vectors import (
@@ -133,7 +133,7 @@ def test_independent_gaussian_vectors_have_the_yardsticks_and_are_complementary(
     assert pair.weighted_conflict == pytest.approx(0.5, abs=0.01)
     assert pair.overlap == pytest.approx(GAUSSIAN_OVERLAP, abs=0.01)
     assert found.whole.experts["a"].redundancy == pytest.approx(GAUSSIAN_REDUNDANCY, abs=0.01)
-    assert judge(found).kind == "complementary"
+    assert advise(found).kind == "complementary"
 
 
 def test_the_gaussian_yardsticks_are_the_integrals() -> None:
@@ -168,7 +168,7 @@ def test_an_identical_expert_agrees_and_a_negated_one_conflicts(
     (pair,) = found.whole.pairs
     assert pair.cosine == pytest.approx(cosine, abs=1e-6)
     assert (pair.sign_conflict, pair.weighted_conflict) == pytest.approx((conflict, conflict), abs=1e-3)
-    assert judge(found).kind == kind
+    assert advise(found).kind == kind
 
 
 def test_an_expert_that_equals_the_base_has_no_figures_and_stops_nothing(
@@ -176,7 +176,7 @@ def test_an_expert_that_equals_the_base_has_no_figures_and_stops_nothing(
 ) -> None:
     inputs = open_inputs(tiny_base, {"a": tiny_experts["a"], "same": tiny_base})
     found = task_vector_statistics(inputs, GROUPS)
-    verdict = judge(found)
+    verdict = advise(found)
     assert verdict.kind is None
     assert "`same` adds nothing" in verdict.pairs[0].reasons[0]
     assert "`same` equals the base" in inputs.warnings[0]
@@ -188,7 +188,7 @@ def test_an_expert_that_equals_the_base_has_no_figures_and_stops_nothing(
 def test_a_model_of_another_base_lies_outside_as_the_warning_says(tiny_base: Path, tmp_path: Path) -> None:
     other = build_llama(tmp_path / "other", seed=7)
     inputs = open_inputs(tiny_base, {"other": other})
-    verdict = judge(task_vector_statistics(inputs, GROUPS))
+    verdict = advise(task_vector_statistics(inputs, GROUPS))
     assert verdict.kind == "outside one basin"
     (figure,) = re.findall(r"is (\d\.\d\d) times as long as the base's", verdict.summary)
     assert any(f"is {figure} times as long as the base's" in warning for warning in inputs.warnings)
@@ -214,8 +214,8 @@ def part(
     return PartStatistics(name, 100, vectors, tuple(pairs))
 
 
-def judged(*groups: PartStatistics, whole: PartStatistics) -> Verdict:
-    return judge(TaskVectorStatistics(groups, whole))
+def judged(*groups: PartStatistics, whole: PartStatistics) -> Advice:
+    return advise(TaskVectorStatistics(groups, whole))
 
 
 def test_a_clearly_negative_cosine_is_a_conflict_with_what_the_sum_keeps() -> None:
@@ -305,7 +305,7 @@ def test_an_outsider_taints_only_its_own_pairs() -> None:
 def test_a_single_expert_has_no_pairs() -> None:
     figures = part("all", (), norms=(1.0,))
     statistics = TaskVectorStatistics((figures,), figures)
-    verdict = judge(statistics)
+    verdict = advise(statistics)
     assert (verdict.kind, verdict.pairs) == (None, ())
     assert "all" in printed(statistics, verdict)
     assert len(draw(statistics, verdict).to_dict()["concat"]) == 1
@@ -321,7 +321,7 @@ def test_every_preset_that_advice_names_exists() -> None:
                 assert find("search_spaces", name, Path()).exists()
 
 
-def printed(statistics: TaskVectorStatistics, verdict: Verdict, width: int = 80) -> str:
+def printed(statistics: TaskVectorStatistics, verdict: Advice, width: int = 80) -> str:
     console = Console(width=width)
     with console.capture() as capture:
         for table in inspection_tables(statistics, verdict):
@@ -335,7 +335,7 @@ def test_tables_of_many_experts_keep_every_figure_at_80_columns() -> None:
     norms = tuple(1.0 + i for i in range(6))
     figures = part("all", tuple(i / 100 for i in range(-1, 14)), norms=norms)
     statistics = TaskVectorStatistics((figures,), figures)
-    text = printed(statistics, judge(statistics))
+    text = printed(statistics, advise(statistics))
     assert "…" not in text
     for norm in norms:
         assert f"{norm / 100:.4f}  70%" in text
@@ -360,7 +360,7 @@ def test_charts_are_written_by_suffix(tmp_path: Path, suffix: str, start: bytes)
     figures = part("all", (-0.2,))
     statistics = TaskVectorStatistics((figures,), figures)
     path = tmp_path / f"chart.{suffix}"
-    write_chart(statistics, judge(statistics), path)
+    write_chart(statistics, advise(statistics), path)
     content = path.read_bytes()
     assert content.lstrip().startswith(start)
     assert b"cdn.jsdelivr.net" not in content  # the page opens offline

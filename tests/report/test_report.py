@@ -23,7 +23,7 @@ from mergetune.report.metric import Metric
 from mergetune.report.page import duration, render, ticks
 from mergetune.report.study_charts import hypervolume, importance
 from mergetune.report.style import FRONT, PERHAPS, mark_of
-from mergetune.report.verdict import Verdict, judge
+from mergetune.report.verdict import Summary, summarize
 from mergetune.results import selection
 from mergetune.results.config import read_study
 from mergetune.results.run_dir import RunDir
@@ -293,7 +293,7 @@ def test_a_merge_that_does_not_beat_the_experts_is_said_not_to(simulate: Callabl
     assert verdict.sentences[1].startswith("Deploy `expert-persona`")
 
 
-def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, int, int]) -> Verdict:
+def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, int, int]) -> Summary:
     """Judge `trial` by these right answers out of 100 to tool_calls, persona and general; `_` is `-`."""
     known = {"base": (0, 0, 80), "expert_tools": (90, 0, 80), "expert_persona": (0, 90, 80)} | scores
     frames = {
@@ -305,7 +305,7 @@ def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, in
         for name, counts in known.items()
     }
     chosen = selection.Recommendation("trial", "", keeps_guards=True)
-    return judge(chosen, frames, data.metrics, data.study.suite_config, "holdout", averages)
+    return summarize(chosen, frames, data.metrics, data.study.suite_config, "holdout", averages)
 
 
 def test_the_headline_claims_nothing_of_what_was_not_measured_on_its_split(data: ReportData) -> None:

@@ -21,7 +21,7 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator, Score
 from mergetune.evaluation.suite import SuiteConfig, read_suite
 from mergetune.merging.inputs import Inputs
-from mergetune.slopes.descent import DescentConfig, Ground, Known, descend
+from mergetune.slopes.descent import DescentConfig, MeasuredModel, Problem, descend
 from mergetune.slopes.losses import mean_losses
 from mergetune.slopes.references import Reference, References, find_references
 from mergetune.space.recipe import MergeRecipe
@@ -37,7 +37,7 @@ SUITE = SuiteConfig.model_validate(
         "guards": {"guard": {**TASKS, "margin": 0.1}},
     }
 )
-CONFIG = DescentConfig(full_evaluations=20.0, fewest=2, most=2, apart=2, first_steps=4, next_steps=2)
+CONFIG = DescentConfig(full_evaluations=20.0, fewest=2, most=2, held_out=2, first_steps=4, next_steps=2)
 GROUPS = [{"name": "layers", "match": r"layers\."}, {"name": "rest", "match": r"^(?!.*layers\.)"}]
 START = {"lambda.layers.a": 0.5, "lambda.layers.b": 0.5, "lambda.rest.a": 0.5, "lambda.rest.b": 0.5}
 
@@ -65,7 +65,7 @@ def references(n_items: int = 8) -> References:
     return References(tuple(items))
 
 
-def ground_of(engine: TransformersEngine, inputs: Inputs, space: SearchSpace) -> Ground:
+def problem_of(engine: TransformersEngine, inputs: Inputs, space: SearchSpace) -> Problem:
     """The base fails at both objectives and the experts are good at one each, so the scores say."""
     lambdas = {"base": (0.0, 0.0), "expert-a": (1.0, 0.0), "expert-b": (0.0, 1.0)}
     known = {}
@@ -74,25 +74,25 @@ def ground_of(engine: TransformersEngine, inputs: Inputs, space: SearchSpace) ->
             "task_arithmetic", inputs.base_source, inputs.expert_sources, {"lambda": {"a": a, "b": b}}
         )
         scores = {"first": Score(a, 0.1, 9), "second": Score(b, 0.1, 9), "guard": Score(1.0, 0.0, 9)}
-        known[name] = Known(recipe, scores)
-    return Ground(engine, inputs.merger, space, references(), SUITE, known, scored=(), n_texts=30)
+        known[name] = MeasuredModel(recipe, scores)
+    return Problem(engine, inputs.merger, space, references(), SUITE, known, scored=(), n_texts=30)
 
 
-def losses_at(ground: Ground, params: dict[str, float], kept_apart: bool = True) -> dict[str, float]:
-    ground.engine.load(ground.space.recipe(params))
-    apart, rest = ground.references.parts(CONFIG.apart)
-    return mean_losses(ground.engine.model, apart if kept_apart else rest)
+def losses_at(problem: Problem, params: dict[str, float], held_out: bool = True) -> dict[str, float]:
+    problem.engine.load(problem.space.recipe(params))
+    apart, rest = problem.references.parts(CONFIG.held_out)
+    return mean_losses(problem.engine.model, apart if held_out else rest)
 
 
-def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
+def test_losses_fall_on_items_held_out_and_costs_are_counted(
     inputs: Inputs, engine: TransformersEngine
 ) -> None:
-    ground = ground_of(engine, inputs, space_of(inputs))
+    problem = problem_of(engine, inputs, space_of(inputs))
     steps: list[tuple[int, int]] = []
-    found = descend(ground, START, CONFIG, lambda step, of: steps.append((step, of)))
-    before = losses_at(ground, START)
+    found = descend(problem, START, CONFIG, lambda step, of: steps.append((step, of)))
+    before = losses_at(problem, START)
     for point in found.points:
-        assert point.losses == pytest.approx(losses_at(ground, point.params))
+        assert point.losses == pytest.approx(losses_at(problem, point.params))
         assert point.params.keys() == START.keys()
         assert all(0 <= value <= 2 for value in point.params.values())
     assert (
@@ -108,15 +108,15 @@ def test_losses_fall_on_items_kept_apart_and_costs_are_counted(
 
 def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: TransformersEngine) -> None:
     kept = dict.fromkeys(SUITE.scores, Score(1.0, 0.0, 1000))
-    ground = replace(ground_of(engine, inputs, space_of(inputs)), scored=[(START, kept)])
+    problem = replace(problem_of(engine, inputs, space_of(inputs)), scored=[(START, kept)])
     config = replace(CONFIG, fewest=4, most=4, first_steps=6)
-    free = replace(ground, suite=SUITE.model_copy(update={"guards": {}}))
+    free = replace(problem, suite=SUITE.model_copy(update={"guards": {}}))
     without = replace(
-        free, references=References(tuple(i for i in ground.references.items if i.score_name != "guard"))
+        free, references=References(tuple(i for i in problem.references.items if i.score_name != "guard"))
     )
     watched, unwatched = (
-        losses_at(ground, descend(each, START, config).points[0].params, kept_apart=False)
-        for each in (ground, without)
+        losses_at(problem, descend(each, START, config).points[0].params, held_out=False)
+        for each in (problem, without)
     )
     assert watched["guard"] < unwatched["guard"]
     ends = {}
@@ -125,7 +125,7 @@ def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: 
         suite["objectives"][name]["weight"] = 50.0
         own = replace(without, suite=SuiteConfig.model_validate(suite | {"guards": {}}))
         point = descend(own, START, replace(config, next_steps=0)).points[0]
-        ends[name] = losses_at(ground, point.params, kept_apart=False)
+        ends[name] = losses_at(problem, point.params, held_out=False)
     assert ends["first"]["first"] < ends["second"]["first"]
     assert ends["second"]["second"] < ends["first"]["second"]
 
@@ -134,17 +134,17 @@ def test_a_guard_turns_the_descent_and_so_does_a_weight(inputs: Inputs, engine: 
 def test_an_objective_that_no_known_model_is_better_at_does_not_rule(
     inputs: Inputs, engine: TransformersEngine, lead: float
 ) -> None:
-    ground = ground_of(engine, inputs, space_of(inputs))
+    problem = problem_of(engine, inputs, space_of(inputs))
     values = {"base": 0.5, "expert-a": 0.5, "expert-b": 0.5 + lead}
     known = {
         name: replace(each, scores={**each.scores, "second": Score(values[name], 0.035, 200)})
-        for name, each in ground.known.items()
+        for name, each in problem.known.items()
     }
     half = {"first": Score(0.5, 0.1, 9), "second": Score(0.5 - lead, 0.035, 200), "guard": Score(1.0, 0.0, 9)}
-    flat = replace(ground, known=known, scored=[(START, half)])
-    both = replace(ground, scored=[(START, {**half, "second": half["first"]})])
+    flat = replace(problem, known=known, scored=[(START, half)])
+    both = replace(problem, scored=[(START, {**half, "second": half["first"]})])
     alone, together = (
-        losses_at(ground, descend(each, START, CONFIG).points[0].params, kept_apart=False)
+        losses_at(problem, descend(each, START, CONFIG).points[0].params, held_out=False)
         for each in (flat, both)
     )
     assert alone["first"] <= together["first"]
@@ -155,10 +155,10 @@ def test_an_objective_that_no_known_model_is_better_at_does_not_rule(
 def test_a_loss_that_is_not_finite_is_said(
     inputs: Inputs, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, where_it_learns: bool
 ) -> None:
-    ground = ground_of(engine, inputs, space_of(inputs))
+    problem = problem_of(engine, inputs, space_of(inputs))
     monkeypatch.setattr(engine.model, "forward", overflowing(engine.model.forward, where_it_learns))
     with pytest.raises(TrialError, match=r"the loss of `first` must be finite, but got nan.*float32"):
-        descend(ground, START, CONFIG)
+        descend(problem, START, CONFIG)
 
 
 def overflowing(forward: Callable[..., Any], where_it_learns: bool) -> Callable[..., Any]:
@@ -175,23 +175,26 @@ def overflowing(forward: Callable[..., Any], where_it_learns: bool) -> Callable[
 
 
 def test_one_objective_takes_one_weighting(inputs: Inputs, engine: TransformersEngine) -> None:
-    ground = ground_of(engine, inputs, space_of(inputs))
+    problem = problem_of(engine, inputs, space_of(inputs))
     suite = SUITE.model_copy(update={"objectives": {"first": SUITE.objectives["first"]}, "guards": {}})
     (point,) = descend(
-        replace(ground, suite=suite, references=ground.references.only("first")), START, CONFIG
+        replace(problem, suite=suite, references=problem.references.only("first")), START, CONFIG
     ).points
     assert point.losses.keys() == {"first"}
 
 
 def test_the_same_descent_gives_the_same_points(inputs: Inputs, engine: TransformersEngine) -> None:
-    config, ground = replace(CONFIG, first_steps=2, next_steps=1), ground_of(engine, inputs, space_of(inputs))
-    assert descend(ground, START, config) == descend(ground, START, config)
+    config, problem = (
+        replace(CONFIG, first_steps=2, next_steps=1),
+        problem_of(engine, inputs, space_of(inputs)),
+    )
+    assert descend(problem, START, config) == descend(problem, START, config)
 
 
 def test_a_larger_budget_looks_at_more_items(inputs: Inputs, engine: TransformersEngine) -> None:
-    ground = replace(ground_of(engine, inputs, space_of(inputs)), n_texts=100)
+    problem = replace(problem_of(engine, inputs, space_of(inputs)), n_texts=100)
     config = replace(CONFIG, most=16, first_steps=2, next_steps=1, full_evaluations=2.0)
-    found = descend(ground, START, config)
+    found = descend(problem, START, config)
     assert 140 < found.n_passes <= 200
 
 
@@ -202,7 +205,7 @@ def test_densities_stay_and_coefficients_of_all_methods_descend_on_their_grid(
     step = {"low": 0.0, "high": 2.0, "step": 0.25}
     ties = space_of(inputs, "ties", **{"lambda": step, "density": {"low": 0.2, "high": 0.8}})
     begin = {key: 0.5 for key in ties.distributions}
-    points = descend(ground_of(engine, inputs, ties), begin, config).points
+    points = descend(problem_of(engine, inputs, ties), begin, config).points
     assert points
     for point in points:
         assert all(value == 0.5 for key, value in point.params.items() if key.startswith("density"))
@@ -211,7 +214,7 @@ def test_densities_stay_and_coefficients_of_all_methods_descend_on_their_grid(
         assert all(value % 0.25 == 0 for value in own)
     anchors = space_of(inputs, "slerp", groups=[], anchors=2)
     begin = {key: 0.5 for key in anchors.distributions}
-    points = descend(ground_of(engine, inputs, anchors), begin, config).points
+    points = descend(problem_of(engine, inputs, anchors), begin, config).points
     assert points
     for point in points:
         assert point.params.keys() == {"t.anchor0", "t.anchor1"}
@@ -228,8 +231,8 @@ def test_the_scores_of_the_start_count_whatever_its_digits(
     found = []
     for value in (0.1, 0.9):
         scores = {**dict.fromkeys(SUITE.objectives, Score(value, 0.01, 1000)), "guard": Score(1.0, 0.0, 9)}
-        ground = replace(ground_of(engine, inputs, space), scored=[(start, scores)])
-        (*points,) = descend(ground, start, replace(CONFIG, first_steps=2, next_steps=1)).points
+        problem = replace(problem_of(engine, inputs, space), scored=[(start, scores)])
+        (*points,) = descend(problem, start, replace(CONFIG, first_steps=2, next_steps=1)).points
         assert points
         assert all(
             value == 0.2 for each in points for key, value in each.params.items() if key.startswith("density")
@@ -244,7 +247,7 @@ def test_a_coefficient_that_cannot_change_is_not_descended_on(
     still = {"low": 0.5, "high": 0.5}
     space = space_of(inputs, groups=[GROUPS[0], {**GROUPS[1], "lambda": still}])
     assert {share.key for share in space.smooth_shares()} == {"lambda.layers.a", "lambda.layers.b"}
-    for point in descend(ground_of(engine, inputs, space), START, CONFIG).points:
+    for point in descend(problem_of(engine, inputs, space), START, CONFIG).points:
         assert point.params["lambda.rest.a"] == point.params["lambda.rest.b"] == 0.5
         assert point.params != START
 
@@ -281,34 +284,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def directed(folder: Path, engine: TransformersEngine, ground: Ground, **suite: Any) -> Ground:
-    """The ground of a suite with the references of its items; every model known scores alike."""
+def directed(folder: Path, engine: TransformersEngine, problem: Problem, **suite: Any) -> Problem:
+    """The problem of a suite with the references of its items; every model known scores alike."""
     rules = {"description": "test", "chat_template": False, "holdout": 0.0, "include_path": "."}
     (folder / "suite.yaml").write_text(yaml.safe_dump(rules | suite))
     evaluator = Evaluator(read_suite(folder / "suite.yaml"))
     found = find_references(evaluator, cast(TemplateLM, engine.lm))
     alike = dict.fromkeys(evaluator.suite.config.scores, Score(0.5, 0.1, 9))
-    known = {name: replace(each, scores=alike) for name, each in ground.known.items()}
-    return replace(ground, suite=evaluator.suite.config, references=found, known=known, n_texts=1000)
+    known = {name: replace(each, scores=alike) for name, each in problem.known.items()}
+    return replace(problem, suite=evaluator.suite.config, references=found, known=known, n_texts=1000)
 
 
 @pytest.mark.parametrize("kind", TASKS_OF)
 def test_objectives_that_differ_in_direction_alone_are_followed_opposite_ways(
     inputs: Inputs, engine: TransformersEngine, folder: Path, kind: str
 ) -> None:
-    ground, wanted = ground_of(engine, inputs, space_of(inputs)), None
+    problem, wanted = problem_of(engine, inputs, space_of(inputs)), None
     likelier, less_likely = ("minimize", "maximize") if kind == "texts" else ("maximize", "minimize")
     moves, losses = [], []
     for direction in (likelier, less_likely):
         objective = {"direction": direction, "against_task": True, "tasks": [TASKS_OF[kind]]}
-        own = directed(folder, engine, ground, objectives={"score": objective})
+        own = directed(folder, engine, problem, objectives={"score": objective})
         wanted = wanted or own.references
         (point,) = descend(own, START, CONFIG).points
         moves.append(torch.tensor([point.params[key] - START[key] for key in START]))
         engine.load(own.space.recipe(point.params))
         losses.append(mean_losses(engine.model, wanted)["score"])
     assert wanted is not None
-    engine.load(ground.space.recipe(START))
+    engine.load(problem.space.recipe(START))
     assert losses[0] < mean_losses(engine.model, wanted)["score"] < losses[1]
     assert float(moves[0] @ moves[1]) < 0
 
@@ -318,7 +321,7 @@ def test_guards_that_differ_in_direction_alone_turn_a_descent_opposite_ways(
     inputs: Inputs, engine: TransformersEngine, folder: Path, kind: str
 ) -> None:
     """Each is held against the expert that is better by it, so that both turn the descent."""
-    ground, wanted = ground_of(engine, inputs, space_of(inputs)), None
+    problem, wanted = problem_of(engine, inputs, space_of(inputs)), None
     likelier, less_likely = ("minimize", "maximize") if kind == "texts" else ("maximize", "minimize")
     objective = {"tasks": [{"items": "other.jsonl", "scorer": "exact"}]}
     others = [json.dumps({"prompt": f"What is {i}?", "answer": "a number"}) for i in range(12)]
@@ -326,7 +329,7 @@ def test_guards_that_differ_in_direction_alone_turn_a_descent_opposite_ways(
     at_ends = []
     for direction in (likelier, less_likely):
         guard = {"direction": direction, "against_task": True, "tasks": [TASKS_OF[kind]], "margin": 0.1}
-        own = directed(folder, engine, ground, objectives={"other": objective}, guards={"guard": guard})
+        own = directed(folder, engine, problem, objectives={"other": objective}, guards={"guard": guard})
         wanted = wanted or own.references.only("guard")
         own = replace(own, suite=held_against_the_best(own, own.references))
         for point in descend(own, START, replace(CONFIG, first_steps=6)).points[:1]:
@@ -335,15 +338,15 @@ def test_guards_that_differ_in_direction_alone_turn_a_descent_opposite_ways(
     assert at_ends[0] < at_ends[1]
 
 
-def held_against_the_best(ground: Ground, references: References) -> SuiteConfig:
+def held_against_the_best(problem: Problem, references: References) -> SuiteConfig:
     """The suite with a guard whose reference is the expert with the least loss by it."""
     losses = {}
     for name in ("a", "b"):
-        ground.engine.load(ground.known[f"expert-{name}"].recipe)
-        losses[name] = mean_losses(ground.engine.model, references)["guard"]
+        problem.engine.load(problem.known[f"expert-{name}"].recipe)
+        losses[name] = mean_losses(problem.engine.model, references)["guard"]
     reference = min(losses, key=lambda name: losses[name])
-    held = ground.suite.guards["guard"].model_copy(update={"reference": reference})
-    return ground.suite.model_copy(update={"guards": {"guard": held}})
+    held = problem.suite.guards["guard"].model_copy(update={"reference": reference})
+    return problem.suite.model_copy(update={"guards": {"guard": held}})
 
 
 # Costs
@@ -382,10 +385,10 @@ def test_a_descent_costs_no_more_than_it_may_or_is_refused(
         {**SUITE.model_dump(by_alias=True, exclude_none=True), "objectives": objectives}
     )
     own = few_references(n_objectives, n_items, n_choices)
-    ground = ground_of(engine, inputs, space_of(inputs))
+    problem = problem_of(engine, inputs, space_of(inputs))
     alike = dict.fromkeys(suite.scores, Score(0.5, 0.1, 9))
-    known = {name: replace(each, scores=alike) for name, each in ground.known.items()}
-    ground = replace(ground, suite=suite, references=own, known=known, n_texts=own.n_texts)
+    known = {name: replace(each, scores=alike) for name, each in problem.known.items()}
+    problem = replace(problem, suite=suite, references=own, known=known, n_texts=own.n_texts)
     counted = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -396,10 +399,10 @@ def test_a_descent_costs_no_more_than_it_may_or_is_refused(
     monkeypatch.setattr(engine.model, "forward", functools.wraps(plain)(forward))
     if n_items < (4 if n_objectives == 1 else 6):
         with pytest.raises(MergetuneError, match=r"may cost up to 3 evaluations .* on so few items"):
-            descend(ground, START)
+            descend(problem, START)
         assert not counted
     else:
-        found = descend(ground, START)
+        found = descend(problem, START)
         assert found.n_passes == sum(counted)
         assert found.full_evaluations == found.n_passes / own.n_texts
         assert 1 < found.full_evaluations <= DescentConfig().full_evaluations

@@ -20,7 +20,7 @@ from mergetune.stats.sequential import (
     Array,
     Levels,
     Look,
-    Verdict,
+    LookVerdict,
     item_order,
     look,
     split_alpha,
@@ -63,7 +63,7 @@ def gate(seen: Array, levels: Levels = EARLY_ONLY) -> Look:
     return last
 
 
-def rate(verdicts: list[Verdict], wanted: Verdict) -> float:
+def rate(verdicts: list[LookVerdict], wanted: LookVerdict) -> float:
     return verdicts.count(wanted) / len(verdicts)
 
 
@@ -151,7 +151,7 @@ def test_the_interval_holds_the_true_mean_at_all_looks_at_once() -> None:
     ],
 )
 def test_clear_cases_are_decided_on_a_part_of_500_items(
-    mean: float, discordance: float, verdict: Verdict, n_items: int
+    mean: float, discordance: float, verdict: LookVerdict, n_items: int
 ) -> None:
     looks = [gate(run, split_alpha(ALPHA)) for run in drawn(mean, discordance, 200, 500, seed=10)]
     assert rate([one.verdict for one in looks], verdict) > 0.85
@@ -241,7 +241,7 @@ def test_levels_add_up_to_alpha_over_both_stages_and_all_scores() -> None:
     ],
 )
 def test_a_gate_passes_with_its_last_score_and_fails_with_its_first(
-    verdicts: list[Verdict], whole: Verdict
+    verdicts: list[LookVerdict], whole: LookVerdict
 ) -> None:
     assert whole_verdict(verdicts) == whole
 

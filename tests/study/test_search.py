@@ -15,7 +15,7 @@ from mergetune.results.config import SamplerConfig
 from mergetune.study.search import (
     CANDIDATE,
     FAILED,
-    Known,
+    Observation,
     Outcome,
     catch_up,
     failure,
@@ -29,9 +29,9 @@ from mergetune.study.search import (
 SPACE: dict[str, BaseDistribution] = {"lambda.all.a": FloatDistribution(0, 2)}
 
 
-def known(name: str, value: float, failed: bool = False) -> Known:
+def known(name: str, value: float, failed: bool = False) -> Observation:
     own = outcome(value)
-    return Known(name, {"lambda.all.a": value}, failure([own], ["maximize"] * 2) if failed else own)
+    return Observation(name, {"lambda.all.a": value}, failure([own], ["maximize"] * 2) if failed else own)
 
 
 def outcome(value: float) -> Outcome:
@@ -91,7 +91,7 @@ def test_samplers_that_can_are_not(kind: str) -> None:
         try_sampler(SamplerConfig(kind=kind), ["maximize"], space)
 
 
-def told_anew(study: optuna.Study, folder: Path, *points: Known) -> optuna.Study:
+def told_anew(study: optuna.Study, folder: Path, *points: Observation) -> optuna.Study:
     return catch_up(study, folder / "study.db", points, SPACE, failure([outcome(0.0)], ["maximize"] * 2))
 
 

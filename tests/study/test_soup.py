@@ -25,7 +25,7 @@ from mergetune.results import roles, selection
 from mergetune.results.roles import average_name, is_soup
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
-from mergetune.study.soup import Standing, Tasting, greedy_soup, make_soup, standing
+from mergetune.study.soup import SoupResult, Standing, greedy_soup, make_soup, standing
 from mergetune.study.soup_plan import SoupPlan, _names, last_checkpoints
 from mergetune.weights.checkpoint import Checkpoint
 from scored_models import MODELS, scales, scores, suite
@@ -225,7 +225,7 @@ def test_the_verdict_calls_a_soup_a_soup(tmp_path: Path) -> None:
 # The command
 
 
-def soup_of(out: Path, models: list[Path], **options: Any) -> tuple[Tasting | None, str]:
+def soup_of(out: Path, models: list[Path], **options: Any) -> tuple[SoupResult | None, str]:
     """Make a soup; returns what was measured for it, and what was printed."""
     printed = io.StringIO()
     plan = SoupPlan.read(
@@ -265,8 +265,8 @@ def training_run(tmp_path: Path, variants: list[Path]) -> Path:
 
 
 def test_a_uniform_soup_is_the_mean_of_the_weights(tmp_path: Path, variants: list[Path]) -> None:
-    tasting, _ = soup_of(tmp_path / "out", variants)
-    assert tasting is None
+    result, _ = soup_of(tmp_path / "out", variants)
+    assert result is None
     found = weights_of(tmp_path / "out")
     assert_same(found, mean_of(*map(weights_of, variants)))
     states = {model.name: weights_of(model) for model in variants}
@@ -310,10 +310,10 @@ def test_too_few_checkpoints_are_counted_in_the_message(tmp_path: Path, training
 def test_a_greedy_soup_is_chosen_measured_once_and_written(
     tmp_path: Path, variants: list[Path], suite_file: Path
 ) -> None:
-    tasting, printed = soup_of(tmp_path / "out", variants, suite=str(suite_file))
-    assert tasting is not None
-    soup = tasting.soup
-    measured = [row.standing for row in tasting.rows if row.label in {model.name for model in variants}]
+    result, printed = soup_of(tmp_path / "out", variants, suite=str(suite_file))
+    assert result is not None
+    soup = result.soup
+    measured = [row.standing for row in result.rows if row.label in {model.name for model in variants}]
     assert len(measured) == len(variants)
     assert soup.standing >= max(measured)
     assert "expert-v1" in printed
@@ -328,7 +328,7 @@ def test_a_greedy_soup_is_chosen_measured_once_and_written(
         file.unlink()
         del files[file.name]
     again, printed = soup_of(tmp_path / "out", variants, suite=str(suite_file))
-    assert again == tasting
+    assert again == result
     assert f"\n{last} " in printed
     assert "expert-v1 " not in printed
     after = {name: (tmp_path / "out.soup" / "candidates" / name).stat().st_mtime_ns for name in files}
@@ -379,10 +379,10 @@ def test_with_a_base_guards_count_and_the_run_has_a_report(
         MergetuneError, match=r"the guard `calm` compares with the base\. Name it with --base"
     ):
         soup_of(tmp_path / "out", models[:2], **options)
-    tasting, _ = soup_of(tmp_path / "out", models, base=str(tiny_base), **options)
-    assert tasting is not None
-    assert tasting.rows[0].label == "base"
-    assert tasting.rows[0].standing.allowance == 0
+    result, _ = soup_of(tmp_path / "out", models, base=str(tiny_base), **options)
+    assert result is not None
+    assert result.rows[0].label == "base"
+    assert result.rows[0].standing.allowance == 0
     page = write_report(RunDir(tmp_path / "out.soup")).read_text()
     assert "Scores" in page
 

@@ -76,7 +76,7 @@ def write_suite(folder: Path, chat_template: bool | str) -> Path:
 def test_a_merge_is_served_with_the_template_and_ends_that_it_was_measured_with(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    inputs = opened(models).speaking(True)
+    inputs = opened(models).with_chat(True)
     assert any("takes that of `a` and `b`" in warning for warning in inputs.warnings)
     write_merged(tmp_path / "best", average(inputs), inputs)
     best: Any = AutoTokenizer.from_pretrained(tmp_path / "best")
@@ -99,7 +99,7 @@ def test_named_templates_are_taken_as_they_are(models: dict[str, Path], tmp_path
     for name in "ab":
         (models[name] / "chat_template.jinja").unlink()
         edit_json(models[name] / "tokenizer_config.json", chat_template=TOOLS)
-    inputs = opened(models).speaking(True)
+    inputs = opened(models).with_chat(True)
     write_merged(tmp_path / "best", average(inputs), inputs)
     best: Any = AutoTokenizer.from_pretrained(tmp_path / "best")
     assert best.chat_template == {each["name"]: each["template"] for each in TOOLS}
@@ -109,12 +109,12 @@ def test_experts_that_disagree_are_named_and_a_file_chooses(models: dict[str, Pa
     (models["b"] / "chat_template.jinja").write_text(OTHER)
     inputs = opened(models)
     assert any("those of `a` and `b` differ" in warning for warning in inputs.warnings)
-    assert inputs.speaking(False).chat is None
+    assert inputs.with_chat(False).chat is None
     with pytest.raises(MergetuneError, match=r"different ones: a, b\. Choose one.*chat_template: "):
-        inputs.speaking(True)
+        inputs.with_chat(True)
     chosen = read_suite(write_suite(tmp_path, "b/chat_template.jinja")).config.chat_template
     assert chosen == OTHER
-    write_merged(tmp_path / "best", average(inputs), inputs.speaking(chosen))
+    write_merged(tmp_path / "best", average(inputs), inputs.with_chat(chosen))
     best: Any = AutoTokenizer.from_pretrained(tmp_path / "best")
     assert (best.chat_template, best.eos_token) == (OTHER, END)
 
@@ -141,7 +141,7 @@ def test_without_a_template_conversations_are_refused_before_any_work(
         (models[name] / "chat_template.jinja").unlink()
     if missing == "models":
         for refused in (
-            lambda: opened(models).speaking(True),
+            lambda: opened(models).with_chat(True),
             lambda: open_model(str(models["a"]), chat=True),
         ):
             with pytest.raises(MergetuneError, match=r"has no chat template.*FILE\.jinja"):
@@ -151,7 +151,7 @@ def test_without_a_template_conversations_are_refused_before_any_work(
             read_suite(write_suite(tmp_path, "deploy.jinja"))
     else:
         with pytest.raises(MergetuneError, match="cannot write a question and a reply"):
-            opened(models).speaking("{% for %}")
+            opened(models).with_chat("{% for %}")
 
 
 def test_an_end_that_the_base_lacks_is_warned_of(tmp_path: Path) -> None:

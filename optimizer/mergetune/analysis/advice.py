@@ -57,7 +57,7 @@ _MEASURE = (
 
 
 @dataclass(frozen=True)
-class PairVerdict:
+class PairAdvice:
     """What to expect of two experts; `kind` is None where one of them equals the base."""
 
     first: str
@@ -68,7 +68,7 @@ class PairVerdict:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Advice:
     """What to expect of a merge of all experts, which is that of the worst pair, and what to do next.
 
     `kind` is None where there is nothing to compare: one expert only, or experts that equal the base.
@@ -76,7 +76,7 @@ class Verdict:
 
     kind: Kind | None
     summary: str
-    pairs: tuple[PairVerdict, ...]
+    pairs: tuple[PairAdvice, ...]
     notes: tuple[str, ...]
     next_steps: tuple[str, ...]
 
@@ -90,7 +90,7 @@ class _Opposition:
     elsewhere: float | None
 
 
-def judge(statistics: TaskVectorStatistics) -> Verdict:
+def advise(statistics: TaskVectorStatistics) -> Advice:
     """Judge from the figures of the task vectors whether a merge is worth trying, and which."""
     experts = statistics.whole.experts
     by_pair = zip(*(group.pairs for group in statistics.groups), strict=True)
@@ -102,7 +102,7 @@ def judge(statistics: TaskVectorStatistics) -> Verdict:
     if any(is_outside(vector) for vector in experts.values()):
         found.add("outside one basin")
     kind = next((kind for kind in reversed(KINDS) if kind in found), None)
-    return Verdict(
+    return Advice(
         kind,
         _summary(kind, statistics.whole, pairs),
         pairs,
@@ -116,7 +116,7 @@ def is_outside(vector: VectorStatistics) -> bool:
     return vector.relative_norm is not None and vector.relative_norm > LONGEST_SHARE_OF_BASE
 
 
-def as_data(statistics: TaskVectorStatistics, verdict: Verdict, warnings: Sequence[str]) -> dict[str, object]:
+def as_data(statistics: TaskVectorStatistics, verdict: Advice, warnings: Sequence[str]) -> dict[str, object]:
     """Return figures, verdict and warnings as what JSON can hold."""
     judged = [asdict(pair) for pair in verdict.pairs]
     figures = [asdict(pair) for pair in statistics.whole.pairs]
@@ -150,7 +150,7 @@ def _opposition(
 
 def _judge_pair(
     pair: PairStatistics, opposition: _Opposition, experts: Mapping[str, VectorStatistics]
-) -> PairVerdict:
+) -> PairAdvice:
     reasons: Iterable[str]
     kind: Kind | None
     outside = [name for name in (pair.first, pair.second) if is_outside(experts[name])]
@@ -166,7 +166,7 @@ def _judge_pair(
     else:
         kind, reasons = "complementary", _complementary(pair, pair.cosine)
     asymmetry = _asymmetry(pair) if kind != "outside one basin" else []
-    return PairVerdict(pair.first, pair.second, kind, tuple(opposition.cosines), (*reasons, *asymmetry))
+    return PairAdvice(pair.first, pair.second, kind, tuple(opposition.cosines), (*reasons, *asymmetry))
 
 
 def _too_long(name: str, vector: VectorStatistics) -> str:
@@ -251,7 +251,7 @@ def _shares(shares: Mapping[str, float], advice: str) -> Iterator[str]:
         )
 
 
-def _summary(kind: Kind | None, whole: PartStatistics, pairs: Sequence[PairVerdict]) -> str:
+def _summary(kind: Kind | None, whole: PartStatistics, pairs: Sequence[PairAdvice]) -> str:
     """Say the verdict in one sentence, with the pairs or experts that it is due to."""
     if kind is None:
         return "Nothing to compare: that takes two experts that differ from the base."

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import altair as alt
 import pandas as pd
 
-from mergetune.analysis.advice import Verdict
+from mergetune.analysis.advice import Advice
 from mergetune.analysis.conflict_words import TITLES
 from mergetune.analysis.conflicts import layer_gains
 from mergetune.analysis.heat_maps import heat_maps
@@ -37,7 +37,7 @@ def check_chart_path(path: Path) -> None:
 
 def write_chart(
     statistics: TaskVectorStatistics,
-    verdict: Verdict,
+    verdict: Advice,
     path: Path,
     sensitivity: pd.DataFrame | None = None,
 ) -> None:
@@ -47,7 +47,7 @@ def write_chart(
 
 
 def draw(
-    statistics: TaskVectorStatistics, verdict: Verdict, sensitivity: pd.DataFrame | None = None
+    statistics: TaskVectorStatistics, verdict: Advice, sensitivity: pd.DataFrame | None = None
 ) -> alt.ConcatChart:
     """Draw lengths as bars and, below them, a row of cells per pair, in the order of the groups.
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mergetune.analysis.advice import Verdict
+from mergetune.analysis.advice import Advice
 from mergetune.analysis.conflict_words import TITLES, Finding, decimals, findings, with_error
 from mergetune.analysis.conflicts import Conflict
 from mergetune.analysis.task_vectors import (
@@ -28,7 +28,7 @@ _PAIRS_BY_GROUP = 3  # of more pairs, only the figures of the whole model are sh
 _ABSENT = "–"
 
 
-def inspection_tables(statistics: TaskVectorStatistics, verdict: Verdict) -> Iterator[Table]:
+def inspection_tables(statistics: TaskVectorStatistics, verdict: Advice) -> Iterator[Table]:
     """Yield the tables: lengths and redundancy by layer group, then what concerns pairs."""
     parts = (*statistics.groups, statistics.whole)
     experts = list(statistics.whole.experts)
@@ -42,7 +42,7 @@ def inspection_tables(statistics: TaskVectorStatistics, verdict: Verdict) -> Ite
         yield _pair_table(title, parts, index)
 
 
-def verdict_sections(verdict: Verdict) -> Iterator[tuple[str, list[str]]]:
+def verdict_sections(verdict: Advice) -> Iterator[tuple[str, list[str]]]:
     """Yield titles and their sentences; of many pairs, only those that are not complementary."""
     many = len(verdict.pairs) > _PAIRS_BY_GROUP
     shown = [pair for pair in verdict.pairs if not many or pair.kind != "complementary"]
@@ -101,7 +101,7 @@ def _pair_table(title: str, parts: tuple[PartStatistics, ...], index: int) -> Ta
     return table
 
 
-def _overview(statistics: TaskVectorStatistics, verdict: Verdict) -> Table:
+def _overview(statistics: TaskVectorStatistics, verdict: Advice) -> Table:
     """Return a row per pair, the most opposed first."""
     table = _table("Pairs, whole model (unrelated: cosine 0, conflict 50%)")
     table.add_column("pair", overflow="fold")

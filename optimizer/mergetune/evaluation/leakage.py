@@ -31,7 +31,7 @@ _SHOWN_LETTERS = 70
 
 
 @dataclass(frozen=True)
-class Item:
+class PlacedItem:
     """An item of the suite, as the frame of `Evaluator.items()` names it; `text` is for people."""
 
     score_name: str
@@ -50,9 +50,9 @@ class Leaks:
     earlier item first. `n_items` counts the items of every objective and guard.
     """
 
-    trained: Mapping[str, tuple[Item, ...]]
-    across_splits: tuple[tuple[Item, Item], ...]
-    repeated: tuple[tuple[Item, Item], ...]
+    trained: Mapping[str, tuple[PlacedItem, ...]]
+    across_splits: tuple[tuple[PlacedItem, PlacedItem], ...]
+    repeated: tuple[tuple[PlacedItem, PlacedItem], ...]
     n_items: Mapping[str, int]
 
     def warnings(self) -> tuple[str, ...]:
@@ -96,21 +96,21 @@ def find_leaks(items: pd.DataFrame, training: Mapping[str, Sequence[str]]) -> Le
         training: the texts that each expert was trained on; see `read_training_texts`.
     """
     items = items.reset_index(drop=True)
-    rows = [Item(*fields) for fields in _plain_rows(items)]
+    rows = [PlacedItem(*fields) for fields in _plain_rows(items)]
     questions = _questions(items)
-    holders: dict[Question, list[Item]] = {}
+    holders: dict[Question, list[PlacedItem]] = {}
     for row, question in zip(rows, questions, strict=True):
         holders.setdefault(question, []).append(row)
     unique = list(holders)
     finder = Finder(unique)
-    trained: dict[str, tuple[Item, ...]] = {}
+    trained: dict[str, tuple[PlacedItem, ...]] = {}
     for expert, texts in training.items():
         found = finder.find(texts)
         if found:
             trained[expert] = tuple(item for index in sorted(found) for item in holders[unique[index]])
     across, repeated = [], []
     for group in finder.groups():
-        first: dict[str, Item] = {}
+        first: dict[str, PlacedItem] = {}
         members = [item for index in group for item in holders[unique[index]]]
         for item in members:
             if item.split in first:
@@ -231,15 +231,17 @@ def _plain_rows(items: pd.DataFrame) -> Iterator[tuple[str, str, str, str, str]]
         yield (*place, text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 1] + "…")
 
 
-def _by_score(pairs: Iterable[tuple[Item, Item]]) -> dict[str, list[tuple[Item, Item]]]:
+def _by_score(
+    pairs: Iterable[tuple[PlacedItem, PlacedItem]],
+) -> dict[str, list[tuple[PlacedItem, PlacedItem]]]:
     """Group pairs by the score of their second item."""
-    groups: dict[str, list[tuple[Item, Item]]] = {}
+    groups: dict[str, list[tuple[PlacedItem, PlacedItem]]] = {}
     for pair in pairs:
         groups.setdefault(pair[1].score_name, []).append(pair)
     return groups
 
 
-def _examples(items: Iterable[Item]) -> str:
+def _examples(items: Iterable[PlacedItem]) -> str:
     """Show the first items, by their ids and texts."""
     listed = list(items)
     shown = "; ".join(f"{item.item} “{item.text}”" for item in listed[:_SHOWN_ITEMS])

@@ -172,14 +172,14 @@ def open_model(
         if not Path(reference).is_file():
             raise MergetuneError(f"{reference}: there is no such recipe.")
         recipe, inputs = open_recipe(Path(reference), say)
-        return _merged(reference, inputs.speaking(chat), recipe)
+        return _merged(reference, inputs.with_chat(chat), recipe)
     folder = find_model(reference, here)
     if not is_adapter(folder):
         return LocalModel(reference, folder, chat=choose_template(folder, chat))
     if base is None:
         raise MergetuneError(f"{folder}: is an adapter. Name the model it belongs to with --base.")
     inputs = open_inputs(find_model(base, here), {"adapter": folder}, vocabulary, say=say)
-    return _merged(reference, inputs.speaking(chat), _whole(inputs))
+    return _merged(reference, inputs.with_chat(chat), _whole(inputs))
 
 
 def _merged(reference: str, inputs: Inputs, recipe: MergeRecipe) -> LocalModel:

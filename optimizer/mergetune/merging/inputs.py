@@ -52,7 +52,8 @@ class Inputs:
     """A base and its experts, fit to be merged; `warnings` holds what is only suspicious.
 
     `given` is the base that was given where `base` is that one with the tokens that experts added. `chat`
-    takes the place of the base's chat template; `speakers` are the experts that have one where it has none.
+    takes the place of the base's chat template; `template_owners` are the experts that have one where the
+    base has none.
     """
 
     base: Checkpoint
@@ -62,7 +63,7 @@ class Inputs:
     vocabulary: VocabularyRule = "refuse"
     given: Path | None = None
     chat: ChatTemplate | None = None
-    speakers: tuple[str, ...] = ()
+    template_owners: tuple[str, ...] = ()
 
     @cached_property
     def merger(self) -> Merger:
@@ -103,13 +104,13 @@ class Inputs:
         experts = {name: sources[name] for name in recipe.experts}
         return recipe.model_copy(update={"base": self.base_source, "experts": experts})
 
-    def speaking(self, chat: bool | str) -> Inputs:
+    def with_chat(self, chat: bool | str) -> Inputs:
         """Return the same models with the chat template of a suite: see `choose_template`.
 
         Raises:
             MergetuneError: there are to be conversations and there is no template, or several.
         """
-        return replace(self, chat=choose_template(self.base.folder, chat, self.chat, self.speakers))
+        return replace(self, chat=choose_template(self.base.folder, chat, self.chat, self.template_owners))
 
     @property
     def changed(self) -> dict[str, tuple[str, ...]]:
@@ -147,8 +148,8 @@ def open_inputs(
     opened = _in_rows(opened, checkpoint)
     norms = task_vector_norms(checkpoint, opened, say)
     warnings += check_task_vectors(norms, base_norm(checkpoint))
-    chat, speakers = shared_template(checkpoint.folder, opened)
-    warnings += _warn_of_template(chat, speakers, len(opened))
+    chat, template_owners = shared_template(checkpoint.folder, opened)
+    warnings += _warn_of_template(chat, template_owners, len(opened))
     is_extended = checkpoint is not given
     return Inputs(
         checkpoint,
@@ -158,7 +159,7 @@ def open_inputs(
         vocabulary,
         base if is_extended else None,
         chat,
-        speakers,
+        template_owners,
     )
 
 
@@ -193,12 +194,12 @@ def _in_rows(experts: Iterable[Expert], base: Checkpoint) -> tuple[Expert, ...]:
     return tuple(match_tokens(expert, base, settled) for expert in experts)
 
 
-def _warn_of_template(chat: ChatTemplate | None, speakers: Sequence[str], n_experts: int) -> list[str]:
+def _warn_of_template(chat: ChatTemplate | None, template_owners: Sequence[str], n_experts: int) -> list[str]:
     """Say what becomes of the experts' chat templates where the base has none."""
-    names = " and ".join(f"`{name}`" for name in speakers)
-    if not speakers:
+    names = " and ".join(f"`{name}`" for name in template_owners)
+    if not template_owners:
         return []
-    is_shared = len(speakers) == n_experts
+    is_shared = len(template_owners) == n_experts
     others = "" if is_shared else " Check that the other experts were trained with them, too."
     if chat is None:
         return [

@@ -25,7 +25,7 @@ from mergetune.report.insights import (
 )
 from mergetune.report.metric import Metric, metrics_of
 from mergetune.report.sensitivity import Sensitivity, sensitivity
-from mergetune.report.verdict import Verdict, difference, judge
+from mergetune.report.verdict import Summary, difference, summarize
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
@@ -101,7 +101,7 @@ class ReportData:
     entries: tuple[Entry, ...]
     failed: tuple[Candidate, ...]
     recommendation: Recommendation | None
-    verdict: Verdict
+    verdict: Summary
     stopped: str  # why the search did; empty where it may not have
     warnings: tuple[str, ...]
     n_items: Mapping[str, int]  # by split
@@ -263,7 +263,7 @@ def _verdict(
     metrics: Sequence[Metric],
     split: Split,
     noise: Noise | None,
-) -> Verdict:
+) -> Summary:
     """Judge the recommended merge against the base, the experts, the averages, the soups and the defaults."""
     frames = {
         entry.name: frame
@@ -272,7 +272,7 @@ def _verdict(
     }
     averages = [entry.name for entry in entries if entry.role == "average"]
     variances = noise.variances if noise else {}
-    return judge(chosen, frames, metrics, suite, split, averages, variances)
+    return summarize(chosen, frames, metrics, suite, split, averages, variances)
 
 
 def _hypervolume(entries: Sequence[Entry], suite: SuiteConfig) -> tuple[float, ...]:

@@ -47,7 +47,7 @@ class Rival:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Summary:
     """The answer in words, and the figures behind it, on the split named."""
 
     level: Literal["good", "mixed", "none"]
@@ -77,7 +77,7 @@ def difference(
     return replace(found, stderr=math.hypot(found.stderr, math.sqrt(noise.get(metric.name, 0.0))))
 
 
-def judge(
+def summarize(
     chosen: Recommendation | None,
     frames: Mapping[str, pd.DataFrame],
     metrics: Sequence[Metric],
@@ -85,7 +85,7 @@ def judge(
     split: Split,
     averages: Collection[str],
     noise: Mapping[str, float] | None = None,
-) -> Verdict:
+) -> Summary:
     """Judge the recommended merge on the models measured on `split`.
 
     Args:
@@ -100,7 +100,7 @@ def judge(
         noise: see `difference`.
     """
     if chosen is None:
-        return Verdict("mixed", "No merge has been measured yet.", (), split)
+        return Summary("mixed", "No merge has been measured yet.", (), split)
     scores = {name: Measurement(frame, 0.0).scores() for name, frame in frames.items()}
     items = join_items(frames)
     scales = Scales.of(items, scores, suite)
@@ -125,7 +125,7 @@ def judge(
         *found,
         *_left_out([name for name, guards in broken.items() if guards and name != chosen.name], where),
     ]
-    return Verdict(
+    return Summary(
         level,
         headline,
         tuple(sentences),

@@ -30,7 +30,7 @@ Params = dict[str, float]  # a point of the search space
 Losses = Mapping[str, float]
 Weights = Mapping[str, float]  # of the objectives
 
-_CLEARLY = math.log(2)  # worse than the start on items kept apart, which are few
+_CLEARLY = math.log(2)  # worse than the start on held-out items, which are few
 _SURE = 0.05  # nats, ε below: losses of a guard that are smaller differ by little
 _ROUGH = 1.0  # how far off log-odds are where no score tells them
 _UNEVEN = 0.5  # how far off the log of a guard's loss over its reference's is on a few items
@@ -47,7 +47,7 @@ class DescentConfig:
             items of each score a step looks at, and with few items how many steps there are.
         fewest: the fewest items of each score that a step looks at.
         most: the most.
-        apart: the most items of each score that tell whether a point is worse than the start, fewer where
+        held_out: the most items of each score that tell whether a point is worse than the start, fewer where
             these would cost more than half of it all; never descended on.
         first_steps: steps with the objectives' own weights.
         next_steps: steps with each other weighting.
@@ -59,7 +59,7 @@ class DescentConfig:
     full_evaluations: float = 3.0
     fewest: int = 2
     most: int = 16
-    apart: int = 4
+    held_out: int = 4
     first_steps: int = 3
     next_steps: int = 2
     reach: float = 0.5
@@ -68,7 +68,7 @@ class DescentConfig:
 
 
 @dataclass(frozen=True)
-class Known:
+class MeasuredModel:
     """A model measured before: its recipe, and its scores on the search split."""
 
     recipe: MergeRecipe
@@ -76,7 +76,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Ground:
+class Problem:
     """What a descent goes over.
 
     Attributes:
@@ -98,7 +98,7 @@ class Ground:
     space: SearchSpace
     references: References
     suite: SuiteConfig
-    known: Mapping[str, Known]
+    known: Mapping[str, MeasuredModel]
     scored: Sequence[tuple[Params, Scores]]
     n_texts: int
     max_tokens: int = MAX_TOKENS
@@ -106,7 +106,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Point:
-    """Where a descent came to, with the losses there on the items that were kept apart."""
+    """Where a descent came to, with the losses there on the held-out items."""
 
     params: Params
     losses: Losses
@@ -133,7 +133,7 @@ def most_points(n_objectives: int) -> int:
 
 
 def descend(
-    ground: Ground,
+    problem: Problem,
     start: Params,
     config: DescentConfig = DescentConfig(),
     on_step: Callable[[int, int], None] = lambda _step, _of: None,
@@ -153,7 +153,7 @@ def descend(
     first, which emphasize an objective.
 
     Args:
-        ground: the models, the search space and the items.
+        problem: the models, the search space and the items.
         start: a point of the space.
         config: how far and how carefully.
         on_step: told after each step which one it was, of how many.
@@ -162,7 +162,7 @@ def descend(
         MergetuneError: the method has no slopes, or a single step would cost more than `config` allows.
         TrialError: a weight, a loss or a slope became infinite or NaN.
     """
-    return _Walk(ground, config, on_step).walk(start)
+    return _DescentRun(problem, config, on_step).run(start)
 
 
 class _Seen:
@@ -188,71 +188,76 @@ class _Seen:
             self._surrogate.hyperparameters if self._surrogate else None,
         )
 
-    def expected(self, point: Tensor, caution: float) -> Tensor:
+    def posterior(self, point: Tensor, caution: float) -> Tensor:
         """Return the value at a point, cautiously."""
         assert self._surrogate is not None  # a step was taken
         return self._surrogate.upper(point, caution)
 
 
-class _Walk:
+class _DescentRun:
     """One descent under way."""
 
-    def __init__(self, ground: Ground, config: DescentConfig, on_step: Callable[[int, int], None]) -> None:
-        self._ground, self._config, self._on_step = ground, config, on_step
-        self._shares = ground.space.smooth_shares()
+    def __init__(self, problem: Problem, config: DescentConfig, on_step: Callable[[int, int], None]) -> None:
+        self._problem, self._config, self._on_step = problem, config, on_step
+        self._shares = problem.space.smooth_shares()
         self._keys = list(dict.fromkeys(share.key for share in self._shares))
-        ranges = [ground.space.distributions[key] for key in self._keys]
+        ranges = [problem.space.distributions[key] for key in self._keys]
         self._low = torch.tensor([each.low for each in ranges]).double()
         self._high = torch.tensor([each.high for each in ranges]).double()
-        objectives, guards = ground.suite.objectives, ground.suite.guards
-        with_references = ground.references.by_score
+        objectives, guards = problem.suite.objectives, problem.suite.guards
+        with_references = problem.references.by_score
         self._objectives = [name for name in objectives if name in with_references]
         self._guards = [name for name in guards if name in with_references]
         self._seen = {name: _Seen() for name in (*self._objectives, *self._guards)}
         self._weightings = self._all_weightings()
         own, *others = self._weightings
         schedule = [own] * config.first_steps + others * config.next_steps
-        plan = _plan(ground, config, len(schedule), len(self._weightings))
-        self._schedule, self._apart = schedule[: plan.n_steps], plan.apart
+        plan = _plan(problem, config, len(schedule), len(self._weightings))
+        self._schedule, self._held_out = schedule[: plan.n_steps], plan.held_out
         self._n_passes = 0
-        self._links, self._apart_allowed = self._learn()
+        self._links, self._held_out_allowed = self._learn()
         self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in plan.batches])
 
-    def walk(self, start: Params) -> Descent:
+    def run(self, start: Params) -> Descent:
         begin = self._measured(start)
         self._recall(begin)
         at = self._point(start)
         visited: list[Tensor] = []
         for step, weights in enumerate(self._schedule, start=1):
             if visited:
-                at = self._least(weights, [visited[-1], self._best(visited, weights)], self._config.reach)
+                at = self._minimizer(
+                    weights, [visited[-1], self._incumbent(visited, weights)], self._config.reach
+                )
             self._look({**start, **self._named(at)}, at)
             visited.append(at)
             self._on_step(step, len(self._schedule))
         origin = {**start, **self._nearest(self._point(start))}
         kept: dict[str, Point] = {}
         for weights in self._weightings:
-            least = self._least(weights, [self._best(visited, weights)])
+            least = self._minimizer(weights, [self._incumbent(visited, weights)])
             end = self._measured({**start, **self._nearest(least)})
-            if end.params != origin and self._fell(end, weights) < self._fell(begin, weights) + _CLEARLY:
+            if (
+                end.params != origin
+                and self._held_out_value(end, weights) < self._held_out_value(begin, weights) + _CLEARLY
+            ):
                 kept[str(end.params)] = end
-        return Descent(tuple(kept.values()), self._n_passes, self._n_passes / self._ground.n_texts)
+        return Descent(tuple(kept.values()), self._n_passes, self._n_passes / self._problem.n_texts)
 
     def _all_weightings(self) -> list[Weights]:
         """Return the objectives' own weights, and those that emphasize one of several."""
-        own = {name: self._ground.suite.objectives[name].weight for name in self._objectives}
+        own = {name: self._problem.suite.objectives[name].weight for name in self._objectives}
         others = self._objectives if len(self._objectives) > 1 else []
         return [own, *({**own, name: own[name] * self._config.emphasis} for name in others)]
 
     def _learn(self) -> tuple[dict[str, ScoreLink], Losses]:
         """Learn from models measured before what an objective's loss is worth, and what a guard may lose."""
-        known = self._ground.known
-        losses = {name: self._losses(each.recipe, self._apart) for name, each in known.items()}
+        known = self._problem.known
+        losses = {name: self._losses(each.recipe, self._held_out) for name, each in known.items()}
         links = {}
         for name in self._objectives:
             shares = [self._kept_share(name, each.scores) for each in known.values()]
             links[name] = fit_link([own[name] for own in losses.values()], shares)
-        guards = self._ground.suite.guards
+        guards = self._problem.suite.guards
         return links, {name: losses[reference_name(guards[name])][name] for name in self._guards}
 
     def _kept_share(self, name: str, scores: Scores) -> float:
@@ -260,9 +265,9 @@ class _Walk:
 
         The less sure the gain is (see `gains`), the more of it is kept by all: there is little to lose.
         """
-        sign = self._ground.suite.objectives[name].sign
+        sign = self._problem.suite.objectives[name].sign
         known = sorted(
-            (each.scores[name] for each in self._ground.known.values()), key=lambda s: sign * s.value
+            (each.scores[name] for each in self._problem.known.values()), key=lambda s: sign * s.value
         )
         gain = np.array([sign * (known[-1].value - known[0].value)])
         clear = clear_gains(np.array([math.hypot(known[0].stderr, known[-1].stderr)]), 1.0)
@@ -272,9 +277,9 @@ class _Walk:
     def _recall(self, begin: Point) -> None:
         """Learn from the scores of points measured before that differ from the start in nothing else."""
         fixed = {key: value for key, value in begin.params.items() if key not in self._keys}
-        is_scored = any(params == begin.params for params, _ in self._ground.scored)
+        is_scored = any(params == begin.params for params, _ in self._problem.scored)
         for name in self._objectives:
-            for params, scores in self._ground.scored:
+            for params, scores in self._problem.scored:
                 if fixed.items() <= params.items():
                     n_items, share = scores[name].n_items, self._kept_share(name, scores)
                     kept = (share * n_items + 0.5) / (n_items + 1)  # never none and never all
@@ -286,18 +291,18 @@ class _Walk:
 
     def _allowed(self, items: References) -> Losses:
         """Return what each guard's reference loses on these items."""
-        guards = self._ground.suite.guards
+        guards = self._problem.suite.guards
         allowed: dict[str, float] = {}
         for name in self._guards:
-            reference = self._ground.known[reference_name(guards[name])]
+            reference = self._problem.known[reference_name(guards[name])]
             allowed |= self._losses(reference.recipe, items.only(name))
         return allowed
 
     def _look(self, params: Params, at: Tensor) -> None:
         """Learn from the losses and slopes at a point, on the next items."""
-        recipe, (items, allowed) = self._ground.space.recipe(params), next(self._batches)
+        recipe, (items, allowed) = self._problem.space.recipe(params), next(self._batches)
         found = slopes(
-            self._ground.engine, self._ground.merger, recipe, items, max_tokens=self._ground.max_tokens
+            self._problem.engine, self._problem.merger, recipe, items, max_tokens=self._problem.max_tokens
         )
         self._n_passes += sum(found.n_passes.values())
         table = found.by_group(recipe.groups)
@@ -315,35 +320,38 @@ class _Walk:
             seen.add_slope(at, factor * torch.tensor(list(slope.values())).double())
             seen.learn()
 
-    def _least(self, weights: Weights, begins: Sequence[Tensor], reach: float = math.inf) -> Tensor:
+    def _minimizer(self, weights: Weights, begins: Sequence[Tensor], reach: float = math.inf) -> Tensor:
         """Return where the least is expected, cautiously, within reach of one of these points."""
 
-        def falls(at: Tensor) -> Tensor:
-            return self._falls(self._expected(at, self._config.caution), weights)
+        def acquisition(at: Tensor) -> Tensor:
+            return self._scalarized(self._posterior(at, self._config.caution), weights)
 
         found = [
             minimized(
-                falls, begin, (begin - reach).clamp(min=self._low), (begin + reach).clamp(max=self._high)
+                acquisition,
+                begin,
+                (begin - reach).clamp(min=self._low),
+                (begin + reach).clamp(max=self._high),
             )
             for begin in begins
         ]
         return min(found, key=lambda each: each[0])[1]
 
-    def _best(self, points: Sequence[Tensor], weights: Weights) -> Tensor:
+    def _incumbent(self, points: Sequence[Tensor], weights: Weights) -> Tensor:
         """Return the point where the least is expected."""
-        return min(points, key=lambda point: float(self._falls(self._expected(point, 0.0), weights)))
+        return min(points, key=lambda point: float(self._scalarized(self._posterior(point, 0.0), weights)))
 
-    def _expected(self, at: Tensor, caution: float) -> dict[str, Tensor]:
-        return {name: seen.expected(at, caution) for name, seen in self._seen.items()}
+    def _posterior(self, at: Tensor, caution: float) -> dict[str, Tensor]:
+        return {name: seen.posterior(at, caution) for name, seen in self._seen.items()}
 
-    def _fell(self, end: Point, weights: Weights) -> float:
-        """Return what is to fall at a point, on the items that were kept apart."""
+    def _held_out_value(self, end: Point, weights: Weights) -> float:
+        """Return the scalarized objective at a point, on the held-out items."""
         values = {name: self._links[name].log_odds(end.losses[name]) for name in self._objectives}
-        values |= {name: _excess(end.losses[name], self._apart_allowed[name]) for name in self._guards}
-        return float(self._falls({name: torch.tensor(value) for name, value in values.items()}, weights))
+        values |= {name: _excess(end.losses[name], self._held_out_allowed[name]) for name in self._guards}
+        return float(self._scalarized({name: torch.tensor(value) for name, value in values.items()}, weights))
 
-    def _falls(self, values: Mapping[str, Tensor], weights: Weights) -> Tensor:
-        """Return what is to fall."""
+    def _scalarized(self, values: Mapping[str, Tensor], weights: Weights) -> Tensor:
+        """Return the scalarized objective: the log of weighted odds and of what guards lose beyond theirs."""
         total = torch.tensor(TINY).double()
         for name, weight in weights.items():
             total = total + weight / sum(weights.values()) * values[name].exp()
@@ -355,63 +363,63 @@ class _Walk:
         return torch.tensor([params[key] for key in self._keys]).double()
 
     def _measured(self, params: Params) -> Point:
-        return Point(params, self._losses(self._ground.space.recipe(params), self._apart))
+        return Point(params, self._losses(self._problem.space.recipe(params), self._held_out))
 
     def _named(self, values: Tensor) -> Params:
         return dict(zip(self._keys, values.tolist(), strict=True))
 
     def _nearest(self, values: Tensor) -> Params:
         """Return the point of the space that lies nearest."""
-        distributions = self._ground.space.distributions
+        distributions = self._problem.space.distributions
         return {key: nearest_in(distributions[key], value) for key, value in self._named(values).items()}
 
     def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
-        self._ground.engine.load(recipe)
+        self._problem.engine.load(recipe)
         self._n_passes += items.n_texts
-        return mean_losses(self._ground.engine.model, items, self._ground.max_tokens)
+        return mean_losses(self._problem.engine.model, items, self._problem.max_tokens)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The items kept apart, and how many steps there are over batches of the others, taken by turns."""
+    """The held-out items, and how many steps there are over batches of the others, taken by turns."""
 
-    apart: References
+    held_out: References
     batches: list[References]
     n_steps: int
 
 
-def _plan(ground: Ground, config: DescentConfig, n_steps: int, n_ends: int) -> _Plan:
+def _plan(problem: Problem, config: DescentConfig, n_steps: int, n_ends: int) -> _Plan:
     """Return the steps that are paid for, with as many items each as that allows.
 
     Raises:
         MergetuneError: not a single step is paid for.
     """
-    n_measured = len(ground.known) + 1 + n_ends  # the known models, the start and the ends
-    allowed = config.full_evaluations * ground.n_texts
-    for n_apart in range(config.apart, 0, -1):
-        apart, rest = ground.references.parts(n_apart)
-        spent = n_measured * apart.n_texts
+    n_measured = len(problem.known) + 1 + n_ends  # the known models, the start and the ends
+    allowed = config.full_evaluations * problem.n_texts
+    for n_held_out in range(config.held_out, 0, -1):
+        held_out, rest = problem.references.parts(n_held_out)
+        spent = n_measured * held_out.n_texts
         if spent <= allowed / 2:
             break
     fewer = [(config.fewest, count) for count in range(n_steps - 1, 0, -1)]
     for size, count in [*((size, n_steps) for size in range(config.most, config.fewest - 1, -1)), *fewer]:
         batches = rest.cut(size)[:count]
-        cost = spent + _cost_of_steps(batches, count, ground)
+        cost = spent + _cost_of_steps(batches, count, problem)
         if cost <= allowed:
-            return _Plan(apart, batches, count)
+            return _Plan(held_out, batches, count)
     raise MergetuneError(
         f"Slopes may cost up to {config.full_evaluations:g} evaluations of the search split, but on so few "
-        f"items the shortest descent costs {cost / ground.n_texts:.1f}. Give more items of each score, or "
+        f"items the shortest descent costs {cost / problem.n_texts:.1f}. Give more items of each score, or "
         "search without slopes."
     )
 
 
-def _cost_of_steps(batches: Sequence[References], n_steps: int, ground: Ground) -> int:
+def _cost_of_steps(batches: Sequence[References], n_steps: int, problem: Problem) -> int:
     """Return what steps cost, and the losses of the guards' references, in forward passes of one text."""
     of_slopes = [
-        sum(count_passes(own, ground.max_tokens) for own in batch.by_score.values()) for batch in batches
+        sum(count_passes(own, problem.max_tokens) for own in batch.by_score.values()) for batch in batches
     ]
-    of_guards = sum(batch.only(name).n_texts for batch in batches for name in ground.suite.guards)
+    of_guards = sum(batch.only(name).n_texts for batch in batches for name in problem.suite.guards)
     return sum(of_slopes[i % len(of_slopes)] for i in range(n_steps)) + of_guards
 
 

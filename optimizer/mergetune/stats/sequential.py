@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from mergetune.errors import MergetuneError
 
-Verdict = Literal["pass", "fail", "undecided"]
+LookVerdict = Literal["pass", "fail", "undecided"]
 Array = NDArray[np.float64]
 
 _STAKES = (np.arange(128) + 0.5) / 128  # (n_stakes,); a fair bet each, so that their mean is one as well
@@ -57,7 +57,7 @@ class Levels:
 class Look:
     """One score after some rounds: an interval that holds at all looks at once, and what follows from it."""
 
-    verdict: Verdict
+    verdict: LookVerdict
     estimate: float
     lower: float
     upper: float
@@ -107,11 +107,11 @@ def look(differences: Array, margin: float, levels: Levels) -> Look:
     values, counts = np.unique(differences, return_counts=True)
     lower = _lower_bound(values, counts, levels.early_pass)
     upper = -_lower_bound(-values, counts, levels.early_fail)
-    verdict: Verdict = "pass" if lower > -margin else "fail" if upper < -margin else "undecided"
+    verdict: LookVerdict = "pass" if lower > -margin else "fail" if upper < -margin else "undecided"
     return Look(verdict, float(differences.mean()), lower, upper, differences.size)
 
 
-def whole_verdict(verdicts: Iterable[Verdict]) -> Verdict:
+def whole_verdict(verdicts: Iterable[LookVerdict]) -> LookVerdict:
     """Return the verdict of a whole gate: it fails with its first failed score and passes with its last."""
     found = set(verdicts)
     return "fail" if "fail" in found else "pass" if found == {"pass"} else "undecided"

@@ -42,7 +42,7 @@ from mergetune.study.plan import Plan
 from mergetune.study.search import (
     CANDIDATE,
     REFUSED,
-    Known,
+    Observation,
     Outcome,
     catch_up,
     make_sampler,
@@ -220,7 +220,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
 
 
 def _enqueue_design(
-    search: optuna.Study, plan: Plan, space: SearchSpace | FrontSpace, known: Sequence[Known]
+    search: optuna.Study, plan: Plan, space: SearchSpace | FrontSpace, known: Sequence[Observation]
 ) -> None:
     """Where the search goes on around the points of a warm start, begin near them and not at random."""
     if isinstance(space, SearchSpace):
@@ -231,11 +231,11 @@ def _enqueue_design(
         search.enqueue_trial(params, skip_if_exists=True)  # a study that goes on has some of them
 
 
-def _known(searched: Searched, candidates: Candidates) -> list[Known]:
+def _known(searched: Searched, candidates: Candidates) -> list[Observation]:
     """Return the candidates that are points of the searched space, with what became of them."""
     points = {candidate.name: searched.point(candidate) for candidate in candidates.all}
     return [
-        Known(candidate.name, point, _outcome(candidates, candidate))
+        Observation(candidate.name, point, _outcome(candidates, candidate))
         for candidate in candidates.all
         if (point := points[candidate.name]) is not None
     ]

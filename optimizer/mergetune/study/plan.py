@@ -104,7 +104,7 @@ class Plan:
         inputs = open_inputs(base, experts, self.config.vocabulary, extended, say)
         say("reading the weights of every model once")
         inputs.read_digests()
-        return inputs.speaking(self.suite.config.chat_template)
+        return inputs.with_chat(self.suite.config.chat_template)
 
     def record(self, inputs: Inputs, rules: str) -> StudyRecord:
         """Return what the run directory keeps of the study: hub ids pinned, absolute paths, digests.

@@ -53,7 +53,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Known:
+class Observation:
     """A candidate that is a point of the searched space, and what became of it."""
 
     name: str
@@ -156,7 +156,7 @@ def try_sampler(
     for end in ("low", "high"):
         params = {name: getattr(each, end) for name, each in distributions.items()}
         search.add_trial(
-            _trial(Known("", params, success([0.0] * len(directions), {})), distributions, {}, {})
+            _trial(Observation("", params, success([0.0] * len(directions), {})), distributions, {}, {})
         )
     try:
         search.ask(dict(distributions))
@@ -202,7 +202,7 @@ def refused(search: optuna.Study) -> set[str]:
 def catch_up(
     search: optuna.Study,
     storage: Path,
-    known: Sequence[Known],
+    known: Sequence[Observation],
     distributions: Mapping[str, BaseDistribution],
     failure: Outcome,
 ) -> optuna.Study:
@@ -223,7 +223,7 @@ def catch_up(
     no_recipe = [trial for trial in before if REFUSED in trial.user_attrs]
     wanted = {each.name: each for each in known}
     wanted |= {
-        name: Known(name, trial.params, failure)
+        name: Observation(name, trial.params, failure)
         for trial in no_recipe
         if (name := trial.user_attrs[CANDIDATE])
     }
@@ -250,7 +250,9 @@ def catch_up(
     return search
 
 
-def _agrees(trial: FrozenTrial, known: Known | None, distributions: Mapping[str, BaseDistribution]) -> bool:
+def _agrees(
+    trial: FrozenTrial, known: Observation | None, distributions: Mapping[str, BaseDistribution]
+) -> bool:
     """Say whether Optuna holds what is known; the values of a failed point are those of when it was told."""
     if known is None or trial.distributions.keys() != distributions.keys() or trial.params != known.params:
         return False
@@ -262,7 +264,7 @@ def _agrees(trial: FrozenTrial, known: Known | None, distributions: Mapping[str,
 
 
 def _trial(
-    known: Known,
+    known: Observation,
     distributions: Mapping[str, BaseDistribution],
     attributes: Mapping[str, str],
     state: Mapping[str, Any],

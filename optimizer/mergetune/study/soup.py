@@ -131,7 +131,7 @@ def measure_greedy_soup(candidates: Candidates, space: SearchSpace, inputs: Inpu
 
 
 @dataclass(frozen=True)
-class Tasted:
+class SoupRow:
     """A model measured for a greedy soup; `is_kept` is None where that was no question."""
 
     label: str
@@ -141,15 +141,15 @@ class Tasted:
 
 
 @dataclass(frozen=True)
-class Tasting:
+class SoupResult:
     """A greedy soup with the scores of all that was measured for it, by candidate name."""
 
     soup: Soup
     scores: Mapping[str, Scores]
-    rows: tuple[Tasted, ...]
+    rows: tuple[SoupRow, ...]
 
 
-def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
+def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> SoupResult | None:
     """Write a soup as a model directory; a greedy one's measurements are kept in `run`.
 
     Raises:
@@ -174,13 +174,13 @@ def make_soup(plan: SoupPlan, run: RunDir, console: Console) -> Tasting | None:
             progress.say(f"warning: {warning}")
         with closing(Candidates(study.config.engine, inputs, evaluator, run, progress)) as candidates:
             try:
-                tasting = _choose(plan, candidates, inputs)
-                _confirm(plan, candidates, tasting.soup)
+                result = _choose(plan, candidates, inputs)
+                _confirm(plan, candidates, result.soup)
             except KeyboardInterrupt:
                 progress.say("Interrupted; run the same command to go on.")
                 raise
-    _write(plan, inputs, run, tasting)
-    return tasting
+    _write(plan, inputs, run, result)
+    return result
 
 
 def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
@@ -190,7 +190,7 @@ def soup_recipe(members: Sequence[str], inputs: Inputs) -> MergeRecipe:
     return MergeRecipe.of_one_group("linear", inputs.base_source, sources, {"lambda": shares})
 
 
-def _choose(plan: SoupPlan, candidates: Candidates, inputs: Inputs) -> Tasting:
+def _choose(plan: SoupPlan, candidates: Candidates, inputs: Inputs) -> SoupResult:
     """Measure the base, if there is one, and each ingredient; then build the greedy soup."""
     names, suite = list(plan.models), candidates.evaluator.suite.config
     frames: dict[str, pd.DataFrame] = {}
@@ -213,18 +213,18 @@ def _choose(plan: SoupPlan, candidates: Candidates, inputs: Inputs) -> Tasting:
     soup = greedy_soup(alone, measure)
     rows = list(_rows(soup, alone, scores))
     if BASE in scores:
-        rows.insert(0, Tasted(BASE, scores[BASE], standing(scores[BASE], scores, suite, scales), None))
-    return Tasting(soup, scores, tuple(rows))
+        rows.insert(0, SoupRow(BASE, scores[BASE], standing(scores[BASE], scores, suite, scales), None))
+    return SoupResult(soup, scores, tuple(rows))
 
 
-def _rows(soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores]) -> Iterator[Tasted]:
+def _rows(soup: Soup, alone: Mapping[str, Standing], scores: Mapping[str, Scores]) -> Iterator[SoupRow]:
     """Yield the ingredients from the best down, then the soups tried."""
     first = soup.members[0]
     for name in [first, *(attempt.members[-1] for attempt in soup.attempts)]:
-        yield Tasted(name, scores[expert_name(name)], alone[name], True if name == first else None)
+        yield SoupRow(name, scores[expert_name(name)], alone[name], True if name == first else None)
     for attempt in soup.attempts:
         own = scores[average_name(attempt.members, list(alone))]
-        yield Tasted(" + ".join(attempt.members), own, attempt.standing, attempt.is_kept)
+        yield SoupRow(" + ".join(attempt.members), own, attempt.standing, attempt.is_kept)
 
 
 def _measure(candidates: Candidates, name: str, recipe: MergeRecipe, splits: Sequence[Split]) -> pd.DataFrame:
@@ -256,9 +256,9 @@ def _confirm(plan: SoupPlan, candidates: Candidates, soup: Soup) -> None:
             candidates.confirm(candidate)
 
 
-def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, tasting: Tasting) -> None:
+def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, result: SoupResult) -> None:
     """Write the soup; its card names what it is made of, and its scores on items it was not chosen on."""
-    members = tasting.soup.members
+    members = result.soup.members
     name = average_name(members, list(plan.models))
     kept = tuple(expert for expert in inputs.experts if expert.name in members)
     confirmed = None if "holdout" in plan.splits else run.scores(name, "holdout")
@@ -266,5 +266,5 @@ def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, tasting: Tasting) -> Non
         plan.out,
         soup_recipe(members, inputs),
         replace(inputs, experts=kept),
-        confirmed or tasting.scores[name],
+        confirmed or result.scores[name],
     )

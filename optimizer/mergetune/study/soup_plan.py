@@ -102,14 +102,14 @@ class SoupPlan:
         if self.base is not None:
             base = find_model(self.base, Path())
             _check_out(self.out, [base, *folders.values()])
-            return open_inputs(base, folders, self.vocabulary, say=say).speaking(chat)
+            return open_inputs(base, folders, self.vocabulary, say=say).with_chat(chat)
         _check_out(self.out, folders.values())
         adapters = [path for path in folders.values() if is_adapter(path)]
         if adapters:
             raise MergetuneError(f"{adapters[0]}: is an adapter. Name the model it belongs to with --base.")
         first, *others = folders
         rest = {name: folders[name] for name in others}
-        inputs = open_inputs(folders[first], rest, self.vocabulary, say=say).speaking(chat)
+        inputs = open_inputs(folders[first], rest, self.vocabulary, say=say).with_chat(chat)
         return replace(
             inputs,
             experts=(FullExpert(first, inputs.base), *inputs.experts),

@@ -14,7 +14,7 @@ from mergetune.results import roles, selection
 from mergetune.results.config import WarmStartConfig
 from mergetune.results.roles import uniform_name
 from mergetune.results.run_dir import Candidate, SpaceKind, WarmStart
-from mergetune.slopes.descent import Ground, Known, Params, descend
+from mergetune.slopes.descent import MeasuredModel, Params, Problem, descend
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace, nearest_in
 from mergetune.study.baselines import baselines
@@ -137,7 +137,7 @@ def _descend(candidates: Candidates, space: SearchSpace) -> WarmStart:
     names = {roles.BASE, *map(roles.expert_name, candidates.inputs.expert_sources)}
     names |= {uniform_name(len(candidates.inputs.experts)), start_name}
     known = {
-        candidate.name: Known(candidate.recipe, candidates.scores[candidate.name])
+        candidate.name: MeasuredModel(candidate.recipe, candidates.scores[candidate.name])
         for candidate in candidates.all
         if candidate.name in names
     }
@@ -150,10 +150,10 @@ def _descend(candidates: Candidates, space: SearchSpace) -> WarmStart:
             raise MergetuneError(" ".join(lacking))
         scored = [(params, candidates.scores[name]) for name, params in points.items()]
         n_texts = n_items - len(references.items) + references.n_texts
-        ground = Ground(engine, candidates.inputs.merger, space, references, suite, known, scored, n_texts)
+        problem = Problem(engine, candidates.inputs.merger, space, references, suite, known, scored, n_texts)
         found = in_smaller_batches(
             lambda n_tokens: descend(
-                replace(ground, max_tokens=n_tokens),
+                replace(problem, max_tokens=n_tokens),
                 start,
                 on_step=lambda step, of: candidates.progress.at_work(f"following slopes: {step} of {of}"),
             ),

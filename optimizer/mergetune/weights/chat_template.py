@@ -74,7 +74,7 @@ class ChatTemplate:
 
 
 def choose_template(
-    folder: Path, chat: bool | str, shared: ChatTemplate | None = None, speakers: Sequence[str] = ()
+    folder: Path, chat: bool | str, shared: ChatTemplate | None = None, template_owners: Sequence[str] = ()
 ) -> ChatTemplate | None:
     """Return the template that a model's conversations are written with; None where it is the model's own.
 
@@ -82,7 +82,7 @@ def choose_template(
         folder: the model, or the base of a merge.
         chat: a suite's `chat_template`: whether there are conversations, or the template's text.
         shared: what `shared_template` found.
-        speakers: whose that is, or between whom it has to be chosen.
+        template_owners: whose that is, or between whom it has to be chosen.
 
     Raises:
         MergetuneError: there are conversations and no template, or several.
@@ -91,11 +91,11 @@ def choose_template(
         return ChatTemplate.of(folder, chat)
     if not chat or shared is not None or read_chat_template(folder):
         return shared
-    if speakers:
+    if template_owners:
         raise MergetuneError(
             f"{folder}: has no chat template, which the suite's conversations need (`chat_template: true`), "
-            f"and the experts with one have different ones: {', '.join(speakers)}. Choose one: name its file "
-            f"in the suite, such as `chat_template: path/of/{speakers[0]}/{_FILE}`."
+            f"and the experts with one have different ones: {', '.join(template_owners)}. Choose one: name "
+            f"its file in the suite, such as `chat_template: path/of/{template_owners[0]}/{_FILE}`."
         )
     raise MergetuneError(
         f"{folder}: has no chat template, which the suite's conversations need (`chat_template: true`). Name "
