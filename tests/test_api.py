@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -36,26 +37,61 @@ def test_importing_it_loads_nothing_heavy() -> None:
         _ = mergetune.nothing
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def with_margins(suite: str) -> str:
+    for name in ("words", "parity"):
+        suite = suite.replace(f"  {name}:\n", f"  {name}:\n    margin: 0.9\n")
+    return suite
+
+
 @pytest.fixture(scope="module")
-def run(
+def found(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_experts: dict[str, Path]
-) -> mergetune.Run:
+) -> dict[str, Any]:
+    """Run the examples of the docs, each going on where the one before ended; returns their variables."""
     folder = tmp_path_factory.mktemp("api")
-    study = write_study(folder, tiny_base, tiny_experts, warm_start="none")
-    return mergetune.run_study(study, folder / "run")
+    models = {name: folder / f"expert-{name}" for name in tiny_experts}
+    for name, model in tiny_experts.items():
+        shutil.copytree(model, models[name])
+    shutil.copytree(tiny_base, folder / "base")
+    write_study(folder, folder / "base", models, warm_start="none")
+    suite = folder / "suite.yaml"
+    suite.write_text(with_margins(suite.read_text()))
+    known: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        for example in EXAMPLES:
+            exec(example, known)
+    return known | {"folder": folder}
+
+
+@pytest.fixture
+def run(found: dict[str, Any]) -> mergetune.Run:
+    return mergetune.read_run(found["folder"] / "runs" / "mine")
+
+
+def test_the_examples_of_the_docs_run(found: dict[str, Any]) -> None:
+    for function in mergetune.__all__:
+        if function[0].islower() and function != "read_suite":
+            assert any(f"mergetune.{function}(" in example for example in EXAMPLES), function
+    assert found["run"].recommended
+    assert found["checked"].check.summary == found["again"].check.summary
+    merged, best = (Checkpoint(found["folder"] / name) for name in ("merged", "runs/mine/best"))
+    assert all(torch.equal(merged.tensor(name), best.tensor(name)) for name in best.names)
 
 
 def test_a_run_is_read(run: mergetune.Run) -> None:
-    again = mergetune.read_run(run.path)
-    names = [candidate.name for candidate in again.candidates]
+    names = [candidate.name for candidate in run.candidates]
     assert names[0] == "base"
     assert {"expert-a", "expert-b", "average-0.5", "trial-0001", "trial-0003"} <= set(names)
-    assert again.front.keys() <= set(names)
-    assert all(0 <= probability <= 1 for probability in again.front.values())
-    assert again.recommended in names
-    assert again.recipe("expert-a").groups[0].per_expert("lambda") == {"a": 1.0, "b": 0.0}
+    assert run.front.keys() <= set(names)
+    assert all(0 <= probability <= 1 for probability in run.front.values())
+    assert run.recommended in names
+    assert run.recipe("expert-a").groups[0].per_expert("lambda") == {"a": 1.0, "b": 0.0}
     with pytest.raises(mergetune.MergetuneError, match="has no candidate `trial-0009`, but base, "):
-        again.recipe("trial-0009")
+        run.recipe("trial-0009")
 
 
 def test_scores_and_intervals_are_those_of_the_items(run: mergetune.Run) -> None:
@@ -75,7 +111,7 @@ def test_scores_and_intervals_are_those_of_the_items(run: mergetune.Run) -> None
 
 
 def test_a_model_is_evaluated_as_by_the_command(run: mergetune.Run, tiny_base: Path, tmp_path: Path) -> None:
-    suite = run.path.parent / "suite.yaml"
+    suite = run.path.parents[1] / "suite.yaml"
     found = mergetune.evaluate(tiny_base, suite, split="holdout", options=OPTIONS)
     done = command(
         *("eval", tiny_base, "--suite", suite, "--split", "holdout", "--engine", "transformers"),
@@ -89,33 +125,6 @@ def test_a_model_is_evaluated_as_by_the_command(run: mergetune.Run, tiny_base: P
     assert mergetune.read_suite(suite).config.scores.keys() == found.scores().keys()
 
 
-def with_margins(suite: str) -> str:
-    for name in ("words", "parity"):
-        suite = suite.replace(f"  {name}:\n", f"  {name}:\n    margin: 0.9\n")
-    return suite
-
-
-def test_a_merge_is_made_checked_and_checked_again_from_what_was_measured(
-    run: mergetune.Run, tiny_base: Path, tmp_path: Path
-) -> None:
-    recipe = run.path / "best" / "recipe.yaml"
-    made = mergetune.merge(recipe, tmp_path / "merged")
-    best = Checkpoint(run.path / "best")
-    assert all(torch.equal(Checkpoint(made).tensor(name), best.tensor(name)) for name in best.names)
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(with_margins((run.path.parent / "suite.yaml").read_text()))
-    for name in ("words", "parity"):
-        (tmp_path / f"{name}.jsonl").write_text((run.path.parent / f"{name}.jsonl").read_text())
-    found = mergetune.check(made, tiny_base, suite, split="all", store=tmp_path / "store", options=OPTIONS)
-    assert found.check.verdict in ("pass", "inconclusive", "fail")
-    found.candidate.to_parquet(tmp_path / "candidate.parquet")
-    found.baseline.to_parquet(tmp_path / "baseline.parquet")
-    again = mergetune.check_measurements(
-        tmp_path / "candidate.parquet", tmp_path / "baseline.parquet", suite, split="all"
-    )
-    assert [row.difference for row in again.check.rows] == [row.difference for row in found.check.rows]
-
-
 def test_models_are_inspected(tiny_base: Path, tiny_experts: dict[str, Path]) -> None:
     found = mergetune.inspect(tiny_base, dict(tiny_experts))
     norms = {name: own.norm for name, own in found.statistics.whole.experts.items()}
@@ -123,27 +132,3 @@ def test_models_are_inspected(tiny_base: Path, tiny_experts: dict[str, Path]) ->
     assert found.sensitivity is None
     with pytest.raises(mergetune.MergetuneError, match="no such model directory"):
         mergetune.inspect(tiny_base, {"gone": "nowhere/at-all/here"})
-
-
-def test_the_examples_of_the_docs_run(
-    tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    for function in mergetune.__all__:
-        if function[0].islower() and function != "read_suite":
-            assert any(f"mergetune.{function}(" in example for example in examples), function
-    models = {name: tmp_path / f"expert-{name}" for name in tiny_experts}
-    for name, model in tiny_experts.items():
-        shutil.copytree(model, models[name])
-    shutil.copytree(tiny_base, tmp_path / "base")
-    write_study(tmp_path, tmp_path / "base", models, warm_start="none")
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(with_margins(suite.read_text()))
-    monkeypatch.chdir(tmp_path)
-    known: dict[str, Any] = {}
-    for example in examples:
-        exec(example, known)
-    assert known["run"].recommended
-    assert known["checked"].check.summary == known["again"].check.summary
-    assert (known["folder"] / "model.safetensors").exists()

@@ -270,7 +270,7 @@ def test_tied_embeddings_follow_a_swap(tmp_path: Path) -> None:
     expert = fine_tune(base, tmp_path / "expert", seed=3, std=0.2)
     pair = start_pair(open_inputs(base, {"a": expert}), tmp_path, dtype="float32", **SMALL)
     try:
-        assert pair.record["b_to_b_from_disk"] < 1e-4
+        assert pair.record["base_to_base_from_disk"] < 1e-4
         pair.load(1.0)
         pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))
         ours, theirs = (loglikelihoods(engine, pairs) for engine in (pair.vllm, pair.plain))

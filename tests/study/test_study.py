@@ -47,7 +47,12 @@ def in_process(study: Path, out: Path) -> subprocess.Popen[str]:
     """Start `mergetune run` in a process of its own."""
     command = [sys.executable, "-m", "mergetune.cli", "run", str(study), "--out", str(out)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # even where tests run under nohup
     )
 
 
