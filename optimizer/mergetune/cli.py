@@ -158,7 +158,7 @@ def inspect(
     experts: Annotated[
         list[str],
         typer.Argument(
-            help="Fine-tunes of BASE, given like it, or adapters; as NAME=EXPERT where paths end alike.",
+            help="Fine-tunes or adapters of BASE: directories or hub ids; NAME=PATH if two paths end alike.",
             metavar="EXPERT",
         ),
     ],
@@ -347,7 +347,7 @@ def check(
     suite: Suite,
     candidate: Annotated[str | None, typer.Argument(help=_TESTED, metavar="CANDIDATE")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The model that CANDIDATE may not be worse than; given like it.")
+        str | None, typer.Option(help="The model that CANDIDATE may not be worse than.")
     ] = None,
     measured: Annotated[
         list[Path] | None,

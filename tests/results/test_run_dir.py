@@ -69,11 +69,11 @@ def test_another_order_of_experts_or_objectives_is_another_study(run: RunDir) ->
     """Trials hold their values in the order of the objectives, and experts are summed in theirs."""
     study = run.study
     turned = {"experts": dict(reversed(study.experts.items()))}
-    with pytest.raises(MergetuneError, match=r"experts\.persona: stands where experts\.tools stood"):
+    with pytest.raises(MergetuneError, match=r"order changed: experts\.persona is where experts\.tools was"):
         claim(run, study.model_copy(update=turned))
     suite = study.suite_config
     config = suite.model_copy(update={"objectives": dict(reversed(suite.objectives.items()))})
-    with pytest.raises(MergetuneError, match=r"suite_config\.objectives\.persona.* stands where"):
+    with pytest.raises(MergetuneError, match=r"order changed: suite_config\.objectives\.persona.* is where"):
         claim(run, study.model_copy(update={"suite_config": config}))
     claim(run, study)
 

@@ -79,9 +79,9 @@ def test_the_digest_is_that_of_the_weights_not_of_their_place() -> None:
         ),
         ({"groups": [{"name": "all", "lamda": {"a": 1, "b": 1}}]}, "unknown key lamda"),
         ({"groups": [{"name": "all", "lambda": {"a": 1, "b": 1, "c": 1}}]}, "lambda"),
-        ({"groups": [{"name": "all", "lambda": {"a": 1, "b": 1}, "t": 0.5}]}, "not stand"),
+        ({"groups": [{"name": "all", "lambda": {"a": 1, "b": 1}, "t": 0.5}]}, "has no coefficient `t`"),
         ({"method": "ties"}, "density"),
-        ({"method": "slerp", "groups": [{"name": "all"}]}, "`t` must stand"),
+        ({"method": "slerp", "groups": [{"name": "all"}]}, "`slerp` needs the coefficient `t`"),
         (
             {"method": "slerp", "experts": {"a": {"path": "a"}}, "groups": [{"name": "all", "t": 0}]},
             "2 experts",

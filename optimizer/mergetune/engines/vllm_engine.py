@@ -51,7 +51,9 @@ class VllmEngine:
             self._lm = CompletionsLM(
                 self.vllm, text.tokenizer, self.vllm.max_length, config.seed, text.end_tokens
             )
-            self.vllm.score([Scoring([self._lm.eot_token_id] * 2, 1)])  # some models start, but do not run
+            self.vllm.score(
+                [Scoring([self._lm.eot_token_id] * 2, 1)]
+            )  # vLLM starts with some models whose first request fails
             if paths is not None:
                 self.vllm.open_models(paths.model_dump_json())
         except BaseException:

@@ -118,9 +118,11 @@ def _undecided(rows: Sequence[Row], noise: Mapping[str, float]) -> str:
     elif hardest.method == "sequential":
         text += "its early verdict is within the noise floor"
     elif noise.get(hardest.name):
-        text += "nor would more items: the noise floor is too high, or the difference too near the margin"
+        text += (
+            "more items would not decide: the noise floor is too high, or the difference too near the margin"
+        )
     else:
-        text += "nor would more items, if the true difference is the one seen"
+        text += "more items would not decide either: the difference is too near the margin"
     others = [row.name for row in scores if row is not hardest]
     return f"{text}; undecided as well: {', '.join(others)}" if others else text
 

@@ -486,7 +486,7 @@ class RunDir:
         ]
         if not changed:  # experts are summed in their order, and a trial's values have the objectives'
             moved = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
-            changed = [f"  {now}: stands where {was} stood" for was, now in moved[:1]]
+            changed = [f"  the order changed: {now} is where {was} was" for was, now in moved[:1]]
         if changed:
             raise MergetuneError(
                 f"{self.path}: holds another study; only `{'`, `'.join(sorted(_FREE))}` may change when it "

@@ -1,4 +1,4 @@
-"""Descent: a few steps to where slopes lead, and the points along the front that they foretell."""
+"""Descent: a few steps to where slopes lead, and the points along the predicted front."""
 
 from __future__ import annotations
 

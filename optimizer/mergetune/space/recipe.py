@@ -235,8 +235,9 @@ def _check_coefficients(group: RecipeGroup, method: MethodName, experts: list[st
     for name in dict.fromkeys((*parameters, *group.coefficients)):
         parameter, given = parameters.get(name), group.coefficients.get(name)
         if parameter is None or given is None:
-            wanted = "not stand" if parameter is None else "stand"
-            raise ValueError(f"`{name}` must {wanted} in `{group.name}` of `{method}`")
+            if parameter is None:
+                raise ValueError(f"`{method}` has no coefficient `{name}`, which group `{group.name}` gives")
+            raise ValueError(f"`{method}` needs the coefficient `{name}`, which group `{group.name}` lacks")
         _check_shape(f"`{name}` of `{group.name}`", given, experts if parameter.is_per_expert else None)
         for value in given.values() if isinstance(given, dict) else [given]:
             if value not in parameter.valid:
