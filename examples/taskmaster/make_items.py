@@ -60,7 +60,7 @@ TITLES = (
         the speech"""),
     entries("""
         mow the lawn; post the parcel; repair the bicycle; defrost the freezer; invite the
-        template_owners; sharpen the knives; upload the video; empty the dishwasher; choose the
+        speakers; sharpen the knives; upload the video; empty the dishwasher; choose the
         wallpaper; interview the intern; bake the bread; frame the poster; migrate the database;
         bleed the radiators; trim the hedge; audit the expenses; train the volunteers; iron the
         shirts; write the eulogy; rent a van; inspect the roof; brief the designer; fold the
