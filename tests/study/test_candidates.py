@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mergetune.engines.engine import EngineConfig
+from mergetune.engines.engine import EngineConfig, LoadTime
 from mergetune.errors import EngineError, MergetuneError
 from mergetune.evaluation.evaluate import Evaluator, Score
 from mergetune.evaluation.suite import read_suite
@@ -79,6 +80,28 @@ def test_a_second_attempt_counts_what_the_first_took(
     cost = found.cost
     assert (found.state, found.faults) == ("complete", ("gone",))
     assert cost.total_s > cost.lost_s > 0
+
+
+def test_a_load_that_comes_while_prompts_are_made_is_no_part_of_evaluating(
+    half: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(half, tmp_path, io.StringIO()) as candidates:
+        engine = candidates.pool.engine
+        assert engine is not None
+        load = engine.load
+
+        def slow(recipe: MergeRecipe) -> LoadTime:
+            time.sleep(1.5)
+            took = load(recipe)
+            return LoadTime(took.merge_s, took.load_s + 1.5)
+
+        monkeypatch.setattr(engine, "load", slow)
+        began = time.monotonic()
+        cost = candidates.measure(Proposal("trial", "trial-0001", at(half, 1.0))).cost
+        elapsed = time.monotonic() - began
+    assert cost.load_s >= 1.5
+    assert 0 < cost.evaluate_s < elapsed - 1.5
+    assert cost.total_s == pytest.approx(elapsed, abs=0.5)
 
 
 def test_other_versions_than_before_are_said(half: Inputs, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergetune.engines.choice import installed_version
-from mergetune.engines.engine import Engine, EngineConfig, EngineKind, LoadTime
+from mergetune.engines.engine import Engine, EngineConfig, EngineKind
 from mergetune.errors import EngineError, MergetuneError, StartError, TrialError
 from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
 from mergetune.machine import clock
@@ -76,6 +76,15 @@ class Failed:
 
     job: Job
     reason: str
+
+
+@dataclass
+class _Loading:
+    """What it took to get an engine ready for a job, in seconds; `all_s` counts its start, too."""
+
+    merge_s: float = 0.0
+    load_s: float = 0.0
+    all_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -254,13 +263,16 @@ class Pool:
             self._was_started = True
         return self.engine
 
-    def _ready(self, recipe: MergeRecipe | None, spent: list[LoadTime]) -> LM:
+    def _ready(self, recipe: MergeRecipe | None, loading: _Loading) -> LM:
         """Return the model as lm-eval sees it, a recipe merged into it; the time that took is added."""
-        engine = self._living()
+        began, engine = clock.seconds(), self._living()
         if recipe is not None and self._loaded != recipe.digest:
             self._loaded = None
-            spent.append(engine.load(recipe))
+            took = engine.load(recipe)
             self._loaded = recipe.digest
+            loading.merge_s += took.merge_s
+            loading.load_s += took.load_s
+        loading.all_s += clock.seconds() - began
         return engine.lm
 
     def _measure(self, job: Job, of: str) -> Measured:
@@ -271,7 +283,7 @@ class Pool:
         began, lost_s = clock.seconds(), 0.0
         while True:
             ledger.begin_attempt(job.purpose, of)
-            loading: list[LoadTime] = []
+            loading, tried = _Loading(), clock.seconds()
             try:
                 lm = self._lm(job, recipe, loading)
                 n_asked = self._count_new(lm, job.documents)
@@ -289,17 +301,16 @@ class Pool:
                 lost_s = clock.seconds() - began
                 continue
             self._broken_in_a_row = 0
-            merge_s, load_s = sum(each.merge_s for each in loading), sum(each.load_s for each in loading)
             cost = Cost(
-                merge_s=merge_s,
-                load_s=load_s,
-                evaluate_s=max(measurement.seconds - merge_s - load_s, 0.0),
+                merge_s=loading.merge_s,
+                load_s=loading.load_s,
+                evaluate_s=clock.seconds() - tried - loading.all_s,
                 lost_s=lost_s,
                 n_items=len(measurement.items),
             )
             return Measured(job, measurement, cost, faults, n_asked)
 
-    def _lm(self, job: Job, recipe: MergeRecipe | None, loading: list[LoadTime]) -> LM:
+    def _lm(self, job: Job, recipe: MergeRecipe | None, loading: _Loading) -> LM:
         """Return the model as lm-eval sees it, between it and the engine the store if there is one."""
         if self._store is None:
             return self._ready(recipe, loading)

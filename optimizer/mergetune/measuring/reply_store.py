@@ -83,6 +83,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         super().__init__()
         self._started, self.renderer, self._store, self._name = started, renderer, store, name
         self._known = store.read(name)
+        self._keys: dict[int, tuple[Instance, str]] = {}  # each request's, by its identity
         self.truncate = "refuse"
 
     @property
@@ -151,7 +152,9 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _key(self, request: Instance) -> str:
         """Return the request's key; a prompt that is cut off is another one."""
-        return request_key(request) + ("-cut" if self.truncate == "left" else "")
+        if id(request) not in self._keys:
+            self._keys[id(request)] = request, request_key(request)
+        return self._keys[id(request)][1] + ("-cut" if self.truncate == "left" else "")
 
 
 def _columns(reply: Reply) -> tuple[str | None, float, bool | None]:
