@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import Split
 from mergetune.results import selection
 from mergetune.results.run_dir import Candidate, RunDir
@@ -93,15 +93,10 @@ class Run:
             MergetuneError: the candidate was not measured on that split.
         """
         frame = self._measurement(name, split)
-        scores = self._folder.scores(name, split)
-        assert scores is not None  # it was measured
-        found: dict[str, Estimate] = {}
-        for key, items in join_items({name: frame}).items():
-            resampled = bootstrap_scores(items.scores, items.tasks)[:, 0]
-            own = scores[key]
-            # of a score that is no mean of items, the resamples are those of its linear part
-            shift = own.value - float(np.mean(resampled)) if not items.is_mean else 0.0
-            interval = percentile_interval(resampled + shift, level)
+        items, found = join_items({name: frame}), {}
+        for key, own in Measurement(frame, 0.0).scores().items():
+            resampled = bootstrap_scores(items[key].scores, items[key].tasks)[:, 0]
+            interval = percentile_interval(resampled, level)
             found[key] = Estimate(own.value, own.stderr, own.n_items, interval)
         return found
 
