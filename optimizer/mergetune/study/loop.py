@@ -214,7 +214,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
             trial = asked.pop(candidate.name)
         else:
             break
-        if not tell(search, trial, _outcome(candidates, candidate)) and due:
+        if not tell(search, trial, _outcome(candidates, candidate)):
             candidates.progress.say("The sampler has proposed every point that there is.")
             due.clear()
 
