@@ -74,8 +74,11 @@ class Merger:
         options, rule = recipe.choices, RULES[recipe.method]
         peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
+            if name not in groups:
+                yield name, self.base.view(name)
+                continue
             piece = self.piece(recipe, name)
-            is_changed = name in groups and (piece.changed or METHODS[recipe.method].changes_every_tensor)
+            is_changed = piece.changed or METHODS[recipe.method].changes_every_tensor
             if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
                 yield name, piece.base
                 continue

@@ -117,15 +117,18 @@ class Architecture:
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         of_class = model_class(folder)
         with torch.device("meta"):
             self._model: Any = of_class._from_config(read_config(folder))
         self._tensors: dict[str, Tensor] = self._model.state_dict()
-        self._conversions: Any = get_model_conversion_mapping(self._model)
+        conversions: Any = get_model_conversion_mapping(self._model)
+        self._renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
         self._stored = {name: self.parameter(name) for name in stored}
         # as `from_pretrained` does: those that were of use are reverted for the names in the file
-        self._model._weight_conversions = [each for each in self._conversions if each.was_used()]
+        self._model._weight_conversions = [each for each in conversions if each.was_used()]
 
     def parameter(self, name: str) -> str | None:
         """Return the parameter that a tensor of this name becomes, or a part of; None where there is none.
@@ -133,21 +136,23 @@ class Architecture:
         The name may be that of a file, of whatever version, of the model in memory, or of the language part
         on its own.
         """
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
         if name in self._tensors:
             return name
-        renamings = [each for each in self._conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
         prefix = self._model.base_model_prefix
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, self._tensors)
+        renamed, _ = rename_source_key(name, self._renamings, self._converters, prefix, self._tensors)
         if renamed not in self._tensors and self._language and name.startswith("model."):
             renamed = f"{self._language}.{name.removeprefix('model.')}"
         return renamed if renamed in self._tensors else None
 
     def pair(self, ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
-        """Return our name → their name of tensors that are one and the same parameter whole."""
-        mine, others = self._by_parameter(ours), self._by_parameter(theirs)
+        """Return the base's name → their name of tensors that are one and the same parameter whole.
+
+        `ours` are some of the base's names.
+        """
+        mine = _by_parameter({name: self._stored[name] for name in ours})
+        others = _by_parameter({name: self.parameter(name) for name in theirs})
         return {
             names[0]: others[parameter][0]
             for parameter, names in mine.items()
@@ -179,13 +184,6 @@ class Architecture:
             return ()
         return tuple(f"{module}.{name}" for name, _ in found.named_parameters(recurse=False))
 
-    def _by_parameter(self, names: Iterable[str]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in names:
-            if (parameter := self.parameter(name)) is not None:
-                found.setdefault(parameter, []).append(name)
-        return found
-
     @cached_property
     def _language(self) -> str | None:
         """Where the language part of a model of images and text stands, e.g. `model.language_model`."""
@@ -193,6 +191,15 @@ class Architecture:
         if text is self._model.config:
             return None
         return next((path for path, module in self._model.named_modules() if _config(module) is text), None)
+
+
+def _by_parameter(parameters: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Return the names that become each parameter."""
+    found: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            found.setdefault(parameter, []).append(name)
+    return found
 
 
 def _config(module: Any) -> Any:

@@ -274,7 +274,7 @@ def _is_vision(name: str) -> bool:
 
 def _warn_of_changed_towers(base: Checkpoint, expert: Expert) -> Iterator[_Finding]:
     """Say that a vision tower was trained, which a merge leaves as the base's unless told otherwise."""
-    towers = [name for name in expert.targets if name in base.names and _is_vision(name)]
+    towers = [name for name in expert.targets if _is_vision(name)]
     changed = [
         name
         for name in towers
