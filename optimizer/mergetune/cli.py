@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,15 +23,17 @@ from mergetune.machine.interrupts import end_as_by_ctrl_c
 from mergetune.stats.number_text import number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import pandas as pd
 
     from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
+    from mergetune.api import ModelOptions
     from mergetune.engines.engine import EngineKind
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import SoupResult
+    from mergetune.weights.vocabulary import VocabularyRule
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -311,24 +314,12 @@ def evaluate(
     from mergetune import api
     from mergetune.files.atomic_files import write_parquet
     from mergetune.files.library import writable
-    from mergetune.measuring.progress import Progress
 
     if out is not None:
         writable(out.parent, "--out")
         if out.is_dir():
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
-    with Progress(_err) as progress:
-        options = api.ModelOptions(
-            engine,
-            batch_size,
-            base,
-            tokenizer,
-            _named_variables(api_key),
-            vocabulary,
-            cache,
-            _remark,
-            progress.at_work,
-        )
+    with _model_options(engine, batch_size, base, tokenizer, api_key, vocabulary, cache) as options:
         measurement = api.evaluate(model, suite, split=split, options=options)
     if out is not None:
         write_parquet(out, measurement.items)
@@ -396,7 +387,6 @@ def check(
     from mergetune.files.library import writable
     from mergetune.gate.judge import EXIT
     from mergetune.gate.outputs import as_data, as_table, write_outputs
-    from mergetune.measuring.progress import Progress
 
     texts = tuple(training or ())
     if measured:
@@ -418,18 +408,7 @@ def check(
             writable(out, "--out")
         if store is not None:
             writable(store, "--store")
-        with Progress(_err) as progress:
-            options = api.ModelOptions(
-                engine,
-                batch_size,
-                base,
-                tokenizer,
-                _named_variables(api_key),
-                vocabulary,
-                cache,
-                _remark,
-                progress.at_work,
-            )
+        with _model_options(engine, batch_size, base, tokenizer, api_key, vocabulary, cache) as options:
             checked = api.check(
                 candidate,
                 baseline,
@@ -491,6 +470,27 @@ def presets() -> None:
     _out.print("Suites", style="bold")
     for name, path in list_presets("evals").items():
         _out.print(f"  {name:<32} {escape(read_yaml(path, SuiteConfig).description)}")
+
+
+@contextmanager
+def _model_options(
+    engine: str,
+    batch_size: int | None,
+    base: str | None,
+    tokenizer: str | None,
+    api_keys: Sequence[str] | None,
+    vocabulary: VocabularyRule,
+    cache: Path | None,
+) -> Iterator[ModelOptions]:
+    """Return how models are opened and run, with the progress of that shown while the block runs."""
+    from mergetune.api import ModelOptions
+    from mergetune.measuring.progress import Progress
+
+    named = _named_variables(api_keys)
+    with Progress(_err) as progress:
+        yield ModelOptions(
+            engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
+        )
 
 
 def _named_variables(given: Sequence[str] | None) -> dict[str, str]:
