@@ -20,6 +20,7 @@ from helpers import build_tokenizer, merge_at
 from mergetune.engines.engine import EngineConfig
 from mergetune.engines.transformers_engine import TransformersEngine
 from mergetune.errors import MergetuneError
+from mergetune.files.library import presets
 from mergetune.merging.inputs import open_inputs
 from mergetune.merging.merger import Merger
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, count_layers, tensor_place
@@ -27,7 +28,7 @@ from mergetune.space.search_space_config import layer_groups, read_search_space
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.writer import write_model
 
-PRESETS = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+PRESETS = list(presets("search_spaces").values())
 GRID = 2**12  # weights on a grid of 1/GRID: their sums and differences are exact in float32
 IDS = torch.arange(20, 60).reshape(2, 20)
 
