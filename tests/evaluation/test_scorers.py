@@ -375,16 +375,20 @@ def test_a_scorer_sees_the_item_with_its_messages_and_metadata(tmp_path: Path) -
     for doc, system in zip(bound.docs, ("Be brief.", "Be terse."), strict=True):
         asked = item_of(doc)
         assert asked.metadata == {"from": ["a", 1]}
-        assert asked.messages == [
+        assert [message.as_dict() for message in asked.conversation] == [
             {"role": "system", "content": system},
             {"role": "user", "content": "Say yes."},
         ]
 
 
-def test_ids_and_digests_know_of_metadata_only_where_there_is_some() -> None:
-    bare = Item(prompt="x", answer="y")
-    assert "metadata" not in bare.model_dump_json()
-    assert Item(prompt="x", answer="y", metadata=[0]).model_dump() == {**bare.model_dump(), "metadata": [0]}
+def test_ids_know_nothing_of_metadata(tmp_path: Path) -> None:
+    ids = []
+    for extra in ({}, {"metadata": {"customer": 1}}):
+        rows = [{"prompt": str(number), "answer": "y", **extra} for number in range(8)]
+        (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (bound,) = Evaluator(read_suite(write_suite(tmp_path, {"scorer": "exact"}))).tasks.values()
+        ids.append(bound.item_ids)
+    assert ids[0] == ids[1]
 
 
 def test_the_digest_of_a_scorer_follows_its_own_code(tmp_path: Path) -> None:

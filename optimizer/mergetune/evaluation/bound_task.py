@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
 from mergetune.evaluation.lm_requests import filter_names
-from mergetune.evaluation.lm_tasks import fix_fewshot, item_of, item_scores
+from mergetune.evaluation.lm_tasks import METADATA, fix_fewshot, item_of, item_scores
 from mergetune.evaluation.rules import rules_digest
 from mergetune.evaluation.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
 from mergetune.files.yaml_io import nearest
@@ -137,7 +137,7 @@ def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: Suit
         task.set_config("num_fewshot", config.num_fewshot)
     docs = tuple(task.eval_docs)[: config.limit]
     n_shared = fix_fewshot(task, docs)
-    ids = _item_ids(docs)
+    ids = _item_ids([_content(doc) for doc in docs] if config.items is not None else docs)
     splits = tuple(
         None if index < n_shared else split_of(question, suite.holdout)
         for index, question in enumerate(_questions(task, docs, ids))
@@ -198,6 +198,11 @@ def _item_ids(docs: Sequence[Any]) -> tuple[str, ...]:
         seen[digest] += 1
         ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
     return tuple(ids)
+
+
+def _content(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a document of a JSONL task asks and wants."""
+    return {name: value for name, value in doc.items() if name != METADATA}
 
 
 def _check_kind(task: Task) -> None:

@@ -1,9 +1,9 @@
-"""Items of JSONL files: what a line holds, and its JSON."""
+"""Items: what one is, the messages and tool calls in it, and the JSON that it is read from."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -11,15 +11,67 @@ from mergetune.evaluation.patterns import ReplyPattern
 from mergetune.files.yaml_io import Strict
 
 
-class Item(Strict):
-    """An item of a JSONL file; further keys are allowed and kept out of the prompt.
+class ToolCall(Strict):
+    """A call of a tool: its name, and its arguments by name."""
 
-    What `answer` may be depends on the scorer: see `scorers`. `metadata` is for scorers alone.
+    name: str = Field(min_length=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    id: str | None = None
+
+
+class Message(Strict):
+    """A message of a conversation; `tool_call_id` and `name` are those of a tool's result."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def as_dict(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
+        """Return the message as chat templates take it, or with arguments as JSON text, as servers do."""
+        data: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            data["tool_calls"] = [
+                {
+                    "type": "function",
+                    **({"id": call.id} if call.id is not None else {}),
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(call.arguments, ensure_ascii=False)
+                        if arguments_as_text
+                        else call.arguments,
+                    },
+                }
+                for call in self.tool_calls
+            ]
+        for key in ("tool_call_id", "name"):
+            if (value := getattr(self, key)) is not None:
+                data[key] = value
+        return data
+
+
+class Item(Strict):
+    """An item of a file: a prompt, or the messages of a conversation up to the reply that is scored.
+
+    Attributes:
+        prompt: the user's message; of a conversation, the text of the last one.
+        messages: a conversation; empty: there is only the prompt.
+        tools: JSON Schemas of the tools that the model may call, as chat templates take them.
+        target: the reply that the data have, where these are a conversation.
+        answer: what is wanted; what it may be depends on the scorer: see `scorers`.
+        choices: see the scorer `choice`.
+        patterns: see the scorer `regex`.
+        system: the system message; None: the task's. It is no part of `messages`.
+        metadata: all other fields of the file, and no part of the item's id.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     prompt: str = Field(min_length=1)
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    target: Message | None = None
     answer: Any = None
     choices: tuple[str, ...] = ()
     patterns: tuple[ReplyPattern, ...] = ()
@@ -27,17 +79,18 @@ class Item(Strict):
     metadata: Any = None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The item's own messages: the system message where it has one, and the user's."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt}]
+    def conversation(self) -> tuple[Message, ...]:
+        """All that the model is told: the system message where there is one, and the messages."""
+        system = (Message(role="system", content=self.system),) if self.system else ()
+        return (*system, *(self.messages or (Message(role="user", content=self.prompt),)))
 
     @model_serializer(mode="wrap")
-    def _without_absent_metadata(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `metadata` where there is none, so that ids do not depend on it."""
+    def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what a plain item does not have, so that its id does not depend on it."""
         data: dict[str, Any] = serialize(self)
-        if self.metadata is None:
-            del data["metadata"]
+        for name in ("messages", "tools", "target", "metadata"):
+            if not getattr(self, name):
+                data.pop(name, None)
         return data
 
 

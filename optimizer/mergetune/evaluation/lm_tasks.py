@@ -16,6 +16,8 @@ from mergetune.files.yaml_io import nearest
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+METADATA = "metadata"  # the one field of a document of a JSONL task that is no part of an item's id
+
 
 def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]]) -> Task:
     """Make an lm-eval task of a JSONL file."""
@@ -68,7 +70,8 @@ def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
                 "prompt": item.prompt,
                 "system": config.system if item.system is None else item.system,
                 "target": config.scorer.answer_text(item),
-                "payload": item.model_dump_json(),
+                "payload": item.model_dump_json(exclude={"metadata"}),
+                METADATA: json.dumps(item.metadata),
             }
             for item in items
         ]
@@ -77,8 +80,8 @@ def _dataset(items: Sequence[Item], config: TaskConfig) -> Any:
 
 def item_of(doc: Mapping[str, str]) -> Item:
     """Return the item that a document of a JSONL task was made of, with the system message that it gets."""
-    fields = {**json.loads(doc["payload"]), "system": doc["system"]}
-    return Item.model_construct(**fields)  # it was validated when it was read
+    fields = json.loads(doc["payload"])
+    return Item.model_validate(fields | {"system": doc["system"], "metadata": json.loads(doc[METADATA])})
 
 
 def item_scores(
