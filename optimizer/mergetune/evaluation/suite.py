@@ -22,11 +22,34 @@ Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
 
 
+class SamplingConfig(Strict):
+    """How replies are drawn at random: each item's `repeats` times, with seeds of its own.
+
+    The seeds depend on the item alone, so that models are compared on the same draws. `count` says what an
+    item scores: the mean over the repeats, or the worst of them, which is pass^k where each is 0 or 1 (Yao et
+    al. 2024, tau-bench).
+    """
+
+    temperature: float = Field(gt=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, gt=0)
+    min_p: float | None = Field(None, gt=0, le=1)
+    repeats: int = Field(1, gt=0)
+    count: Literal["mean", "worst"] = "mean"
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What a reply is drawn by, in lm-eval's terms."""
+        return self.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
+
+
 class TaskConfig(Strict):
     """One task: either `items`, a JSONL file with a `scorer`, or `lm_eval`, the name of a task.
 
     `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
-    takes the first n items. Few-shot examples of JSONL tasks come from `fewshot_items`.
+    takes the first n items. Few-shot examples of JSONL tasks come from `fewshot_items`. `score_turns: all`
+    asks for every turn of the model in a conversation, each with what truly went before it, and scores their
+    mean; without `sampling` replies are greedy.
     """
 
     items: str | None = None
@@ -35,6 +58,8 @@ class TaskConfig(Strict):
     max_new_tokens: int = Field(64, gt=0)
     stop: tuple[str, ...] = ()
     fewshot_items: str | None = None
+    score_turns: Literal["last", "all"] = "last"
+    sampling: SamplingConfig | None = None
     lm_eval: str | None = None
     metric: str | None = None
     filter: str | None = None
@@ -49,14 +74,25 @@ class TaskConfig(Strict):
             raise ValueError("`scorer` belongs to `items`: give both or none")
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
             raise ValueError("`num_fewshot` of a JSONL task needs `fewshot_items`, and the reverse")
-        jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items"}
+        jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
         lm_eval_only = {"metric", "filter"}
         foreign = jsonl_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
         if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:
             kind = "lm_eval" if self.lm_eval else "items"
             raise ValueError(f"`{'`, `'.join(sorted(wrong))}` does not go with `{kind}`")
+        draws_none = self.scorer is not None and self.scorer.asks == "likelihoods"
+        if draws_none and (self.sampling is not None or self.score_turns != "last"):
+            raise ValueError(
+                "`sampling` and `score_turns` are for replies, but this scorer compares likelihoods: leave "
+                "them out"
+            )
         return self
+
+    @property
+    def repeats(self) -> int:
+        """How often each reply is drawn."""
+        return self.sampling.repeats if self.sampling else 1
 
 
 class ScoreConfig(Strict):
@@ -109,13 +145,19 @@ class SuiteConfig(Strict):
     `chat_template` says whether prompts are messages of a conversation, written by the model's own chat
     template, or by that of a file beside the suite; once the suite is read, it is the file's text. `system:
     merge_into_user` writes system messages before the first user message, for models whose chat
-    template takes none. `truncate` says what becomes of a prompt that is too long: `refuse` ends with an
-    error before any work, `left` cuts off its beginning.
+    template takes none. `template_arguments` are further variables of the template, such as
+    `enable_thinking`. `thinking: strip` scores what a model says after its thoughts, which end with
+    `thinking_end` or, where that is not given, with the markers of known families. `truncate` says what
+    becomes of a prompt that is too long: `refuse` ends with an error before any work, `left` cuts off its
+    beginning.
     """
 
     description: str
     chat_template: bool | Annotated[str, Field(min_length=1)]
     system: Literal["message", "merge_into_user"] = "message"
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    thinking: Literal["strip", "keep"] = "strip"
+    thinking_end: Annotated[str, Field(min_length=1)] | None = None
     truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
     include_path: str | None = None
@@ -126,6 +168,10 @@ class SuiteConfig(Strict):
     def _names_differ(self) -> SuiteConfig:
         if both := self.objectives.keys() & self.guards.keys():
             raise ValueError(f"`{'`, `'.join(both)}` cannot be both an objective and a guard")
+        if self.template_arguments and self.chat_template is False:
+            raise ValueError("`template_arguments` belong to a chat template, but `chat_template` is false")
+        if self.thinking_end is not None and self.thinking == "keep":
+            raise ValueError("`thinking_end` says where thoughts are cut off, but `thinking` is `keep`")
         return self
 
     @property
