@@ -200,6 +200,31 @@ def test_draws_follow_the_models_probabilities(model: Path) -> None:
     engine.close()
 
 
+def test_special_tokens_that_say_something_stay_in_replies(model: Path, tmp_path: Path) -> None:
+    """As Mistral's, whose calls and thoughts begin with special tokens; those that say nothing go."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    plain = started(folder)
+    (reply, *_) = replies(plain.lm)
+    tokens = plain.lm.tok_encode(reply, add_special_tokens=False)
+    words = [plain.lm.tokenizer.convert_ids_to_tokens(tokens[i]) for i in (1, 3)]
+    plain.close()
+    file = folder / "tokenizer.json"  # two tokens of the reply become special ones
+    text = file.read_text()
+    for word, name in zip(words, ("[TOOL_CALLS]", "<|nothing|>"), strict=True):
+        text = text.replace(json.dumps(word), json.dumps(name))
+    data = json.loads(text)
+    vocabulary = data["model"]["vocab"]
+    data["model"]["merges"] = [each for each in data["model"]["merges"] if "".join(each) in vocabulary]
+    file.write_text(json.dumps(data))
+    engine = started(folder)
+    engine.lm.tokenizer.add_special_tokens({"extra_special_tokens": ["[TOOL_CALLS]", "<|nothing|>"]})
+    lm = CompletionsLM(engine.lm._completer, engine.lm.tokenizer, engine.lm.max_length)
+    (kept, *_) = replies(lm)
+    assert "[TOOL_CALLS]" in kept
+    assert "<|nothing|>" not in kept
+    engine.close()
+
+
 def test_every_setting_of_generation_is_known() -> None:
     kind: Any = GenerationConfig
     assert kind().to_dict().keys() | {"_from_model_config"} <= ALTERING.keys() | HARMLESS

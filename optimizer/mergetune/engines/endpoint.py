@@ -189,6 +189,7 @@ class Endpoint:
             max_tokens=request.max_new_tokens,
             stop=list(request.stop),
             stop_token_ids=list(request.stop_tokens),
+            **({} if request.skip_special_tokens else {"skip_special_tokens": False}),
             **request.sampling,
         )
         return choice.get("text") or ""

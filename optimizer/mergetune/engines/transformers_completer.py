@@ -151,13 +151,16 @@ class TransformersCompleter:
             logits_processor=LogitsProcessorList(_drawing(requests, self.model.device)),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-        return [self._text(row, first.stop_tokens) for row in tokens[:, length:].tolist()]
+        return [self._text(row, first) for row in tokens[:, length:].tolist()]
 
-    def _text(self, tokens: Sequence[int], ends: Sequence[int]) -> str:
+    def _text(self, tokens: Sequence[int], request: Generation) -> str:
         """Return a reply up to the first token that ends it."""
+        ends = request.stop_tokens
         end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         text: str = self._tokenizer.decode(
-            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens[:end],
+            skip_special_tokens=request.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return text
 
