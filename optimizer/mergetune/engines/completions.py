@@ -111,6 +111,10 @@ class TokenizerPrompts:
         """Return a conversation as the model's chat template writes it; see `render`."""
         return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
 
+    def count_tokens(self, reply: str) -> int:
+        """Return how many tokens a reply has."""
+        return len(self.tokenizer.encode(reply, add_special_tokens=False, verbose=False))
+
 
 class CompletionsLM(TemplateLM):  # type: ignore[misc]
     """A `Completer` as lm-eval sees it; tokens, prompts, lengths and stops are the same in every engine.
@@ -174,6 +178,10 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     ) -> str:
         """Return a conversation as the model's chat template writes it; see `render`."""
         return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
+
+    def count_tokens(self, reply: str) -> int:
+        """Return how many tokens a reply has."""
+        return len(self.tok_encode(reply, add_special_tokens=False))
 
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where it fits.

@@ -11,6 +11,7 @@ from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
+from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.yaml_io import refuse_unknown
 
@@ -22,6 +23,7 @@ __all__ = [
     "ExactScorer",
     "JsonScorer",
     "RegexScorer",
+    "ReplyTokensScorer",
     "Scorer",
     "scorer_rows",
 ]
@@ -44,7 +46,7 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer,
+    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]

@@ -25,14 +25,16 @@ class BaseScorer(Strict):
     Attributes:
         needs: what an item needs, for the docs.
         scores: what an item scores, for the docs.
-        asks: what a model is asked for: a reply, or the log-likelihoods of the item's choices, of which
-            the target text is then one.
+        asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
+            item's choices, of which the target text is then one.
+        higher_is_better: which direction a score has unless the suite says it.
         metric: what the score is called in lm-eval's terms.
     """
 
     needs: ClassVar[str]
     scores: ClassVar[str]
-    asks: ClassVar[Literal["reply", "likelihoods"]] = "reply"
+    asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
+    higher_is_better: ClassVar[bool] = True
 
     kind: str
 
@@ -47,8 +49,8 @@ class BaseScorer(Strict):
 
         Args:
             items: items that `check_item` takes.
-            replies: a text for each of them or, where the scorer asks for log-likelihoods, (n_choices,) of
-                these, in nats.
+            replies: a text for each of them, or a number of tokens or, where the scorer asks for
+                log-likelihoods, (n_choices,) of these, in nats.
 
         Raises:
             MergetuneError: an item cannot be scored.
