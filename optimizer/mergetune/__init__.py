@@ -1,7 +1,8 @@
 """mergetune: evaluation-driven tuning of merge coefficients for language models.
 
 What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `evaluate`,
-`check`, `check_measurements`, `merge` and `inspect`. Nothing heavy is imported before one of them is used.
+`check`, `check_measurements`, `rescore`, `merge` and `inspect`. Nothing heavy is imported before one
+of them is used.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         merge,
         read_run,
         read_suite,
+        rescore,
         run_study,
     )
     from mergetune.errors import MergetuneError
@@ -41,6 +43,7 @@ __all__ = [
     "merge",
     "read_run",
     "read_suite",
+    "rescore",
     "run_study",
 ]
 
