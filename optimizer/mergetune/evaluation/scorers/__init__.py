@@ -10,6 +10,7 @@ from mergetune.evaluation.scorers.choice import ChoiceScorer
 from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
+from mergetune.evaluation.scorers.judge import JudgeScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.yaml_io import refuse_unknown
@@ -21,6 +22,7 @@ __all__ = [
     "ContainsScorer",
     "ExactScorer",
     "JsonScorer",
+    "JudgeScorer",
     "RegexScorer",
     "Scorer",
     "scorer_rows",
@@ -44,7 +46,7 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer,
+    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | JudgeScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]
