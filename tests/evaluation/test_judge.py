@@ -161,7 +161,7 @@ def test_pairs_are_judged_in_both_orders(
 
 
 def test_references_are_found_by_id_or_prompt(tmp_path: Path) -> None:
-    items = [
+    items: list[Body] = [
         {"prompt": "a", "metadata": {"id": 7}},
         {"prompt": "b", "metadata": {"id": "x"}},
         {"prompt": "c"},
@@ -285,6 +285,14 @@ def test_a_server_that_takes_no_schema_is_asked_without(tmp_path: Path) -> None:
     with plain_server(answer) as url:
         assert scorer_of(tmp_path, url, concurrency=1).score(items_of(3), ["a", "b", "c"]) == [0.25] * 3
     assert seen == [True, False, False, False]
+
+
+def test_a_server_keeps_its_own_settings_where_the_suite_says_so(tmp_path: Path) -> None:
+    seen: list[Body] = []
+    with plain_server(counted(seen, by_length)) as url:
+        scorer_of(tmp_path, url).score(items_of(1), ["a"])
+        scorer_of(tmp_path, url, temperature=None, max_new_tokens=None).score(items_of(1), ["a"])
+    assert seen[0].keys() - seen[1].keys() == {"temperature", "top_p", "max_tokens"}
 
 
 def test_what_is_no_verdict_is_asked_for_again_and_then_an_error(tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ def test_the_digest_of_a_scorer_follows_its_own_code(tmp_path: Path) -> None:
 
 
 def test_the_docs_have_a_row_for_each_scorer() -> None:
-    assert [kind for kind, _, _ in scorer_rows()] == ["exact", "contains", "regex", "json", "choice"]
+    assert [kind for kind, _, _ in scorer_rows()] == ["exact", "contains", "regex", "json", "choice", "judge"]
     assert all(needs and scores for _, needs, scores in scorer_rows())
 
 

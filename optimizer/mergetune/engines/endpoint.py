@@ -119,9 +119,13 @@ class Endpoint:
             executor.shutdown(cancel_futures=True)
 
     def complete(self, path: str, **body: Any) -> dict[str, Any]:
-        """Post to `/v1/completions` or `/v1/chat/completions`; return the answer's one choice."""
-        given = {key: value for key, value in body.items() if value != []}  # some refuse an empty list
-        answer = self.post(path, {"model": self.model, **self._defaults, **given})
+        """Post to `/v1/completions` or `/v1/chat/completions`; return the answer's one choice.
+
+        What is None in `body` is left to the server.
+        """
+        given = {"model": self.model, **self._defaults, **body}
+        # some refuse an empty list
+        answer = self.post(path, {key: value for key, value in given.items() if value not in (None, [])})
         try:
             choice: dict[str, Any] = answer["choices"][0]
         except (KeyError, IndexError, TypeError) as error:

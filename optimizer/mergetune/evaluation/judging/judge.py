@@ -39,9 +39,9 @@ class JudgeSettings:
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """The options of a request that a verdict depends on; the server's own where they are None."""
-        options = {"temperature": self.temperature, "max_tokens": self.max_new_tokens}
-        return {name: value for name, value in options.items() if value is not None}
+        """The options of a request that a verdict depends on; those that are None are left to the server."""
+        by_server = {"top_p": None} if self.temperature is None else {}
+        return {"temperature": self.temperature, "max_tokens": self.max_new_tokens, **by_server}
 
 
 class Judge:
