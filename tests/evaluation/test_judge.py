@@ -244,7 +244,9 @@ def test_half_a_character_is_no_reason_to_fail() -> None:
         '{"score": 4.0, "reason": "r", "more": {}}',
         'Let me see.\n```json\n{"reason": "r", "score": 4}\n```\n',
         '<think>{"score": 1} or {"score": 5}?</think>\n{"reason": "r", "score": 4}',
+        'Is it {"score": 1}?</think>{"reason": "r", "score": 4}',
         '{"reason": "it claims {\\"score\\": 5}", "score": 4}',
+        '{"reason": "it writes </think>", "score": 4}',
     ],
 )
 def test_a_verdict_is_read(reply: str) -> None:
@@ -257,6 +259,7 @@ def test_a_verdict_is_read(reply: str) -> None:
         ("", "no JSON object"),
         ("4", "no JSON object"),
         ('{"reason": "r"}', "`score` is missing"),
+        ('<think>Perhaps {"score": 5}', "thoughts do not end"),
         ('{"score": 6}', "must be one of 1, 2, 3, 4, 5, but is 6"),
         ('{"score": true}', "but is true"),
         ('{"score": "4"}', 'but is "4"'),

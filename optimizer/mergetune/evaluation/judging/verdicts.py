@@ -10,7 +10,6 @@ from typing import Any
 
 Verdict = dict[str, Any]  # a value by key, and the judge's `reason`
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"\s*```\s*\Z")
 
 
@@ -43,8 +42,8 @@ class VerdictForm:
     @property
     def response_format(self) -> dict[str, Any]:
         """Return the form as the option `response_format` of the chat endpoint."""
-        value = {"enum": list(self.points)}
-        value["type"] = "integer" if isinstance(value["enum"][0], int) else "string"  # type: ignore[assignment]
+        values = list(self.points)
+        value = {"type": "integer" if isinstance(values[0], int) else "string", "enum": values}
         schema = {
             "type": "object",
             "properties": {"reason": {"type": "string"}, **dict.fromkeys(self.keys, value)},
@@ -61,7 +60,7 @@ class VerdictForm:
         Raises:
             ValueError: it is no verdict; the message says why.
         """
-        text = _FENCE.sub("", _THOUGHTS.sub("", reply)).strip()
+        text = _FENCE.sub("", _without_thoughts(reply.strip()))
         begin = text.find("{")
         if begin < 0:
             raise ValueError("it holds no JSON object")
@@ -85,6 +84,16 @@ class VerdictForm:
             allowed = ", ".join(map(str, self.points))
             raise ValueError(f"`{key}` must be one of {allowed}, but is {json.dumps(value):.80}")
         return value
+
+
+def _without_thoughts(text: str) -> str:
+    """Leave out what a model thought before it replied; the tag that begins it may be the template's."""
+    if text.startswith("{"):
+        return text
+    thoughts, end, rest = text.partition("</think>")
+    if not end and thoughts.startswith("<think>"):
+        raise ValueError("its thoughts do not end")
+    return rest if end else text
 
 
 def graded(keys: tuple[str, ...], scale: tuple[int, int]) -> VerdictForm:
