@@ -56,7 +56,11 @@ def scorer_code(scorer: type[BaseScorer]) -> str:
 
     It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
-    kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
+    kinds: list[type] = [
+        Item,
+        *scorer.parts,
+        *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer)),
+    ]
     files = {Path(inspect.getfile(kind)) for kind in kinds}
     code = [
         code_alone(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -214,7 +214,7 @@ def read_suite(path: Path) -> Suite:
             for file, are_asked in ((task.items, True), (task.fewshot_items, False)):
                 if file is not None:
                     items[file] = _read_items(placed(path.parent, file), task, are_asked, name)
-    return Suite(path.stem, path, config, items)
+    return Suite(path.stem, path, _with_files_of_scorers(config, path, items), items)
 
 
 def split_of(content: str, holdout: float) -> Split:
@@ -230,6 +230,32 @@ def _read_template(suite: Path, given: str) -> str:
         raise MergetuneError(
             f"{suite}: `chat_template` must be true, false or a file relative to the suite's folder. {error}"
         ) from error
+
+
+def _with_files_of_scorers(
+    config: SuiteConfig, path: Path, items: Mapping[str, Sequence[Item]]
+) -> SuiteConfig:
+    """Return the suite's file with what its scorers' files hold in the place of their names."""
+
+    def read(task: TaskConfig, name: str) -> TaskConfig:
+        if task.items is None or task.scorer is None:
+            return task
+        asked = [
+            item if item.system is not None else item.model_copy(update={"system": task.system})
+            for item in items[task.items]
+        ]
+        try:
+            return task.model_copy(update={"scorer": task.scorer.with_files(path.parent, asked)})
+        except MergetuneError as error:
+            raise MergetuneError(f"{path}: the scorer of `{name}`: {error}") from error
+
+    def each(scores: Mapping[str, ScoreConfig]) -> dict[str, ScoreConfig]:
+        return {
+            name: score.model_copy(update={"tasks": tuple(read(task, name) for task in score.tasks)})
+            for name, score in scores.items()
+        }
+
+    return config.model_copy(update={"objectives": each(config.objectives), "guards": each(config.guards)})
 
 
 def _read_items(path: Path, task: TaskConfig, are_asked: bool, score: str) -> tuple[Item, ...]:

@@ -10,6 +10,7 @@ from mergetune.evaluation.scorers.choice import ChoiceScorer
 from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
+from mergetune.evaluation.scorers.judge import JudgeScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
@@ -22,6 +23,7 @@ __all__ = [
     "ContainsScorer",
     "ExactScorer",
     "JsonScorer",
+    "JudgeScorer",
     "RegexScorer",
     "ReplyTokensScorer",
     "Scorer",
@@ -46,7 +48,7 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer,
+    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer | JudgeScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from mergetune.evaluation.items import Item, Number
 from mergetune.files.yaml_io import Strict
@@ -28,6 +29,7 @@ class BaseScorer(Strict):
         asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
             item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
+        parts: classes elsewhere that make the scores, too: the code beside them is the scorer's own.
         metric: what the score is called in lm-eval's terms.
     """
 
@@ -35,6 +37,7 @@ class BaseScorer(Strict):
     scores: ClassVar[str]
     asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
+    parts: ClassVar[tuple[type, ...]] = ()
 
     kind: str
 
@@ -42,6 +45,18 @@ class BaseScorer(Strict):
     def metric(self) -> str:
         """See the class."""
         return "score"
+
+    def with_files(self, folder: Path, items: Sequence[Item]) -> Self:  # noqa: ARG002
+        """Return the scorer with what its files hold, whose paths are relative to the suite's `folder`.
+
+        Args:
+            folder: the suite's.
+            items: all items of the task, with the system messages that they get.
+
+        Raises:
+            MergetuneError: a file cannot be read, or does not fit the items.
+        """
+        return self
 
     @abstractmethod
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
