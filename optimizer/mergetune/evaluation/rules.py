@@ -52,12 +52,12 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
 
 
 def scorer_code(scorer: type[BaseScorer]) -> str:
-    """Return a digest of the code of a scorer, of what all scorers share, and of items.
+    """Return a digest of the code of a scorer, of its `modules`, of what all scorers share, and of items.
 
     It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
     kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
-    files = {Path(inspect.getfile(kind)) for kind in kinds}
+    files = {Path(inspect.getfile(each)) for each in (*kinds, *scorer.modules)}
     code = [
         code_alone(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.name)
     ]

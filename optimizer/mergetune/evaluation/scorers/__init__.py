@@ -13,6 +13,7 @@ from mergetune.evaluation.scorers.json_answer import JsonScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.evaluation.scorers.tool_calls import ToolCallsScorer
 from mergetune.files.yaml_io import refuse_unknown
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RegexScorer",
     "ReplyTokensScorer",
     "Scorer",
+    "ToolCallsScorer",
     "scorer_rows",
 ]
 
@@ -46,7 +48,13 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer,
+    ExactScorer
+    | ContainsScorer
+    | RegexScorer
+    | JsonScorer
+    | ChoiceScorer
+    | ReplyTokensScorer
+    | ToolCallsScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 from mergetune.evaluation.items import Item, Number
@@ -28,6 +29,7 @@ class BaseScorer(Strict):
         asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
             item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
+        modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         metric: what the score is called in lm-eval's terms.
     """
 
@@ -35,6 +37,7 @@ class BaseScorer(Strict):
     scores: ClassVar[str]
     asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
 
     kind: str
 
