@@ -18,12 +18,12 @@ from pydantic import TypeAdapter
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
-from mergetune.evaluation.items import Item, load_json
+from mergetune.evaluation.items import Item, json_equal, load_json
 from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.rules import scorer_code
 from mergetune.evaluation.scorers import SCORERS, BaseScorer, ChoiceScorer, Scorer, scorer_rows
 from mergetune.evaluation.scorers.choice import choice_index
-from mergetune.evaluation.scorers.json_answer import NOT_JSON, json_equal, parse_json
+from mergetune.evaluation.scorers.json_answer import NOT_JSON, parse_json
 from mergetune.evaluation.suite import read_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergetune.evaluation.call_formats import call_of, is_call
-from mergetune.evaluation.items import ToolCall
-from mergetune.evaluation.scorers.json_answer import json_equal
+from mergetune.evaluation.items import ToolCall, json_equal
 
 Schema = Mapping[str, Any]
 
@@ -72,7 +71,7 @@ class AcceptedCall:
     def shown(self) -> str:
         """Return the call as reports show it: `weather(city="Oslo", unit="C" or nothing)`."""
         arguments = [
-            f"{name}={' or '.join('nothing' if value == '' else _text(value) for value in values)}"
+            f"{name}={' or '.join(_text(_plain(value)) if value != '' else 'nothing' for value in values)}"
             for name, values in self.arguments.items()
         ]
         return f"{self.name}({', '.join(arguments)})"

@@ -9,7 +9,6 @@ from mergetune.evaluation import accepted_calls, call_formats, tool_schemas
 from mergetune.evaluation.accepted_calls import AcceptedCall
 from mergetune.evaluation.call_formats import CallFormat, MalformedCallError
 from mergetune.evaluation.items import Item, ToolCall
-from mergetune.evaluation.scorers import json_answer
 from mergetune.evaluation.scorers.scorer import BaseScorer, shown, stop_problem
 from mergetune.evaluation.tool_schemas import Schema
 from mergetune.files.yaml_io import nearest
@@ -37,7 +36,7 @@ class ToolCallsScorer(BaseScorer):
         "1 if the reply makes exactly these calls, in any order; with `part: name`, `arguments` or `schema`, "
         "the share that is right"
     )
-    modules = (accepted_calls, call_formats, json_answer, tool_schemas)
+    modules = (accepted_calls, call_formats, tool_schemas)
 
     kind: Literal["tool_calls"] = "tool_calls"
     format: CallFormat = "auto"
