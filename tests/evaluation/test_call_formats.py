@@ -31,25 +31,30 @@ def read(reply: str, form: CallFormat) -> Any:
     return [call.arguments for call in calls]
 
 
-# A reply, its calls, and the format that it is in; what vLLM says is held below.
+A, B = '{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {"b": "x"}}'
+LLAMA_A, LLAMA_B = A.replace("arguments", "parameters"), B.replace("arguments", "parameters")
+XML_A = "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"
+
+# The format of a reply, the reply and its calls.
 REPLIES: list[tuple[CallFormat, str, Any]] = [
-    ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', [ONE]),
-    ("hermes", 'Let me see. <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>\nDone.', [ONE]),
-    ("hermes", '<tool_call>{"name":"f","arguments":{"a":1}}</tool_call><tool_call>{"name":"f","arguments":{"b":"x"}}', [ONE, TWO]),
-    ("hermes", '<tool_call>{"name":"f","arguments":{"a":1}</tool_call>', MALFORMED),
+    ("hermes", f"<tool_call>\n{A}\n</tool_call>", [ONE]),
+    ("hermes", f"Let me see. <tool_call>{A}</tool_call>\nDone.", [ONE]),
+    ("hermes", f"<tool_call>{A}</tool_call><tool_call>{B}", [ONE, TWO]),
+    ("hermes", f"<tool_call>{A[:-1]}</tool_call>", MALFORMED),
     ("hermes", '<tool_call>{"name":"f"}</tool_call>', MALFORMED),
     ("hermes", "<tool_call>f(a=1)</tool_call>", MALFORMED),
     ("hermes", "No call.", []),
-    ("qwen_xml", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx\n</parameter>\n</function>\n</tool_call>", [{"a": 1, "b": "x"}]),
-    ("qwen_xml", "<tool_call>\n<function=f>\n<parameter=b>\n1\n\n 2\n</parameter>\n</function>\n</tool_call>", [{"b": "1\n\n 2"}]),
+    ("qwen_xml", f"<tool_call>\n{XML_A}\n</tool_call>", [ONE]),
+    ("qwen_xml", XML_A, [ONE]),
+    ("qwen_xml", f"<tool_call>\n<function=f>\n</function>\n</tool_call>\n{XML_A}", [{}, ONE]),
+    ("qwen_xml", "<function=f>\n<parameter=b>\n1\n\n 2\n</parameter>\n</function>", [{"b": "1\n\n 2"}]),
     ("qwen_xml", '<function=f>\n<parameter=c>\n[1, "x"]\n</parameter>\n</function>', [{"c": [1, "x"]}]),
     ("qwen_xml", "<function=f>\n<parameter=a>\none\n</parameter>\n</function>", [{"a": "one"}]),
     ("qwen_xml", "<function=f>\n<parameter=more>\n1\n</parameter>\n</function>", [{"more": "1"}]),
-    ("qwen_xml", "<tool_call>\n<function=f>\n</function>\n</tool_call>\n<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [{}, ONE]),
-    ("llama_json", '{"name": "f", "parameters": {"a": 1}}', [ONE]),
-    ("llama_json", '<|python_tag|>{"name": "f", "parameters": {"a": 1}}; {"name": "f", "parameters": {"b": "x"}}', [ONE, TWO]),
-    ("llama_json", 'Sure: {"name": "f", "arguments": {"a": 1}} there.', [ONE]),
-    ("llama_json", '{"name": "f", "parameters": {"a": 1}', MALFORMED),
+    ("llama_json", LLAMA_A, [ONE]),
+    ("llama_json", f"<|python_tag|>{LLAMA_A}; {LLAMA_B}", [ONE, TWO]),
+    ("llama_json", f"Sure: {A} there.", [ONE]),
+    ("llama_json", LLAMA_A[:-1], MALFORMED),
     ("llama_json", "Use {braces}.", []),
     ("llama_json", "No call.", []),
     ("pythonic", '[f(a=1), f(b="x")]', [ONE, TWO]),
@@ -64,48 +69,51 @@ REPLIES: list[tuple[CallFormat, str, Any]] = [
     ("mistral", '[TOOL_CALLS]f{"a": 1}', [ONE]),
     ("mistral", 'Sure.[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]f{"b": "x"}', [ONE, TWO]),
     ("mistral", "No call.", []),
-]  # fmt: skip
-ONLY_HERE: list[tuple[CallFormat, str, Any]] = [
+]
+# More, of which vLLM has no word or another one.
+MORE: list[tuple[CallFormat, str, Any]] = [
+    ("qwen_xml", "<function=f>\n<parameter=a>\n1", MALFORMED),
+    ("qwen_xml", "<tool_call>\n<function=f", MALFORMED),
     ("llama_json", "<|python_tag|>print(1)", MALFORMED),
     ("pythonic", '<|python_start|>[f(b="x")]<|python_end|>', [TWO]),
     ("pythonic", "[f(**{'a': 1})]", MALFORMED),
     ("pythonic", "[f(a=b'x')]", MALFORMED),
-    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": {"b": "x"}}]', [ONE, TWO]),
+    *(("pythonic", f"[f(a={sign * 100_000}1)]", MALFORMED) for sign in ("[", "-", "1+")),
+    ("pythonic", f"[f(a={'9' * 10_000})]", MALFORMED),
+    ("mistral", f"[TOOL_CALLS] [{A}, {B}]", [ONE, TWO]),
     ("mistral", '[TOOL_CALLS]f[CALL_ID]abc123def[ARGS]{"a": 1}', [ONE]),
-    ("mistral", 'f{"a": 1}f{"b": "x"}', [ONE, TWO]),  # special tokens left out
+    ("mistral", 'f{"a": 1}f{"b": "x"}', [ONE, TWO]),  # an engine left out special tokens
     ("mistral", "[TOOL_CALLS]f", MALFORMED),
     ("mistral", '[TOOL_CALLS]f{"a": 1', MALFORMED),
     ("mistral", '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]f', MALFORMED),
-    ("qwen_xml", "<function=f>\n<parameter=a>\n1", MALFORMED),
-    ("json", '{"name": "f", "arguments": {"a": 1}}', [ONE]),
+    ("json", A, [ONE]),
     ("json", '{"name": "f", "parameters": "{\\"a\\": 1}"}', [ONE]),
     ("json", '{"type": "function", "function": {"name": "f", "arguments": "{\\"a\\": 1}"}}', [ONE]),
-    ("json", '[{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": {"b": "x"}}]', [ONE, TWO]),
-    ("json", '{"name": "f", "arguments": {"a": 1}}\n{"name": "f", "arguments": {"b": "x"}}\nDone.', [ONE, TWO]),
-    ("json", 'Here:\n```json\n{"name": "f", "arguments": {"b": "x"}}\n```\nand\n```\n[{"name": "f", "arguments": {"a": 1}}]\n```', [TWO, ONE]),
-    ("json", '{"name": "f", "arguments": {"b": "```\\n[1]\\n```"}}', [{"b": "```\n[1]\n```"}]),
-    ("json", '{"name": "f", "arguments": {"a": 1}', MALFORMED),
-    ("json", '[{"name": "f", "arguments": {"a": 1}}, {"a": 1}]', MALFORMED),
+    ("json", f"[{A}, {B}]", [ONE, TWO]),
+    ("json", f"{A}\n{B}\nDone.", [ONE, TWO]),
+    ("json", f"Here:\n```json\n{B}\n```\nand\n```\n[{A}]\n```", [TWO, ONE]),
+    ("json", B.replace("x", "```\\n[1]\\n```"), [{"b": "```\n[1]\n```"}]),
+    ("json", A[:-1], MALFORMED),
+    ("json", f'[{A}, {{"a": 1}}]', MALFORMED),
     ("json", '{"name": "f", "arguments": [1]}', MALFORMED),
     ("json", '{"name": "", "arguments": {}}', MALFORMED),
+    ("json", '[{"name":' * 20_000, MALFORMED),
     ("json", '{"name": "Ada", "age": 36}', []),
     ("json", "[1, 2]", []),
     ("json", "[see below]", []),
     ("json", "{not JSON}", []),
     ("json", "```python\nf(a=1)\n```", []),
     ("json", "[" * 100_000, []),
-    ("json", '[{"name":' * 20_000, MALFORMED),
-    ("pythonic", "[f(a=" + "[" * 100_000, MALFORMED),
     ("json", "", []),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("form", "reply", "expected"), REPLIES + ONLY_HERE)
+@pytest.mark.parametrize(("form", "reply", "expected"), REPLIES + MORE)
 def test_replies_are_read(form: CallFormat, reply: str, expected: Any) -> None:
     assert read(reply, form) == expected
 
 
-@pytest.mark.parametrize(("form", "reply", "expected"), REPLIES + ONLY_HERE)
+@pytest.mark.parametrize(("form", "reply", "expected"), REPLIES + MORE)
 def test_auto_tells_formats_by_their_marks(form: CallFormat, reply: str, expected: Any) -> None:
     has_no_mark = reply.startswith(("f{", "Sure: {"))  # they are calls to a server of that format alone
     assert read(reply, "auto") == ([] if has_no_mark else expected)
@@ -133,7 +141,9 @@ def test_what_is_written_is_read_again(form: CallFormat, calls: list[dict[str, A
     assert read_calls(write_calls(made, form), form, SCHEMAS) == made
 
 
-@pytest.mark.parametrize("part", ["```\n", "{", "[{", "<tool_call>", "<function=f>", '[{"name":', "[f(", " ", "[TOOL_CALLS]f{"])
+@pytest.mark.parametrize(
+    "part", ["```\n", "{", "[{", "<tool_call>", "<function=f>", '[{"name":', "[f(", " ", "[TOOL_CALLS]f{"]
+)
 def test_no_reply_takes_long(part: str) -> None:
     started = time.monotonic()
     for form in get_args(CallFormat):
@@ -150,7 +160,8 @@ def served(form: CallFormat) -> Any:
     from vllm.tool_parsers import ToolParserManager
 
     marks = ["[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    words = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)  # type: ignore[no-untyped-call]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     function = {"name": "f", "parameters": {"type": "object", **SCHEMAS["f"]}}
     request = ChatCompletionRequest(

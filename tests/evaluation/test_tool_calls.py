@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from typing import Any, get_args
 
-import bfcl
 import pytest
 from pydantic import TypeAdapter
 
+import bfcl
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.accepted_calls import AcceptedCall, accepted_calls
 from mergetune.evaluation.call_formats import CallFormat, write_calls
@@ -89,7 +89,9 @@ class Changes:
 
     def argument_added(self, calls: list[ToolCall]) -> list[ToolCall]:
         declared = [key for schema in self.schemas.values() for key in schema["properties"]]
-        added = {self.draw.choice(["verbose", *declared]): self.draw.choice([True, 1, "", "x", [], None])}
+        added: dict[str, Any] = {
+            self.draw.choice(["verbose", *declared]): self.draw.choice([True, 1, "", "x", [], None])
+        }
         return self._with_arguments(calls, lambda own: {**added, **own})
 
     def other_value(self, calls: list[ToolCall]) -> list[ToolCall]:
@@ -139,7 +141,7 @@ class Changes:
         return self.draw.choice([{**value, key: self._another(value.get(key, 1))}, {**value, "more": 1}, {}])
 
     def _retyped(self, value: Any) -> Any:
-        options = [str(value), [value], None, {"value": value}]
+        options: list[Any] = [str(value), [value], None, {"value": value}]
         if isinstance(value, (int, float)):
             options += [int(value), float(value)] * 2
         if isinstance(value, list):
@@ -209,7 +211,7 @@ def test_relevance_is_judged_as_by_the_leaderboard(category: str) -> None:
 
 
 def tool(name: str, required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-    schemas = {key: value if isinstance(value, dict) else {"type": value} for key, value in properties.items()}
+    schemas = {key: own if isinstance(own, dict) else {"type": own} for key, own in properties.items()}
     return {"name": name, "parameters": {"type": "dict", "properties": schemas, "required": [*required]}}
 
 
@@ -317,7 +319,7 @@ ACCEPTED = {"weather": {"city": ["Oslo", "Oslo, Norway"], "days": [3, ""]}}
         (
             [OSLO],
             [hermes(("weather", {"days": 3, "city": "oslo"}))],
-            [hermes(("weather", {"city": "Oslo"})), hermes(("weather", {"city": "Oslo", "days": 3.5})), "No."],
+            [hermes(("weather", {"city": "Oslo"})), hermes(("weather", {"city": "Oslo", "days": 4})), "No."],
             'weather(city="Oslo", days=3)',
         ),
         (
@@ -333,17 +335,23 @@ ACCEPTED = {"weather": {"city": ["Oslo", "Oslo, Norway"], "days": [3, ""]}}
             'weather(city="Oslo" or "Oslo, Norway", days=3 or nothing); clock()',
         ),
         (
-            [{"name": "weather", "arguments": {"city": "x", "options": {"a": {"b": [1]}, "c": "D"}, "share": 2}}],
-            [hermes(("weather", {"city": "x", "options": {"c": "d", "a": {"b": [1]}}, "share": 2.0}))],
+            [{"weather": {"city": ["x"], "options": [{"a": [{"b": [1]}], "c": ["D", ""]}], "share": [2]}}],
+            [hermes(("weather", {"share": 2.0, "city": "x", "options": {"c": "d", "a": {"b": [1]}}}))],
             [hermes(("weather", {"city": "x", "options": {"c": "d"}, "share": 2}))],
             'weather(city="x", options={"a": {"b": [1]}, "c": "D"}, share=2)',
+        ),
+        (
+            [{"name": "weather", "arguments": {"city": "x", "options": {"a": {"b": [1]}, "c": "D"}}}],
+            [hermes(("weather", {"city": "x", "options": {"c": "d", "a": {"b": [1]}}}))],
+            [hermes(("weather", {"city": "x", "options": {"a": {"b": [1]}}}))],
+            'weather(city="x", options={"a": {"b": [1]}, "c": "D"})',
         ),
         ([], ["", "Hello.", '{"a": 1}', "[1]"], [hermes(("clock", {})), "<tool_call>{"], "no call"),
         ("I can't.", ["Something else."], [hermes(("clock", {}))], "no call"),
         (f"Let me look. {hermes(('clock', {}))}", [hermes(("clock", {}))], ["Let me look."], "clock()"),
-        ({"call": "any"}, [hermes(("clock", {})), hermes(("weather", {}))], ["No.", hermes(("f", {}))], "any call"),
+        ({"call": "any"}, [hermes(("clock", {}), ("weather", {}))], ["No.", hermes(("f", {}))], "any call"),
     ],
-)  # fmt: skip
+)
 def test_forms_of_answers(answer: Any, right: list[str], wrong: list[str], target: str) -> None:
     item = asked(answer)
     assert SCORER.check_item(item) is None
@@ -352,9 +360,13 @@ def test_forms_of_answers(answer: Any, right: list[str], wrong: list[str], targe
 
 
 @pytest.mark.parametrize("form", get_args(CallFormat))
-@pytest.mark.parametrize(("answer", "has_reply"), [
-    ([OSLO], True), ([ACCEPTED], True), ([OSLO, OPENAI], True), ("Hi.", True), ([], False), ({"call": "any"}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "has_reply"),
+    [
+        *(([OSLO], True), ([ACCEPTED], True), ([OSLO, OPENAI], True), ("Hi.", True)),
+        *(([], False), ({"call": "any"}, False)),
+    ],
+)
 def test_the_wanted_reply_is_right(form: CallFormat, answer: Any, has_reply: bool) -> None:
     scorer = ToolCallsScorer(format=form)
     reply = scorer.wanted_reply(asked(answer))
@@ -409,7 +421,10 @@ def test_parts(answer: Any, calls: Any, name: float, arguments: float, schema: f
         ([{"name": "clock", "arguments": {"zone": "UTC"}}], "an argument `zone` that it lacks"),
         ([{"name": "weather", "arguments": {}}], "no value for the argument `city` that `weather` requires"),
         ([{"weather": {"city": []}}], "no value for the argument `city`"),
-        ([{"weather": {"city": ["x"], "options": [{}], "days": [[]], "share": [1]}}], None),
+        ([{"weather": {"city": ["x"], "options": [{}], "days": ["1 + n"], "share": [1]}}], None),
+        ([{"weather": {"city": ["x"], "days": ["", 1.5]}}], None),
+        ([{"name": "weather", "arguments": {"city": "x", "units": [1, "x"]}}], None),
+        ([{"name": "weather", "arguments": {"city": "x", "units": ["x", 1]}}], "its schema does not take"),
         ("<tool_call>{", "begins a call that cannot be read"),
         (hermes(("forecast", {})), "calls `forecast`, which is not among `tools`"),
     ],
@@ -424,11 +439,12 @@ def test_answers_that_no_reply_can_have_are_refused(answer: Any, problem: str | 
     [
         ([], {}, "the item has no `tools`"),
         ([{"name": "f"}], {}, "each of `tools` must be an object such as"),
+        ([{"function": {"name": "f", "parameters": {"required": True}}}], {}, "each of `tools` must be"),
         ([{"function": CLOCK}, {"function": CLOCK}], {}, "a name of its own, but two are `clock`"),
-        ([{"function": tool("f", a={"type": "date"})}], {"part": "schema"}, "`f` must be a JSON Schema, but at"),
-        ([{"function": tool("f", a={"type": "date"})}], {}, None),
+        ([{"function": tool("f", a="date")}], {"part": "schema"}, "`f` must be a JSON Schema, but at"),
+        ([{"function": tool("f", a="date")}], {}, None),
     ],
-)  # fmt: skip
+)
 def test_tools_that_are_none_are_refused(tools: list[Any], options: Any, problem: str | None) -> None:
     item = Item(prompt="x", tools=tuple(tools), answer={"call": "any"})
     found = ToolCallsScorer(**options).check_item(item)

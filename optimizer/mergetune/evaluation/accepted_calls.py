@@ -14,8 +14,7 @@ from typing import Any
 
 from mergetune.evaluation.call_formats import call_of, is_call
 from mergetune.evaluation.items import ToolCall, json_equal
-
-Schema = Mapping[str, Any]
+from mergetune.evaluation.tool_schemas import Schema
 
 # The kinds of values that a type takes.
 _KINDS: dict[str, set[str]] = {
@@ -110,7 +109,7 @@ def _nested(value: Any) -> Any:
     return value
 
 
-def _accepts(value: Any, accepted: Sequence[Any], schema: Schema) -> bool:
+def _accepts(value: Any, accepted: Sequence[Any], schema: Any) -> bool:
     """Say whether a value is accepted, and of the right type.
 
     That is the declared one or, where an answer has something else, such as an expression in place of a
@@ -124,9 +123,9 @@ def _accepts(value: Any, accepted: Sequence[Any], schema: Schema) -> bool:
         return False
     if not isinstance(value, list):
         return any(_is_same(value, each) for each in accepted)
-    inner = _kinds(schema.get("items", {}), _KINDS_IN_ARRAYS)
+    inner = _kinds(schema.get("items"), _KINDS_IN_ARRAYS) if declared else set()
     return any(_has_kinds(value, each, inner) for each in accepted) and any(
-        _is_same_list(value, each or []) for each in accepted
+        _is_same_list(value, [] if each == "" else each) for each in accepted
     )
 
 
@@ -165,10 +164,10 @@ def _folded(value: Any) -> Any:
     return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value
 
 
-def _kinds(schema: Schema, table: Mapping[str, set[str]] = _KINDS) -> set[str]:
+def _kinds(schema: Any, table: Mapping[str, set[str]] = _KINDS) -> set[str]:
     """Return the kinds of values that a schema declares; none: it has no `type`, or one that is not known."""
-    types = schema.get("type")
-    found = [table.get(each, set()) for each in ([types] if isinstance(types, str) else types or [])]
+    types = schema.get("type") if isinstance(schema, dict) else None
+    found = [table.get(str(each), set()) for each in (types if isinstance(types, list) else [types])]
     return set().union(*found) if all(found) else set()
 
 

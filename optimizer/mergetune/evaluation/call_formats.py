@@ -1,7 +1,7 @@
 """Tool calls in a model's reply, read as servers read them and written in the same formats.
 
 The formats are those of vLLM's tool parsers `hermes`, `qwen3_coder`, `llama3_json`, `pythonic` and `mistral`,
-and bare JSON. Text around calls is ignored, as servers return it beside them.
+and bare JSON. Text beside calls does not count, but for `pythonic`, where it makes them malformed as in vLLM.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergetune.evaluation.items import ToolCall
+from mergetune.evaluation.tool_schemas import Schema
 
 CallFormat = Literal["auto", "mistral", "qwen_xml", "hermes", "llama_json", "pythonic", "json"]
-Schemas = Mapping[str, Mapping[str, Any]]  # of the parameters of each tool, by its name
+Schemas = Mapping[str, Schema]  # of the parameters of each tool, by its name
 
 _NAMES = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _JSON = json.JSONDecoder()
@@ -74,7 +75,7 @@ def call_of(data: Any) -> ToolCall:
     own = data.get("function", data) if isinstance(data, dict) else None
     name, arguments = (own.get("name"), _arguments(own)) if isinstance(own, dict) else (None, None)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise ValueError(f"no call with `name` and `arguments` is {json.dumps(data, ensure_ascii=False):.80}")
+        raise ValueError(f"no call with `name` and `arguments` is {_text(data):.80}")
     return ToolCall(name=name, arguments=arguments)
 
 
@@ -127,7 +128,10 @@ def _read_hermes(reply: str, _schemas: Schemas) -> Iterator[ToolCall]:
 
 
 def _read_xml(reply: str, schemas: Schemas) -> Iterator[ToolCall]:
-    for name, body in _XML_CALL.findall(reply):
+    calls = _XML_CALL.findall(reply)
+    if not calls and "<function=" in reply:
+        raise ValueError("the name of a function does not end")
+    for name, body in calls:
         if rest := _XML_ARGUMENT.sub("", body).strip():
             raise ValueError(f"a parameter does not end, or is none: {rest:.80}")
         declared = schemas.get(name.strip(), {}).get("properties", {})
@@ -135,7 +139,7 @@ def _read_xml(reply: str, schemas: Schemas) -> Iterator[ToolCall]:
         yield ToolCall(name=name.strip(), arguments=arguments)
 
 
-def _xml_value(text: str, schema: Mapping[str, Any] | None) -> Any:
+def _xml_value(text: str, schema: Schema | None) -> Any:
     """Return what a parameter's text means: itself where its schema takes text or is absent, else JSON."""
     kinds = schema.get("type") if schema is not None else "string"
     if not {"string", "any"}.isdisjoint([kinds] if isinstance(kinds, str) else kinds or ()):
@@ -154,19 +158,16 @@ def _read_pythonic(reply: str, _schemas: Schemas) -> Iterator[ToolCall]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python, about backslashes in the reply's strings
         calls = ast.parse(text, mode="eval").body
-    for call in calls.elts if isinstance(calls, ast.List) else [calls]:
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("must be a list of calls whose arguments have names")
-        yield ToolCall(
-            name=ast.unparse(call.func),
-            arguments={str(each.arg): _python_value(each.value) for each in call.keywords if _has_name(each)},
-        )
+    if not isinstance(calls, ast.List):
+        raise ValueError("more than a list of calls is there")
+    yield from map(_python_call, calls.elts)
 
 
-def _has_name(keyword: ast.keyword) -> bool:
-    if keyword.arg is None:
-        raise ValueError("`**` stands for arguments without names")
-    return True
+def _python_call(node: ast.expr) -> ToolCall:
+    if not isinstance(node, ast.Call) or node.args or any(each.arg is None for each in node.keywords):
+        raise ValueError("each must be a call whose arguments have names")
+    arguments = {str(each.arg): _python_value(each.value) for each in node.keywords}
+    return ToolCall(name=ast.unparse(node.func), arguments=arguments)
 
 
 class _JsonNames(ast.NodeTransformer):
@@ -193,8 +194,12 @@ def _read_mistral(reply: str, _schemas: Schemas) -> Iterable[ToolCall]:
     return calls
 
 
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _as_json(call: ToolCall, key: str = "arguments") -> str:
-    return json.dumps({"name": call.name, key: call.arguments}, ensure_ascii=False)
+    return _text({"name": call.name, key: call.arguments})
 
 
 def _write_json(calls: Sequence[ToolCall]) -> str:
@@ -210,8 +215,8 @@ def _write_pythonic(calls: Sequence[ToolCall]) -> str:
 def _write_xml(calls: Sequence[ToolCall]) -> str:
     texts = []
     for call in calls:
-        values = {key: v if isinstance(v, str) else json.dumps(v) for key, v in call.arguments.items()}
-        body = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in values.items())
+        values = {key: own if isinstance(own, str) else _text(own) for key, own in call.arguments.items()}
+        body = "".join(f"<parameter={key}>\n{own}\n</parameter>\n" for key, own in values.items())
         texts.append(f"<tool_call>\n<function={call.name}>\n{body}</function>\n</tool_call>")
     return "\n".join(texts)
 
@@ -226,11 +231,11 @@ class _Format:
 
 
 # In the order in which `auto` looks for them.
-FORMATS: dict[str, _Format] = {
+FORMATS: dict[CallFormat, _Format] = {
     "mistral": _Format(
         re.compile(r"\[TOOL_CALLS\]"),
         _read_mistral,
-        lambda calls: "".join(f"[TOOL_CALLS]{call.name}{json.dumps(call.arguments)}" for call in calls),
+        lambda calls: "".join(f"[TOOL_CALLS]{call.name}{_text(call.arguments)}" for call in calls),
     ),
     "qwen_xml": _Format(re.compile(r"<function="), _read_xml, _write_xml),
     "hermes": _Format(

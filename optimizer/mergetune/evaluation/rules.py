@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mergetune.evaluation.items import Item
@@ -56,11 +57,10 @@ def scorer_code(scorer: type[BaseScorer]) -> str:
 
     It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
-    kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
-    files = {Path(inspect.getfile(each)) for each in (*kinds, *scorer.modules)}
-    code = [
-        code_alone(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.name)
-    ]
+    kinds = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
+    parts: list[type | ModuleType] = [*kinds, *scorer.modules]
+    files = {Path(inspect.getfile(part)) for part in parts}
+    code = sorted(code_alone(file.read_text(encoding="utf-8")) for file in files)
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 

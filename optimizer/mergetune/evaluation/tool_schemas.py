@@ -10,6 +10,10 @@ from mergetune.evaluation.items import ToolCall
 
 Schema = Mapping[str, Any]
 
+_FORM = (
+    '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", '
+    '"properties": {"city": {"type": "string"}}, "required": ["city"]}}}'
+)
 # What JSON Schema calls the types of the Berkeley Function-Calling Leaderboard; "": any type.
 _JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}
 
@@ -25,9 +29,8 @@ def tool_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Schema]:
         function = tool.get("function")
         own = function if isinstance(function, dict) else {}
         name, parameters = own.get("name"), own.get("parameters") or {}
-        if not isinstance(name, str) or not isinstance(parameters, dict):
-            form = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
-            raise ValueError(f"each of `tools` must be an object such as {form}, but one is {tool!s:.80}")
+        if not isinstance(name, str) or not _has_parameters(parameters):
+            raise ValueError(f"each of `tools` must be an object such as {_FORM}, but one is {tool!s:.80}")
         if name in schemas:
             raise ValueError(f"each of `tools` must have a name of its own, but two are `{name}`")
         schemas[name] = parameters
@@ -70,6 +73,16 @@ def is_valid(call: ToolCall, schemas: Mapping[str, Schema]) -> bool:
         raise MergetuneError(
             f"The parameters of the tool `{call.name}` must hold every schema that they refer to: {error}"
         ) from error
+
+
+def _has_parameters(schema: Any) -> bool:
+    """Say whether what a schema says of parameters can be read: which there are, and which are required."""
+    return (
+        isinstance(schema, dict)
+        and isinstance(schema.get("properties", {}), dict)
+        and isinstance(required := schema.get("required", []), list)
+        and all(isinstance(each, str) for each in required)
+    )
 
 
 def _validator(schema: Schema) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from mergetune.evaluation import accepted_calls, call_formats, tool_schemas
@@ -113,7 +113,7 @@ class ToolCallsScorer(BaseScorer):
         calls = self._first_calls(item)
         if not calls:
             return None
-        forms = call_formats.FORMATS if self.format == "auto" else [self.format]
+        forms: Iterable[CallFormat] = call_formats.FORMATS if self.format == "auto" else [self.format]
         written = [call_formats.write_calls(calls, form) for form in forms]
         replies = [item.answer] if isinstance(item.answer, str) else written
         if any(self._share_right(item, _cut_off(reply, stop), "all") == 1 for reply in replies):
