@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -15,8 +16,10 @@ import bfcl
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.accepted_calls import AcceptedCall, accepted_calls
 from mergetune.evaluation.call_formats import CallFormat, write_calls
+from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, ToolCall
 from mergetune.evaluation.scorers import Scorer, ToolCallsScorer
+from mergetune.evaluation.suite import read_suite
 from mergetune.evaluation.tool_schemas import tool_schemas
 
 needs_bfcl = pytest.mark.skipif(
@@ -457,6 +460,25 @@ def test_stop_strings_and_formats_that_leave_no_right_reply_are_refused() -> Non
     item = bfcl.item([{"name": "get-time"}], [{"get-time": {}}])
     assert SCORER.check_item(item) is None
     assert "no reply in the format `pythonic`" in (ToolCallsScorer(format="pythonic").check_item(item) or "")
+
+
+def test_items_are_scored_as_lm_eval_hands_them_on(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": WEATHER}]
+    answers = [[{"weather": {"city": ["Oslo"], "share": [0.5]}}], [], {"call": "any"}, "Hello."]
+    rows = [{"prompt": str(answer), "tools": tools, "answer": answer} for answer in answers]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"items": "items.jsonl", "scorer": "tool_calls"}
+    suite = {
+        "description": "",
+        "chat_template": False,
+        "holdout": 0,
+        "objectives": {"calls": {"tasks": [task]}},
+    }
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+    (bound,) = Evaluator(read_suite(tmp_path / "suite.yaml")).tasks.values()
+    reply = hermes(("weather", {"city": "oslo", "share": 0.5}))
+    scores = bound.measured({index: [reply] for index in range(len(answers))})
+    assert [scores[index]["score"] for index in range(len(answers))] == [1, 0, 1, 0]
 
 
 def test_a_schema_that_refers_to_what_it_does_not_hold_ends_with_an_error() -> None:

@@ -57,8 +57,8 @@ def scorer_code(scorer: type[BaseScorer]) -> str:
 
     It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
-    kinds = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
-    parts: list[type | ModuleType] = [*kinds, *scorer.modules]
+    parts: list[type | ModuleType] = [Item, *scorer.modules]
+    parts += [kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer)]
     files = {Path(inspect.getfile(part)) for part in parts}
     code = sorted(code_alone(file.read_text(encoding="utf-8")) for file in files)
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
