@@ -131,7 +131,7 @@ class Changes:
         return self._with_arguments(calls, changed)
 
     def _another(self, value: Any) -> Any:
-        if isinstance(value, bool):
+        if value is None or isinstance(value, bool):
             return not value
         if isinstance(value, (int, float)):
             return value + self.draw.choice([1, 0.5, -3])
