@@ -14,6 +14,7 @@ from mergetune.evaluation.scorers.judge import JudgeScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.evaluation.scorers.tool_calls import ToolCallsScorer
 from mergetune.files.yaml_io import refuse_unknown
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RegexScorer",
     "ReplyTokensScorer",
     "Scorer",
+    "ToolCallsScorer",
     "scorer_rows",
 ]
 
@@ -48,7 +50,14 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer | JudgeScorer,
+    ExactScorer
+    | ContainsScorer
+    | RegexScorer
+    | JsonScorer
+    | ChoiceScorer
+    | ReplyTokensScorer
+    | ToolCallsScorer
+    | JudgeScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]

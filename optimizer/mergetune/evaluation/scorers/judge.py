@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item
+from mergetune.evaluation.judging import questions, verdicts
 from mergetune.evaluation.judging.judge import Judge, JudgeSettings, judge_of
 from mergetune.evaluation.judging.questions import (
     Question,
@@ -26,7 +27,7 @@ from mergetune.evaluation.judging.reply_files import (
     read_references,
 )
 from mergetune.evaluation.judging.verdict_store import default_store
-from mergetune.evaluation.judging.verdicts import VerdictForm, graded, preferred
+from mergetune.evaluation.judging.verdicts import graded, preferred
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import Strict, read_text
@@ -66,7 +67,7 @@ class JudgeScorer(BaseScorer):
         "what a model on a server gives the reply: its place on a scale by a rubric, the mean of several "
         "criteria, or the share of comparisons with a reference that it wins, a tie counting half"
     )
-    parts = (Question, VerdictForm)
+    modules = (questions, verdicts)
 
     kind: Literal["judge"] = "judge"
     model: str = Field(min_length=1)

@@ -10,6 +10,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
 from mergetune.evaluation.items import Item, Number
@@ -29,7 +30,7 @@ class BaseScorer(Strict):
         asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
             item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
-        parts: classes elsewhere that make the scores, too: the code beside them is the scorer's own.
+        modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         metric: what the score is called in lm-eval's terms.
     """
 
@@ -37,7 +38,7 @@ class BaseScorer(Strict):
     scores: ClassVar[str]
     asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
-    parts: ClassVar[tuple[type, ...]] = ()
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
 
     kind: str
 
