@@ -7,24 +7,36 @@ from typing import Annotated, get_args
 from pydantic import BeforeValidator, Field
 
 from mergetune.evaluation.scorers.choice import ChoiceScorer
+from mergetune.evaluation.scorers.code import CodeScorer
 from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
+from mergetune.evaluation.scorers.json_schema import JsonSchemaScorer
+from mergetune.evaluation.scorers.numeric import NumericScorer
+from mergetune.evaluation.scorers.python_function import PythonScorer
+from mergetune.evaluation.scorers.refusal import RefusalScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.evaluation.scorers.similarity import SimilarityScorer
 from mergetune.files.yaml_io import refuse_unknown
 
 __all__ = [
     "SCORERS",
     "BaseScorer",
     "ChoiceScorer",
+    "CodeScorer",
     "ContainsScorer",
     "ExactScorer",
+    "JsonSchemaScorer",
     "JsonScorer",
+    "NumericScorer",
+    "PythonScorer",
+    "RefusalScorer",
     "RegexScorer",
     "ReplyTokensScorer",
     "Scorer",
+    "SimilarityScorer",
     "scorer_rows",
 ]
 
@@ -46,7 +58,18 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer | ReplyTokensScorer,
+    ExactScorer
+    | ContainsScorer
+    | RegexScorer
+    | JsonScorer
+    | ChoiceScorer
+    | ReplyTokensScorer
+    | NumericScorer
+    | JsonSchemaScorer
+    | SimilarityScorer
+    | RefusalScorer
+    | PythonScorer
+    | CodeScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]
