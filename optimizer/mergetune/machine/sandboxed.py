@@ -31,6 +31,7 @@ _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
+_HOME = "/sandbox"
 _DEVICES = ("null", "zero", "random", "urandom")
 # The system counts a user's processes. Root's code has a user of its own; any other shares it with all else
 # that the user runs, and is held to its limit by what `_watch` sees.
@@ -132,7 +133,7 @@ def _is_within(asked: dict[str, Any]) -> bool:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", encoding="ascii") as file:
             pages += int(file.read().split()[1])
     used_mb = pages * resource.getpagesize() / _MIB
-    return len(found) <= asked["processes"] and used_mb <= asked["memory_mb"]
+    return bool(len(found) <= asked["processes"] and used_mb <= asked["memory_mb"])
 
 
 def _descendants() -> list[int]:
@@ -182,7 +183,7 @@ def _end(group: int, user: int | None) -> None:
 
 
 def _enter_a_root_of_its_own(root: str, folders: Sequence[str]) -> None:
-    """Leave the machine's file system for one with some of its folders, read-only, and an empty `/tmp`."""
+    """Leave the machine's file system for one with some of its folders, read-only, and an empty one."""
     _mount("tmpfs", root, "tmpfs", data="size=1m,mode=755")
     for folder in folders:
         _show(folder, root)
@@ -190,16 +191,18 @@ def _enter_a_root_of_its_own(root: str, folders: Sequence[str]) -> None:
     for device in _DEVICES:
         with open(f"{root}/dev/{device}", "wb"):
             _mount(f"/dev/{device}", f"{root}/dev/{device}", flags=_MS_BIND)
-    os.symlink("/tmp", f"{root}/dev/shm")
-    for name in ("proc", "tmp"):
-        os.makedirs(f"{root}/{name}", exist_ok=True)
+    for name in ("/proc", _HOME):
+        os.makedirs(root + name)
+    for name in ("/dev/shm", "/tmp"):
+        if not os.path.lexists(root + name):  # as `/tmp` where Python is installed there
+            os.symlink(_HOME, root + name)
     _mount("proc", f"{root}/proc", "proc")
     _make_read_only(root)
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", data="size=64m,mode=1777")
+    _mount("tmpfs", root + _HOME, "tmpfs", data="size=64m,mode=1777")
     os.chdir(root)
     _call("pivot_root", b".", b".")  # the old root then lies over the new one, as in pivot_root(2)
     _call("umount2", b".", _MNT_DETACH)
-    os.chdir("/tmp")
+    os.chdir(_HOME)
 
 
 def _show(folder: str, root: str) -> None:

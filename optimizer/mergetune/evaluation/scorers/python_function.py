@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +100,7 @@ class PythonScorer(BaseScorer):
                 f"returned {returned!r:.80}."
             )
         for item, score in zip(items, scores, strict=True):
-            if not isinstance(score, Real) or not math.isfinite(score) or not 0 <= score <= 1:
+            if not isinstance(score, Real) or not 0 <= float(score) <= 1:  # nor is NaN within
                 raise MergetuneError(
                     f"`{self.function}` must return numbers in [0, 1], but returned {score!r:.80} for "
                     f"{_named(item)}."

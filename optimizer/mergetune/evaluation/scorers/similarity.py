@@ -62,7 +62,8 @@ def _measure(name: Measure) -> Callable[[str, str], float]:
 
         rouge = RougeScorer(["rougeL"])
         return lambda reply, right: float(rouge.score(right, reply)["rougeL"].fmeasure)
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     metric = CHRF() if name == "chrf" else BLEU(effective_order=True)
     return lambda reply, right: min(1.0, metric.sentence_score(reply, [right]).score / 100)
