@@ -1,0 +1,104 @@
+"""Forms that items come in, told by the keys of their rows: adding one is its file and its place here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.formats.alpaca import ALPACA
+from mergetune.evaluation.formats.bfcl import BFCL
+from mergetune.evaluation.formats.chat import CHAT, CHAT_PROMPTS, SHARE_GPT
+from mergetune.evaluation.formats.form import COMMON, Form, Row, has
+from mergetune.evaluation.formats.pairs import COMPLETION, PREFERENCE
+from mergetune.evaluation.formats.plain import BARE, PLAIN
+from mergetune.evaluation.formats.samples import INSPECT, OPENAI_EVALS
+from mergetune.evaluation.formats.tools import tools_of
+
+__all__ = ["BFCL", "COMMON", "FORMS", "Form", "fields_of", "form_of", "form_rows", "suggestion"]
+
+# The first that a row is like is its form.
+FORMS = (
+    *(PLAIN, BFCL, PREFERENCE, COMPLETION, CHAT, SHARE_GPT),
+    *(CHAT_PROMPTS, BARE, ALPACA, OPENAI_EVALS, INSPECT),
+)
+_FIRST_ROWS = 20
+_LIKE_PROMPT = ("question", "instruction", "input", "query", "problem", "text", "user")
+_LIKE_ANSWER = (
+    *("answer", "completion", "response", "output", "target", "ideal", "label", "solution", "ground_truth"),
+)
+
+
+def form_of(rows: Sequence[Row]) -> Form:
+    """Return the form of a file: that of its first rows or, where these differ, of the first.
+
+    Raises:
+        MergetuneError: the first row is of no form; the message names its keys and how to map them.
+    """
+    first = rows[:_FIRST_ROWS]
+    fitting = (form for form in FORMS if all(map(form.is_like, first)))
+    found = next(fitting, None) or next((form for form in FORMS if form.is_like(first[0])), None)
+    if found is None:
+        raise MergetuneError(_unknown(first[0]))
+    return found
+
+
+def fields_of(form: Form, row: Row) -> dict[str, Any]:
+    """Return the fields of a row's item, `metadata` among them.
+
+    Raises:
+        MergetuneError: the row is broken; the message names the path of what is wrong.
+    """
+    _check_form(form, row)
+    own = form.fields(row)
+    beside = {key: row[key] for key in ("system", "answer", "choices", "patterns") if has(row, key)}
+    if beside.get("system") and own.pop("system", "") not in ("", beside["system"]):
+        raise MergetuneError(
+            "`system`: must not differ from the conversation's own system message. Keep one."
+        )
+    fields = {**beside, **own}
+    if tools := tools_of(row):
+        fields.setdefault("tools", tools)
+    target = fields.get("target")
+    if target is not None and "tool_calls" not in target:
+        fields.setdefault("answer", target["content"])
+    return {**fields, "metadata": _metadata(row, {*form.keys, *COMMON})}
+
+
+def suggestion(row: Row, *, has_prompt: bool = False) -> str:
+    """Return the `fields` that a row's keys suggest."""
+    prompt = next((key for key in _LIKE_PROMPT if key in row), "PATH")
+    answer = next((key for key in _LIKE_ANSWER if key in row), "PATH")
+    return f"`fields: {{{'' if has_prompt else f'prompt: {prompt}, '}answer: {answer}}}`"
+
+
+def form_rows() -> list[tuple[str, str, str]]:
+    """Return a row per form for the docs: its name, its keys, and what becomes of them."""
+    return [(form.name, ", ".join(f"`{key}`" for key in form.keys), form.meaning) for form in FORMS]
+
+
+def _check_form(form: Form, row: Row) -> None:
+    other = form if form.is_like(row) else next((each for each in FORMS if each.is_like(row)), form)
+    if other.keys != form.keys:
+        raise MergetuneError(
+            f"must be of one form with the first rows, {form.name} (`{'`, `'.join(form.keys)}`), but has the keys "
+            f"of another, {other.name}: `{'`, `'.join(row)}`."
+        )
+
+
+def _unknown(row: Row) -> str:
+    if not row:
+        return "must be an item, such as a `prompt` with its `answer`, but is empty."
+    return (
+        f"must be of a form that is read, but has `{'`, `'.join(row)}`. Say in the task where the fields of an "
+        f"item stand, such as {suggestion(row)}; paths have dots, such as `gold.text`."
+    )
+
+
+def _metadata(row: Row, used: Iterable[str]) -> dict[str, Any]:
+    """Return all else of a row; the keys of an object `metadata` stand beside them."""
+    rest = {key: value for key, value in row.items() if key not in used and value is not None}
+    within = rest.get("metadata")
+    return (
+        {**within, **{k: v for k, v in rest.items() if k != "metadata"}} if isinstance(within, dict) else rest
+    )
