@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import FieldMap
-from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, suggestion
+from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, metadata_of, suggestion
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.rows import PlacedRow, Row, located, read_rows
 from mergetune.files.yaml_io import validate
@@ -31,7 +31,7 @@ class ItemSource:
     """
 
     file: str
-    fields: FieldMap = FieldMap()
+    fields: FieldMap = field(default_factory=FieldMap)
     answers: str | None = None
     split: str | None = None
     config_name: str | None = None
@@ -151,7 +151,7 @@ def _item(form: Form, answers: _Answers, place: str, row: Row, rest: Row) -> Ite
         fields = fields_of(form, row)
     except MergetuneError as error:
         raise MergetuneError(f"{place}: {error}") from error
-    fields["metadata"] = {**rest, **fields["metadata"]}
+    fields["metadata"] = {**metadata_of(rest), **fields["metadata"]} or None
     return validate(answers.put_into(fields, row, place), Item, place)
 
 
@@ -171,7 +171,7 @@ def _in_words(form: Form, source: ItemSource, items: Sequence[Item]) -> str:
 def _hint(form: Form, source: ItemSource, rows: Sequence[PlacedRow]) -> str:
     """Say what may help where an item has no answer."""
     if form is BFCL and source.answers is None:
-        return " BFCL keeps the answers in a second file: say `answers: FILE`, or `answers: none` where no call is right."
+        return " BFCL keeps answers in a second file: say `answers: FILE`, or `answers: none` for no call."
     said = suggestion(rows[0][1], has_prompt=True)
     is_known = source.fields.answer is not None or "PATH" in said or "answer: answer" in said
     return "" if is_known else f" Say {said} in the task, if that is what is wanted."

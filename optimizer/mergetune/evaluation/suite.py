@@ -237,9 +237,7 @@ def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
     """Refuse the first item that a task cannot ask, or else take as a few-shot example."""
     assert task.scorer is not None  # TaskConfig
     if task.score_turns == "all" and not file.is_conversation:
-        raise MergetuneError(
-            f"{file.summary}. `score_turns: all` needs conversations, whose items have several turns. Leave it out."
-        )
+        raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
     for item, place in zip(file.items, file.places, strict=True):
         if problem := task.scorer.check_item(item, task.stop if are_asked else (), is_example=not are_asked):
             raise MergetuneError(f"{place}: {problem}{file.hint if item.answer is None else ''}")

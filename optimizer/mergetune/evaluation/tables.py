@@ -44,8 +44,8 @@ def csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
                 rows.append((place, _named_cells(header, cells, place)))
     except csv.Error as error:
         raise MergetuneError(
-            f"{path}, row {number + 1}: is no row of a CSV file: {error}. A cell that holds a quote or a line "
-            'end is put in quotes, and quotes in it are doubled: "say ""hi""".'
+            f"{path}, row {number + 1}: is no row of a CSV file: {error}. A cell that holds a quote or a "
+            'line end is put in quotes, and quotes in it are doubled: "say ""hi""".'
         ) from error
     return rows
 
@@ -54,7 +54,7 @@ def _header(cells: list[str], place: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if "" in names or len(set(names)) < len(names):
         raise MergetuneError(
-            f"{place}: the first row of a CSV file must name each column, but is {', '.join(map(repr, names))}."
+            f"{place}: the first row of a CSV file must name each column, but is {names!r:.200}."
         )
     return names
 

@@ -15,7 +15,17 @@ from mergetune.evaluation.formats.plain import BARE, PLAIN
 from mergetune.evaluation.formats.samples import INSPECT, OPENAI_EVALS
 from mergetune.evaluation.formats.tools import tools_of
 
-__all__ = ["BFCL", "COMMON", "FORMS", "Form", "fields_of", "form_of", "form_rows", "suggestion"]
+__all__ = [
+    "BFCL",
+    "COMMON",
+    "FORMS",
+    "Form",
+    "fields_of",
+    "form_of",
+    "form_rows",
+    "metadata_of",
+    "suggestion",
+]
 
 # The first that a row is like is its form.
 FORMS = (
@@ -62,7 +72,7 @@ def fields_of(form: Form, row: Row) -> dict[str, Any]:
     target = fields.get("target")
     if target is not None and "tool_calls" not in target:
         fields.setdefault("answer", target["content"])
-    return {**fields, "metadata": _metadata(row, {*form.keys, *COMMON})}
+    return {**fields, "metadata": metadata_of(row, {*form.keys, *COMMON})}
 
 
 def suggestion(row: Row, *, has_prompt: bool = False) -> str:
@@ -78,11 +88,11 @@ def form_rows() -> list[tuple[str, str, str]]:
 
 
 def _check_form(form: Form, row: Row) -> None:
-    other = form if form.is_like(row) else next((each for each in FORMS if each.is_like(row)), form)
-    if other.keys != form.keys:
+    if not any(each.is_like(row) for each in FORMS if each.keys == form.keys):
+        there = "`, `".join(key for key in row if has(row, key))
         raise MergetuneError(
-            f"must be of one form with the first rows, {form.name} (`{'`, `'.join(form.keys)}`), but has the keys "
-            f"of another, {other.name}: `{'`, `'.join(row)}`."
+            f"must be as the first rows are, {form.name} (`{'`, `'.join(form.keys)}`), "
+            f"but {f'has `{there}`' if there else 'is empty'}. A file has one form."
         )
 
 
@@ -90,15 +100,15 @@ def _unknown(row: Row) -> str:
     if not row:
         return "must be an item, such as a `prompt` with its `answer`, but is empty."
     return (
-        f"must be of a form that is read, but has `{'`, `'.join(row)}`. Say in the task where the fields of an "
-        f"item stand, such as {suggestion(row)}; paths have dots, such as `gold.text`."
+        f"must be of a form that is read, but has `{'`, `'.join(row)}`. Say in the task where an item's "
+        f"fields stand, such as {suggestion(row)}; paths have dots, such as `gold.text`."
     )
 
 
-def _metadata(row: Row, used: Iterable[str]) -> dict[str, Any]:
+def metadata_of(row: Row, used: Iterable[str] = ()) -> dict[str, Any]:
     """Return all else of a row; the keys of an object `metadata` stand beside them."""
     rest = {key: value for key, value in row.items() if key not in used and value is not None}
     within = rest.get("metadata")
-    return (
-        {**within, **{k: v for k, v in rest.items() if k != "metadata"}} if isinstance(within, dict) else rest
-    )
+    if isinstance(within, dict):
+        rest = {**within, **{key: value for key, value in rest.items() if key != "metadata"}}
+    return rest

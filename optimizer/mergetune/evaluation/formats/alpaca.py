@@ -36,8 +36,8 @@ def _turns(value: Any) -> list[Message]:
 ALPACA = Form(
     "Alpaca",
     ("instruction", "input", "output", "history"),
-    "`instruction`, with `input` on the next line, is the prompt, and `output` the answer; `history` has earlier "
-    "turns in pairs",
+    "`instruction`, with `input` on the next line, is the prompt, and `output` the answer; `history` has "
+    "earlier turns in pairs",
     lambda row: has(row, "instruction"),
     _fields,
     is_conversation=True,

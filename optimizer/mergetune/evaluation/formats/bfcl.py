@@ -23,8 +23,8 @@ def _fields(row: Row) -> dict[str, Any]:
     turns = list_at(row.get("question"), "question")
     if len(turns) != 1:
         raise MergetuneError(
-            f"`question`: must have one turn, but has {len(turns)}. BFCL scores several turns by running their "
-            "calls, which is not done here. Leave such questions out."
+            f"`question`: must have one turn, but has {len(turns)}. BFCL scores several turns by running "
+            "their calls, which is not done here. Leave such questions out."
         )
     if row.get("function") is None:
         refuse(
@@ -67,8 +67,8 @@ def _is_question(row: Row) -> bool:
 BFCL = Form(
     "BFCL questions",
     ("question", "function", "ground_truth"),
-    "the messages of the one turn are asked, with the functions as tools; the answers stand in a second file, "
-    "`answers: FILE`, or no call is right, `answers: none`",
+    "the messages of the one turn are asked, with the functions as tools; the answers stand in a second "
+    "file, `answers: FILE`, or no call is right, `answers: none`",
     _is_question,
     _fields,
     is_conversation=True,

@@ -1,4 +1,4 @@
-"""Conversations as OpenAI and TRL write them (`messages`), as ShareGPT does, and prompts that are messages."""
+"""Conversations as OpenAI and TRL write them, as ShareGPT does, and prompts that are messages."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def history(messages: Sequence[Message], path: str) -> dict[str, Any]:
     asked = [message["content"] for message in own if message["role"] == "user"]
     if not asked or not asked[-1]:
         raise MergetuneError(
-            f"`{path}`: must have a message of the user that is not empty before the reply, but its roles are: "
+            f"`{path}`: must have a message of the user that is not empty before the reply, but has: "
             f"{', '.join(message['role'] for message in messages) or 'none'}."
         )
     if own[-1]["role"] not in ("user", "tool"):

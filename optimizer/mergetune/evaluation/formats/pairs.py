@@ -15,7 +15,7 @@ _PROMPTS = ("prompt", "messages", "conversations")  # where a preference's promp
 def _completion(row: Row) -> dict[str, Any]:
     if row.get("label") is False:
         raise MergetuneError(
-            "`label`: must not be false, for then `completion` is no reply that is wanted. Leave such rows out."
+            "`label`: must not be false, for then `completion` is not wanted. Leave such rows out."
         )
     if not isinstance(row.get("completion"), list):
         return {"prompt": text_at(row, "prompt"), "answer": text_at(row, "completion")}
@@ -27,9 +27,7 @@ def _completion(row: Row) -> dict[str, Any]:
 
 def _preference(row: Row) -> dict[str, Any]:
     key = next((key for key in _PROMPTS if has(row, key)), None)
-    if not any(
-        isinstance(row.get(each), dict) or isinstance(row.get(each), list) for each in ("chosen", "rejected")
-    ):
+    if not any(isinstance(row[each], (dict, list)) for each in ("chosen", "rejected")):
         if key is None:
             refuse("prompt", "must be what `chosen` and `rejected` reply to", None)
         asked = (
@@ -68,8 +66,8 @@ def _n_common(first: Sequence[Message], second: Sequence[Message]) -> int:
 def _one_reply(messages: Sequence[Message], key: str) -> str:
     if [message["role"] for message in messages] != ["assistant"] or "tool_calls" in messages[0]:
         raise MergetuneError(
-            f"`{key}`: must end with one message of the assistant, in text, where `chosen` and `rejected` differ, "
-            f"but there are: {', '.join(message['role'] for message in messages) or 'none'}."
+            f"`{key}`: must differ from the other by one message of the assistant at its end, in text, but "
+            f"there are: {', '.join(message['role'] for message in messages) or 'none'}."
         )
     content: str = messages[0]["content"]
     return content
@@ -90,8 +88,8 @@ COMPLETION = Form(
 PREFERENCE = Form(
     "preferences",
     ("prompt", "chosen", "rejected"),
-    "`chosen` and `rejected` are the choices, the first of which is right: for the scorer `choice`; as messages "
-    "they may be whole conversations that begin alike",
+    "`chosen` and `rejected` are the choices, the first of which is right: for the scorer `choice`; as "
+    "messages they may be whole conversations that begin alike",
     lambda row: has(row, "chosen", "rejected"),
     _preference,
     is_conversation=True,

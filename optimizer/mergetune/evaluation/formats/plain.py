@@ -8,9 +8,9 @@ from mergetune.evaluation.formats.form import Form, Row, has, refuse
 
 
 def _fields(row: Row) -> dict[str, Any]:
-    if isinstance(row.get("prompt"), list):
+    if isinstance(row["prompt"], list):
         refuse("prompt", "must be text, as in the first rows", row["prompt"])
-    return {"prompt": row.get("prompt")}
+    return {"prompt": row["prompt"]}
 
 
 def _has_an_end(row: Row) -> bool:
