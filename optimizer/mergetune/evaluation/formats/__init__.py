@@ -27,7 +27,7 @@ __all__ = [
     "suggestion",
 ]
 
-# The first that a row is like is its form.
+# In the order in which they are tried.
 FORMS = (
     *(PLAIN, BFCL, PREFERENCE, COMPLETION, CHAT, SHARE_GPT),
     *(CHAT_PROMPTS, BARE, ALPACA, OPENAI_EVALS, INSPECT),
@@ -40,14 +40,13 @@ _LIKE_ANSWER = (
 
 
 def form_of(rows: Sequence[Row]) -> Form:
-    """Return the form of a file: that of its first rows or, where these differ, of the first.
+    """Return the form of a file: the first that one of its first rows is like.
 
     Raises:
-        MergetuneError: the first row is of no form; the message names its keys and how to map them.
+        MergetuneError: they are like none; the message names the first row's keys and how to map them.
     """
     first = rows[:_FIRST_ROWS]
-    fitting = (form for form in FORMS if all(map(form.is_like, first)))
-    found = next(fitting, None) or next((form for form in FORMS if form.is_like(first[0])), None)
+    found = next((form for form in FORMS if any(map(form.is_like, first))), None)
     if found is None:
         raise MergetuneError(_unknown(first[0]))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergetune.evaluation.formats.form import Form, Row, has
+from mergetune.evaluation.formats.form import Form, Row, has, refuse
 from mergetune.evaluation.formats.messages import conversation, history, read_messages
 
 
@@ -17,7 +17,9 @@ def _share_gpt(row: Row) -> dict[str, Any]:
 
 
 def _prompts(row: Row) -> dict[str, Any]:
-    return history(read_messages(row.get("prompt"), "prompt"), "prompt")
+    if not isinstance(row["prompt"], list):
+        refuse("prompt", "must be messages, as in the first rows", row["prompt"])
+    return history(read_messages(row["prompt"], "prompt"), "prompt")
 
 
 CHAT = Form(
