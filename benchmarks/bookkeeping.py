@@ -45,7 +45,7 @@ from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report import gather, write_report
 from mergetune.results import selection
-from mergetune.results.roles import BASE, expert_name
+from mergetune.results.roles import BASE, expert_name, role_of
 from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
 from mergetune.results.smoothing import smooth
 from mergetune.space.recipe import OUTSIDE_LAYERS, MergeRecipe, RecipeGroup, Source
@@ -157,7 +157,7 @@ class SyntheticRun:
         return Candidate(
             name=name,
             number=number,
-            kind="trial" if name.startswith("trial-") else "baseline",
+            role=role_of(name),
             recipe=recipe,
             params=params,
             cost=Cost(merge_s=1.0, load_s=0.5, evaluate_s=30.0, n_items=len(self.words)),

@@ -143,13 +143,13 @@ class Trace:
     @cached_property
     def costs(self) -> dict[str, float]:
         """What was spent after the baselines when a candidate was measured, in full evaluations."""
-        trials = [candidate.name for candidate in self.run.candidates() if candidate.kind == "trial"]
+        trials = [candidate.name for candidate in self.run.candidates() if not candidate.is_baseline]
         return dict.fromkeys(self.search, 0.0) | {name: self.descent + i for i, name in enumerate(trials, 1)}
 
     def prefixes(self) -> dict[tuple[str, str], Mapping[str, Scores]]:
         """Return what was measured in each row of the table, within each column's cost."""
         baselines = {name for name, cost in self.costs.items() if cost == 0}
-        by_slopes = {name for name in self.costs if name.startswith(roles.GRADIENT)}
+        by_slopes = {name for name in self.costs if roles.role_of(name) == "slopes"}
         rows = {"baselines": baselines, self.arm: set(self.costs)}
         if by_slopes:
             rows[f"{self.arm} alone"] = baselines | by_slopes

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
-from mergetune.results.roles import BASE, expert_name
+from mergetune.results.roles import BASE, expert_name, role_of
 from mergetune.results.run_dir import Candidate, Cost, HoldoutUse, RunDir, StudyRecord
 from mergetune.results.selection import choose
 from mergetune.space.coordinates import Coordinate
@@ -187,7 +187,7 @@ def _write(run: RunDir, plan: Plan, name: str, lambdas: Lambdas) -> None:
     candidate = Candidate(
         name=name,
         number=len(run.candidates()),
-        kind="trial" if name.startswith("trial-") else "baseline",
+        role=role_of(name),
         recipe=recipe,
         params={f"lambda.{g}.{e}": v for g, own in lambdas.items() for e, v in own.items()},
         state="failed" if failed else "complete",

@@ -331,7 +331,7 @@ def inspect(
     statistics = task_vector_statistics(inputs, groups)
     frame = None
     if skills is not None:
-        from mergetune.slopes.probe import probe
+        from mergetune.slopes.suite_sensitivity import suite_sensitivity
 
-        frame = probe(inputs, skills, engine or EngineConfig(kind="transformers"), say)
+        frame = suite_sensitivity(inputs, skills, engine or EngineConfig(kind="transformers"), say)
     return Inspection(inputs.warnings, statistics, advise(statistics), tuple(groups), frame)

@@ -134,7 +134,7 @@ def test_what_is_written_in_several_ways_is_read_as_one() -> None:
     call = {"name": "weather", "arguments": {"city": "Oslo"}}
     expected = item_of({"messages": CALLED, "tools": [TOOL]})
     assert expected.target is not None
-    assert expected.answer is None
+    assert expected.answer == [call]
     ways: list[dict[str, Any]] = [
         {"tool_calls": [{"id": "c1", "function": call}]},
         {"tool_calls": [{"id": "c1", **call}]},
@@ -303,6 +303,7 @@ def test_a_parameter_may_be_called_type() -> None:
         ({"instruction": "a", "history": [["x"]]}, r"`history\.0`: must be two texts"),
         ({**QUESTION, "question": [[ASK], [ASK]]}, "`question`: must have one turn, but has 2"),
         ({"question": [[ASK]], "involved_classes": []}, "`function`: must be the functions"),
+        ({"input": "", "target": "x"}, "`input`: must be text that is not empty"),
         ({"input": [REPLY], "target": "x"}, "`input`: must have a message of the user"),
     ],
 )
@@ -340,7 +341,7 @@ def test_whatever_is_wrong_with_a_row_is_one_message(name: str, data: st.DataObj
         found, problem = read(tmp_path, ROWS[name], row).items, ""
     except MergetuneError as error:
         found, problem = (), str(error)
-    assert len(found) == 2 or re.search(r"items\.jsonl, line [12]: ", problem)
+    assert len(found) == 2 or re.search(r"items\.jsonl, line [12]:\s", problem)
 
 
 def test_numbers_in_arguments_keep_what_was_written() -> None:

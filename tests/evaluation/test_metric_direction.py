@@ -44,7 +44,7 @@ def task_of(output_type: str, metric: str, **changes: Any) -> BoundTask:
 
 
 def requests_of(bound: BoundTask) -> dict[int, list[Instance]]:
-    return make_requests(bound.task, bound.docs, range(len(ROWS)), cast(LM, None), SUITE)
+    return make_requests(bound, range(len(ROWS)), cast(LM, None), SUITE)
 
 
 def named_of(bound: BoundTask) -> list[NamedTexts]:

@@ -309,7 +309,7 @@ def test_examples_show_the_text_that_is_scored(tmp_path: Path, scorer: Any, answ
     (bound,) = Evaluator(read_suite(write_suite(tmp_path, task))).tasks.values()
     (example,) = list(bound.task.fewshot_docs())[:1]
     assert bound.task.doc_to_target(example) == text
-    assert bound.task.process_results(bound.docs[1], [text]) == {"score": 1}
+    assert bound.measured({1: [text]}) == {1: {"score": 1}}
     assert bound.target(1).endswith("^[0-9]" if isinstance(scorer, dict) else text)
 
 
@@ -327,9 +327,9 @@ def test_a_pattern_without_end_names_item_and_pattern(tmp_path: Path) -> None:
     items = [{"prompt": f"Say a, {n} times.", "patterns": ["^(a|aa)+$"]} for n in range(2)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     (bound,) = Evaluator(read_suite(write_suite(tmp_path, {"scorer": "regex"}))).tasks.values()
-    assert bound.task.process_results(bound.docs[0], ["a" * 36]) == {"score": 1}
+    assert bound.measured({0: ["a" * 36]}) == {0: {"score": 1}}
     with pytest.raises(MergetuneError, match=r"The item 'Say a, 1 times.' .* the pattern '\^\(a\|aa\)\+\$'"):
-        bound.task.process_results(bound.docs[1], ["a" * 60 + "b"])
+        bound.measured({1: ["a" * 60 + "b"]})
 
 
 def test_a_pattern_with_repetitions_in_repetitions_ends() -> None:

@@ -171,4 +171,4 @@ def test_after_slopes_that_do_not_fit_the_study_goes_on_and_nothing_of_them_is_h
     assert len(alive) > 1
     assert not any(alive)
     assert "Memory is too small for one text at a time" in printed.getvalue()
-    assert {c.kind for c in RunDir(tmp_path / "run").candidates()} == {"baseline", "trial"}
+    assert {c.is_baseline for c in RunDir(tmp_path / "run").candidates()} == {True, False}

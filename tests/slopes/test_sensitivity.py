@@ -35,7 +35,6 @@ from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import choose
 from mergetune.slopes.gradients import slopes
 from mergetune.slopes.losses import item_losses
-from mergetune.slopes.probe import probe
 from mergetune.slopes.references import Reference, References
 from mergetune.slopes.sensitivity import (
     anchor_points,
@@ -44,6 +43,7 @@ from mergetune.slopes.sensitivity import (
     n_passes,
     slopes_by_group,
 )
+from mergetune.slopes.suite_sensitivity import suite_sensitivity
 from mergetune.space.recipe import LayerGroup, MergeRecipe
 from studies import write_study
 from synthetic_run import GROUPS, Plan, sensitivity_frame, write_run
@@ -199,7 +199,7 @@ def test_scores_that_differ_in_direction_alone_have_opposite_gains_and_are_in_co
         "guards": {"less": {"tasks": again, "direction": "minimize", "margin": 0.1}},
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    frame = probe(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(device="cpu"), print)
+    frame = suite_sensitivity(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(device="cpu"), print)
     gains = layer_gains(frame).set_index(["point", "layer", "coefficient"])
     more, less = (gains[gains["score_name"] == name] for name in ("more", "less"))
     assert (np.sign(more["gain"]) == -np.sign(less["gain"])).all()
@@ -442,6 +442,6 @@ def test_inspect_says_what_is_missing_where_no_item_has_a_reference(inputs: Inpu
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, items)))
     said: list[str] = []
     with pytest.raises(MergetuneError, match="none has an answer, and no expert replies well"):
-        probe(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(), said.append)
+        suite_sensitivity(inputs, read_suite(tmp_path / "suite.yaml"), EngineConfig(), said.append)
     assert [line.split(" to ")[0] for line in said[:2]] == [f"replies of {name}" for name in "ab"]
     assert "`words:words.jsonl` has no references" in said[2]

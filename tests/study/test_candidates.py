@@ -62,8 +62,8 @@ def test_what_fails_keeps_its_seconds(half: Inputs, tmp_path: Path) -> None:
 def test_what_cannot_be_confirmed_is_said_and_no_error(half: Inputs, tmp_path: Path) -> None:
     printed = io.StringIO()
     with opened(half, tmp_path, printed) as candidates:
-        candidates.confirm(Candidate(name="far", number=0, kind="trial", recipe=at(half, FAR)))
-        candidates.confirm(Candidate(name="near", number=1, kind="trial", recipe=at(half, 1.0)))
+        candidates.confirm(Candidate(name="far", number=0, role="trial", recipe=at(half, FAR)))
+        candidates.confirm(Candidate(name="near", number=1, role="trial", recipe=at(half, 1.0)))
     assert "holdout: far              failed: " in printed.getvalue()
     assert candidates.run.all_scores("holdout").keys() == {"near"}
 
@@ -126,7 +126,7 @@ def test_what_a_tasks_own_code_raises_fails_the_trial_alone(
             patched.setattr(type(scorer), "score", raise_in)
             failed = candidates.measure(Proposal("trial", "trial-0001", at(half, 0.5)))
             with pytest.raises(MergetuneError, match="baseline `base` cannot be measured: ZeroDivisionError"):
-                candidates.measure(Proposal("baseline", "base", at(half, 0.0)))
+                candidates.measure(Proposal("base", "base", at(half, 0.0)))
         found = candidates.measure(Proposal("trial", "trial-0002", at(half, 1.0)))
     assert (failed.state, failed.reason) == ("failed", "ZeroDivisionError: of the task's own code")
     assert found.state == "complete"
@@ -151,7 +151,7 @@ def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_a
         file = tmp_path / "suite.yaml"
         file.write_text(file.read_text().replace("margin: 0.5", "margin: 0.1"))
         candidates.evaluator = Evaluator(read_suite(file))
-        tried = Candidate(name="trial", number=1, kind="trial", recipe=at(half, 0.5))
+        tried = Candidate(name="trial", number=1, role="trial", recipe=at(half, 0.5))
         rest = {"words": Score(0.5, 0.1, 20), "parity": Score(0.5, 0.1, 20)}
         for n_items in (20, 100):
             for right in range(n_items // 2, n_items + 1):

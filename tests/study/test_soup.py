@@ -22,7 +22,7 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.report import gather, write_report
 from mergetune.results import roles, selection
-from mergetune.results.roles import average_name, is_soup
+from mergetune.results.roles import average_name, role_of
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.soup import SoupResult, Standing, greedy_soup, make_soup, standing
@@ -130,7 +130,7 @@ def test_one_set_of_experts_has_one_name() -> None:
     many = [f"checkpoint-{step}" for step in range(1000, 9000, 500)]
     long = {average_name(many[:size], many) for size in range(5, 15)}
     assert len(long) == 10
-    assert all(is_soup(name) and len(name) < 60 for name in long)
+    assert all(role_of(name) == "soup" and len(name) < 60 for name in long)
 
 
 # In a study
@@ -161,7 +161,7 @@ def test_a_study_of_three_experts_measures_the_greedy_soup(finished: RunDir) -> 
         return standing(measured[average_name(members, names)], measured, config, own)
 
     soup = greedy_soup(alone, measure)
-    assert tried - {"average-0.33"} == {name for name in measured if is_soup(name)}
+    assert tried - {"average-0.33"} == {name for name in measured if role_of(name) == "soup"}
     assert tried - {"average-0.33"}  # two experts of three are always tried
     assert finished.scores(average_name(soup.members, names), "holdout") is not None
     digests = [candidate.recipe.digest for candidate in finished.candidates()]
@@ -171,15 +171,15 @@ def test_a_study_of_three_experts_measures_the_greedy_soup(finished: RunDir) -> 
 def test_soups_are_baselines_that_teach_the_sampler(finished: RunDir) -> None:
     candidates = finished.candidates()
     assert candidates[-1].name == "trial-0001"
-    for candidate in (candidate for candidate in candidates if is_soup(candidate.name)):
+    for candidate in (candidate for candidate in candidates if role_of(candidate.name) == "soup"):
         shares = sorted(candidate.recipe.groups[0].per_expert("lambda").values())
-        assert candidate.kind == "baseline"
+        assert candidate.is_baseline
         assert shares == [0.0, 0.5, 0.5]
         assert candidate.params is not None
 
 
 def test_the_report_shows_soups_among_the_averages(finished: RunDir) -> None:
-    entries = [entry for entry in gather(finished).entries if is_soup(entry.name)]
+    entries = [entry for entry in gather(finished).entries if role_of(entry.name) == "soup"]
     assert entries
     assert {entry.role for entry in entries} == {"average"}
     page = write_report(finished).read_text()
@@ -188,7 +188,7 @@ def test_the_report_shows_soups_among_the_averages(finished: RunDir) -> None:
 
 def test_a_study_goes_on_from_the_soups_that_it_measured(finished: RunDir, tmp_path: Path) -> None:
     copy = RunDir(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    lost = next(name for name in copy.all_scores("search") if is_soup(name))
+    lost = next(name for name in copy.all_scores("search") if role_of(name) == "soup")
     before = copy.measurement(lost, "search")
     for file in (copy.path / "candidates").glob(f"{lost}.*"):
         file.unlink()
@@ -206,7 +206,7 @@ def test_two_experts_and_their_average_decide_the_soup(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
 ) -> None:
     run(write_study(tmp_path, tiny_base, tiny_experts, budget={"trials": 0}), tmp_path / "run")
-    assert not [name for name in RunDir(tmp_path / "run").all_scores("search") if is_soup(name)]
+    assert not [name for name in RunDir(tmp_path / "run").all_scores("search") if role_of(name) == "soup"]
 
 
 def test_the_verdict_calls_a_soup_a_soup(tmp_path: Path) -> None:

@@ -185,8 +185,8 @@ def test_the_finalists_are_written_down_before_the_holdout_is_used(finished: Run
 
 
 def test_the_best_average_is_confirmed_as_well_as_the_plain_one(finished: RunDir) -> None:
-    kinds = {candidate.name: candidate.kind for candidate in finished.candidates()}
-    search = {name: own for name, own in finished.all_scores("search").items() if kinds[name] == "baseline"}
+    baselines = {candidate.name for candidate in finished.candidates() if candidate.is_baseline}
+    search = {name: own for name, own in finished.all_scores("search").items() if name in baselines}
     scales = selection.scales_of(finished, search)
     best = selection.recommend(search, finished.study.suite_config, scales)
     assert best is not None
@@ -248,7 +248,7 @@ def test_kill_9_loses_nothing_and_the_study_goes_on(tmp_path: Path, models: dict
     assert len(kept) >= 8
     printed = run(study, out)
     found = RunDir(out)
-    assert [c.name for c in found.candidates() if c.kind == "trial"] == [f"trial-000{i}" for i in range(1, 7)]
+    assert [c.name for c in found.candidates() if not c.is_baseline] == [f"trial-000{i}" for i in range(1, 7)]
     for name, content in kept.items():
         assert (out / "candidates" / name).read_bytes() == content
     assert "trial-0001  " not in printed
@@ -269,7 +269,7 @@ def test_ctrl_c_and_its_like_end_with_a_report_and_the_study_goes_on(
     assert "Interrupted" in printed
     assert "Traceback" not in printed
     assert (out / "report" / "index.html").exists()
-    n_kept = sum(found.kind == "trial" for found in RunDir(out).candidates())
+    n_kept = sum(not found.is_baseline for found in RunDir(out).candidates())
     printed = run(study_of(tmp_path, models, budget={"trials": n_kept + 1}), out)
     assert f"trial-{n_kept + 1:04d}" in printed
 
@@ -383,7 +383,7 @@ def test_every_method_runs_a_study(
     run(study, tmp_path / "run")
     found = RunDir(tmp_path / "run")
     method = space.removesuffix("_layer_groups")
-    assert {c.recipe.method for c in found.candidates() if c.kind == "trial"} == {method}
+    assert {c.recipe.method for c in found.candidates() if not c.is_baseline} == {method}
 
 
 def test_tied_embeddings_are_scored_as_they_are_written(tmp_path: Path, tiny_tied_base: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_task_whose_own_code_fails_on_one_candidate_fails_that_one_alone(
 ) -> None:
     study = poisoned_study(tmp_path, models, "search.trial-0002", 'raise KeyError("boom")')
     run(study, tmp_path / "run")
-    found = {each.name: each for each in RunDir(tmp_path / "run").candidates() if each.kind == "trial"}
+    found = {each.name: each for each in RunDir(tmp_path / "run").candidates() if not each.is_baseline}
     assert [each.state for each in found.values()] == ["complete", "failed", "complete", "complete"]
     assert found["trial-0002"].reason == "KeyError: 'boom'"
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
@@ -465,7 +465,7 @@ def test_a_trial_that_kills_the_process_twice_is_given_up_and_the_study_goes_on(
     process = in_process(study, out)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
-    found = {each.name: each for each in RunDir(out).candidates() if each.kind == "trial"}
+    found = {each.name: each for each in RunDir(out).candidates() if not each.is_baseline}
     assert [each.state for each in found.values()] == ["complete", "failed", "complete", "complete"]
     assert "twice the process ended in the middle of it" in (found["trial-0002"].reason or "")
 

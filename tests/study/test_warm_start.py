@@ -43,7 +43,7 @@ def test_points_of_slopes_are_measured_first_and_told_to_the_sampler(finished: t
     start = found.warm_start()
     assert start is not None
     assert start.points
-    trials = [candidate for candidate in found.candidates() if candidate.kind == "trial"]
+    trials = [candidate for candidate in found.candidates() if not candidate.is_baseline]
     first = trials[: len(start.points)]
     assert [candidate.name for candidate in first] == [f"gradient-{i + 1}" for i in range(len(first))]
     assert [candidate.params for candidate in first] == list(start.points)
@@ -101,7 +101,7 @@ def test_a_finer_grain_searches_around_what_it_found(finished_finer: RunDir, tmp
     start = found.warm_start()
     assert start is not None
     assert {key.split(".")[1] for key in start.points[0]} == {"outside", "layer0", "layer1"}
-    trials = [candidate for candidate in found.candidates() if candidate.kind == "trial"]
+    trials = [candidate for candidate in found.candidates() if not candidate.is_baseline]
     towards = {f"toward.{i}" for i in range(1, len(start.points))}
     for candidate in trials:
         assert candidate.params is not None
@@ -180,7 +180,7 @@ def test_points_that_are_all_worse_than_the_start_are_said_to_be(
     start = found.warm_start()
     assert start is not None
     assert start.full_evaluations > 0
-    assert [each.name for each in found.candidates() if each.kind == "trial"] == ["trial-0001"]
+    assert [each.name for each in found.candidates() if not each.is_baseline] == ["trial-0001"]
     assert words in " ".join((found.path / "report" / "index.html").read_text().split())
 
 
@@ -203,7 +203,7 @@ def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: Ru
     cut = RunDir(tmp_path / "cut")
     shutil.copytree(finished_finer.path, cut.path)
     for file in (cut.path / "candidates").glob("*"):
-        if file.name.startswith((roles.GRADIENT, "trial-")):
+        if roles.role_of(file.name) in roles.SEARCHED:
             file.unlink()
     (cut.path / "study.db").unlink()
     average = cut.candidate("average-0.5")
@@ -217,7 +217,7 @@ def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: Ru
     )
     assert list(again) == list(whole)
     points = [name for name in whole if not name.startswith("trial-")]
-    assert any(name.startswith(roles.GRADIENT) for name in points)
+    assert any(roles.role_of(name) == "slopes" for name in points)
     assert [again[name] for name in points] == [whole[name] for name in points]
 
 
@@ -241,7 +241,7 @@ def test_points_that_are_lost_are_measured_again_and_no_more_than_the_budget_all
         study_of(tmp_path / "one", Path(shorter["base"]), shorter["experts"], budget={"trials": 1}),
         tmp_path / "a",
     )
-    names = [each.name for each in RunDir(tmp_path / "a").candidates() if each.kind == "trial"]
+    names = [each.name for each in RunDir(tmp_path / "a").candidates() if not each.is_baseline]
     assert names == ["gradient-1"]
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
 from mergetune.engines.completions import CompletionsLM, Truncate, generation_settings
+from mergetune.engines.conversations import Tools
 from mergetune.engines.endpoint import Endpoint
 from mergetune.engines.model_text import sane_length
 from mergetune.errors import MergetuneError
@@ -23,16 +26,12 @@ _UNKNOWN_LENGTH = 10**9  # tokens: the server will refuse what is too long
 
 
 class _Conversation(str):
-    """Messages as JSON, in the place of a prompt."""
+    """Messages, tools and arguments of the chat template as JSON, in the place of a prompt."""
 
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        messages: list[dict[str, str]] = json.loads(self)
-        return messages
-
-    @property
-    def begins_the_reply(self) -> bool:
-        return self.messages[-1]["role"] == "assistant"
+    def parts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+        """Return the messages, the tools and the template's arguments."""
+        messages, tools, arguments = json.loads(self)
+        return messages, tools, arguments
 
 
 class ChatLM(LM):  # type: ignore[misc]
@@ -63,9 +62,15 @@ class ChatLM(LM):  # type: ignore[misc]
         """The most tokens that prompt and reply may have together; None where nothing says it."""
         return self._optional_scorer.max_length if self._optional_scorer else self._endpoint.max_length
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], **_: Any) -> str:
-        """Return the messages for the server to render."""
-        return _Conversation(json.dumps(chat_history))
+    def apply_chat_template(
+        self,
+        chat_history: list[dict[str, Any]],
+        add_generation_prompt: bool = True,  # noqa: ARG002  the last message says it
+        tools: Tools = (),
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """Return the conversation for the server to render."""
+        return _Conversation(json.dumps([chat_history, list(tools), dict(template_arguments)]))
 
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where that cannot be known.
@@ -100,19 +105,25 @@ class ChatLM(LM):  # type: ignore[misc]
         max_tokens, stop, sampling = generation_settings(settings)
         options = {**sampling, "max_tokens": max_tokens, "stop": stop}
         if isinstance(prompt, _Conversation):
-            if prompt.begins_the_reply:
+            messages, tools, arguments = prompt.parts()
+            if _begins_the_reply(messages):
                 options |= {"add_generation_prompt": False, "continue_final_message": True}
-            choice = self._endpoint.complete("/v1/chat/completions", messages=prompt.messages, **options)
-            text = (choice.get("message") or {}).get("content")
+            if arguments:
+                options["chat_template_kwargs"] = arguments
+            sent = [_for_servers(message) for message in messages]
+            choice = self._endpoint.complete("/v1/chat/completions", messages=sent, tools=tools, **options)
+            text = _written(choice.get("message") or {})
         else:
-            text = self._endpoint.complete("/v1/completions", prompt=prompt, **options).get("text")
+            text = self._endpoint.complete("/v1/completions", prompt=prompt, **options).get("text") or ""
         reply: str = postprocess_generated_text(text or "", stop, think_end_token=None)
         return reply
 
     def _render(self, prompt: str) -> str:
         if not isinstance(prompt, _Conversation):
             return prompt
-        return self._scorer.apply_chat_template(prompt.messages, not prompt.begins_the_reply)
+        messages, tools, arguments = prompt.parts()
+        begin = not _begins_the_reply(messages)
+        return self._scorer.apply_chat_template(messages, begin, tools, arguments)
 
     @property
     def _scorer(self) -> CompletionsLM:
@@ -122,6 +133,42 @@ class ChatLM(LM):  # type: ignore[misc]
                 "there is none. Give its directory or hub id by `--tokenizer`."
             )
         return self._optional_scorer
+
+
+def _begins_the_reply(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(messages[-1]["role"] == "assistant")
+
+
+def _for_servers(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with its calls' arguments as JSON text, as servers take them."""
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = [
+        {**call, "id": call.get("id", f"call_{number}"), "function": _as_text(call["function"])}
+        for number, call in enumerate(message["tool_calls"])
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _written(message: Mapping[str, Any]) -> str:
+    """Return a reply as one text: what it says, then each call that the server found in it, in Hermes' form.
+
+    The form is `<tool_call>{"name": …, "arguments": …}</tool_call>`; arguments that are no JSON stay as text.
+    """
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        try:
+            arguments = json.loads(function.get("arguments") or "{}")
+        except (TypeError, ValueError):
+            arguments = function.get("arguments")
+        written = {"name": function.get("name"), "arguments": arguments}
+        calls.append(f"<tool_call>{json.dumps(written, ensure_ascii=False)}</tool_call>")
+    return "\n".join(filter(None, [message.get("content"), *calls]))
 
 
 def served_lm(

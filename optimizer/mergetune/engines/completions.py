@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lm_eval.api.model import TemplateLM
@@ -16,7 +17,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mergetune.engines.conversations import render
+from mergetune.engines.conversations import Tools, render
 from mergetune.errors import MergetuneError
 
 if TYPE_CHECKING:
@@ -99,10 +100,14 @@ class TokenizerPrompts:
     tokenizer: Any
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        chat_history: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Tools = (),
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return a conversation as the model's chat template writes it; see `render`."""
-        return render(self.tokenizer, chat_history, add_generation_prompt)
+        return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
 
 
 class CompletionsLM(TemplateLM):  # type: ignore[misc]
@@ -157,10 +162,14 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         return tokens
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        chat_history: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Tools = (),
+        template_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return a conversation as the model's chat template writes it; see `render`."""
-        return render(self.tokenizer, chat_history, add_generation_prompt)
+        return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
 
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where it fits.

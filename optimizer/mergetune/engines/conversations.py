@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
 
 from mergetune.errors import MergetuneError
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 _END_OF_THOUGHT = "</think>"  # templates leave out what earlier replies have before it
-_REFUSALS = (TemplateError, ValueError, TypeError)  # the template's own words, and transformers'
+_REFUSALS = (TemplateError, ValueError, TypeError, KeyError)  # the template's own words, and transformers'
 _WITHOUT_SYSTEM = (
     "Say `system: merge_into_user` in the suite, which writes it before the first user message, or leave "
     "`system` out."
@@ -23,58 +27,97 @@ _OTHERWISE = (
 )
 
 
-def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = True) -> str:
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    add_generation_prompt: bool = True,
+    tools: Tools = (),
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Return a conversation as the tokenizer's chat template writes it.
 
     Args:
         tokenizer: from transformers.
-        messages: each with `role` and `content`.
+        messages: each with `role` and `content`, and `tool_calls` where it calls tools.
         add_generation_prompt: begin the model's reply; else the last message is left open.
+        tools: JSON Schemas of the tools that the model may call.
+        arguments: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        MergetuneError: there is no template, it refuses the conversation, or it leaves a message out.
+        MergetuneError: there is no template, it refuses the conversation, knows nothing of an argument, or
+            leaves out a message, a call or a tool.
     """
     if not tokenizer.chat_template:
         raise MergetuneError(
             f"{tokenizer.name_or_path}: conversations need a chat template, but the tokenizer has none. "
             f"{_OTHERWISE}"
         )
+    _check_arguments(tokenizer, arguments)
+    given = {"tools": [dict(tool) for tool in tools] or None, **arguments}
     try:
-        text = _rendered(tokenizer, messages, add_generation_prompt)
+        text = _rendered(tokenizer, messages, add_generation_prompt, given)
     except _REFUSALS as error:
-        what, remedy = _refused(tokenizer, messages, add_generation_prompt)
+        what, remedy = _refused(tokenizer, messages, add_generation_prompt, given)
         raise MergetuneError(
             f"{tokenizer.name_or_path}: the chat template must take the suite's conversations, but refuses "
             f"{what} ({error}). {remedy}"
         ) from error
     for message in messages:
-        if message["content"].rpartition(_END_OF_THOUGHT)[2].strip() not in text:
-            role = message["role"]
+        for part in _parts(message):
+            if part.strip() not in text and json.dumps(part.strip())[1:-1] not in text:
+                role = message["role"]
+                raise MergetuneError(
+                    f"{tokenizer.name_or_path}: the chat template must write every message, but leaves out "
+                    f"one of the role `{role}`: {part!r:.200}. "
+                    f"{_WITHOUT_SYSTEM if role == 'system' else _OTHERWISE}"
+                )
+    for tool in tools:
+        if (name := str(tool.get("function", tool).get("name"))) not in text:
             raise MergetuneError(
-                f"{tokenizer.name_or_path}: the chat template must write every message, but leaves out one "
-                f"of the role `{role}`: {message['content']!r:.200}. "
-                f"{_WITHOUT_SYSTEM if role == 'system' else _OTHERWISE}"
+                f"{tokenizer.name_or_path}: the chat template must write every tool, but leaves out "
+                f"`{name}`: it was made for a model that calls none. {_OTHERWISE}"
             )
     return text
 
 
-def _rendered(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
+def _parts(message: Mapping[str, Any]) -> list[str]:
+    """Return what must stand in the text of a message: what it says, and the names of the tools it calls."""
+    said = str(message.get("content") or "").rpartition(_END_OF_THOUGHT)[2]
+    return [said, *(call["function"]["name"] for call in message.get("tool_calls", ()))]
+
+
+def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `MergetuneError` where a template has no variable of an argument's name."""
+    text = str(tokenizer.chat_template)
+    if unknown := [name for name in arguments if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        raise MergetuneError(
+            f"{tokenizer.name_or_path}: `template_arguments` must name variables of the chat template, but "
+            f"it has no `{'`, `'.join(unknown)}`. Correct the name, or leave it out."
+        )
+
+
+def _rendered(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool, given: Mapping[str, Any]
+) -> str:
     text: str = tokenizer.apply_chat_template(
-        list(messages),
+        [dict(message) for message in messages],
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
+        **given,
     )
     return text
 
 
-def _refused(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> tuple[str, str]:
+def _refused(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool, given: Mapping[str, Any]
+) -> tuple[str, str]:
     """Return what a template refused, the system message if it takes the rest, and what to do about it."""
     roles = [message["role"] for message in messages]
     others = [message for message in messages if message["role"] != "system"]
     if "system" in roles and others:
         try:
-            _rendered(tokenizer, others, add_generation_prompt)
+            _rendered(tokenizer, others, add_generation_prompt, given)
         except _REFUSALS:
             pass
         else:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
+from mergetune.evaluation.item_scores import item_scores
 from mergetune.evaluation.lm_requests import filter_names
-from mergetune.evaluation.lm_tasks import METADATA, fix_fewshot, item_of, item_scores
+from mergetune.evaluation.lm_tasks import METADATA, fix_fewshot, item_of
 from mergetune.evaluation.rules import rules_digest
 from mergetune.evaluation.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
 from mergetune.files.yaml_io import nearest
@@ -69,7 +70,7 @@ class BoundTask:
         """
         if self.config.scorer is None:
             return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
-        scores = item_scores(self.config.scorer, [self.docs[i] for i in results], results.values())
+        scores = item_scores(self.config, [self.docs[i] for i in results], results.values())
         return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
 
     def rows(
@@ -288,9 +289,9 @@ def _as_text(doc: Any) -> str:
 
 
 def _response(requests: Sequence[Instance], results: Sequence[Any]) -> str:
-    """Return what the model said: its reply, or the likeliest of the choices."""
+    """Return what the model said: its replies, or the likeliest of the choices."""
     if isinstance(results[0], str):
-        return results[0]
+        return results[0] if len(results) == 1 else "\n".join(f"[{i}] {r}" for i, r in enumerate(results, 1))
     if isinstance(results[0], tuple):
         best = max(range(len(results)), key=lambda i: results[i][0])
         return str(requests[best].args[1]).strip()

@@ -17,7 +17,7 @@ import pandas as pd
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores
 from mergetune.evaluation.bound_task import BoundTask, bind, direction_of
-from mergetune.evaluation.lm_requests import ask, filtered, make_requests
+from mergetune.evaluation.lm_requests import ask, filtered, make_requests, spoken
 from mergetune.evaluation.lm_tasks import jsonl_task, lm_eval_tasks
 from mergetune.evaluation.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
 from mergetune.machine import clock
@@ -123,7 +123,7 @@ class Evaluator:
         rows = [
             row
             for bound, own in ((self._tasks[name], own) for name, own in requests.items())
-            for row in bound.rows(own, filtered(bound.task, own, bound.filter))
+            for row in bound.rows(own, filtered(bound, spoken(own, self.suite.config)))
         ]
         return Measurement(pd.DataFrame(rows, columns=COLUMNS), clock.seconds() - start)
 
@@ -139,7 +139,7 @@ class Evaluator:
         new: Requests = {}
         for name, indices in wanted.items():
             bound, unknown = self._tasks[name], [index for index in indices if index not in known[name]]
-            new[name] = make_requests(bound.task, bound.docs, unknown, lm, self.suite.config)
+            new[name] = make_requests(bound, unknown, lm, self.suite.config)
         if self.suite.config.truncate == "refuse":
             self._check_lengths(lm, new)
         for name, own in new.items():

@@ -28,6 +28,13 @@ class Message(Strict):
     tool_call_id: str | None = None
     name: str | None = None
 
+    @property
+    def wanted(self) -> Any:
+        """What an item has as its `answer` that wants this reply: its calls or, without any, its text."""
+        if not self.tool_calls:
+            return self.content
+        return [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
+
     def as_dict(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
         """Return the message as chat templates take it, or with arguments as JSON text, as servers do."""
         data: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -79,10 +86,26 @@ class Item(Strict):
     metadata: Any = None
 
     @property
+    def messages_without_system(self) -> tuple[Message, ...]:
+        """The messages, or where there is no conversation the prompt as one."""
+        return self.messages or (Message(role="user", content=self.prompt),)
+
+    @property
     def conversation(self) -> tuple[Message, ...]:
         """All that the model is told: the system message where there is one, and the messages."""
         system = (Message(role="system", content=self.system),) if self.system else ()
-        return (*system, *(self.messages or (Message(role="user", content=self.prompt),)))
+        return (*system, *self.messages_without_system)
+
+    def turns(self) -> tuple[Item, ...]:
+        """Return an item for every turn of the model in a conversation, each with what truly went before."""
+        asked = [i for i, message in enumerate(self.messages) if i > 0 and message.role == "assistant"]
+        return (*(self._asked_at(i) for i in asked), self)
+
+    def _asked_at(self, index: int) -> Item:
+        before, target = self.messages[:index], self.messages[index]
+        prompt = next((each.content for each in reversed(before) if each.role == "user"), self.prompt)
+        own = {"messages": before, "target": target, "answer": target.wanted, "prompt": prompt}
+        return self.model_copy(update=own)
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -8,34 +8,51 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError
+from mergetune.evaluation.item_requests import Renderer, conversation_requests, drawn
 from mergetune.evaluation.suite import SuiteConfig
+from mergetune.evaluation.thinking import without_thoughts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
+    from mergetune.evaluation.bound_task import BoundTask
+
 Messages = list[dict[str, Any]]
 
 
 def make_requests(
-    task: Task, docs: Sequence[Any], indices: Iterable[int], lm: LM, suite: SuiteConfig
+    bound: BoundTask, indices: Iterable[int], lm: LM, suite: SuiteConfig
 ) -> dict[int, list[Instance]]:
     """Make the requests of some documents, by their indices, each in the order of lm-eval's `idx`.
 
+    Of an item there is one for each turn that is scored, and of these each repeat.
+
     Args:
-        task: the task.
-        docs: all its documents.
+        bound: the task.
         indices: of the documents to ask.
         lm: whose chat template renders the prompts, where the suite wants that.
         suite: the suite's file.
     """
     template = _renderer(lm, suite) if suite.chat_template else None
-    return {index: _requests(task, docs[index], index, template) for index in sorted(set(indices))}
+    return {index: _made(bound, index, template) for index in sorted(set(indices))}
+
+
+def _made(bound: BoundTask, index: int, template: Renderer | None) -> list[Instance]:
+    task, doc, config = bound.task, bound.docs[index], bound.config
+    if config.items is None:
+        return _requests(task, doc, index, template)
+    if template is None:
+        made = _requests(task, doc, index, None)
+    else:
+        made = conversation_requests(task, config, doc, index, template)
+    return made if config.sampling is None else list(drawn(made, config.sampling, bound.item_ids[index]))
 
 
 def request_key(request: Instance) -> str:
@@ -62,16 +79,35 @@ def ask(lm: LM, requests: Iterable[Instance]) -> None:
                 request.resps = list(own)
 
 
-def filtered(task: Task, requests: Mapping[int, Sequence[Instance]], name: str) -> dict[int, list[Any]]:
-    """Pass the replies through one of the task's filters; returns them by document."""
+def spoken(requests: Mapping[int, Sequence[Instance]], suite: SuiteConfig) -> dict[int, list[Instance]]:
+    """Return requests, by document, with what was replied to them after any thoughts; see `SuiteConfig`."""
+    return {index: [_spoken(request, suite) for request in own] for index, own in requests.items()}
+
+
+def filtered(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> dict[int, list[Any]]:
+    """Return the replies by document, those to lm-eval's own tasks as the task's filter leaves them."""
+    if bound.config.items is not None:
+        return {index: [request.resps[0] for request in own] for index, own in requests.items()}
     every = [request for own in requests.values() for request in own]
-    chosen = next(each for each in task._filters if each.name == name)
+    chosen = next(each for each in bound.task._filters if each.name == bound.filter)
     chosen.apply(every)
-    if any(name not in request.filtered_resps for request in every):
+    if any(bound.filter not in request.filtered_resps for request in every):
         raise MergetuneError(
-            f"The filter `{name}` of `{task.task_name}` must give one result for each reply."
+            f"The filter `{bound.filter}` of `{bound.task.task_name}` must give one result for each reply."
         )
-    return {index: [request.filtered_resps[name] for request in own] for index, own in requests.items()}
+    return {
+        index: [request.filtered_resps[bound.filter] for request in own] for index, own in requests.items()
+    }
+
+
+def _spoken(request: Instance, suite: SuiteConfig) -> Instance:
+    """Return a request with its replies as they are scored."""
+    own = copy(request)
+    own.filtered_resps = {}
+    if suite.thinking == "strip":
+        end = suite.thinking_end
+        own.resps = [without_thoughts(each, end) if isinstance(each, str) else each for each in request.resps]
+    return own
 
 
 def filter_names(task: Task) -> list[str]:
@@ -92,16 +128,18 @@ def merged_into_user(messages: Messages) -> Messages:
     return rest
 
 
-def _renderer(lm: LM, suite: SuiteConfig) -> Callable[..., str]:
+def _renderer(lm: LM, suite: SuiteConfig) -> Renderer:
     def render(messages: Messages, **options: Any) -> str:
         sent = merged_into_user(messages) if suite.system == "merge_into_user" else messages
+        if suite.template_arguments:
+            options["template_arguments"] = suite.template_arguments
         text: str = lm.apply_chat_template(sent, **options)
         return text
 
     return render
 
 
-def _requests(task: Task, doc: Any, index: int, template: Callable[..., str] | None) -> list[Instance]:
+def _requests(task: Task, doc: Any, index: int, template: Renderer | None) -> list[Instance]:
     chat = template is not None
     context = task.fewshot_context(
         doc,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item
@@ -37,7 +37,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
         "num_fewshot": config.num_fewshot or 0,
         "doc_to_text": "prompt",
         "description": "system",
-        "process_results": _scoring(config.scorer),
+        "process_results": _unused,
         "metric_list": [{"metric": config.scorer.metric, "aggregation": "mean", "higher_is_better": True}],
     }
     if config.scorer.asks == "likelihoods":
@@ -85,18 +85,6 @@ def item_of(doc: Mapping[str, str]) -> Item:
     return Item.model_validate(fields | {"system": doc["system"], "metadata": json.loads(doc[METADATA])})
 
 
-def item_scores(
-    scorer: Scorer, docs: Iterable[Mapping[str, str]], results: Iterable[Sequence[Any]]
-) -> list[float]:
-    """Score documents of a JSONL task by what was replied to each, as lm-eval hands it on.
-
-    Raises:
-        MergetuneError: one of them cannot be scored.
-    """
-    replies: list[Any] = [own[0] if scorer.asks == "reply" else [each for each, _ in own] for own in results]
-    return scorer.score([item_of(doc) for doc in docs], replies)
-
-
 def _delimiter(items: Sequence[Item]) -> str:
     """Return what stands between prompt and choice: no second space after a first."""
     return "" if all(item.prompt[-1].isspace() for item in items) else " "
@@ -110,11 +98,9 @@ def _right_choice(scorer: Scorer) -> Callable[[Mapping[str, str]], int]:
     return doc_to_target
 
 
-def _scoring(scorer: Scorer) -> Callable[[Mapping[str, str], Sequence[Any]], dict[str, float]]:
-    def process_results(doc: Mapping[str, str], results: Sequence[Any]) -> dict[str, float]:
-        return {scorer.metric: item_scores(scorer, [doc], [results])[0]}
-
-    return process_results
+def _unused(*_: Any) -> NoReturn:
+    """Stand in the place where lm-eval's own tasks score: items are scored together, by their scorer."""
+    raise NotImplementedError
 
 
 def lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergetune.errors import MergetuneError
 from mergetune.evaluation.lm_requests import filtered
+from mergetune.evaluation.lm_tasks import item_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -78,17 +78,19 @@ def reply_scores(
     Raises:
         MergetuneError: a pattern of the user's cannot be searched for in one of them.
     """
+    if bound.config.scorer is not None:  # an answer is the reply to an item's last turn
+        items = [item_of(bound.docs[index]) for index in replies]
+        texts: Any = list(replies.values())
+        return dict(zip(replies, bound.config.scorer.score(items, texts), strict=True))
     requests = {index: asked[index] for index in replies}
     for index, own in requests.items():
         for request in own:
             request.resps, request.filtered_resps = [replies[index]], {}
     try:
-        results = filtered(bound.task, requests, bound.filter)
+        results = filtered(bound, requests)
         values = {index: own[bound.metric] for index, own in bound.measured(results).items()}
         of_one, parts = bound.aggregation.of_one, bound.aggregation.parts
         scores = {index: of_one(value, parts(value)) for index, value in values.items()}
-    except MergetuneError:  # the suite's to mend
-        raise
     except Exception:  # whatever a task's own code raises at a reply that is none
         return {}
     return {index: score for index, score in scores.items() if math.isfinite(score)}

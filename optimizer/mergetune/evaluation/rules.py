@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What says which items there are: these have ids by content.
 _OF_ITEMS = {"items", "limit", "fewshot_items", "fields", "answers", "split", "config_name"}
+_OF_PROMPTS = {"chat_template", "system", "template_arguments", "thinking", "thinking_end", "truncate"}
 _OF_DATA = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata"}
 
 
@@ -37,7 +38,7 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
         "suite": config.model_dump(mode="json", exclude=_OF_ITEMS),
         "metric": metric,
         "examples": list(task.fewshot_docs())[:shots] if shots else [],
-        "prompt": suite.model_dump(mode="json", include={"chat_template", "system", "truncate"}),
+        "prompt": suite.model_dump(mode="json", include=_OF_PROMPTS),
     }
     if config.scorer is not None:
         data["scorer"] = scorer_code(type(config.scorer))

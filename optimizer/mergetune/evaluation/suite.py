@@ -24,13 +24,35 @@ Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
 
 
+class SamplingConfig(Strict):
+    """How replies are drawn at random: each item's `repeats` times, with seeds of its own.
+
+    The seeds depend on the item alone, so that models are compared on the same draws. `count` says what an
+    item scores: the mean over the repeats, or the worst of them, which is pass^k where each is 0 or 1 (Yao et
+    al. 2024, tau-bench).
+    """
+
+    temperature: float = Field(gt=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, gt=0)
+    min_p: float | None = Field(None, gt=0, le=1)
+    repeats: int = Field(1, gt=0)
+    count: Literal["mean", "worst"] = "mean"
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What a reply is drawn by, in lm-eval's terms."""
+        return self.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
+
+
 class TaskConfig(Strict):
     """One task: either `items`, a file of items with a `scorer`, or `lm_eval`, the name of a task.
 
     `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
     takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
-    are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns` says which
-    replies of a conversation are scored.
+    are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
+    every turn of the model in a conversation, each with what truly went before it, and scores their mean;
+    without `sampling` replies are greedy.
     """
 
     items: str | None = None
@@ -38,12 +60,13 @@ class TaskConfig(Strict):
     answers: str | None = None
     split: str | None = None
     config_name: str | None = None
-    score_turns: Literal["last", "all"] = "last"
     scorer: Annotated[Scorer | None, KindAlone] = None
     system: str = ""
     max_new_tokens: int = Field(64, gt=0)
     stop: tuple[str, ...] = ()
     fewshot_items: str | None = None
+    score_turns: Literal["last", "all"] = "last"
+    sampling: SamplingConfig | None = None
     lm_eval: str | None = None
     metric: str | None = None
     filter: str | None = None
@@ -60,15 +83,26 @@ class TaskConfig(Strict):
             raise ValueError("`num_fewshot` of items needs `fewshot_items`, and the reverse")
         if self.items is not None and self.items.startswith(HUB) and self.split is None:
             raise ValueError(f"a data set on the Hub ({self.items}) needs `split`, such as `split: test`")
-        items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "fields", "answers", "split"}
-        items_only |= {"config_name", "score_turns"}
+        items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
+        items_only |= {"fields", "answers", "split", "config_name"}
         lm_eval_only = {"metric", "filter"}
         foreign = items_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
         if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:
             kind = "lm_eval" if self.lm_eval else "items"
             raise ValueError(f"`{'`, `'.join(sorted(wrong))}` does not go with `{kind}`")
+        draws_none = self.scorer is not None and self.scorer.asks == "likelihoods"
+        if draws_none and (self.sampling is not None or self.score_turns != "last"):
+            raise ValueError(
+                "`sampling` and `score_turns` are for replies, but this scorer compares likelihoods: leave "
+                "them out"
+            )
         return self
+
+    @property
+    def repeats(self) -> int:
+        """How often each reply is drawn."""
+        return self.sampling.repeats if self.sampling else 1
 
     @property
     def source(self) -> ItemSource | None:
@@ -134,14 +168,19 @@ class SuiteConfig(Strict):
     `chat_template` says whether prompts are messages of a conversation, written by the model's own chat
     template, or by that of a file beside the suite; once the suite is read, it is the file's text. `system:
     merge_into_user` writes system messages before the first user message, for models whose chat
-    template takes none. `truncate` says what becomes of a prompt that is too long: `refuse` ends with an
-    error before any work, `left` cuts off its beginning. `slices` are keys of the items' metadata, by dotted
-    paths, by which scores are told apart.
+    template takes none. `template_arguments` are further variables of the template, such as
+    `enable_thinking`. `thinking: strip` scores what a model says after its thoughts, which end with
+    `thinking_end` or, where that is not given, with the markers of known families. `truncate` says what
+    becomes of a prompt that is too long: `refuse` ends with an error before any work, `left` cuts off its
+    beginning. `slices` are keys of the items' metadata, by dotted paths, by which scores are told apart.
     """
 
     description: str
     chat_template: bool | Annotated[str, Field(min_length=1)]
     system: Literal["message", "merge_into_user"] = "message"
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
+    thinking: Literal["strip", "keep"] = "strip"
+    thinking_end: Annotated[str, Field(min_length=1)] | None = None
     truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
     slices: tuple[str, ...] = ()
@@ -153,6 +192,10 @@ class SuiteConfig(Strict):
     def _names_differ(self) -> SuiteConfig:
         if both := self.objectives.keys() & self.guards.keys():
             raise ValueError(f"`{'`, `'.join(both)}` cannot be both an objective and a guard")
+        if self.template_arguments and self.chat_template is False:
+            raise ValueError("`template_arguments` belong to a chat template, but `chat_template` is false")
+        if self.thinking_end is not None and self.thinking == "keep":
+            raise ValueError("`thinking_end` says where thoughts are cut off, but `thinking` is `keep`")
         return self
 
     @property
@@ -238,9 +281,13 @@ def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
     assert task.scorer is not None  # TaskConfig
     if task.score_turns == "all" and not file.is_conversation:
         raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
+    stop = task.stop if are_asked else ()
     for item, place in zip(file.items, file.places, strict=True):
-        if problem := task.scorer.check_item(item, task.stop if are_asked else (), is_example=not are_asked):
-            raise MergetuneError(f"{place}: {problem}{file.hint if item.answer is None else ''}")
+        turns = item.turns() if task.score_turns == "all" and are_asked else (item,)
+        for number, turn in enumerate(turns, start=1):
+            if problem := task.scorer.check_item(turn, stop, is_example=not are_asked):
+                which = f", turn {number} of {len(turns)}" if len(turns) > 1 else ""
+                raise MergetuneError(f"{place}{which}: {problem}{file.hint if turn.answer is None else ''}")
 
 
 def _check_slices(path: Path, config: SuiteConfig, files: Mapping[str, ItemFile]) -> None:

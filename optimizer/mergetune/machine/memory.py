@@ -1,4 +1,4 @@
-"""Memory: whether there is enough, and work in smaller pieces where there is not."""
+"""Memory: whether there is enough, and work in smaller parts where there is not."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         """The most tokens that prompt and reply may have together."""
         return int(self._started().max_length)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], **options: Any) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], **options: Any) -> str:
         """Return a conversation as the model's chat template writes it."""
         return str(self.renderer.apply_chat_template(chat_history, **options))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergetune.merging.elementwise import Step, merged_entries, signed
 from mergetune.merging.methods import RULES, Coefficients
-from mergetune.merging.piece import Piece
+from mergetune.merging.operands import Operands
 from mergetune.space.method_table import METHODS, SMOOTH
 from mergetune.space.recipe import MergeRecipe, RecipeGroup
 
@@ -19,7 +19,7 @@ _CPU_CHUNK, _CUDA_CHUNK = 1 << 18, 1 << 24  # entries; a chunk's graph holds sev
 
 
 def coefficient_slopes(
-    piece: Piece, recipe: MergeRecipe, group: RecipeGroup, gradient: Tensor
+    operands: Operands, recipe: MergeRecipe, group: RecipeGroup, gradient: Tensor
 ) -> dict[tuple[str, str], float]:
     """Return ⟨∂L/∂W, ∂W/∂c⟩ of one tensor for each of its coefficients c, by parameter and expert.
 
@@ -28,7 +28,7 @@ def coefficient_slopes(
     Products are taken and added up in float32 (float64 where the base is), those of parts in float64.
 
     Args:
-        piece: the tensor in the base and in the experts, on the gradient's device.
+        operands: the tensor in the base and in the experts, on the gradient's device.
         recipe: the merge.
         group: the tensor's layer group.
         gradient: ∂L/∂W, of the tensor's shape.
@@ -41,9 +41,9 @@ def coefficient_slopes(
         return {}
     with torch.enable_grad():  # a hook runs without
         given = Coefficients(_traced(group, leaves), recipe.choices)
-        step = RULES[recipe.method](piece, given)
+        step = RULES[recipe.method](operands, given)
         totals = dict.fromkeys(leaves, 0.0)
-        for merged, part in _chunks(step, piece, gradient):
+        for merged, part in _chunks(step, operands, gradient):
             found = torch.autograd.grad(
                 merged, list(leaves.values()), part.to(merged.dtype), retain_graph=True, allow_unused=True
             )
@@ -80,18 +80,18 @@ def _traced(
     return {**group.coefficients, **traced}
 
 
-def _chunks(step: Step, piece: Piece, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(step: Step, operands: Operands, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield merged entries with the gradient's, a part of the tensor at a time unless its rows differ."""
     numbers = step.numbers
-    sources = list(piece.sources.values())
-    are_vectors = [expert in piece.vectors_of for expert in piece.changed]
+    sources = list(operands.sources.values())
+    are_vectors = [expert in operands.vectors_of for expert in operands.changed]
     if step.vectors is not None:
         sources, are_vectors = list(step.vectors), [True] * len(step.vectors)
     rule = (are_vectors, step.keep, step.combine)
     if isinstance(numbers.base_weight, Tensor) and numbers.base_weight.ndim > 0:  # a weight for each row
-        yield merged_entries(piece.base, sources, *rule, numbers), gradient
+        yield merged_entries(operands.base, sources, *rule, numbers), gradient
         return
-    base, whole, *vectors = (each.reshape(-1) for each in (piece.base, gradient, *sources))
+    base, whole, *vectors = (each.reshape(-1) for each in (operands.base, gradient, *sources))
     size = _CUDA_CHUNK if gradient.is_cuda else _CPU_CHUNK
     for begin in range(0, len(base), size):
         span = slice(begin, begin + size)

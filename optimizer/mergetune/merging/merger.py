@@ -12,7 +12,7 @@ from torch import Tensor
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.merging.elementwise import merge_tensor
 from mergetune.merging.methods import RULES, Coefficients
-from mergetune.merging.piece import Piece, Tables
+from mergetune.merging.operands import Operands, Tables
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.weights.checkpoint import Expert
@@ -77,24 +77,24 @@ class Merger:
             if name not in groups:
                 yield name, self.base.view(name)
                 continue
-            piece = self.piece(recipe, name)
-            is_changed = piece.changed or METHODS[recipe.method].changes_every_tensor
-            if not piece.base.is_floating_point() or piece.base.numel() == 0 or not is_changed:
-                yield name, piece.base
+            operands = self.operands(recipe, name)
+            is_changed = operands.changed or METHODS[recipe.method].changes_every_tensor
+            if not operands.base.is_floating_point() or operands.base.numel() == 0 or not is_changed:
+                yield name, operands.base
                 continue
             try:
-                step = rule(piece, Coefficients(groups[name].coefficients, options))
+                step = rule(operands, Coefficients(groups[name].coefficients, options))
             except ValueError as error:
                 raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
-            out = _destination(into.get(name), piece.base)
-            vectors_of = [expert in piece.vectors_of for expert in piece.changed]
-            sources = list(piece.sources.values())
-            peak = merge_tensor(step, piece.base, sources, vectors_of, out, self._is_plain)
+            out = _destination(into.get(name), operands.base)
+            vectors_of = [expert in operands.vectors_of for expert in operands.changed]
+            sources = list(operands.sources.values())
+            peak = merge_tensor(step, operands.base, sources, vectors_of, out, self._is_plain)
             peaks[name] = (peak, torch.finfo(out.dtype).max)
             yield name, out
         _check_peaks(peaks)
 
-    def piece(self, recipe: MergeRecipe, name: str, device: torch.device | None = None) -> Piece:
+    def operands(self, recipe: MergeRecipe, name: str, device: torch.device | None = None) -> Operands:
         """Gather what the base and the experts hold of one tensor, on a device or else on the base's."""
         base = self.base.view(name).to(device)
         sources: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ class Merger:
                 sources[expert] = vector
                 vectors_of.add(expert)
         experts = tuple(recipe.experts)
-        return Piece(name, base, experts, sources, frozenset(vectors_of), recipe.seed, self._tables)
+        return Operands(name, base, experts, sources, frozenset(vectors_of), recipe.seed, self._tables)
 
 
 def _destination(given: Tensor | None, base: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergetune.merging import selection_masks, spherical
 from mergetune.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit, wide
-from mergetune.merging.piece import Piece
+from mergetune.merging.operands import Operands
 from mergetune.space.method_table import MethodName
 
 
@@ -44,164 +44,172 @@ class Coefficients:
         return value
 
 
-def linear(piece: Piece, given: Coefficients) -> Step:
+def linear(operands: Operands, given: Coefficients) -> Step:
     """Average the experts: θ = Σ λᵢ θᵢ / Σ λᵢ (Wortsman et al. 2022; equal λ: the uniform soup).
 
     Computed as θ₀ + Σ λᵢ τᵢ / Σ λᵢ.
     """
-    total = sum(given.of("lambda", piece.experts))
-    return Step(Numbers([weight / total for weight in given.of("lambda", piece.changed)]))
+    total = sum(given.of("lambda", operands.experts))
+    return Step(Numbers([weight / total for weight in given.of("lambda", operands.changed)]))
 
 
-def task_arithmetic(piece: Piece, given: Coefficients) -> Step:
+def task_arithmetic(operands: Operands, given: Coefficients) -> Step:
     """Add scaled task vectors: θ = θ₀ + Σ λᵢ τᵢ (Ilharco et al. 2023, section 2)."""
-    return Step(Numbers(given.of("lambda", piece.changed)))
+    return Step(Numbers(given.of("lambda", operands.changed)))
 
 
-def ties(piece: Piece, given: Coefficients) -> Step:
+def ties(operands: Operands, given: Coefficients) -> Step:
     """Trim, elect sign, disjoint merge (TIES; Yadav et al. 2023, algorithm 1).
 
     Each τᵢ keeps its k = max(1, ⌊density · n⌋) largest entries, and all that equal the k-th. With one
     λ for all experts the result is the paper's θ₀ + λ · mean of the entries that agree.
     """
     bands = [
-        piece.band(expert, density)
-        for expert, density in zip(piece.changed, given.of("density", piece.changed), strict=True)
+        operands.band(expert, density)
+        for expert, density in zip(operands.changed, given.of("density", operands.changed), strict=True)
     ]
-    numbers = Numbers(given.of("lambda", piece.changed), low=[low for low, _ in bands])
+    numbers = Numbers(given.of("lambda", operands.changed), low=[low for low, _ in bands])
     return Step(numbers, "trim", _combine(given))
 
 
-def breadcrumbs(piece: Piece, given: Coefficients) -> Step:
+def breadcrumbs(operands: Operands, given: Coefficients) -> Step:
     """Drop the largest entries and the smallest, then add (Breadcrumbs; Davari & Belilovsky 2024, eq. 3).
 
     Of each τᵢ the share gamma at the top is dropped, then of the rest the largest are kept, density · n.
     """
     wanted = zip(
-        piece.changed, given.of("density", piece.changed), given.of("gamma", piece.changed), strict=True
+        operands.changed,
+        given.of("density", operands.changed),
+        given.of("gamma", operands.changed),
+        strict=True,
     )
-    bands = [piece.band(expert, density, gamma) for expert, density, gamma in wanted]
+    bands = [operands.band(expert, density, gamma) for expert, density, gamma in wanted]
     numbers = Numbers(
-        given.of("lambda", piece.changed), low=[low for low, _ in bands], high=[high for _, high in bands]
+        given.of("lambda", operands.changed), low=[low for low, _ in bands], high=[high for _, high in bands]
     )
     return Step(numbers, "band")
 
 
-def breadcrumbs_ties(piece: Piece, given: Coefficients) -> Step:
+def breadcrumbs_ties(operands: Operands, given: Coefficients) -> Step:
     """Drop as Breadcrumbs does, then elect signs and merge what agrees, as TIES does."""
-    return replace(breadcrumbs(piece, given), combine=_combine(given))
+    return replace(breadcrumbs(operands, given), combine=_combine(given))
 
 
-def dare_linear(piece: Piece, given: Coefficients) -> Step:
+def dare_linear(operands: Operands, given: Coefficients) -> Step:
     """Drop entries at random, rescale and add: θ₀ + Σ λᵢ (mᵢ ∘ τᵢ) / p (DARE; Yu et al. 2024, eq. 1–2).
 
     mᵢ keeps an entry with probability p, the density. The option `rescale: l1` divides by the share
     of the magnitude that was kept instead, as mergekit does.
     """
-    lambdas, densities = given.of("lambda", piece.changed), given.of("density", piece.changed)
+    lambdas, densities = given.of("lambda", operands.changed), given.of("density", operands.changed)
     rescale = given.options["rescale"]
-    factors = [_dare_factor(piece, *pair, rescale) for pair in zip(piece.changed, densities, strict=True)]
+    factors = [
+        _dare_factor(operands, *pair, rescale) for pair in zip(operands.changed, densities, strict=True)
+    ]
     numbers = Numbers(
         lambdas=[lam * factor for lam, factor in zip(lambdas, factors, strict=True)],
         limits=[keep_limit(density) for density in densities],
-        keys=[hash_key(piece.seed, expert, piece.name) for expert in piece.changed],
-        stream=hash_key(piece.seed, "", piece.name),
+        keys=[hash_key(operands.seed, expert, operands.name) for expert in operands.changed],
+        stream=hash_key(operands.seed, "", operands.name),
     )
     return Step(numbers, "random")
 
 
-def dare_ties(piece: Piece, given: Coefficients) -> Step:
+def dare_ties(operands: Operands, given: Coefficients) -> Step:
     """Drop and rescale as DARE does, then elect signs and merge what agrees (Yu et al. 2024, section 3.3)."""
-    return replace(dare_linear(piece, given), combine=_combine(given))
+    return replace(dare_linear(operands, given), combine=_combine(given))
 
 
-def della_linear(piece: Piece, given: Coefficients) -> Step:
+def della_linear(operands: Operands, given: Coefficients) -> Step:
     """Drop by magnitude at random, rescale and add (DELLA; Deep et al. 2024, MAGPRUNE).
 
     Entry j is kept with probability pⱼ, which rises with the rank of its magnitude in its row from
     density − epsilon to density + epsilon, and is divided by pⱼ.
     """
     rows = zip(
-        piece.changed, given.of("density", piece.changed), given.of("epsilon", piece.changed), strict=True
+        operands.changed,
+        given.of("density", operands.changed),
+        given.of("epsilon", operands.changed),
+        strict=True,
     )
-    vectors = [_magpruned(piece, *row, given.options["rescale"]) for row in rows]
-    return Step(Numbers(given.of("lambda", piece.changed)), vectors=vectors)
+    vectors = [_magpruned(operands, *row, given.options["rescale"]) for row in rows]
+    return Step(Numbers(given.of("lambda", operands.changed)), vectors=vectors)
 
 
-def della(piece: Piece, given: Coefficients) -> Step:
+def della(operands: Operands, given: Coefficients) -> Step:
     """Drop as `della_linear` does, then elect signs and merge what agrees (DELLA; Deep et al. 2024)."""
-    return replace(della_linear(piece, given), combine=_combine(given))
+    return replace(della_linear(operands, given), combine=_combine(given))
 
 
-def sce(piece: Piece, given: Coefficients) -> Step:
+def sce(operands: Operands, given: Coefficients) -> Step:
     """Select by variance, calculate weights by mean square, erase minority signs (SCE; Wan et al. 2024)."""
     merged = selection_masks.sce(
-        [piece.vector(expert) for expert in piece.experts], given.single("select_topk")
+        [operands.vector(expert) for expert in operands.experts], given.single("select_topk")
     )
     return Step(Numbers([1.0]), vectors=[merged])
 
 
-def model_stock(piece: Piece, given: Coefficients) -> Step:
+def model_stock(operands: Operands, given: Coefficients) -> Step:
     """Move towards the estimated centre of fine-tunes: θ₀ + t · mean τ (model stock; Jang et al. 2024).
 
     t = N cos θ / (1 + (N − 1) cos θ), with cos θ the mean cosine between task vectors, of the tensor
     or of each row.
     """
     by_rows = given.options["granularity"] == "rows"
-    gram = piece.gram(by_rows)
-    return _combination(piece, spherical.model_stock(gram[..., 1:, 1:]), base=1.0)
+    gram = operands.gram(by_rows)
+    return _combination(operands, spherical.model_stock(gram[..., 1:, 1:]), base=1.0)
 
 
-def slerp(piece: Piece, given: Coefficients) -> Step:
+def slerp(operands: Operands, given: Coefficients) -> Step:
     """Follow the arc between two experts' weights (Shoemake 1985).
 
     θ = sin((1−t)Ω)/sinΩ · θ₁ + sin(tΩ)/sinΩ · θ₂ with Ω the angle between them; the straight line
     where they are nearly parallel (|cos Ω| > 0.9995).
     """
-    return _combination(piece, spherical.slerp(_gram_of_weights(piece), given.single("t")))
+    return _combination(operands, spherical.slerp(_gram_of_weights(operands), given.single("t")))
 
 
-def nuslerp(piece: Piece, given: Coefficients) -> Step:
+def nuslerp(operands: Operands, given: Coefficients) -> Step:
     """Follow the arc between two task vectors, or weights, taken as directions (mergekit's NuSLERP)."""
     by_rows, of_weights = given.options["granularity"] == "rows", given.options["origin"] == "zero"
-    gram = _gram_of_weights(piece, by_rows) if of_weights else piece.gram(by_rows)[..., 1:, 1:]
+    gram = _gram_of_weights(operands, by_rows) if of_weights else operands.gram(by_rows)[..., 1:, 1:]
     weights = spherical.nuslerp(gram, given.single("t"))
-    return _combination(piece, weights, base=None if of_weights else 1.0)
+    return _combination(operands, weights, base=None if of_weights else 1.0)
 
 
-def multislerp(piece: Piece, given: Coefficients) -> Step:
+def multislerp(operands: Operands, given: Coefficients) -> Step:
     """Average on the sphere in the tangent space at the mean direction (Goddard 2025, multi-SLERP)."""
     of_weights = given.options["origin"] == "zero"
-    gram = _gram_of_weights(piece) if of_weights else piece.gram()[1:, 1:]
-    weights = spherical.multislerp(gram, given.of("lambda", piece.experts))
-    return _combination(piece, weights, base=None if of_weights else 1.0)
+    gram = _gram_of_weights(operands) if of_weights else operands.gram()[1:, 1:]
+    weights = spherical.multislerp(gram, given.of("lambda", operands.experts))
+    return _combination(operands, weights, base=None if of_weights else 1.0)
 
 
-def karcher(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+def karcher(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
     """Take the Karcher mean of the experts' directions, times their mean norm (Karcher 1977)."""
-    return _combination(piece, spherical.karcher(_gram_of_weights(piece)))
+    return _combination(operands, spherical.karcher(_gram_of_weights(operands)))
 
 
-def nearswap(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+def nearswap(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
     """Move each weight to the expert's, but by t at most: θ₀ + sign(τ) min(|τ|, t) (mergekit's NearSwap)."""
     return Step(Numbers([1.0], low=[given.single("t")]), "clip")
 
 
-def arcee_fusion(piece: Piece, given: Coefficients) -> Step:  # noqa: ARG001
+def arcee_fusion(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
     """Take over the weights of importance |τ| · KL ≥ median + 1.5 IQR (mergekit's Arcee Fusion)."""
-    vector = piece.vector(piece.experts[0])
-    base = piece.base.float()
+    vector = operands.vector(operands.experts[0])
+    base = operands.base.float()
     mask = selection_masks.arcee_fusion_mask(base + vector, base)
     return Step(Numbers([1.0]), vectors=[torch.where(mask, vector, 0.0)])
 
 
-def passthrough(piece: Piece, given: Coefficients) -> Step:
+def passthrough(operands: Operands, given: Coefficients) -> Step:
     """Take the expert itself, scaled: θ = scale · θ₁."""
     scale = given.single("scale")
-    return Step(Numbers([scale] * len(piece.changed), base_weight=scale))
+    return Step(Numbers([scale] * len(operands.changed), base_weight=scale))
 
 
-RULES: dict[MethodName, Callable[[Piece, Coefficients], Step]] = {
+RULES: dict[MethodName, Callable[[Operands, Coefficients], Step]] = {
     "linear": linear,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
@@ -234,35 +242,35 @@ def _combine(given: Coefficients) -> Combine:
     return cast(Combine, given.options["normalize"])
 
 
-def _combination(piece: Piece, weights: Tensor, base: float | None = None) -> Step:
+def _combination(operands: Operands, weights: Tensor, base: float | None = None) -> Step:
     """Return θ₀ + Σ wᵢ τᵢ where `base` is 1, or Σ wᵢ θᵢ where it is None.
 
     `weights` has shape (n_experts,), or (rows, n_experts) for a weight in each row.
     """
     total = weights.sum(-1) if base is None else torch.full_like(weights[..., 0], base)
-    changed = weights[..., [piece.experts.index(expert) for expert in piece.changed]].movedim(-1, 0)
+    changed = weights[..., [operands.experts.index(expert) for expert in operands.changed]].movedim(-1, 0)
     if weights.requires_grad and weights.ndim == 1:
         return Step(Numbers(list(changed), total))
     if weights.ndim == 1:
         return Step(Numbers(changed.tolist(), float(total)))
-    rows, device = (*piece.base.shape[:-1], 1), piece.base.device
-    by_row = [each.reshape(rows).to(wide(piece.base).dtype).to(device) for each in (total, *changed)]
+    rows, device = (*operands.base.shape[:-1], 1), operands.base.device
+    by_row = [each.reshape(rows).to(wide(operands.base).dtype).to(device) for each in (total, *changed)]
     return Step(Numbers(by_row[1:], by_row[0]))
 
 
-def _gram_of_weights(piece: Piece, by_rows: bool = False) -> Tensor:
+def _gram_of_weights(operands: Operands, by_rows: bool = False) -> Tensor:
     """Return the inner products of the experts' weights θᵢ = θ₀ + τᵢ: (…, n, n)."""
-    gram = piece.gram(by_rows)
+    gram = operands.gram(by_rows)
     cross = gram[..., 0, 1:]
     return gram[..., :1, :1] + cross[..., None, :] + cross[..., :, None] + gram[..., 1:, 1:]
 
 
-def _magpruned(piece: Piece, expert: str, density: float, epsilon: float, rescale: str) -> Tensor:
+def _magpruned(operands: Operands, expert: str, density: float, epsilon: float, rescale: str) -> Tensor:
     """Return an expert's task vector with entries dropped by MAGPRUNE and rescaled."""
-    vector = piece.vector(expert)
+    vector = operands.vector(expert)
     probabilities = selection_masks.della_probabilities(vector, density, epsilon)
     limits = (probabilities.double() * 2**32).round().clamp_(min=1) - 2**31 - 1  # as `keep_limit`
-    mask = (_hashes(piece, expert) <= limits.to(torch.int32)) & (probabilities > 0)
+    mask = (_hashes(operands, expert) <= limits.to(torch.int32)) & (probabilities > 0)
     if rescale == "probability":
         vector = vector / probabilities.clamp(min=2**-32)
     kept = torch.where(mask, vector, 0.0)
@@ -277,14 +285,14 @@ def _l1_factor(vector: Tensor, mask: Tensor) -> float:
     return before / after if min(before, after) >= 1e-7 else 1.0
 
 
-def _dare_factor(piece: Piece, expert: str, density: float, rescale: str) -> float:
+def _dare_factor(operands: Operands, expert: str, density: float, rescale: str) -> float:
     if rescale == "l1":
-        return _l1_factor(piece.vector(expert), _hashes(piece, expert) <= keep_limit(density))
+        return _l1_factor(operands.vector(expert), _hashes(operands, expert) <= keep_limit(density))
     return 1 / density if rescale == "probability" else 1.0
 
 
-def _hashes(piece: Piece, expert: str) -> Tensor:
+def _hashes(operands: Operands, expert: str) -> Tensor:
     """Return a uniform int32 for every entry of the tensor, the same as `merge_chunk` draws."""
-    index = torch.arange(piece.base.numel(), device=piece.base.device).to(torch.int32)
-    stream, key = (hash_key(piece.seed, who, piece.name) for who in ("", expert))
-    return hash32(index, stream, key).view(piece.base.shape)
+    index = torch.arange(operands.base.numel(), device=operands.base.device).to(torch.int32)
+    stream, key = (hash_key(operands.seed, who, operands.name) for who in ("", expert))
+    return hash32(index, stream, key).view(operands.base.shape)

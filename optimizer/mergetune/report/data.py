@@ -79,11 +79,10 @@ class Entry:
     @property
     def role(self) -> Role:
         """Return what the candidate is to the reader."""
-        if self.name == roles.BASE:
-            return "base"
-        if roles.is_expert(self.name):
-            return "expert"
-        return "average" if self.candidate.kind == "baseline" else "merge"
+        own = self.candidate.role
+        if own == "base" or own == "expert":
+            return own
+        return "average" if self.candidate.is_baseline else "merge"
 
     @property
     def feasible(self) -> bool:
@@ -124,8 +123,7 @@ class ReportData:
     @property
     def n_by_slopes(self) -> int:
         """Return how many of the points that slopes led to were measured, failed ones too."""
-        names = [*(entry.name for entry in self.entries), *(candidate.name for candidate in self.failed)]
-        return sum(name.startswith(roles.GRADIENT) for name in names)
+        return sum(each.role == "slopes" for each in [*(e.candidate for e in self.entries), *self.failed])
 
     @property
     def objectives(self) -> tuple[Metric, ...]:
@@ -237,7 +235,7 @@ def _guard_changes(
     noise: Noise | None,
 ) -> dict[Split, Scores]:
     """Compare a baseline or the recommended merge with what the guards refer to, item by item."""
-    is_shown = candidate.kind == "baseline" or (chosen is not None and candidate.name == chosen.name)
+    is_shown = candidate.is_baseline or (chosen is not None and candidate.name == chosen.name)
     if not is_shown:
         return {split: {} for split in _SPLITS}
     guards = [m for m in metrics if m.kind == "guard" and m.reference != candidate.name]
@@ -325,7 +323,7 @@ def _sensitivity(
         return None
     digests = [c.recipe.digest for c in candidates if chosen is not None and c.name == chosen.name]
     frame = frame[(frame["point"] != RECOMMENDED) | frame["digest"].isin(digests)]
-    searched = [candidate.recipe.groups for candidate in candidates if candidate.kind == "trial"]
+    searched = [candidate.recipe.groups for candidate in candidates if not candidate.is_baseline]
     return sensitivity(frame, searched[0] if searched else single_layers(frame["tensor"]))
 
 

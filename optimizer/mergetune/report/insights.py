@@ -14,7 +14,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from mergetune.evaluation.evaluate import Score
 from mergetune.report.metric import Metric
 from mergetune.report.verdict import paired
-from mergetune.results.roles import GRADIENT
+from mergetune.results.roles import slopes_name
 from mergetune.results.run_dir import Candidate, searched
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
@@ -185,7 +185,7 @@ def coordinate_name(key: str, coordinates: Mapping[str, Coordinate]) -> str:
     if found is None:
         return key
     if found.point is not None:  # see FrontSpace; the first point of the descent is the origin
-        return f"toward {GRADIENT}{found.point + 1}"
+        return f"toward {slopes_name(found.point + 1)}"
     what = "factor" if found.parameter == "times" else found.parameter
     if found.expert:
         what = found.expert if found.parameter == "lambda" else f"{what} of {found.expert}"

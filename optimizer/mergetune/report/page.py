@@ -88,7 +88,7 @@ def candidate_table(data: ReportData) -> pd.DataFrame:
 def _row(candidate: Candidate, entry: Entry | None, data: ReportData) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": candidate.name,
-        "kind": candidate.kind,
+        "role": candidate.role,
         "state": candidate.state,
         "reason": candidate.reason,
         "on_front": entry is not None and entry.on_front,

@@ -15,7 +15,6 @@ from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.metric import Metric
 from mergetune.results import roles, selection
-from mergetune.results.roles import is_average, is_soup
 from mergetune.results.selection import Recommendation, Scales
 from mergetune.stats.gains import Gain
 from mergetune.stats.resampling import Floats, ItemScores, bootstrap_scores, join_items
@@ -203,11 +202,8 @@ def _left_out(names: Sequence[str], where: str) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    if roles.is_expert(name):
-        return "expert"
-    if is_soup(name):
-        return "soup"
-    return "average" if is_average(name) else "usual default"
+    role = roles.role_of(name)
+    return "usual default" if role == "default" else role
 
 
 def _title(average: str) -> str:

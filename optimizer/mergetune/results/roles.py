@@ -1,15 +1,26 @@
-"""What a candidate is, by its name: the one place where such names are made and read."""
+"""What a candidate is in its study, and the names of candidates: the one place that makes and reads them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from mergetune.evaluation.suite import GuardConfig
 
+# An average is that of all experts, a soup that of some; `slopes` is a point that these led to.
+Role = Literal["base", "expert", "average", "soup", "default", "slopes", "trial"]
+SEARCHED: tuple[Role, ...] = ("slopes", "trial")  # all others are baselines: measured before the search
+
 BASE = "base"
-GRADIENT = "gradient-"  # begins the names of the points that slopes led to
-_EXPERT, _AVERAGE, _SOUP, _TRIAL = "expert-", "average-", "soup-", "trial-"
+_EXPERT, _AVERAGE, _SOUP, _SLOPES, _TRIAL = "expert-", "average-", "soup-", "gradient-", "trial-"
+_ROLES: dict[str, Role] = {
+    _EXPERT: "expert",
+    _AVERAGE: "average",
+    _SOUP: "soup",
+    _SLOPES: "slopes",
+    _TRIAL: "trial",
+}
 EQUALIZED = f"{_AVERAGE}equalized"  # the norm-equalized average
 _LONGEST_NAME = 60  # a candidate's name is a file's name, too
 
@@ -60,21 +71,23 @@ def trial_number(name: str) -> int | None:
     return int(name.removeprefix(_TRIAL)) if name.startswith(_TRIAL) else None
 
 
+def slopes_name(number: int) -> str:
+    """Return the candidate's name of the point that slopes led to as this number, from 1."""
+    return f"{_SLOPES}{number}"
+
+
+def role_of(name: str) -> Role:
+    """Return the role of the candidate with this name."""
+    if name == BASE:
+        return "base"
+    return next((role for prefix, role in _ROLES.items() if name.startswith(prefix)), "default")
+
+
 def is_expert(name: str) -> bool:
     """Say whether a candidate's name is that of an expert measured alone."""
-    return name.startswith(_EXPERT)
+    return role_of(name) == "expert"
 
 
 def is_merge(name: str) -> bool:
     """Say whether a candidate is neither the base nor an expert alone."""
-    return name != BASE and not is_expert(name)
-
-
-def is_average(name: str) -> bool:
-    """Say whether a candidate's name is that of the average of all experts, with whatever lambda."""
-    return name.startswith(_AVERAGE)
-
-
-def is_soup(name: str) -> bool:
-    """Say whether a candidate's name is that of the average of some of the experts."""
-    return name.startswith(_SOUP)
+    return role_of(name) not in ("base", "expert")

@@ -50,6 +50,7 @@ from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
 from mergetune.files.yaml_io import Strict, write_yaml
 from mergetune.results.config import StudyConfig
+from mergetune.results.roles import SEARCHED, Role, role_of
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.models import reference_to
@@ -68,7 +69,6 @@ _FREE = {
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
 
-CandidateKind = Literal["baseline", "trial"]
 SpaceKind = Literal["search_space", "front"]  # the study's own, or the one around the points of a warm start
 
 
@@ -119,7 +119,7 @@ class Candidate(Strict):
 
     name: str
     number: int
-    kind: CandidateKind
+    role: Role
     recipe: MergeRecipe
     params: dict[str, float] | None = None
     space: SpaceKind = "search_space"
@@ -129,11 +129,21 @@ class Candidate(Strict):
     cost: Cost = Field(default_factory=Cost)
     holdout_cost: Cost = Field(default_factory=Cost)
 
+    @property
+    def is_baseline(self) -> bool:
+        """Say whether it is measured before the search, and has to be."""
+        return self.role not in SEARCHED
+
     @model_validator(mode="before")
     @classmethod
-    def _space_of_earlier_versions(cls, data: object) -> object:
-        """Tell by the coefficients' names which space a point is of, where a file does not say it."""
-        if not isinstance(data, dict) or "space" in data:
+    def _of_earlier_versions(cls, data: object) -> object:
+        """Tell by names which role it has and which space its point is of, where a file does not say it."""
+        if not isinstance(data, dict):
+            return data
+        if "kind" in data and "name" in data:
+            data = {name: value for name, value in data.items() if name != "kind"}
+            data["role"] = role_of(data["name"])
+        if "space" in data:
             return data
         is_front = any(name.startswith(("toward.", "times.")) for name in data.get("params") or ())
         return {**data, "space": "front"} if is_front else data

@@ -136,8 +136,8 @@ class _Totals:
         self._merger, self._recipe = merger, recipe
 
     def add(self, name: str, gradient: Tensor) -> None:
-        piece = self._merger.piece(self._recipe, name, gradient.device)
-        own = coefficient_slopes(piece, self._recipe, self._groups[name], gradient)
+        operands = self._merger.operands(self._recipe, name, gradient.device)
+        own = coefficient_slopes(operands, self._recipe, self._groups[name], gradient)
         for (parameter, expert), slope in own.items():
             key = (name, parameter, expert)
             self.values[key] = self.values.get(key, 0.0) + slope

@@ -192,7 +192,7 @@ class _TaskReferences:
             # of equal scores the first one counts: that of the better model
             score, reply = max(candidates[index], key=lambda each: rise * each[0], default=(0.0, ""))
             if most and rise * score >= (SUFFICIENT - ROUNDING) * abs(most):
-                prompt, settings = instances[0].args[:2]
+                prompt, settings = instances[-1].args[:2]  # the last turn's
                 text = replied(self._lm, prompt, settings, reply, end)
                 yield self._reference(index, (text,), is_unwanted=rise * self._sign < 0)
 
@@ -216,9 +216,11 @@ class _TaskReferences:
     def _shown(self, replies: Sequence[pd.DataFrame]) -> dict[str, list[tuple[float, str]]]:
         """Return what models replied to each item, with its score, the better model first.
 
-        lm-eval's own tasks are left out: what is on record of them may be a part of the reply only.
+        lm-eval's own tasks are left out: what is on record of them may be a part of the reply only; and so
+        are items with several replies each.
         """
-        if self._bound.config.items is None:
+        config = self._bound.config
+        if config.items is None or config.score_turns == "all" or config.repeats > 1:
             return {}
         own = [frame[frame["task"] == self._name] for frame in replies]
         found: dict[str, list[tuple[float, str]]] = defaultdict(list)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from mergetune.results.roles import (
     BASE,
     EQUALIZED,
+    Role,
     average_name,
     expert_name,
+    role_of,
     scaled_average_name,
     uniform_name,
 )
@@ -28,6 +30,11 @@ class Baseline:
     name: str
     recipe: MergeRecipe
     params: dict[str, float] | None
+
+    @property
+    def role(self) -> Role:
+        """See `Candidate.role`."""
+        return role_of(self.name)
 
 
 def baselines(

@@ -20,7 +20,8 @@ from mergetune.measuring.pool import Failed, Job, Measured, Pool, PoolOptions, r
 from mergetune.measuring.progress import Progress, candidate_line
 from mergetune.measuring.reply_store import ReplyStore, default_store
 from mergetune.merging.inputs import Inputs
-from mergetune.results.run_dir import Candidate, CandidateKind, Cost, RunDir, SpaceKind
+from mergetune.results.roles import SEARCHED, Role
+from mergetune.results.run_dir import Candidate, Cost, RunDir, SpaceKind
 from mergetune.space.recipe import MergeRecipe, count_layers
 
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
@@ -49,11 +50,16 @@ def write_facts(run: RunDir, inputs: Inputs, evaluator: Evaluator, leaks: Sequen
 class Proposal:
     """A candidate that is to be measured on the search split."""
 
-    kind: CandidateKind
+    role: Role
     name: str
     recipe: MergeRecipe
     params: Mapping[str, float] | None = None
     space: SpaceKind = "search_space"
+
+    @property
+    def is_baseline(self) -> bool:
+        """See `Candidate.is_baseline`."""
+        return self.role not in SEARCHED
 
 
 class Candidates:
@@ -129,7 +135,7 @@ class Candidates:
     def known(self, proposal: Proposal) -> Candidate | None:
         """Return a candidate that was measured before, or failed; None where it is to be measured."""
         known = self._known.get(proposal.name)  # perhaps from the holdout split alone
-        is_failed = known is not None and known.state == "failed" and proposal.kind == "trial"
+        is_failed = known is not None and known.state == "failed" and not proposal.is_baseline
         return known if proposal.name in self.scores or is_failed else None
 
     def propose(self, proposal: Proposal) -> None:
@@ -147,13 +153,13 @@ class Candidates:
         fields: dict[str, Any] = {
             "name": proposal.name,
             "number": len(self._known) if known is None else known.number,
-            "kind": proposal.kind,
+            "role": proposal.role,
             "recipe": proposal.recipe,
             "params": proposal.params,
             "space": proposal.space,
             "holdout_cost": Cost() if known is None else known.holdout_cost,
         }
-        if isinstance(found, Failed) and proposal.kind == "baseline":
+        if isinstance(found, Failed) and proposal.is_baseline:
             self.run.forget_attempts(what)  # for it is tried anew at the next start
             raise MergetuneError(
                 f"The baseline `{proposal.name}` cannot be measured: {found.reason}\nMend what is wrong and "
@@ -175,7 +181,7 @@ class Candidates:
         """Measure again whose scores could not be read."""
         for each in self.all:
             if each.state == "complete" and each.name not in self.scores:
-                self.measure(Proposal(each.kind, each.name, each.recipe, each.params, each.space))
+                self.measure(Proposal(each.role, each.name, each.recipe, each.params, each.space))
 
     def confirm(self, candidate: Candidate) -> str | None:
         """Score a candidate on the holdout split, unless that was done before; says and returns why not."""

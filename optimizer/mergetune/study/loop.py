@@ -104,7 +104,9 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         with closing(candidates):
             try:
                 for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
-                    candidates.measure(Proposal("baseline", baseline.name, baseline.recipe, baseline.params))
+                    candidates.measure(
+                        Proposal(baseline.role, baseline.name, baseline.recipe, baseline.params)
+                    )
                 candidates.measure_broken()
                 _check_objectives(plan, candidates)
                 soup = measure_greedy_soup(candidates, space, inputs)
@@ -255,7 +257,7 @@ def _proposal(candidates: Candidates, searched: Searched, trial: Trial, name: st
 
 def _trial_names(known: Sequence[Candidate], refused: Collection[str]) -> list[str]:
     """Return the names of the trials, those that have no recipe among them."""
-    return [*(candidate.name for candidate in known if candidate.kind == "trial"), *refused]
+    return [*(candidate.name for candidate in known if not candidate.is_baseline), *refused]
 
 
 def _last_number(names: Sequence[str]) -> int:

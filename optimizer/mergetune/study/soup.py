@@ -16,7 +16,7 @@ from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs
 from mergetune.results import selection
-from mergetune.results.roles import BASE, average_name, expert_name
+from mergetune.results.roles import BASE, average_name, expert_name, role_of
 from mergetune.results.run_dir import Candidate, RunDir, log_to
 from mergetune.results.selection import Scales, Scores
 from mergetune.space.recipe import MergeRecipe
@@ -120,7 +120,7 @@ def measure_greedy_soup(candidates: Candidates, space: SearchSpace, inputs: Inpu
 
     def measure(members: tuple[str, ...]) -> Standing:
         tried = baselines.soup(members, space, inputs.base_source, experts)
-        candidates.measure(Proposal("baseline", tried.name, tried.recipe, tried.params))
+        candidates.measure(Proposal(tried.role, tried.name, tried.recipe, tried.params))
         return standing(candidates.scores[tried.name], candidates.scores, suite, scales)
 
     alone = {
@@ -231,11 +231,11 @@ def _measure(candidates: Candidates, name: str, recipe: MergeRecipe, splits: Seq
     """Score a candidate on these splits together, item by item, where that was not done before."""
     candidates.progress.at_work(f"{name} …")
     if "search" in splits:
-        candidates.measure(Proposal("baseline", name, recipe))
+        candidates.measure(Proposal(role_of(name), name, recipe))
     if "holdout" in splits:
         candidate = candidates.run.candidate(name)
         if candidate is None:
-            candidate = Candidate(name=name, number=len(candidates.all), kind="baseline", recipe=recipe)
+            candidate = Candidate(name=name, number=len(candidates.all), role=role_of(name), recipe=recipe)
         if reason := candidates.confirm(candidate):
             candidates.run.forget_attempts(f"holdout.{name}")
             raise MergetuneError(

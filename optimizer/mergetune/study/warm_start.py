@@ -91,8 +91,8 @@ def start_search(
 def _measure(candidates: Candidates, searched: Searched, points: Sequence[Params]) -> None:
     for number, params in enumerate(points, start=1):
         recipe = searched.space.recipe(params)
-        name = f"{roles.GRADIENT}{number}"
-        candidates.measure(Proposal("trial", name, recipe, params, searched.kind))
+        name = roles.slopes_name(number)
+        candidates.measure(Proposal("slopes", name, recipe, params, searched.kind))
 
 
 def _follow_slopes(candidates: Candidates, config: WarmStartConfig, space: SearchSpace) -> WarmStart:

@@ -14,6 +14,7 @@ from mergetune.evaluation.formats.pairs import COMPLETION, PREFERENCE
 from mergetune.evaluation.formats.plain import BARE, PLAIN
 from mergetune.evaluation.formats.samples import INSPECT, OPENAI_EVALS
 from mergetune.evaluation.formats.tools import tools_of
+from mergetune.evaluation.items import Message
 
 __all__ = [
     "BFCL",
@@ -68,9 +69,9 @@ def fields_of(form: Form, row: Row) -> dict[str, Any]:
     fields = {**beside, **own}
     if tools := tools_of(row):
         fields.setdefault("tools", tools)
-    target = fields.get("target")
-    if target is not None and "tool_calls" not in target:
-        fields.setdefault("answer", target["content"])
+    if "target" in fields:
+        fields["target"] = Message.model_validate(fields["target"])
+        fields.setdefault("answer", fields["target"].wanted)
     return {**fields, "metadata": metadata_of(row, {*form.keys, *COMMON})}
 
 

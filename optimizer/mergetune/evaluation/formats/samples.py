@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergetune.evaluation.formats.form import Form, Row, has, text_at
+from mergetune.evaluation.formats.form import Form, Row, has, refuse, text_at
 from mergetune.evaluation.formats.messages import history, read_messages
 
 
@@ -12,7 +12,9 @@ def _fields(row: Row, answer: str) -> dict[str, Any]:
     asked = row.get("input")
     if isinstance(asked, list):
         return {**history(read_messages(asked, "input"), "input"), "answer": row.get(answer)}
-    return {"prompt": text_at(row, "input"), "answer": row.get(answer)}
+    if not text_at(row, "input"):
+        refuse("input", "must be text that is not empty, or messages", asked)
+    return {"prompt": asked, "answer": row.get(answer)}
 
 
 INSPECT = Form(

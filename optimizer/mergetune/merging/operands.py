@@ -27,7 +27,7 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Operands:
     """One tensor of the base, and of each expert that changes it its weights or its task vector.
 
     Attributes:

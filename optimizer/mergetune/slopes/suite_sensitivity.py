@@ -1,4 +1,4 @@
-"""The probe: sensitivity without a study, from a base, its experts and a suite."""
+"""Sensitivity without a study, from a base, its experts and a suite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from mergetune.space.recipe import MergeRecipe
 _CANDIDATES = 48  # documents of each task among which items with an answer are looked for
 
 
-def probe(inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str], object]) -> pd.DataFrame:
+def suite_sensitivity(
+    inputs: Inputs, suite: Suite, config: EngineConfig, say: Callable[[str], object]
+) -> pd.DataFrame:
     """Measure the sensitivity at the base and at the uniform average, on items of the search split.
 
     Args:

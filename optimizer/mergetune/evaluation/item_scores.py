@@ -1,0 +1,54 @@
+"""Scores of items: every turn's and every repeat's reply by the scorer, all of a task together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mergetune.errors import MergetuneError
+from mergetune.evaluation.item_requests import scored_turns
+from mergetune.evaluation.lm_tasks import item_of
+from mergetune.evaluation.suite import TaskConfig
+
+
+def item_scores(
+    config: TaskConfig, docs: Sequence[Mapping[str, str]], replies: Iterable[Sequence[Any]]
+) -> list[float]:
+    """Score documents of a JSONL task by what was replied to each.
+
+    A turn scores what its repeats do (see `SamplingConfig.count`), and an item the mean of its turns.
+
+    Args:
+        config: the task in the suite.
+        docs: the documents.
+        replies: to each of them, (n_turns · n_repeats,) texts, or (n_choices,) log-likelihoods with whether
+            each is the likeliest text.
+
+    Raises:
+        MergetuneError: an item cannot be scored.
+    """
+    scorer = config.scorer
+    assert scorer is not None  # TaskConfig
+    if scorer.asks == "likelihoods":
+        likelihoods: Any = [[each for each, _ in own] for own in replies]
+        return scorer.score([item_of(doc) for doc in docs], likelihoods)
+    turns = [scored_turns(item_of(doc), config) for doc in docs]
+    asked = [turn for own in turns for turn in own for _ in range(config.repeats)]
+    texts: Any = [text for own in replies for text in own]
+    scores = scorer.score(asked, texts)
+    if len(scores) != len(texts):
+        raise MergetuneError(
+            f"The scorer `{scorer.kind}` must return a score for each of {len(texts)} replies, but returned "
+            f"{len(scores)}."
+        )
+    found, start = [], 0
+    for own in turns:
+        end = start + len(own) * config.repeats
+        by_turn = np.array(scores[start:end], dtype=np.float64).reshape(len(own), config.repeats)
+        worst = config.sampling is not None and config.sampling.count == "worst"
+        counted = by_turn.min(axis=1) if worst else by_turn.mean(axis=1)
+        found.append(float(counted.mean()))
+        start = end
+    return found
