@@ -14,6 +14,7 @@ from mergetune.evaluation.fields import FieldMap
 from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, metadata_of, suggestion
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.rows import PlacedRow, Row, located, read_rows
+from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.yaml_io import validate
 
 NO_CALLS = "none"  # of `answers`: every item's answer is that no tool is called
@@ -72,6 +73,23 @@ class ItemFile:
     def summary(self) -> str:
         """Say how many items there are, and what the file was taken for."""
         return f"{self.source.file}: {len(self.items)} items, taken for {self.form}"
+
+    def check(
+        self,
+        scorer: BaseScorer,
+        stop: Sequence[str] = (),
+        *,
+        all_turns: bool = False,
+        is_example: bool = False,
+    ) -> None:
+        """Raise `MergetuneError` for the first item that a scorer cannot take: see `check_item`."""
+        for item, place in zip(self.items, self.places, strict=True):
+            turns = item.turns() if all_turns else (item,)
+            for number, turn in enumerate(turns, start=1):
+                if problem := scorer.check_item(turn, stop, is_example=is_example):
+                    which = f", turn {number} of {len(turns)}" if len(turns) > 1 else ""
+                    hint = self.hint if turn.answer is None else ""
+                    raise MergetuneError(f"{place}{which}: {problem}{hint}")
 
 
 def read_items(source: ItemSource, folder: Path) -> ItemFile:

@@ -279,15 +279,13 @@ def _read_items(source: ItemSource, folder: Path, score: str) -> ItemFile:
 def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
     """Refuse the first item that a task cannot ask, or else take as a few-shot example."""
     assert task.scorer is not None  # TaskConfig
-    if task.score_turns == "all" and not file.is_conversation:
+    all_turns = task.score_turns == "all"
+    if all_turns and not file.is_conversation:
         raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
-    stop = task.stop if are_asked else ()
-    for item, place in zip(file.items, file.places, strict=True):
-        turns = item.turns() if task.score_turns == "all" and are_asked else (item,)
-        for number, turn in enumerate(turns, start=1):
-            if problem := task.scorer.check_item(turn, stop, is_example=not are_asked):
-                which = f", turn {number} of {len(turns)}" if len(turns) > 1 else ""
-                raise MergetuneError(f"{place}{which}: {problem}{file.hint if turn.answer is None else ''}")
+    if are_asked:
+        file.check(task.scorer, task.stop, all_turns=all_turns)
+    else:
+        file.check(task.scorer, is_example=True)
 
 
 def _check_slices(path: Path, config: SuiteConfig, files: Mapping[str, ItemFile]) -> None:
