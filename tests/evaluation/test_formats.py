@@ -56,9 +56,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "samples of Inspect": {"input": [ASK], "target": ["Hello", "Hi"], "choices": ["Hello", "Hi"], "id": 1},
     "samples of OpenAI's evals": {"input": [ASK], "ideal": "Hello"},
 }
-WRONG = st.sampled_from(
-    [None, "", "x", 0, 2.5, True, [], {}, [None], ["x"], [[]], [{}], {"a": 1}, "[", "[1]", "{}"]
-)
+ODD: list[Any] = [
+    *(None, "", "x", 0, 2.5, True, [], {}, [None], ["x"], [[]], [{}], {"a": 1}, "[", "[1]", "{}"),
+]
 
 
 def item_of(row: dict[str, Any]) -> Item:
@@ -327,21 +327,21 @@ def test_whatever_is_wrong_with_a_row_is_one_message(name: str, data: st.DataObj
     """Values at any place of a row are replaced or taken out: the row is read, or named."""
     row = copy.deepcopy(ROWS[name])
     for _ in range(data.draw(st.integers(1, 3))):
-        if not (found := list(places(row))):
+        if not (every := list(places(row))):
             break
-        *path, last = data.draw(st.sampled_from(found))
+        *path, last = data.draw(st.sampled_from(every))
         inner: Any = row
         for key in path:
             inner = inner[key]
         if data.draw(st.booleans()):
             del inner[last]
         else:
-            inner[last] = copy.deepcopy(data.draw(WRONG))
+            inner[last] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
     try:
-        found, problem = read(tmp_path, ROWS[name], row).items, ""
+        n_items, problem = len(read(tmp_path, ROWS[name], row).items), ""
     except MergetuneError as error:
-        found, problem = (), str(error)
-    assert len(found) == 2 or re.search(r"items\.jsonl, line [12]:\s", problem)
+        n_items, problem = 0, str(error)
+    assert n_items == 2 or re.search(r"items\.jsonl, line [12]:\s", problem)
 
 
 def test_numbers_in_arguments_keep_what_was_written() -> None:

@@ -163,7 +163,7 @@ def test_typed_cells_become_what_json_has(tmp_path: Path) -> None:
         {
             "prompt": ["a", "b"],
             "answer": [0.5, float("nan")],
-            "when": pd.to_datetime(["2024-05-01", None]),
+            "when": [pd.Timestamp("2024-05-01"), pd.NaT],
             "raw": [b"x", b"y"],
         }
     )
@@ -266,7 +266,7 @@ def test_a_folder_and_a_missing_file_are_no_items(tmp_path: Path) -> None:
 
 
 def test_what_an_error_quotes_may_be_no_unicode(tmp_path: Path) -> None:
-    path = write_suite(tmp_path, b"{}", **{"\ud83d": 1})
+    path = write_suite(tmp_path, b"{}", "\ud83d")
     done = mergetune("eval", tmp_path, "--suite", path)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
