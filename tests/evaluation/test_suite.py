@@ -164,7 +164,7 @@ def test_one_file_may_be_read_in_two_ways(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"items": "hf:owner/name"}, "a data set on the Hub .hf:owner/name. needs `split`"),
+        ({"items": "hf:owner/name"}, "hf:owner/name: a data set on the Hub needs `split`"),
         ({"split": "test"}, "`split` belongs to data sets, but this is a file"),
         ({"config_name": "main"}, "`config_name` belongs to data sets on the Hub"),
         ({"score_turns": "all"}, "taken for prompts with answers. `score_turns: all` needs conversations"),

@@ -15,7 +15,7 @@ from mergetune.files.yaml_io import read_text
 Row = dict[str, Any]
 PlacedRow = tuple[str, Row]  # "items.jsonl, line 3", and what stands there
 
-HUB = "hf:"  # how the name of a data set on the Hugging Face Hub begins
+_HUB = "hf:"  # how the name of a data set on the Hugging Face Hub begins
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ITEM = '{"prompt": "…", "answer": "…"}'
 
@@ -36,9 +36,9 @@ def read_rows(
     """
     path = located(given, folder)
     if isinstance(path, str):
-        return _placed(path, hub_rows(path.removeprefix(HUB), split, config_name))
+        return _placed(path, hub_rows(path.removeprefix(_HUB), split, config_name))
     if config_name is not None:
-        raise MergetuneError(f"{path}: `config_name` belongs to data sets on the Hub ({HUB}owner/name).")
+        raise MergetuneError(f"{path}: `config_name` belongs to data sets on the Hub ({_HUB}owner/name).")
     if path.is_dir():
         return _placed(path, data_set_rows(path, split))
     if split is not None:
@@ -52,7 +52,7 @@ def read_rows(
 
 def located(given: str, folder: Path) -> Path | str:
     """Return the place of a file or folder, or what names a data set on the Hub as it is."""
-    return given if given.startswith(HUB) else placed(folder, given)
+    return given if given.startswith(_HUB) else placed(folder, given)
 
 
 def load_unicode(text: str) -> Any:

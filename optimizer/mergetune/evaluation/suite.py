@@ -15,7 +15,6 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import MISSING, FieldMap, at_path
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
 from mergetune.evaluation.items import Item
-from mergetune.evaluation.rows import HUB
 from mergetune.evaluation.scorers import Scorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_yaml
@@ -81,8 +80,6 @@ class TaskConfig(Strict):
             raise ValueError("`scorer` belongs to `items`: give both or none")
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
             raise ValueError("`num_fewshot` of items needs `fewshot_items`, and the reverse")
-        if self.items is not None and self.items.startswith(HUB) and self.split is None:
-            raise ValueError(f"a data set on the Hub ({self.items}) needs `split`, such as `split: test`")
         items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
         items_only |= {"fields", "answers", "split", "config_name"}
         lm_eval_only = {"metric", "filter"}

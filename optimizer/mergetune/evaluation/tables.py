@@ -104,8 +104,10 @@ def hub_rows(name: str, split: str | None, config_name: str | None) -> list[dict
     """Return the rows of a split of a data set on the Hugging Face Hub; no code of its own is run.
 
     Raises:
-        MergetuneError: there is none, it has no such split, or the Hub cannot be reached.
+        MergetuneError: there is none, no split is named or it has no such one, or the Hub cannot be reached.
     """
+    if split is None:
+        raise MergetuneError(f"hf:{name}: a data set on the Hub needs `split`, such as `split: test`.")
     from datasets import load_dataset
 
     try:
