@@ -342,6 +342,10 @@ def test_answers_of_a_second_file_are_joined_by_id(tmp_path: Path) -> None:
     (tmp_path / "answers.csv").write_text("id,answer\n2,two\n1,one\n3,three\n")
     assert [i.answer for i in read(tmp_path, "items.jsonl", answers="answers.csv")] == ["one", "two"]
     assert [i.answer for i in read(tmp_path, "items.jsonl", answers="none")] == [[], []]
+    (tmp_path / "other.jsonl").write_text('{"n": 2, "q": "p"}')
+    fields = FieldMap(prompt="q", id="n")
+    (item,) = read(tmp_path, "other.jsonl", answers="answers.csv", fields=fields)
+    assert (item.prompt, item.answer, item.metadata) == ("p", "two", {"id": 2})
     for content, message in (
         (
             "id,answer\n1,one\n",

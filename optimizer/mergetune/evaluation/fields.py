@@ -11,7 +11,6 @@ from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import Strict
 
 MISSING = object()
-_MODELS_PART = ("prompt", "messages")
 
 
 class FieldMap(Strict):
@@ -54,15 +53,15 @@ class FieldMap(Strict):
         Raises:
             MergetuneError: a path is not in the row; the message names the keys that are there.
         """
-        mapped = {name: _taken(row, name, path) for name, path in self.paths.items()}
-        moved = {
-            path for paths in self.paths.values() for path in ([paths] if isinstance(paths, str) else paths)
-        }
-        rest = {key: value for key, value in row.items() if key not in moved}
+        mapped: dict[str, Any] = {}
+        rest = dict(row)
+        for name, paths in self.paths.items():
+            mapped[name] = _taken(row, name, paths)
+            for path in [paths] if isinstance(paths, str) else paths:
+                rest.pop(path, None)
         if not self.says_the_form:
             return {**rest, **mapped}, {}
-        named = set(own) - mapped.keys() - set(_MODELS_PART)
-        kept = {key: rest.pop(key) for key in named & rest.keys()}
+        kept = {key: rest.pop(key) for key in own if key in rest}
         return {**kept, **mapped}, rest
 
 
@@ -88,22 +87,20 @@ def _taken(row: dict[str, Any], name: str, path: str | tuple[str, ...]) -> Any:
         return [_taken(row, name, each) for each in path]
     value = at_path(row, path)
     if value is MISSING:
-        deepest = _deepest(row, path)
         raise MergetuneError(
             f"`fields.{name}`: must be a path in every row, but `{path}` is not in this one, which has "
-            f"{deepest}."
+            f"{_deepest(row, path)}."
         )
     return value
 
 
-def _deepest(row: dict[str, Any], path: str) -> str:
+def _deepest(row: Any, path: str) -> str:
     """Say what is there where a path leads no further."""
-    parts = path.split(".")
-    begun = next(
-        n for n in range(len(parts) - 1, -1, -1) if n == 0 or at_path(row, ".".join(parts[:n])) is not MISSING
-    )
-    place = ".".join(parts[:begun])
-    found = at_path(row, place) if place else row
+    place, found = "", row
+    for part in path.split("."):
+        if (further := at_path(found, part)) is MISSING:
+            break
+        place, found = f"{place}.{part}" if place else part, further
     where = f" at `{place}`" if place else ""
     if isinstance(found, dict):
         return f"the keys `{'`, `'.join(found)}`{where}" if found else f"no keys{where}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import FieldMap
-from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, metadata_of, suggestion
+from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, suggestion
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.rows import PlacedRow, Row, located, read_rows
 from mergetune.evaluation.scorers.scorer import BaseScorer
@@ -178,7 +178,7 @@ def _mapped(fields: FieldMap, placed: PlacedRow) -> tuple[str, Row, Row]:
     """Return a row's place, the row by the names that forms read, and what is left of it."""
     place, row = placed
     try:
-        return (place, *fields.applied(row, COMMON))
+        return (place, *fields.applied(row, (*COMMON, "id", "metadata")))
     except MergetuneError as error:
         raise MergetuneError(f"{place}: {error}") from error
 
@@ -188,7 +188,7 @@ def _item(form: Form, answers: _Answers, place: str, row: Row, rest: Row) -> Ite
         fields = fields_of(form, row)
     except MergetuneError as error:
         raise MergetuneError(f"{place}: {error}") from error
-    fields["metadata"] = {**metadata_of(rest), **fields["metadata"]} or None
+    fields["metadata"] = {**rest, **fields["metadata"]} or None
     return validate(answers.put_into(fields, row, place), Item, place)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mergetune.errors import MergetuneError
@@ -24,7 +24,6 @@ __all__ = [
     "fields_of",
     "form_of",
     "form_rows",
-    "metadata_of",
     "suggestion",
 ]
 
@@ -72,7 +71,7 @@ def fields_of(form: Form, row: Row) -> dict[str, Any]:
     if "target" in fields:
         fields["target"] = Message.model_validate(fields["target"])
         fields.setdefault("answer", fields["target"].wanted)
-    return {**fields, "metadata": metadata_of(row, {*form.keys, *COMMON})}
+    return {**fields, "metadata": _metadata(row, {*form.keys, *COMMON})}
 
 
 def suggestion(row: Row, *, has_prompt: bool = False) -> str:
@@ -105,7 +104,7 @@ def _unknown(row: Row) -> str:
     )
 
 
-def metadata_of(row: Row, used: Iterable[str] = ()) -> dict[str, Any]:
+def _metadata(row: Row, used: Collection[str]) -> dict[str, Any]:
     """Return all else of a row; the keys of an object `metadata` stand beside them."""
     rest = {key: value for key, value in row.items() if key not in used and value is not None}
     within = rest.get("metadata")
