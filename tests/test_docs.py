@@ -74,6 +74,9 @@ def test_every_file_of_yaml_is_shown() -> None:
     assert shown >= StudyConfig.model_fields.keys() - {"cache", "allow_flat_objectives"}
 
 
+OPTIONS = {"judge": {"model": "m", "url": "http://localhost", "pairwise": {"reference": "answer"}}}
+
+
 @pytest.mark.parametrize(
     ("scorer", "line"),
     zip(SCORERS, blocks("suites.md", "jsonl")[0].splitlines(), strict=True),
@@ -81,7 +84,7 @@ def test_every_file_of_yaml_is_shown() -> None:
 def test_every_line_of_items_suits_its_scorer(scorer: str, line: str, tmp_path: Path) -> None:
     assert f"\n| `{scorer}` |" in PAGES["suites.md"]
     (tmp_path / "items.jsonl").write_text(line)
-    task = {"items": "items.jsonl", "scorer": scorer}
+    task = {"items": "items.jsonl", "scorer": {"kind": scorer, **OPTIONS.get(scorer, {})}}
     suite = {"description": "", "chat_template": False, "objectives": {"skill": {"tasks": [task]}}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     assert read_suite(tmp_path / "suite.yaml").items["items.jsonl"]

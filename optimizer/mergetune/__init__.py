@@ -1,8 +1,8 @@
 """mergetune: evaluation-driven tuning of merge coefficients for language models.
 
 What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `read_items`,
-`preview_items`, `evaluate`, `check`, `check_measurements`, `merge` and `inspect`. Nothing heavy is imported
-before one of them is used.
+`preview_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `merge` and `inspect`. Nothing heavy is
+imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         read_items,
         read_run,
         read_suite,
+        rescore,
         run_study,
     )
     from mergetune.errors import MergetuneError
@@ -46,6 +47,7 @@ __all__ = [
     "read_items",
     "read_run",
     "read_suite",
+    "rescore",
     "run_study",
 ]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergetune.measuring.model_under_test import ModelUnderTest
     from mergetune.results.run import Run
     from mergetune.space.recipe import LayerGroup
+    from mergetune.study.rescore import Rescored
     from mergetune.weights.vocabulary import VocabularyRule
 
 Say = Callable[[str], object]
@@ -116,6 +117,23 @@ def run_study(
 
     loop.run_study(Path(study_file), Path(out), console or Console(stderr=True), engine, cache)
     return Run(Path(out))
+
+
+def rescore(
+    run: Given, suite: Given, out: Given, *, cache: Path | None = None, say: Say = _quiet
+) -> Rescored:
+    """Score what the models of a run replied by another suite, into a new run directory `out`.
+
+    No model is asked again: scorers, rubrics, weights, margins and guards may be others, prompts may not.
+
+    Raises:
+        MergetuneError: the suite does not fit the run, or a task has no item with replies of all candidates.
+    """
+    from mergetune.results.run_dir import RunDir
+    from mergetune.study.rescore import rescore as _rescore
+
+    use_cache(cache, say)
+    return _rescore(RunDir(Path(run)), str(suite), Path(out), say)
 
 
 def read_run(folder: Given) -> Run:

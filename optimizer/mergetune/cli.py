@@ -486,6 +486,24 @@ def report(
 
 
 @app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="A run directory; nothing in it changes.", metavar="RUN")],
+    suite: Annotated[str, typer.Option(help="What to score by: a preset's name or a path.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new run directory.")],
+    cache: Cache = None,
+) -> None:
+    """Score what a run's models replied by another suite, without asking any model again."""
+    from mergetune import api
+    from mergetune.measuring.progress import Progress
+
+    with Progress(_err) as progress:
+        found = api.rescore(run, suite, out, cache=cache, say=progress.at_work)
+    for task, n_items in found.lacking.items():
+        _remark(f"{n_items} items of `{task}` are left out: not every candidate has replied to them.")
+    _out.print(f"{found.n_items} items scored. Report: {found.report}", highlight=False, markup=False)
+
+
+@app.command()
 def methods() -> None:
     """List the merge methods with their coefficients and options."""
     from mergetune.space.method_table import METHODS

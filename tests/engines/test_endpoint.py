@@ -10,10 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from mergetune.evaluation.suite import Suite, read_suite
 from mergetune.gate.run import CheckOptions, check_models
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.reply_store import ReplyStore
+from plain_server import plain_server
 
 TWINS = (70, 71)  # tokens whose logits are always the same
 PROMPTS = ("What is the capital of France?", "One two three", "The quick brown fox jumps over")
@@ -105,39 +105,6 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except requests.ConnectionError:
             time.sleep(0.3)
     pytest.fail(f"vLLM's server did not start: {log.read_text()[-2000:]}")
-
-
-@contextmanager
-def plain_server(
-    answer: Callable[[dict[str, Any]], tuple[int, Any]], owner: str = "someone"
-) -> Iterator[str]:
-    """A server of the plain OpenAI protocol that answers each POST with a status and JSON (or bytes)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": "plain", "owned_by": owner, "max_model_len": 256}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._send(*answer(body | {"path": self.path, "key": self.headers.get("Authorization")}))
-
-        def _send(self, status: int, reply: Any) -> None:
-            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1/"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 PLAIN_OPTIONS = frozenset({"prompt", "max_tokens", "stop", "temperature", "echo", "logprobs"})

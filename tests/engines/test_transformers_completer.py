@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 from helpers import build_llama, build_tokenizer, fine_tune
-from mergetune.engines.completions import CompletionsLM
+from mergetune.engines.completions import CompletionsLM, Generation
 from mergetune.engines.engine import EngineConfig
 from mergetune.engines.model_text import ModelText
 from mergetune.engines.transformers_engine import TransformersEngine
@@ -165,6 +167,62 @@ def test_sampling_obeys_its_settings_and_repeats(lm: Any) -> None:
     assert replies(lm, do_sample=True, temperature=1.0, top_k=1) == replies(lm)
     with pytest.raises(MergetuneError, match="does not take these generation settings: warmth"):
         replies(lm, warmth=2)
+
+
+def test_a_draw_depends_on_its_seed_and_not_on_the_batch(lm: Any) -> None:
+    settings = {**GREEDY, "do_sample": True, "temperature": 1.5, "top_p": 0.95}
+    asked = requests(
+        "generate_until", [(prompt, {**settings, "seed": n}) for n, prompt in enumerate(PROMPTS)]
+    )
+    together = lm.generate_until(asked)
+    assert together == [reply for one in asked for reply in lm.generate_until([one])]
+    other = requests("generate_until", [(PROMPTS[0], {**settings, "seed": n}) for n in range(8)])
+    assert len(set(lm.generate_until(other))) > 4
+
+
+def test_draws_follow_the_models_probabilities(model: Path) -> None:
+    """Held against the softmax of its logits, by a chi-squared test."""
+    engine = started(model, batch_size=250)
+    tokens = engine.lm.tok_encode(PROMPTS[0])
+    how = {"temperature": 0.7, "top_k": 6}
+    drawn = engine.lm._completer.generate(
+        [Generation(tokens, 1, sampling={**how, "seed": seed}) for seed in range(2000)]
+    )
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([tokens])).logits[0, -1].float()
+    likeliest = logits.topk(6)
+    expected = (likeliest.values.double() / 0.7).softmax(dim=0) * 2000
+    texts = [engine.lm.tokenizer.decode([token]) for token in likeliest.indices.tolist()]
+    assert len(set(texts)) == 6
+    counts = [drawn.count(text) for text in texts]
+    assert sum(counts) == 2000
+    assert chisquare(counts, expected.numpy()).pvalue > 0.001
+    engine.close()
+
+
+def test_special_tokens_that_say_something_stay_in_replies(model: Path, tmp_path: Path) -> None:
+    """As Mistral's, whose calls and thoughts begin with special tokens; those that say nothing go."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    plain = started(folder)
+    (reply, *_) = replies(plain.lm)
+    tokens = plain.lm.tok_encode(reply, add_special_tokens=False)
+    words = [plain.lm.tokenizer.convert_ids_to_tokens(tokens[i]) for i in (1, 3)]
+    plain.close()
+    file = folder / "tokenizer.json"  # two tokens of the reply become special ones
+    text = file.read_text()
+    for word, name in zip(words, ("[TOOL_CALLS]", "<|nothing|>"), strict=True):
+        text = text.replace(json.dumps(word), json.dumps(name))
+    data = json.loads(text)
+    vocabulary = data["model"]["vocab"]
+    data["model"]["merges"] = [each for each in data["model"]["merges"] if "".join(each) in vocabulary]
+    file.write_text(json.dumps(data))
+    engine = started(folder)
+    engine.lm.tokenizer.add_special_tokens({"extra_special_tokens": ["[TOOL_CALLS]", "<|nothing|>"]})
+    lm = CompletionsLM(engine.lm._completer, engine.lm.tokenizer, engine.lm.max_length)
+    (kept, *_) = replies(lm)
+    assert "[TOOL_CALLS]" in kept
+    assert "<|nothing|>" not in kept
+    engine.close()
 
 
 def test_every_setting_of_generation_is_known() -> None:

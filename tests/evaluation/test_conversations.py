@@ -225,3 +225,13 @@ def test_what_is_scored_has_no_thoughts(
     assert set(found["score"]) == {expected}
     ask(lm, lm.requests)  # what was said is kept as it was
     assert lm.requests[0].resps == ["<think>Who asks?</think>My lord"]
+
+
+def test_a_reply_costs_its_tokens_and_fewer_are_better(tmp_path: Path, tokenizer: Any) -> None:
+    evaluator = evaluator_of(tmp_path, items(), {"scorer": "reply_tokens"})
+    assert evaluator.suite.config.objectives["o"].better == "minimize"
+    lm = Asked(tokenizer, "<think>Who asks?</think>My lord")
+    found = evaluator.measure(lm, "search").items
+    expected = len(tokenizer("<think>Who asks?</think>My lord", add_special_tokens=False)["input_ids"])
+    assert found["score"].tolist() == [expected] * 2
+    assert "My lord" in found["response"][0]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +19,12 @@ from pydantic import TypeAdapter
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
-from mergetune.evaluation.items import Item, load_json
+from mergetune.evaluation.items import Item, json_equal, load_json
 from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.rules import scorer_code
 from mergetune.evaluation.scorers import SCORERS, BaseScorer, ChoiceScorer, Scorer, scorer_rows
 from mergetune.evaluation.scorers.choice import choice_index
-from mergetune.evaluation.scorers.json_answer import NOT_JSON, json_equal, parse_json
+from mergetune.evaluation.scorers.json_answer import NOT_JSON, parse_json
 from mergetune.evaluation.suite import read_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}
@@ -392,27 +393,35 @@ def test_ids_know_nothing_of_metadata(tmp_path: Path) -> None:
 
 
 def test_the_digest_of_a_scorer_follows_its_own_code(tmp_path: Path) -> None:
-    """And that of nothing but it, what scorers share and items, wherever these stand."""
+    """And that of its modules, of what scorers share and of items, wherever these stand."""
     code = "from mergetune.evaluation.scorers.scorer import BaseScorer\n\n\nclass Own(BaseScorer): ...\n"
 
-    def digest(folder: str, text: str) -> str:
-        file = tmp_path / folder / "own.py"
+    def loaded(name: str, text: str) -> ModuleType:
+        file = tmp_path / name / "own.py"
         file.parent.mkdir()
         file.write_text(text)
-        spec = importlib.util.spec_from_file_location(folder, file)
+        spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
-        module = sys.modules[folder] = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return scorer_code(module.Own)
+        return module
+
+    def digest(name: str, text: str, *modules: ModuleType) -> str:
+        scorer: type[BaseScorer] = loaded(name, text).Own
+        scorer.modules = modules
+        return scorer_code(scorer)
 
     first, moved, changed = digest("own_1", code), digest("own_2", code), digest("own_3", f"{code}x = 1\n")
     assert first == moved != changed
+    helpers = [loaded("help_1", ""), loaded("help_2", ""), loaded("help_3", "x = 1\n")]
+    helped = [digest(f"helped_{number}", code, helper) for number, helper in enumerate(helpers)]
+    assert first != helped[0] == helped[1] != helped[2]
     assert len({scorer_code(scorer) for scorer in SCORERS.values()}) == len(SCORERS)
 
 
 def test_the_docs_have_a_row_for_each_scorer() -> None:
-    assert [kind for kind, _, _ in scorer_rows()] == ["exact", "contains", "regex", "json", "choice"]
+    assert [kind for kind, _, _ in scorer_rows()] == list(SCORERS)
     assert all(needs and scores for _, needs, scores in scorer_rows())
 
 

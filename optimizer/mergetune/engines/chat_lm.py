@@ -82,6 +82,10 @@ class ChatLM(LM):  # type: ignore[misc]
             return 0
         return scorer.excess_tokens(replace(request, arguments=(self._render(prompt), *request.args[1:])))
 
+    def count_tokens(self, reply: str) -> int:
+        """Return how many tokens a reply has; raises `MergetuneError` where there is no tokenizer."""
+        return self._scorer.count_tokens(reply)
+
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         """Generate replies: to conversations by the chat endpoint, to plain prompts as text."""
         return self._endpoint.each(self._reply, requests)
@@ -129,8 +133,8 @@ class ChatLM(LM):  # type: ignore[misc]
     def _scorer(self) -> CompletionsLM:
         if self._optional_scorer is None:
             raise MergetuneError(
-                f"{self._endpoint.url}: choices and log-likelihood tasks need the model's tokenizer, but "
-                "there is none. Give its directory or hub id by `--tokenizer`."
+                f"{self._endpoint.url}: choices, log-likelihood tasks and `reply_tokens` need the model's "
+                "tokenizer, but there is none. Give its directory or hub id by `--tokenizer`."
             )
         return self._optional_scorer
 

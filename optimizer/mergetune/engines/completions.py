@@ -17,7 +17,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mergetune.engines.conversations import Tools, render
+from mergetune.engines.conversations import MARKERS, Tools, render
 from mergetune.errors import MergetuneError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Generation:
         stop: texts that end the reply, and are no part of it.
         stop_tokens: tokens that do, and are no part of it either.
         sampling: `temperature`, 0 for greedy, and what else the sampler takes, such as `top_p`.
+        skip_special_tokens: whether these are left out of the reply.
     """
 
     tokens: Sequence[int]
@@ -51,6 +52,7 @@ class Generation:
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Completer(Protocol):
     """What answers requests; each method takes any number of them and batches as it likes."""
 
     def generate(self, requests: Sequence[Generation]) -> list[str]:
-        """Return the replies, without special tokens."""
+        """Return the replies."""
         ...
 
     def score(self, requests: Sequence[Scoring]) -> list[Scored]:
@@ -108,6 +110,10 @@ class TokenizerPrompts:
     ) -> str:
         """Return a conversation as the model's chat template writes it; see `render`."""
         return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
+
+    def count_tokens(self, reply: str) -> int:
+        """Return how many tokens a reply has."""
+        return len(self.tokenizer.encode(reply, add_special_tokens=False, verbose=False))
 
 
 class CompletionsLM(TemplateLM):  # type: ignore[misc]
@@ -138,6 +144,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         self.max_length = max_length
         self.truncate: Truncate = "refuse"
         self._completer, self._seed, self._end_tokens = completer, seed, tuple(end_tokens)
+        special = set(tokenizer.all_special_tokens)
+        self._says_nothing = special - MARKERS if special & MARKERS else set()
 
     @property
     def eot_token_id(self) -> int:
@@ -170,6 +178,10 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
     ) -> str:
         """Return a conversation as the model's chat template writes it; see `render`."""
         return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
+
+    def count_tokens(self, reply: str) -> int:
+        """Return how many tokens a reply has."""
+        return len(self.tok_encode(reply, add_special_tokens=False))
 
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where it fits.
@@ -258,9 +270,15 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         replies = self._completer.generate(generations)
         # a stop may stand where a token that also holds other text was cut
         return [
-            postprocess_generated_text(reply, stop, think_end_token=None)
+            postprocess_generated_text(self._said(reply), stop, think_end_token=None)
             for reply, stop in zip(replies, stops, strict=True)
         ]
+
+    def _said(self, reply: str) -> str:
+        """Return a reply without the special tokens that say nothing, where they were not left out before."""
+        for token in self._says_nothing:
+            reply = reply.replace(token, "")
+        return reply
 
     def _generation(self, prompt: str, settings: Mapping[str, Any]) -> tuple[Generation, list[str]]:
         """Return a request and the stops of an lm-eval request."""
@@ -272,7 +290,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         stop_tokens = {*self._end_tokens, *(special[text] for text in until if text in special)}
         stop = [text for text in until if text not in special]
         tokens = self.fitted_prompt(prompt, max_new_tokens)
-        return Generation(tokens, max_new_tokens, stop, sorted(stop_tokens), sampling), stop
+        skip = not self._says_nothing
+        return Generation(tokens, max_new_tokens, stop, sorted(stop_tokens), sampling, skip), stop
 
     def _prompt(self, prompt: str) -> list[int]:
         return self.tok_encode(prompt) or [self.prefix_token_id]

@@ -15,6 +15,14 @@ from mergetune.errors import MergetuneError
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
+# Special tokens that say something: where thoughts and calls of tools begin and end. All others are left out.
+MARKERS = frozenset(
+    {
+        *("<think>", "</think>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>"),
+        *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|tool_call|>"),
+        *("<|START_ACTION|>", "<|END_ACTION|>", "<|channel|>", "<|message|>", "<|constrain|>"),
+    }
+)
 _END_OF_THOUGHT = "</think>"  # templates leave out what earlier replies have before it
 _REFUSALS = (TemplateError, ValueError, TypeError, KeyError)  # the template's own words, and transformers'
 _WITHOUT_SYSTEM = (

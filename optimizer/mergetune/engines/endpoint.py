@@ -17,6 +17,7 @@ from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
 from mergetune.errors import EngineError, MergetuneError, TrialError
 
 _SECONDS_TO_CONNECT = 10.0
+_MOST_SECONDS_TO_WAIT = 60  # before another try, whatever the server asks for
 _PASSING = (429, 502, 503)  # failures of a moment, worth another try
 _NAN = "Out of range float values are not JSON compliant"  # Python's json, and so vLLM's status 400
 # What servers say of a prompt that is too long: vLLM, OpenAI, SGLang, TGI, llama.cpp and others.
@@ -45,6 +46,10 @@ class _Retry(Retry):
             raise keywords["error"]
         return super().increment(*args, **keywords)
 
+    def get_retry_after(self, response: Any) -> float | None:
+        seconds = super().get_retry_after(response)
+        return None if seconds is None else min(seconds, _MOST_SECONDS_TO_WAIT)
+
 
 class Endpoint:
     """An OpenAI-compatible server as a `Completer`; each prompt is a request, so that it batches freely.
@@ -55,6 +60,7 @@ class Endpoint:
         concurrency: the number of requests under way at a time.
         timeout_s: how long one request may take.
         api_key: the server's, if it asks for one.
+        key_option: how the user names the variable that holds it, for errors.
 
     Raises:
         MergetuneError: the server does not serve the model, or refuses the key.
@@ -68,8 +74,10 @@ class Endpoint:
         concurrency: int = 32,
         timeout_s: float = 600.0,
         api_key: str | None = None,
+        key_option: str = "--api-key HOST=VARIABLE",
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._key_option = key_option
         self._concurrency, self._timeout_s = concurrency, timeout_s
         self._session = requests.Session()
         # proxies and .netrc are for other machines
@@ -111,9 +119,13 @@ class Endpoint:
             executor.shutdown(cancel_futures=True)
 
     def complete(self, path: str, **body: Any) -> dict[str, Any]:
-        """Post to `/v1/completions` or `/v1/chat/completions`; return the answer's one choice."""
-        given = {key: value for key, value in body.items() if value != []}  # some refuse an empty list
-        answer = self.post(path, {"model": self.model, **self._defaults, **given})
+        """Post to `/v1/completions` or `/v1/chat/completions`; return the answer's one choice.
+
+        What is None in `body` is left to the server.
+        """
+        given = {"model": self.model, **self._defaults, **body}
+        # some refuse an empty list
+        answer = self.post(path, {key: value for key, value in given.items() if value not in (None, [])})
         try:
             choice: dict[str, Any] = answer["choices"][0]
         except (KeyError, IndexError, TypeError) as error:
@@ -146,7 +158,12 @@ class Endpoint:
         if reply.status_code in (401, 403):
             raise MergetuneError(
                 f"{self.url} refused the API key, or the lack of one ({reply.status_code}: {_said(reply)}). "
-                "Name the variable that holds its key: --api-key HOST=VARIABLE."
+                f"Name the variable that holds its key: {self._key_option}."
+            )
+        if reply.status_code == 429:
+            raise EngineError(
+                f"{self.url} takes no more requests now, after several tries ({reply.status_code}: "
+                f"{_said(reply)}). Ask fewer at a time, or later."
             )
         if reply.status_code >= 500 or reply.status_code in _PASSING:
             raise self._fault(path, f"an answer, but failed with {reply.status_code}: {_said(reply)}")
@@ -189,6 +206,7 @@ class Endpoint:
             max_tokens=request.max_new_tokens,
             stop=list(request.stop),
             stop_token_ids=list(request.stop_tokens),
+            **({} if request.skip_special_tokens else {"skip_special_tokens": False}),
             **request.sampling,
         )
         return choice.get("text") or ""
@@ -252,8 +270,10 @@ class Endpoint:
 
 
 def _said(reply: requests.Response) -> str:
-    """Return the server's own message."""
+    """Return the server's own message; the key, which some repeat, is taken out."""
     try:
-        return str(reply.json()["error"]["message"])
+        said = str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return reply.text[:200] or str(reply.reason)
+        said = reply.text[:200] or str(reply.reason)
+    key = str(reply.request.headers.get("Authorization", "")).removeprefix("Bearer ")
+    return said.replace(key, "[the key]") if key else said

@@ -8,7 +8,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
 from mergetune.errors import MergetuneError, TrialError
@@ -17,6 +28,14 @@ from mergetune.machine.memory import free_memory, is_out_of_memory
 Asked = TypeVar("Asked", Generation, Scoring, Choosing)
 Answer = TypeVar("Answer")
 
+# In transformers' own order.
+_WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "temperature": lambda value: TemperatureLogitsWarper(float(value)),
+    "top_k": lambda value: TopKLogitsWarper(int(value)),
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+}
 _PAD = 0  # any token: what stands in its places is never looked at
 
 
@@ -40,7 +59,8 @@ class TransformersCompleter:
         """See `Completer.generate`."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            kind = request.max_new_tokens, request.stop, request.stop_tokens, sorted(request.sampling.items())
+            sampling = sorted(item for item in request.sampling.items() if item[0] != "seed")
+            kind = request.max_new_tokens, request.stop, request.stop_tokens, sampling
             groups[repr(kind)].append(number)
         replies: dict[int, str] = {}
         for numbers in groups.values():
@@ -118,7 +138,7 @@ class TransformersCompleter:
         return logits
 
     def _replies(self, requests: Sequence[Generation]) -> list[str]:
-        """Reply to requests that differ in nothing but their prompts."""
+        """Reply to requests that differ in nothing but their prompts and seeds."""
         first = requests[0]
         length = max(len(request.tokens) for request in requests)
         padded = [[*[_PAD] * (length - len(each.tokens)), *each.tokens] for each in requests]
@@ -128,15 +148,19 @@ class TransformersCompleter:
             input_ids=torch.tensor(padded, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
             generation_config=_generation_config(first),
+            logits_processor=LogitsProcessorList(_drawing(requests, self.model.device)),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-        return [self._text(row, first.stop_tokens) for row in tokens[:, length:].tolist()]
+        return [self._text(row, first) for row in tokens[:, length:].tolist()]
 
-    def _text(self, tokens: Sequence[int], ends: Sequence[int]) -> str:
+    def _text(self, tokens: Sequence[int], request: Generation) -> str:
         """Return a reply up to the first token that ends it."""
+        ends = request.stop_tokens
         end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         text: str = self._tokenizer.decode(
-            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens[:end],
+            skip_special_tokens=request.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return text
 
@@ -159,6 +183,36 @@ class _StopTexts(StoppingCriteria):
         return torch.tensor(held, device=input_ids.device)
 
 
+class _Drawing(LogitsProcessor):
+    """Draws each row's next token by random numbers of its own, whatever else is in the batch.
+
+    The largest of log p − log E is a draw from p, where the E are exponential and independent: the Gumbel-max
+    trick (Maddison et al. 2014, section 2).
+    """
+
+    def __init__(
+        self, warpers: Sequence[LogitsProcessor], seeds: Sequence[int], device: torch.device
+    ) -> None:
+        self._warpers: Any = LogitsProcessorList(warpers)  # its types are of no use
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits: Tensor = self._warpers(input_ids, scores.float())  # (n_rows, n_tokens)
+        noise = torch.empty_like(logits)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return logits - noise.log()
+
+
+def _drawing(requests: Sequence[Generation], device: torch.device) -> list[LogitsProcessor]:
+    """Return what draws replies at random; nothing where they are greedy."""
+    sampling = requests[0].sampling
+    if not sampling.get("temperature", 1.0):
+        return []
+    warpers = [warper(sampling[name]) for name, warper in _WARPERS.items() if sampling.get(name)]
+    return [_Drawing(warpers, [request.sampling.get("seed", 0) for request in requests], device)]
+
+
 def _logprobs(logits: Tensor) -> Tensor:
     """Return log-probabilities in float32: in bfloat16 they would be rounded to steps of 0.03."""
     return logits.float().log_softmax(dim=-1)
@@ -177,16 +231,11 @@ def _generation_config(request: Generation) -> GenerationConfig:
             f"transformers does not take these generation settings: {', '.join(sorted(unknown))}. Leave them "
             "out of the task."
         )
-    is_greedy = not sampling.get("temperature", 1.0)
-    if is_greedy:
-        del sampling["temperature"]
-    else:
-        sampling.setdefault("top_k", 0)  # transformers' own default is 50
-        torch.manual_seed(request.sampling.get("seed", 0))
+    others = {name: value for name, value in sampling.items() if name not in _WARPERS}
     return kind(  # type: ignore[no-any-return]
-        do_sample=not is_greedy,
+        do_sample=False,  # see `_Drawing`
         max_new_tokens=request.max_new_tokens,
         eos_token_id=list(request.stop_tokens) or None,
         pad_token_id=_PAD,
-        **sampling,
+        **others,
     )

@@ -91,6 +91,7 @@ class _Host:
                     "max_tokens": request.max_new_tokens,
                     "stop": list(request.stop),
                     "stop_token_ids": list(request.stop_tokens),
+                    "skip_special_tokens": request.skip_special_tokens,
                     **request.sampling,
                 }
                 for request in requests

@@ -160,7 +160,7 @@ def direction_of(name: str, score: ScoreConfig, tasks: Sequence[BoundTask]) -> D
     """
     said: dict[Direction, list[str]] = {}
     for bound in tasks:
-        if bound.config.items is None and (own := _better(bound)) is not None:
+        if (own := _better(bound)) is not None:
             said.setdefault(own, []).append(f"`{bound.metric}` of `{bound.task.task_name}`")
     if score.direction is None and len(said) > 1:
         raise MergetuneError(
@@ -256,7 +256,12 @@ def _try_metric(bound: BoundTask) -> None:
 
 
 def _better(bound: BoundTask) -> Direction | None:
-    """Return what the task says of its metric; None where it says nothing."""
+    """Return what the task says of its metric; None where it says nothing.
+
+    Of items' scores only costs say it: how often a reply has what a scorer looks for may be wanted or not.
+    """
+    if bound.config.scorer is not None and bound.config.scorer.higher_is_better:
+        return None
     is_high = bound.task.higher_is_better().get(bound.metric)
     if is_high is None:
         return None
@@ -290,8 +295,10 @@ def _as_text(doc: Any) -> str:
 
 def _response(requests: Sequence[Instance], results: Sequence[Any]) -> str:
     """Return what the model said: its replies, or the likeliest of the choices."""
-    if isinstance(results[0], str):
-        return results[0] if len(results) == 1 else "\n".join(f"[{i}] {r}" for i, r in enumerate(results, 1))
+    if requests[0].request_type == "generate_until":
+        pairs = zip(requests, results, strict=True)
+        texts = [own if isinstance(own, str) else str(request.resps[0]) for request, own in pairs]
+        return texts[0] if len(texts) == 1 else "\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
     if isinstance(results[0], tuple):
         best = max(range(len(results)), key=lambda i: results[i][0])
         return str(requests[best].args[1]).strip()

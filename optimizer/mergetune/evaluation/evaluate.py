@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -123,9 +123,18 @@ class Evaluator:
         rows = [
             row
             for bound, own in ((self._tasks[name], own) for name, own in requests.items())
-            for row in bound.rows(own, filtered(bound, spoken(own, self.suite.config)))
+            for row in bound.rows(own, self._results(bound, own, lm))
         ]
         return Measurement(pd.DataFrame(rows, columns=COLUMNS), clock.seconds() - start)
+
+    def _results(
+        self, bound: BoundTask, requests: Mapping[int, Sequence[Instance]], lm: LM
+    ) -> Mapping[int, Sequence[Any]]:
+        """Return what is scored of the replies, by document."""
+        if bound.config.scorer is not None and bound.config.scorer.asks == "tokens":
+            count = getattr(lm, "renderer", lm).count_tokens
+            return {index: [count(each.resps[0]) for each in own] for index, own in requests.items()}
+        return filtered(bound, spoken(requests, self.suite.config))
 
     def requests(self, lm: LM, documents: Documents) -> Requests:
         """Return what is asked of a model, by task and document, both in the suite's order.

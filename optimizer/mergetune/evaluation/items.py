@@ -139,5 +139,16 @@ def load_json(text: str) -> Any:
     return json.loads(text, parse_float=Number, parse_constant=_refuse_constant)
 
 
+def json_equal(first: Any, second: Any) -> bool:
+    """Compare parsed JSON: key order is free, 1 equals 1.0, but `true` is not 1."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(json_equal(first[k], second[k]) for k in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(json_equal, first, second))
+    return bool(first == second)
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number in JSON")

@@ -38,7 +38,13 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
         "doc_to_text": "prompt",
         "description": "system",
         "process_results": _unused,
-        "metric_list": [{"metric": config.scorer.metric, "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [
+            {
+                "metric": config.scorer.metric,
+                "aggregation": "mean",
+                "higher_is_better": config.scorer.higher_is_better,
+            }
+        ],
     }
     if config.scorer.asks == "likelihoods":
         settings |= {

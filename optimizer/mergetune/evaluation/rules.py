@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mergetune.evaluation.items import Item
@@ -52,15 +53,14 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
 
 
 def scorer_code(scorer: type[BaseScorer]) -> str:
-    """Return a digest of the code of a scorer, of what all scorers share, and of items.
+    """Return a digest of the code of a scorer, of its `modules`, of what all scorers share, and of items.
 
     It depends neither on where the files are, nor on their comments and docstrings, nor on the other scorers.
     """
-    kinds: list[type] = [Item, *(kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer))]
-    files = {Path(inspect.getfile(kind)) for kind in kinds}
-    code = [
-        code_alone(file.read_text(encoding="utf-8")) for file in sorted(files, key=lambda file: file.name)
-    ]
+    parts: list[type | ModuleType] = [Item, *scorer.modules]
+    parts += [kind for kind in scorer.__mro__ if issubclass(kind, BaseScorer)]
+    files = {Path(inspect.getfile(part)) for part in parts}
+    code = sorted(code_alone(file.read_text(encoding="utf-8")) for file in files)
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 

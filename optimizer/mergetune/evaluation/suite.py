@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -248,6 +248,7 @@ def read_suite(path: Path) -> Suite:
                     _check_items(files[source.name], task, are_asked)
     _check_slices(path, config, files)
     items = {name: file.items for name, file in files.items()}
+    config = _with_files_of_scorers(config, path, items)
     return Suite(path.stem, path, config, items, {name: file.summary for name, file in files.items()})
 
 
@@ -264,6 +265,32 @@ def _read_template(suite: Path, given: str) -> str:
         raise MergetuneError(
             f"{suite}: `chat_template` must be true, false or a file relative to the suite's folder. {error}"
         ) from error
+
+
+def _with_files_of_scorers(
+    config: SuiteConfig, path: Path, items: Mapping[str, Sequence[Item]]
+) -> SuiteConfig:
+    """Return the suite's file with what its scorers' files hold in the place of their names."""
+
+    def read(task: TaskConfig, name: str) -> TaskConfig:
+        if task.source is None or task.scorer is None:
+            return task
+        asked = [
+            item if item.system is not None else item.model_copy(update={"system": task.system})
+            for item in items[task.source.name]
+        ]
+        try:
+            return task.model_copy(update={"scorer": task.scorer.with_files(path.parent, asked)})
+        except MergetuneError as error:
+            raise MergetuneError(f"{path}: the scorer of `{name}`: {error}") from error
+
+    def each(scores: Mapping[str, ScoreConfig]) -> dict[str, ScoreConfig]:
+        return {
+            name: score.model_copy(update={"tasks": tuple(read(task, name) for task in score.tasks)})
+            for name, score in scores.items()
+        }
+
+    return config.model_copy(update={"objectives": each(config.objectives), "guards": each(config.guards)})
 
 
 def _read_items(source: ItemSource, folder: Path, score: str) -> ItemFile:

@@ -73,13 +73,14 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     """A model as lm-eval sees it, asked only what the store does not hold.
 
     Args:
-        started: returns the model that replies, and starts it at the first call.
+        started: returns the model that replies, and starts it at the first call; None: there is none, and
+            only what is known can be asked.
         renderer: anything with the model's tokenizer and chat template, which is there from the start.
         store: where replies are kept.
         name: the model's name in the store.
     """
 
-    def __init__(self, started: Callable[[], LM], renderer: Any, store: ReplyStore, name: str) -> None:
+    def __init__(self, started: Callable[[], LM] | None, renderer: Any, store: ReplyStore, name: str) -> None:
         super().__init__()
         self._started, self.renderer, self._store, self._name = started, renderer, store, name
         self._known = store.read(name)
@@ -89,6 +90,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     @property
     def max_length(self) -> int:
         """The most tokens that prompt and reply may have together."""
+        assert self._started is not None  # nothing is too long where nobody is asked
         return int(self._started().max_length)
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], **options: Any) -> str:
@@ -101,7 +103,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
 
     def excess_tokens(self, request: Instance) -> int:
         """Return by how many tokens a request is too long; what was replied to before was not."""
-        if self.knows(request):
+        if self._started is None or self.knows(request):
             return 0
         excess_tokens = getattr(self._started(), "excess_tokens", None)
         return 0 if excess_tokens is None else int(excess_tokens(request))
@@ -132,6 +134,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         try:
             for start in range(0, len(missing), _AT_A_TIME):
                 part = missing[start : start + _AT_A_TIME]
+                assert self._started is not None  # nothing else is asked of it
                 lm = self._started()
                 lm.truncate = self.truncate
                 found = getattr(lm, kind)([request for _, request in part])

@@ -41,6 +41,16 @@ class Plan:
         config = read_study(study_file)
         if engine is not None:
             config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": engine})})
+        return cls._checked(config, study_file)
+
+    @classmethod
+    def read_of_run(cls, run: RunDir, suite: Path) -> Plan:
+        """Read the study of a run directory with another suite; raises as `read` does."""
+        study_file = run.path / "study.yaml"
+        return cls._checked(read_study(study_file).model_copy(update={"suite": str(suite)}), study_file)
+
+    @classmethod
+    def _checked(cls, config: StudyConfig, study_file: Path) -> Plan:
         folder = study_file.resolve().parent
         space = read_search_space(find("search_spaces", config.search_space, folder))
         suite = read_suite(find("evals", config.suite, folder))

@@ -10,8 +10,11 @@ from mergetune.evaluation.scorers.choice import ChoiceScorer
 from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
+from mergetune.evaluation.scorers.judge import JudgeScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
+from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.evaluation.scorers.tool_calls import ToolCallsScorer
 from mergetune.files.yaml_io import refuse_unknown
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "ContainsScorer",
     "ExactScorer",
     "JsonScorer",
+    "JudgeScorer",
     "RegexScorer",
+    "ReplyTokensScorer",
     "Scorer",
+    "ToolCallsScorer",
     "scorer_rows",
 ]
 
@@ -44,7 +50,14 @@ def _own_options(given: object) -> object:
 
 
 Scorer = Annotated[
-    ExactScorer | ContainsScorer | RegexScorer | JsonScorer | ChoiceScorer,
+    ExactScorer
+    | ContainsScorer
+    | RegexScorer
+    | JsonScorer
+    | ChoiceScorer
+    | ReplyTokensScorer
+    | ToolCallsScorer
+    | JudgeScorer,
     Field(discriminator="kind"),
     BeforeValidator(_own_options),
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from mergetune.evaluation.items import Item, load_json
+from mergetune.evaluation.items import Item, json_equal, load_json
 from mergetune.evaluation.scorers.scorer import BaseScorer, shown, stop_problem, text_of
 
 NOT_JSON = object()
@@ -59,14 +59,3 @@ def parse_json(reply: str) -> object:
         return load_json(text)
     except (ValueError, RecursionError):
         return NOT_JSON
-
-
-def json_equal(first: Any, second: Any) -> bool:
-    """Compare parsed JSON: key order is free, 1 equals 1.0, but `true` is not 1."""
-    if isinstance(first, bool) or isinstance(second, bool):
-        return first is second
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(json_equal(first[k], second[k]) for k in first)
-    if isinstance(first, list) and isinstance(second, list):
-        return len(first) == len(second) and all(map(json_equal, first, second))
-    return bool(first == second)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Self
 
 from mergetune.evaluation.items import Item, Number
 from mergetune.files.yaml_io import Strict
@@ -25,14 +27,18 @@ class BaseScorer(Strict):
     Attributes:
         needs: what an item needs, for the docs.
         scores: what an item scores, for the docs.
-        asks: what a model is asked for: a reply, or the log-likelihoods of the item's choices, of which
-            the target text is then one.
+        asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
+            item's choices, of which the target text is then one.
+        higher_is_better: which direction a score has unless the suite says it.
+        modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         metric: what the score is called in lm-eval's terms.
     """
 
     needs: ClassVar[str]
     scores: ClassVar[str]
-    asks: ClassVar[Literal["reply", "likelihoods"]] = "reply"
+    asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
+    higher_is_better: ClassVar[bool] = True
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
 
     kind: str
 
@@ -41,14 +47,26 @@ class BaseScorer(Strict):
         """See the class."""
         return "score"
 
+    def with_files(self, folder: Path, items: Sequence[Item]) -> Self:  # noqa: ARG002
+        """Return the scorer with what its files hold, whose paths are relative to the suite's `folder`.
+
+        Args:
+            folder: the suite's.
+            items: all items of the task, with the system messages that they get.
+
+        Raises:
+            MergetuneError: a file cannot be read, or does not fit the items.
+        """
+        return self
+
     @abstractmethod
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
         """Return the score of each item, in [0, 1], by what a model replied to it.
 
         Args:
             items: items that `check_item` takes.
-            replies: a text for each of them or, where the scorer asks for log-likelihoods, (n_choices,) of
-                these, in nats.
+            replies: a text for each of them, or a number of tokens or, where the scorer asks for
+                log-likelihoods, (n_choices,) of these, in nats.
 
         Raises:
             MergetuneError: an item cannot be scored.

@@ -1,0 +1,1 @@
+"""Judging: a served model's verdicts on replies, asked for with care and kept."""

@@ -1,0 +1,74 @@
+"""How far a judge can be trusted: its own noise, and its agreement with people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class JudgeQuality:
+    """A judge's noise and its agreement with people; NaN where it was not measured.
+
+    Attributes:
+        n_items: the replies that the noise was measured on.
+        within_variance: the mean over items of the variance between repeats.
+        n_labels: the replies that people gave labels.
+        agreement: the share of these to which the judge gave the same grade.
+        kappa: Cohen's kappa of the grades, with quadratic weights: 0 is chance, 1 is perfect.
+    """
+
+    n_items: int
+    within_variance: float
+    n_labels: int
+    agreement: float
+    kappa: float
+
+    @property
+    def sd(self) -> float:
+        """The standard deviation of one verdict."""
+        return math.sqrt(self.within_variance)
+
+
+def judge_quality(
+    repeated: Sequence[Sequence[float]], judged: Sequence[float], labels: Sequence[float], n_steps: int
+) -> JudgeQuality:
+    """Measure a judge's noise and agreement.
+
+    Args:
+        repeated: the scores that the judge gave each item, one a repeat: (n_items, n_repeats).
+        judged: its scores of replies that people gave labels: (n_labels,).
+        labels: what people gave: (n_labels,), in [0, 1].
+        n_steps: the grades, less one, to which scores are rounded before they are compared.
+    """
+    grades, wanted = (np.rint(np.asarray(each) * n_steps).astype(int) for each in (judged, labels))
+    return JudgeQuality(
+        n_items=len(repeated),
+        within_variance=_within_variance(repeated),
+        n_labels=len(labels),
+        agreement=float(np.mean(grades == wanted)) if len(labels) else math.nan,
+        kappa=weighted_kappa(grades, wanted, n_steps + 1),
+    )
+
+
+def weighted_kappa(first: np.ndarray, second: np.ndarray, n_grades: int) -> float:
+    """Return Cohen's kappa with quadratic weights (Cohen 1968); of two grades it is that without weights.
+
+    Weights suit grades in an order: four for five is a smaller fault than one for five. NaN where all
+    grades are one and the same, or there are none.
+    """
+    counts = np.zeros((n_grades, n_grades))  # (n_grades, n_grades)
+    np.add.at(counts, (first, second), 1)
+    weights = np.subtract.outer(np.arange(n_grades), np.arange(n_grades)) ** 2
+    chance = np.outer(counts.sum(1), counts.sum(0)) / max(counts.sum(), 1)
+    expected = (weights * chance).sum()
+    return 1.0 - float((weights * counts).sum() / expected) if expected else math.nan
+
+
+def _within_variance(repeated: Sequence[Sequence[float]]) -> float:
+    if not repeated or len(repeated[0]) < 2:
+        return math.nan
+    return float(np.var(repeated, axis=1, ddof=1).mean())

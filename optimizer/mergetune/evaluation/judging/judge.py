@@ -1,0 +1,180 @@
+"""A judge: a served model that gives verdicts, asked only what no earlier verdict answers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.judging.questions import Question
+from mergetune.evaluation.judging.verdict_store import VerdictStore
+from mergetune.evaluation.judging.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from mergetune.engines.endpoint import Endpoint
+
+_MOST_TRIES = 3  # at one verdict, where what comes is none
+_KEPT = "The verdicts that were given are kept: run the same command again to go on."
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which model judges, and how it is asked; see the scorer `judge`."""
+
+    model: str
+    url: str
+    key_variable: str | None
+    temperature: float | None
+    max_new_tokens: int | None
+    concurrency: int
+    timeout_s: float
+    max_requests: int | None
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The options of a request that a verdict depends on; those that are None are left to the server."""
+        by_server = {"top_p": None} if self.temperature is None else {}
+        return {"temperature": self.temperature, "max_tokens": self.max_new_tokens, **by_server}
+
+
+class Judge:
+    """A judge with what it said before; every verdict is kept as it comes.
+
+    The server is first reached when a verdict is missing. The model's name says which judge it is, not the
+    server's address, which may change.
+
+    Args:
+        settings: the model and how it is asked.
+        store: where verdicts are kept.
+    """
+
+    def __init__(self, settings: JudgeSettings, store: VerdictStore) -> None:
+        self._settings, self._store = settings, store
+        self._endpoint: Endpoint | None = None
+        self._takes_schema = True
+        self._n_asked = 0
+        self._lock = threading.Lock()
+
+    def scores(self, questions: Sequence[Question], repeats: int) -> list[list[float]]:
+        """Return the scores that a judge's verdicts give each question, one for each repeat.
+
+        Raises:
+            MergetuneError: the server cannot be used, gives no verdict, or may be asked no more.
+        """
+        keys = [[self._key(question, repeat) for repeat in range(repeats)] for question in questions]
+        known = self._store.read(self._settings.model)
+        missing = {
+            key: question
+            for question, own in zip(questions, keys, strict=True)
+            for key in own
+            if key not in known
+        }
+        if missing:
+            known |= self._ask(missing)
+        return [
+            [question.form.score(known[key]) for key in own]
+            for question, own in zip(questions, keys, strict=True)
+        ]
+
+    def _key(self, question: Question, repeat: int) -> str:
+        """Return a digest of all that a verdict depends on; the store has a file for each model."""
+        asked = [question.messages, question.form.response_format, self._settings.decoding, repeat]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _ask(self, missing: Mapping[str, Question]) -> dict[str, Verdict]:
+        """Ask questions, several at a time, and keep each verdict before the next is asked for."""
+
+        def ask(asked: tuple[str, Question]) -> tuple[str, Verdict]:
+            key, question = asked
+            verdict = self._verdict(endpoint, question)
+            with self._lock:
+                self._store.add(self._settings.model, key, verdict)
+            return key, verdict
+
+        try:
+            endpoint = self._connected()
+            return dict(endpoint.each(ask, list(missing.items())))
+        except MergetuneError as error:  # also what would be held against the model under test
+            raise MergetuneError(f"The judge `{self._settings.model}`: {error} {_KEPT}") from error
+
+    def _connected(self) -> Endpoint:
+        from mergetune.engines.endpoint import Endpoint
+
+        if self._endpoint is None:
+            given = self._settings
+            key = None if given.key_variable is None else os.environ.get(given.key_variable)
+            if given.key_variable is not None and not key:
+                raise MergetuneError(
+                    f"{given.url}: the variable {given.key_variable} holds no API key. Set it."
+                )
+            self._endpoint = Endpoint(
+                given.url,
+                given.model,
+                given.concurrency,
+                given.timeout_s,
+                api_key=key,
+                key_option="`key_variable: VARIABLE`",
+            )
+        return self._endpoint
+
+    def _verdict(self, endpoint: Endpoint, question: Question) -> Verdict:
+        """Return a judge's verdict; where what it says is none, it is told so and asked once more."""
+        messages = list(question.messages)
+        for _ in range(_MOST_TRIES):
+            reply = self._reply(endpoint, messages, question.form.response_format)
+            try:
+                return question.form.read(reply)
+            except ValueError as error:
+                reason = str(error)
+            again = f"That is no verdict: {reason}. {question.form.instruction}"
+            messages = [
+                *question.messages,
+                {"role": "assistant", "content": reply},
+                {"role": "user", "content": again},
+            ]
+        raise MergetuneError(
+            f"a verdict must be one JSON object, but {_MOST_TRIES} times there was none for the item "
+            f"{question.about[:80]!r}: {reason}. The last reply was {reply[:300]!r}. Take a judge that "
+            "follows instructions, or raise `max_new_tokens` if it was cut off."
+        )
+
+    def _reply(
+        self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]], response_format: dict[str, Any]
+    ) -> str:
+        """Return what the judge says, held to the form where the server can do that."""
+        if not self._takes_schema:
+            return self._post(endpoint, messages)
+        try:
+            return self._post(endpoint, messages, response_format=response_format)
+        except TrialError:  # no answer at all
+            raise
+        except MergetuneError:
+            reply = self._post(endpoint, messages)  # raises where the form was not the reason
+            self._takes_schema = False
+            return reply
+
+    def _post(self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        with self._lock:
+            if self._n_asked == self._settings.max_requests:
+                raise MergetuneError(
+                    f"no more than {self._n_asked} requests may be made in a run (`max_requests`), but there "
+                    "are verdicts to come. Raise `max_requests`, or leave it as it is."
+                )
+            self._n_asked += 1
+        choice = endpoint.complete(
+            "/v1/chat/completions", messages=list(messages), **self._settings.decoding, **options
+        )
+        return (choice.get("message") or {}).get("content") or ""
+
+
+@functools.cache
+def judge_of(settings: JudgeSettings, folder: Path) -> Judge:
+    """Return this process's one judge with these settings, so that its requests are counted together."""
+    return Judge(settings, VerdictStore(folder))
