@@ -17,6 +17,7 @@ from typing import Any
 from typer.main import get_command
 
 from mergetune.cli import app
+from mergetune.evaluation.formats import form_rows
 from mergetune.evaluation.scorers import scorer_rows
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.files.library import presets
@@ -57,6 +58,11 @@ def scorers() -> str:
     """List the scorers of JSONL items."""
     rows = [(f"`{kind}`", needs, scores) for kind, needs, scores in scorer_rows()]
     return table(("scorer", "an item needs", "the score of an item"), rows)
+
+
+def forms() -> str:
+    """List the forms that items are read in."""
+    return table(("form", "keys", "what becomes of them"), form_rows())
 
 
 def methods() -> str:
@@ -111,6 +117,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "search spaces": search_spaces,
     "suites": suites,
     "scorers": scorers,
+    "forms": forms,
     "methods": methods,
     "options": options,
     "coefficients": coefficients,

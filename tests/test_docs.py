@@ -15,8 +15,9 @@ from typer.main import get_command
 from build_site import build
 from generate import PARTS, filled
 from mergetune.cli import app
+from mergetune.evaluation.item_files import ItemSource, read_items
 from mergetune.evaluation.scorers import SCORERS
-from mergetune.evaluation.suite import SuiteConfig, read_suite
+from mergetune.evaluation.suite import SuiteConfig, TaskConfig, read_suite
 from mergetune.files.library import presets
 from mergetune.files.yaml_io import Strict, validate
 from mergetune.results.config import StudyConfig
@@ -65,6 +66,7 @@ def test_every_yaml_block_is_valid(page: str, text: str) -> None:
         "objectives": SuiteConfig,
         "method": SearchSpaceConfig,
         "experts": StudyConfig,
+        "items": TaskConfig,
     }
     data = yaml.safe_load(text)
     schema = next(schema for key, schema in by_key.items() if key in data)
@@ -97,6 +99,20 @@ def test_what_a_scorer_must_be_given_is_shown(scorer: str) -> None:
     page = PAGES["suites.md"]
     assert f"kind: {scorer}" in page
     assert all(f"{key}: " in page for key in OPTIONS[scorer])
+
+
+@pytest.mark.parametrize(
+    ("name", "section"), re.findall(r"^### (.+)\n((?:(?!^#).*\n)+)", PAGES["items.md"], re.MULTILINE)
+)
+def test_every_example_of_a_form_is_read_as_that_form(name: str, section: str, tmp_path: Path) -> None:
+    rows, *answers = [text for language, text in BLOCK.findall(section) if language == "jsonl"]
+    (tmp_path / "items.jsonl").write_text(rows)
+    (tmp_path / "answers.jsonl").write_text("".join(answers))
+    source = ItemSource("items.jsonl", answers="answers.jsonl" if answers else None)
+    found = read_items(source, tmp_path)
+    assert found.form.startswith(name)
+    assert len(found.items) == len(rows.splitlines())
+    assert all(item.answer is not None for item in found.items)
 
 
 @pytest.mark.parametrize("line", starting("mergetune"))

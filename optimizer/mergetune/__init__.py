@@ -1,8 +1,8 @@
 """mergetune: evaluation-driven tuning of merge coefficients for language models.
 
-What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `evaluate`,
-`check`, `check_measurements`, `rescore`, `merge` and `inspect`. Nothing heavy is imported before one
-of them is used.
+What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `read_items`,
+`preview_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `merge` and `inspect`. Nothing heavy is
+imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         evaluate,
         inspect,
         merge,
+        preview_items,
+        read_items,
         read_run,
         read_suite,
         rescore,
@@ -41,6 +43,8 @@ __all__ = [
     "evaluate",
     "inspect",
     "merge",
+    "preview_items",
+    "read_items",
     "read_run",
     "read_suite",
     "rescore",

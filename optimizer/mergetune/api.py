@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.evaluation.evaluate import Measurement
+    from mergetune.evaluation.item_files import ItemFile
     from mergetune.evaluation.suite import Split, Suite
     from mergetune.gate.run import Checked, CheckSplit
     from mergetune.measuring.model_under_test import ModelUnderTest
@@ -158,6 +159,63 @@ def read_suite(suite: Given) -> Suite:
     from mergetune.evaluation import suite as suites
 
     return suites.read_suite(find("evals", str(suite), Path()))
+
+
+def read_items(
+    file: Given,
+    *,
+    fields: Mapping[str, str | Sequence[str]] | None = None,
+    answers: str | None = None,
+    split: str | None = None,
+    config_name: str | None = None,
+) -> ItemFile:
+    """Read a file of items, whatever its form, as a task of a suite does.
+
+    Args:
+        file: a file, a folder that `save_to_disk` wrote, or `hf:owner/name`.
+        fields: where in a row the fields of an item stand, by dotted paths.
+        answers: a second file, joined by `id`, or `none`: no tool is to be called.
+        split: of a data set.
+        config_name: of a data set on the Hub.
+
+    Returns:
+        The items, and in words what the file was taken for (`summary`).
+
+    Raises:
+        MergetuneError: the file cannot be read, is of no known form, or a row is broken.
+    """
+    from mergetune.evaluation import item_files
+    from mergetune.evaluation.fields import FieldMap
+    from mergetune.files.yaml_io import validate
+
+    where = validate(dict(fields or {}), FieldMap, "fields")
+    return item_files.read_items(item_files.ItemSource(str(file), where, answers, split, config_name), Path())
+
+
+def preview_items(
+    found: ItemFile, *, scorer: str | None = None, model: Given | None = None, n_items: int = 3
+) -> list[str]:
+    """Return the first items as the model will see them, and what is wanted, as `mergetune items` does.
+
+    Args:
+        found: as `read_items` returns it.
+        scorer: a scorer's kind; every item is checked for it.
+        model: a directory or a hub id, whose chat template writes what is asked; None: message by message.
+        n_items: how many of them.
+
+    Raises:
+        MergetuneError: there is no such scorer or model, an item does not suit the scorer, or the chat
+            template does not take a conversation.
+    """
+    from mergetune.evaluation.preview import preview, scorer_of
+    from mergetune.weights.chat_template import open_tokenizer
+    from mergetune.weights.models import find_model
+
+    how = None if scorer is None else scorer_of(scorer)
+    if how is not None:
+        found.check(how)
+    tokenizer = None if model is None else open_tokenizer(find_model(str(model), Path()))
+    return [preview(item, how, tokenizer) for item in found.items[:n_items]]
 
 
 def evaluate(

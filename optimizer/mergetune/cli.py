@@ -227,6 +227,46 @@ def inspect(
 
 
 @app.command()
+def items(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="JSON lines, a JSON array, CSV, Parquet, a folder of `datasets` or hf:owner/name.",
+            metavar="FILE",
+        ),
+    ],
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where a field of an item stands, such as answer=gold.text. Several paths: choices=A,B,C.",
+            metavar="FIELD=PATH",
+        ),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="A file of answers, joined by id; none: no tool is to be called.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a data set.")] = None,
+    config_name: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Show what this model's chat template makes of them.", metavar="DIR")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Check every item for this scorer, such as exact.", metavar="KIND")
+    ] = None,
+) -> None:
+    """What is in a file of items? Shows what it is taken for, and three items as a model sees them."""
+    from mergetune import api
+
+    found = api.read_items(
+        file, fields=_named_paths(fields), answers=answers, split=split, config_name=config_name
+    )
+    previews = api.preview_items(found, scorer=scorer, model=model)
+    _out.print(found.summary, highlight=False, markup=False)
+    for place, text in zip(found.places, previews, strict=False):
+        _out.print(f"\n=== {place}\n{text}", highlight=False, markup=False)
+
+
+@app.command()
 def merge(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
@@ -517,6 +557,14 @@ def _named_variables(given: Sequence[str] | None) -> dict[str, str]:
     if wrong := next((host for host, _, variable in pairs if not host or not variable), None):
         raise MergetuneError(f"--api-key must be HOST=VARIABLE, but is {wrong}.")
     return {host: variable for host, _, variable in pairs}
+
+
+def _named_paths(given: Sequence[str] | None) -> dict[str, str | list[str]]:
+    """Return the paths of the fields of items, from FIELD=PATH each."""
+    pairs = [text.partition("=") for text in given or ()]
+    if wrong := next(("".join(pair) for pair in pairs if not pair[0] or not pair[2]), None):
+        raise MergetuneError(f"--fields must be FIELD=PATH, such as answer=gold.text, but is {wrong}.")
+    return {field: path.split(",") if "," in path else path for field, _, path in pairs}
 
 
 def _remark(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,13 @@ def tokenizer(tiny_base: Path) -> Any:
 
 def evaluator_of(folder: Path, items: list[Item], task: dict[str, Any], **suite: Any) -> Evaluator:
     """Return an evaluator of these items, which a suite's file stands for."""
-    (folder / "items.jsonl").write_text("\n".join(json.dumps({"prompt": "x", "answer": "y"}) for _ in items))
+    row = {"messages": [{"role": "user", "content": "x"}], "answer": "y"}
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(row) for _ in items))
     tasks = [{"items": "items.jsonl", "scorer": "exact", **task}]
     data = {"description": "x", "chat_template": True, "holdout": 0, "objectives": {"o": {"tasks": tasks}}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(data | suite))
     read = read_suite(folder / "suite.yaml")
-    return Evaluator(
-        read.__class__(read.name, read.path, read.config, {key: tuple(items) for key in read.items})
-    )
+    return Evaluator(replace(read, items={key: tuple(items) for key in read.items}))
 
 
 def contexts(evaluator: Evaluator, lm: Any) -> list[list[str]]:

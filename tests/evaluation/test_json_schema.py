@@ -27,8 +27,7 @@ SCHEMA = {
 def with_schema(folder: Path, schema: Any) -> BaseScorer:
     (folder / "call.schema.json").write_text(json.dumps(schema))
     scorer = scorer_of("json_schema", schema_file="call.schema.json")
-    scorer.read_files(folder)
-    return scorer
+    return scorer.with_files(folder, ())
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ TASK = {"scorer": {"kind": "python", "function": "scoring_rules.py:score"}}
 def with_function(folder: Path, body: str, function: str = "scoring_rules.py:score") -> BaseScorer:
     (folder / "scoring_rules.py").write_text(body)
     scorer = scorer_of("python", function=function)
-    scorer.read_files(folder)
-    return scorer
+    return scorer.with_files(folder, ())
 
 
 def returning(folder: Path, expression: str) -> BaseScorer:

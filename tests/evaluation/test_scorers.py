@@ -358,13 +358,13 @@ def test_a_choice_scores_as_in_lm_eval(choosing: Any, choices: list[str], likeli
 
 
 def test_a_scorer_sees_the_item_with_its_messages_and_metadata(tmp_path: Path) -> None:
-    item = {"prompt": "Say yes.", "answer": "yes", "metadata": {"from": ["a", 1]}, "note": "no key of ours"}
+    item = {"prompt": "Say yes.", "answer": "yes", "metadata": {"from": ["a", 1]}, "note": "beside it"}
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, [item, {**item, "system": "Be terse."}])))
     path = write_suite(tmp_path, {"scorer": "exact", "system": "Be brief."})
     (bound,) = Evaluator(read_suite(path)).tasks.values()
     for doc, system in zip(bound.docs, ("Be brief.", "Be terse."), strict=True):
         asked = item_of(doc)
-        assert asked.metadata == {"from": ["a", 1]}
+        assert asked.metadata == {"from": ["a", 1], "note": "beside it"}
         assert [message.as_dict() for message in asked.conversation] == [
             {"role": "system", "content": system},
             {"role": "user", "content": "Say yes."},

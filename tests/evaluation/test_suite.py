@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite, split_of
 from mergetune.files.library import presets
 
@@ -43,14 +44,14 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         (
             '{"question": "x", "answer": "y"}',
             "exact",
-            "`prompt` is missing; the item has `question`, `answer`",
+            "line 2: must be as the first rows are, prompts with answers .* but has `question`, `answer`",
         ),
         (
             '{"messages": []}',
             "exact",
-            "has `messages`, which .* Conversations are not read: an item is one turn",
+            "line 2: must be as the first rows are, .* but has `messages`",
         ),
-        ("{}", "exact", "`prompt` is missing; the item is empty"),
+        ("{}", "exact", "line 2: must be as the first rows are, .* but is empty"),
         ('["x"]', "exact", r'items\.jsonl, line 2: must be one JSON object.*but is \["x"\]'),
         ('{"prompt": 3, "answer": "y"}', "exact", "line 2: `prompt`: must be text, but got 3"),
         ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
@@ -142,6 +143,64 @@ def test_a_mistake_in_a_task_is_one_line(tmp_path: Path, task: dict[str, Any], m
     with pytest.raises(MergetuneError) as caught:
         read_suite(path)
     assert re.fullmatch(f"{re.escape(str(path))}: {message}", str(caught.value))
+
+
+def test_one_file_may_be_read_in_two_ways(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, ['{"prompt": "x", "answer": "1", "other": "2"}'] * 8)
+    suite = yaml.safe_load(path.read_text())
+    task = suite["objectives"]["skill"]["tasks"][0]
+    suite["objectives"]["skill"]["tasks"].append({**task, "fields": {"answer": "other"}})
+    path.write_text(yaml.safe_dump(suite | {"holdout": 0}))
+    found = read_suite(path)
+    assert {name: items[0].answer for name, items in found.items.items()} == {
+        "items.jsonl": "1",
+        "items.jsonl (answer: other)": "2",
+    }
+    assert found.read_as["items.jsonl"] == "items.jsonl: 8 items, taken for prompts with answers"
+    targets = {name: task.target(0) for name, task in Evaluator(found).tasks.items()}
+    assert targets == {"skill:items.jsonl": "1", "skill:items.jsonl (answer: other)": "2"}
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"items": "hf:owner/name"}, "hf:owner/name: a data set on the Hub needs `split`"),
+        ({"split": "test"}, "`split` belongs to data sets, but this is a file"),
+        ({"config_name": "main"}, "`config_name` belongs to data sets on the Hub"),
+        ({"score_turns": "all"}, "taken for prompts with answers. `score_turns: all` needs conversations"),
+        ({"score_turns": "some"}, "`objectives.skill.tasks.0.score_turns`: must be 'last' or 'all'"),
+        ({"answers": False}, "`objectives.skill.tasks.0.answers`: must be text"),
+    ],
+)
+def test_options_of_files_are_checked(tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergetuneError, match=message):
+        read_suite(write_suite(tmp_path, ['{"prompt": "x", "answer": "y"}'], **task))
+
+
+def test_all_turns_of_conversations_may_be_scored(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_suite(tmp_path, [json.dumps({"messages": turns})], score_turns="all")
+    assert read_suite(path).config.objectives["skill"].tasks[0].score_turns == "all"
+
+
+def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:
+    path = write_suite(
+        tmp_path, ['{"prompt": "x", "answer": "y", "lang": "en", "customer": {"plan": "pro"}}']
+    )
+    text = path.read_text()
+    path.write_text(f"{text}\nslices: [lang, customer.plan]\n")
+    assert read_suite(path).config.slices == ("lang", "customer.plan")
+    path.write_text(f"{text}\nslices: [language]\n")
+    with pytest.raises(MergetuneError, match=r"`slices`: .* no item has `language`. Did you mean `lang`"):
+        read_suite(path)
+
+
+def test_bfcl_without_its_answers_is_told_where_they_are(tmp_path: Path) -> None:
+    question = {"id": "a", "question": [[{"role": "user", "content": "x"}]], "function": [{"name": "f"}]}
+    with pytest.raises(
+        MergetuneError, match=r"needs `answer`.* say `answers: FILE`, or `answers: none` for no call"
+    ):
+        read_suite(write_suite(tmp_path, [json.dumps(question)]))
 
 
 def test_the_digest_follows_the_items(tmp_path: Path) -> None:

@@ -241,8 +241,8 @@ def _bound_tasks(suite: Suite) -> Iterator[BoundTask]:
 
 
 def _load(score_name: str, config: TaskConfig, suite: Suite) -> list[Task]:
-    if config.items is not None:
-        return [jsonl_task(f"{score_name}:{config.items}", config, suite.items)]
+    if config.source is not None:
+        return [jsonl_task(f"{score_name}:{config.source.name}", config, suite.items)]
     assert config.lm_eval is not None  # TaskConfig
     return list(lm_eval_tasks(config.lm_eval, suite).values())
 

@@ -1,107 +1,214 @@
-"""Files of items: JSON lines or a JSON array. Files in another form are called what they are."""
+"""Files of items: what a file was taken for, and its items."""
 
 from __future__ import annotations
 
-import json
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.items import load_json
-from mergetune.files.yaml_io import read_text
+from mergetune.evaluation.fields import FieldMap
+from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, suggestion
+from mergetune.evaluation.items import Item
+from mergetune.evaluation.rows import PlacedRow, Row, located, read_rows
+from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.files.yaml_io import validate
 
-_ITEM = '{"prompt": "…", "answer": "…"}'
-_TURN = (
-    "Conversations are not read: an item is one turn, with the user's message as `prompt`, the system "
-    "message as `system` and the reply that is wanted as `answer`."
-)
-# The keys that tell another form of data, its name, and what is to be done with it.
-_FORMS = (
-    ({"messages"}, "a conversation in OpenAI's form", _TURN),
-    ({"conversations"}, "a conversation in ShareGPT's form", _TURN),
-    (
-        {"instruction", "output"},
-        "an example in Alpaca's form",
-        "Write `instruction`, with `input` after it, as `prompt`, and rename `output` to `answer`.",
-    ),
-    (
-        {"question", "function"},
-        "a test of the Berkeley Function-Calling Leaderboard",
-        "Write the user's message as `prompt`, the functions as `system` and the call that is wanted as "
-        "`answer`, as the model is to write it.",
-    ),
-    (
-        {"input", "ideal"},
-        "a sample of OpenAI's evals",
-        "Write the user's message in `input` as `prompt`, and rename `ideal` to `answer`.",
-    ),
-    ({"input", "target"}, "a sample of Inspect", "Rename `input` to `prompt` and `target` to `answer`."),
-)
-_LIKE_PROMPT = ("question", "instruction", "input", "query", "problem", "text", "user")
-LIKE_ANSWER = ("completion", "response", "output", "target", "ideal", "label", "solution", "chosen")
+NO_CALLS = "none"  # of `answers`: every item's answer is that no tool is called
+_ANSWER_KEYS = ("ground_truth", "answer")  # of a file of answers
 
 
-def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the objects in a file, one a line or all in a JSON array, each with its place for errors.
+@dataclass(frozen=True)
+class ItemSource:
+    """Where items come from, and how they are read.
+
+    Attributes:
+        file: a path relative to a folder, or `hf:owner/name`.
+        fields: where in a row the fields of an item stand; empty: as the form has them.
+        answers: a second file, joined by `id`; `none`: no tool is to be called.
+        split: of a data set.
+        config_name: of a data set on the Hub.
+    """
+
+    file: str
+    fields: FieldMap = field(default_factory=FieldMap)
+    answers: str | None = None
+    split: str | None = None
+    config_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its items are known by: the file, and all that distinguishes them from others of that file."""
+        said: dict[str, Any] = {"config_name": self.config_name, "split": self.split, "answers": self.answers}
+        options = [
+            f"{key}: {value}" for key, value in {**said, **self.fields.paths}.items() if value is not None
+        ]
+        return f"{self.file} ({', '.join(options)})" if options else self.file
+
+
+@dataclass(frozen=True)
+class ItemFile:
+    """Items as they were read.
+
+    Attributes:
+        source: where they come from.
+        form: what the file was taken for, in words.
+        is_conversation: whether its form may have several turns.
+        items: in the file's order.
+        places: where each item stands, for errors.
+        hint: what may help where an item has no answer.
+    """
+
+    source: ItemSource
+    form: str
+    is_conversation: bool
+    items: tuple[Item, ...]
+    places: tuple[str, ...]
+    hint: str = ""
+
+    @property
+    def summary(self) -> str:
+        """Say how many items there are, and what the file was taken for."""
+        return f"{self.source.file}: {len(self.items)} items, taken for {self.form}"
+
+    def check(
+        self,
+        scorer: BaseScorer,
+        stop: Sequence[str] = (),
+        *,
+        all_turns: bool = False,
+        is_example: bool = False,
+    ) -> None:
+        """Raise `MergetuneError` for the first item that a scorer cannot take: see `check_item`."""
+        for item, place in zip(self.items, self.places, strict=True):
+            turns = item.turns() if all_turns else (item,)
+            for number, turn in enumerate(turns, start=1):
+                if problem := scorer.check_item(turn, stop, is_example=is_example):
+                    which = f", turn {number} of {len(turns)}" if len(turns) > 1 else ""
+                    hint = self.hint if turn.answer is None else ""
+                    raise MergetuneError(f"{place}{which}: {problem}{hint}")
+
+
+def read_items(source: ItemSource, folder: Path) -> ItemFile:
+    """Read a file of items, whatever its form.
 
     Raises:
-        MergetuneError: the file cannot be read, or its form is another one; the message says which.
+        MergetuneError: the file cannot be read, holds no items or is of no known form, or a row is broken;
+            the message names the file, the row, the field and what helps.
     """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            values = load_json(text)
-        except (ValueError, RecursionError) as error:
-            raise MergetuneError(f"{path}: is no JSON array: {error}.") from error
-        return [_object(value, f"{path}, item {number}") for number, value in enumerate(values, start=1)]
-    return [
-        _object(_value(line, f"{path}, line {number}", text), f"{path}, line {number}")
-        for number, line in enumerate(text.split("\n"), start=1)  # strings may hold other separators
-        if line.strip()
-    ]
+    with _no_collection():
+        return _read_items(source, folder)
 
 
-def refuse_without_prompt(data: dict[str, Any], place: str) -> None:
-    """Raise `MergetuneError` where an object has no `prompt` that is text, and say what it has instead."""
-    if isinstance(data.get("prompt"), list):
-        raise MergetuneError(f"{place}: `prompt` must be text, but is a list. {_TURN}")
-    if "prompt" in data:
-        return
-    if not data:
-        raise MergetuneError(f"{place}: `prompt` is missing; the item is empty.")
-    form = next((form for form in _FORMS if data.keys() >= form[0]), None)
-    if form is not None:
-        what = f", which is {form[1]}. {form[2]}"
-    else:
-        like = next((key for key in _LIKE_PROMPT if key in data), None)
-        what = f". Rename `{like}` to `prompt`." if like else f". An item is an object such as {_ITEM}."
-    raise MergetuneError(f"{place}: `prompt` is missing; the item has `{'`, `'.join(data)}`{what}")
-
-
-def _object(value: Any, place: str) -> tuple[str, dict[str, Any]]:
-    if isinstance(value, dict):
-        return place, value
-    shown = json.dumps(value, ensure_ascii=False)
-    raise MergetuneError(f"{place}: must be one JSON object, such as {_ITEM}, but is {shown:.80}.")
-
-
-def _value(line: str, place: str, text: str) -> Any:
+def _read_items(source: ItemSource, folder: Path) -> ItemFile:
+    rows = read_rows(source.file, folder, source.split, source.config_name)
+    if not rows:
+        raise MergetuneError(f"{located(source.file, folder)}: holds no items, but at least one is needed.")
+    answers = _Answers(source.answers, folder)
+    mapped = [_mapped(source.fields, row) for row in rows]
     try:
-        return load_json(line)
-    except (ValueError, RecursionError) as error:
-        raise MergetuneError(f"{place}: is not JSON: {error}.{_form_of(text)}") from error
+        form = form_of([row for _, row, _ in mapped])
+    except MergetuneError as error:
+        raise MergetuneError(f"{rows[0][0]}: {error}") from error
+    items = tuple(_item(form, answers, *each) for each in mapped)
+    places = tuple(place for place, _ in rows)
+    return ItemFile(
+        source, _in_words(form, source, items), form.is_conversation, items, places, _hint(form, source, rows)
+    )
 
 
-def _form_of(text: str) -> str:
-    """Say what a file may be that is no JSON lines."""
-    if not text.lstrip().startswith("{"):
-        return (
-            f" A file of items has one JSON object a line, such as {_ITEM}, or is a JSON array of them. "
-            "A table (CSV) is written so by pandas: "
-            'read_csv("items.csv").to_json("items.jsonl", orient="records", lines=True).'
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage while rows become items: there is none, and looking for it doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Answers:
+    """The answers of a second file by `id`, all `[]` for `none`, or no such file."""
+
+    def __init__(self, given: str | None, folder: Path) -> None:
+        self._given = given
+        self._by_id: dict[str, Any] = {}
+        for place, row in [] if given in (None, NO_CALLS) else read_rows(str(given), folder):
+            identity = _identity(row, place)
+            key = next((key for key in _ANSWER_KEYS if key in row), None)
+            if key is None:
+                raise MergetuneError(
+                    f"{place}: must have `ground_truth` or `answer`, but has `{'`, `'.join(row)}`."
+                )
+            if identity in self._by_id:
+                raise MergetuneError(f"{place}: `id` must stand once, but `{identity}` stands twice.")
+            self._by_id[identity] = row[key]
+
+    def put_into(self, fields: dict[str, Any], row: Row, place: str) -> dict[str, Any]:
+        """Return the fields of an item with its answer."""
+        if self._given is None:
+            return fields
+        if any(row.get(key) is not None for key in _ANSWER_KEYS):
+            raise MergetuneError(f"{place}: has an answer of its own. Leave the task's `answers` out.")
+        if self._given == NO_CALLS:
+            return {**fields, "answer": []}
+        identity = _identity(row, place)
+        if identity not in self._by_id:
+            raise MergetuneError(
+                f"{place}: `id` must be one of {self._given}, but `{identity}` is not there."
+            )
+        return {**fields, "answer": self._by_id[identity]}
+
+
+def _identity(row: Row, place: str) -> str:
+    identity = row.get("id")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        raise MergetuneError(
+            f"{place}: `id` must be text or a whole number, to join answers by, but is {identity!r:.80}."
         )
+    return str(identity)
+
+
+def _mapped(fields: FieldMap, placed: PlacedRow) -> tuple[str, Row, Row]:
+    """Return a row's place, the row by the names that forms read, and what is left of it."""
+    place, row = placed
     try:
-        load_json(text)
-    except (ValueError, RecursionError):
-        return ""
-    return " The file is one JSON object over several lines: write each item on one line, or all as an array."
+        return (place, *fields.applied(row, (*COMMON, "id", "metadata")))
+    except MergetuneError as error:
+        raise MergetuneError(f"{place}: {error}") from error
+
+
+def _item(form: Form, answers: _Answers, place: str, row: Row, rest: Row) -> Item:
+    try:
+        fields = fields_of(form, row)
+    except MergetuneError as error:
+        raise MergetuneError(f"{place}: {error}") from error
+    fields["metadata"] = {**rest, **fields["metadata"]} or None
+    return validate(answers.put_into(fields, row, place), Item, place)
+
+
+def _in_words(form: Form, source: ItemSource, items: Sequence[Item]) -> str:
+    parts = [form.name]
+    if source.fields.paths:
+        parts.append(f"by `fields` ({', '.join(source.fields.paths)})")
+    if any(item.tools for item in items):
+        parts.append("with tools")
+    if source.answers == NO_CALLS:
+        parts.append("with no call as the answer")
+    elif source.answers is not None:
+        parts.append(f"with answers from {source.answers}")
+    return " ".join(parts)
+
+
+def _hint(form: Form, source: ItemSource, rows: Sequence[PlacedRow]) -> str:
+    """Say what may help where an item has no answer."""
+    if form is BFCL and source.answers is None:
+        return " BFCL keeps answers in a second file: say `answers: FILE`, or `answers: none` for no call."
+    said = suggestion(rows[0][1], has_prompt=True)
+    is_known = source.fields.answer is not None or "PATH" in said or "answer: answer" in said
+    return "" if is_known else f" Say {said} in the task, if that is what is wanted."

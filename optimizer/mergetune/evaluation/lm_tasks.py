@@ -23,14 +23,15 @@ METADATA = "metadata"  # the one field of a document of a JSONL task that is no 
 
 
 def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]]) -> Task:
-    """Make an lm-eval task of a JSONL file."""
+    """Make an lm-eval task of a file of items."""
     from lm_eval.api.task import ConfigurableTask
 
-    assert config.items is not None
+    assert config.source is not None
     assert config.scorer is not None  # TaskConfig
-    data = {"test": _dataset(items[config.items], config)}
-    if config.fewshot_items is not None:
-        data["fewshot"] = _dataset(items[config.fewshot_items], config)
+    asked = items[config.source.name]
+    data = {"test": _dataset(asked, config)}
+    if config.fewshot_source is not None:
+        data["fewshot"] = _dataset(items[config.fewshot_source.name], config)
     settings = {
         "task": name,
         "custom_dataset": lambda **_: data,
@@ -53,7 +54,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
             "output_type": "multiple_choice",
             "doc_to_choice": lambda doc: item_of(doc).choices,
             "doc_to_target": _right_choice(config.scorer),
-            "target_delimiter": _delimiter(items[config.items]),
+            "target_delimiter": _delimiter(asked),
         }
     else:
         settings |= {

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.item_files import LIKE_ANSWER, read_objects, refuse_without_prompt
+from mergetune.evaluation.fields import MISSING, FieldMap, at_path
+from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.scorers import Scorer
 from mergetune.files.library import placed
-from mergetune.files.yaml_io import KindAlone, Strict, read_text, read_yaml, validate
+from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_yaml
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
@@ -48,15 +49,20 @@ class SamplingConfig(Strict):
 
 
 class TaskConfig(Strict):
-    """One task: either `items`, a JSONL file with a `scorer`, or `lm_eval`, the name of a task.
+    """One task: either `items`, a file of items with a `scorer`, or `lm_eval`, the name of a task.
 
     `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
-    takes the first n items. Few-shot examples of JSONL tasks come from `fewshot_items`. `score_turns: all`
-    asks for every turn of the model in a conversation, each with what truly went before it, and scores their
-    mean; without `sampling` replies are greedy.
+    takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
+    are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
+    every turn of the model in a conversation, each with what truly went before it, and scores their mean;
+    without `sampling` replies are greedy.
     """
 
     items: str | None = None
+    fields: FieldMap = FieldMap()
+    answers: str | None = None
+    split: str | None = None
+    config_name: str | None = None
     scorer: Annotated[Scorer | None, KindAlone] = None
     system: str = ""
     max_new_tokens: int = Field(64, gt=0)
@@ -73,14 +79,15 @@ class TaskConfig(Strict):
     @model_validator(mode="after")
     def _is_one_kind(self) -> TaskConfig:
         if (self.items is None) == (self.lm_eval is None):
-            raise ValueError("a task must have either `items` (a JSONL file) or `lm_eval` (a task's name)")
+            raise ValueError("a task must have either `items` (a file) or `lm_eval` (a task's name)")
         if (self.items is None) != (self.scorer is None):
             raise ValueError("`scorer` belongs to `items`: give both or none")
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
-            raise ValueError("`num_fewshot` of a JSONL task needs `fewshot_items`, and the reverse")
-        jsonl_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
+            raise ValueError("`num_fewshot` of items needs `fewshot_items`, and the reverse")
+        items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
+        items_only |= {"fields", "answers", "split", "config_name"}
         lm_eval_only = {"metric", "filter"}
-        foreign = jsonl_only if self.lm_eval else lm_eval_only
+        foreign = items_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
         if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:
             kind = "lm_eval" if self.lm_eval else "items"
@@ -97,6 +104,19 @@ class TaskConfig(Strict):
     def repeats(self) -> int:
         """How often each reply is drawn."""
         return self.sampling.repeats if self.sampling else 1
+
+    @property
+    def source(self) -> ItemSource | None:
+        """Where the items come from; None: from lm-eval."""
+        return None if self.items is None else self._source_of(self.items)
+
+    @property
+    def fewshot_source(self) -> ItemSource | None:
+        """Where the few-shot examples of items come from."""
+        return None if self.fewshot_items is None else self._source_of(self.fewshot_items)
+
+    def _source_of(self, file: str) -> ItemSource:
+        return ItemSource(file, self.fields, self.answers, self.split, self.config_name)
 
 
 class ScoreConfig(Strict):
@@ -153,7 +173,8 @@ class SuiteConfig(Strict):
     `enable_thinking`. `thinking: strip` scores what a model says after its thoughts, which end with
     `thinking_end` or, where that is not given, with the markers of known families. `truncate` says what
     becomes of a prompt that is too long: `refuse` ends with an error before any work, `left` cuts off its
-    beginning. `allow_code_execution` lets tasks run code that a model wrote.
+    beginning. `allow_code_execution` lets tasks run code that a model wrote. `slices` are keys of the items'
+    metadata, by dotted paths, by which scores are told apart.
     """
 
     description: str
@@ -165,6 +186,7 @@ class SuiteConfig(Strict):
     truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
     allow_code_execution: bool = False
+    slices: tuple[str, ...] = ()
     include_path: str | None = None
     objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
     guards: dict[str, GuardConfig] = Field(default_factory=dict)
@@ -195,12 +217,21 @@ class SuiteConfig(Strict):
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite with its JSONL items read: `items[file]`, in the file's order."""
+    """A suite with its files of items read.
+
+    Attributes:
+        name: the file's name without its ending.
+        path: the suite's file.
+        config: what stands in it.
+        items: in their files' order, by the names of their sources (`ItemSource.name`).
+        read_as: what each file of items was taken for, in words, by the same names.
+    """
 
     name: str
     path: Path
     config: SuiteConfig
     items: Mapping[str, tuple[Item, ...]]
+    read_as: Mapping[str, str]
 
     @property
     def digest(self) -> str:
@@ -211,25 +242,30 @@ class Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite and its JSONL files, whose paths are relative to the suite's folder.
+    """Read a suite and its files of items, whose paths are relative to the suite's folder.
 
     Raises:
-        MergetuneError: a key is wrong, a file is missing or empty, or a line is broken; the message
-            names file and line.
+        MergetuneError: a key is wrong, a file is missing, empty or of no known form, or a row is broken; the
+            message names file and row.
     """
     config = read_yaml(path, SuiteConfig)
     if isinstance(config.chat_template, str):
         text = _read_template(path, config.chat_template)
         config = config.model_copy(update={"chat_template": text})
-    items: dict[str, tuple[Item, ...]] = {}
+    files: dict[str, ItemFile] = {}
     for name, score in config.scores.items():
         for task in score.tasks:
-            if task.scorer is not None:
-                task.scorer.read_files(path.parent)
-            for file, are_asked in ((task.items, True), (task.fewshot_items, False)):
-                if file is not None:
-                    items[file] = _read_items(placed(path.parent, file), task, are_asked, name)
-    return Suite(path.stem, path, _with_files_of_scorers(config, path, items), items)
+            for source in (task.source, task.fewshot_source):
+                if source is not None and source.name not in files:
+                    files[source.name] = _read_items(source, path.parent, name)
+    items = {name: file.items for name, file in files.items()}
+    config = _with_files_of_scorers(config, path, items)
+    for task in (task for score in config.scores.values() for task in score.tasks):
+        for source, are_asked in ((task.source, True), (task.fewshot_source, False)):
+            if source is not None:
+                _check_items(files[source.name], task, are_asked)
+    _check_slices(path, config, files)
+    return Suite(path.stem, path, config, items, {name: file.summary for name, file in files.items()})
 
 
 def split_of(content: str, holdout: float) -> Split:
@@ -253,11 +289,11 @@ def _with_files_of_scorers(
     """Return the suite's file with what its scorers' files hold in the place of their names."""
 
     def read(task: TaskConfig, name: str) -> TaskConfig:
-        if task.items is None or task.scorer is None:
+        if task.source is None or task.scorer is None:
             return task
         asked = [
             item if item.system is not None else item.model_copy(update={"system": task.system})
-            for item in items[task.items]
+            for item in items[task.source.name]
         ]
         try:
             return task.model_copy(update={"scorer": task.scorer.with_files(path.parent, asked)})
@@ -273,38 +309,32 @@ def _with_files_of_scorers(
     return config.model_copy(update={"objectives": each(config.objectives), "guards": each(config.guards)})
 
 
-def _read_items(path: Path, task: TaskConfig, are_asked: bool, score: str) -> tuple[Item, ...]:
-    """Read the items that a task asks, or else its few-shot examples."""
+def _read_items(source: ItemSource, folder: Path, score: str) -> ItemFile:
     try:
-        values = read_objects(path)
+        return read_items(source, folder)
     except MergetuneError as error:
         raise MergetuneError(f"{error} The items of `{score}` are read from it.") from error
-    if not values:
-        raise MergetuneError(f"{path}: holds no items, but `{score}` needs at least one.")
-    return tuple(_item(data, place, task, are_asked) for place, data in values)
 
 
-def _item(data: dict[str, Any], place: str, task: TaskConfig, is_asked: bool) -> Item:
-    refuse_without_prompt(data, place)
-    item = validate(data, Item, place)
-    if problem := _problem(item, task, is_asked):
-        like = next((key for key in LIKE_ANSWER if key in data), None)
-        remedy = f" Rename `{like}` to `answer`." if like and "answer" not in data else ""
-        raise MergetuneError(f"{place}: {problem}{remedy}")
-    return item
-
-
-def _problem(item: Item, task: TaskConfig, is_asked: bool) -> str | None:
-    """Say why a task's scorer cannot take an item; None where it can."""
+def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
+    """Refuse the first item that a task cannot ask, or else take as a few-shot example."""
     assert task.scorer is not None  # TaskConfig
-    if not _is_unicode(item):
-        return "must be Unicode, but half a character, such as \\ud83d, stands alone in it."
-    return task.scorer.check_item(item, task.stop if is_asked else (), is_example=not is_asked)
+    all_turns = task.score_turns == "all"
+    if all_turns and not file.is_conversation:
+        raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
+    if are_asked:
+        file.check(task.scorer, task.stop, all_turns=all_turns)
+    else:
+        file.check(task.scorer, is_example=True)
 
 
-def _is_unicode(item: Item) -> bool:
-    try:
-        json.dumps(item.model_dump(), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check_slices(path: Path, config: SuiteConfig, files: Mapping[str, ItemFile]) -> None:
+    """Refuse a slice that no item's metadata have."""
+    every = [item.metadata for file in files.values() for item in file.items]
+    for key in config.slices:
+        if all(at_path(metadata, key) is MISSING for metadata in every):
+            known = sorted({str(name) for metadata in every for name in metadata or ()})
+            raise MergetuneError(
+                f"{path}: `slices`: must be keys of the items' metadata, but no item has `{key}`."
+                f"{nearest(key, known)} Every field of a row that is no other part of its item is metadata."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import PrivateAttr
 
@@ -40,14 +40,16 @@ class JsonSchemaScorer(BaseScorer):
         """See `BaseScorer.files`."""
         return (self._file,)
 
-    def read_files(self, folder: Path) -> None:
-        """See `BaseScorer.read_files`; the schema must be valid itself."""
-        self._file = placed(folder, self.schema_file)
+    def with_files(self, folder: Path, items: Sequence[Item]) -> Self:  # noqa: ARG002
+        """See `BaseScorer.with_files`; the schema must be valid itself."""
+        file = placed(folder, self.schema_file)
         try:
-            schema = json.loads(read_text(self._file))
+            schema = json.loads(read_text(file))
         except (ValueError, RecursionError) as error:
-            raise MergetuneError(f"{self._file}: must be a JSON Schema, but is not JSON: {error}.") from error
-        self._validator = _validator(schema, self._file)
+            raise MergetuneError(f"{file}: must be a JSON Schema, but is not JSON: {error}.") from error
+        found = self.model_copy()
+        found._file, found._validator = file, _validator(schema, file)
+        return found
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`."""

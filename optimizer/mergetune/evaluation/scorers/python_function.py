@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
@@ -46,18 +46,18 @@ class PythonScorer(BaseScorer):
         """See `BaseScorer.files`."""
         return self._files
 
-    def read_files(self, folder: Path) -> None:
-        """See `BaseScorer.read_files`."""
-        file, _, name = self.function.rpartition(":")
-        self._file = placed(folder, file).resolve()
-        if not self._file.is_file():
-            raise MergetuneError(
-                f"{self._file}: there is no such file. `function` names one relative to {folder}."
-            )
-        loaded = _loaded(self._file)
-        self._files, self._function = loaded.files, getattr(loaded.module, name, None)
-        if not callable(self._function):
-            raise MergetuneError(f"{self._file}: must have the function `{name}(items, replies)`.")
+    def with_files(self, folder: Path, items: Sequence[Item]) -> Self:  # noqa: ARG002
+        """See `BaseScorer.with_files`."""
+        given, _, name = self.function.rpartition(":")
+        file = placed(folder, given).resolve()
+        if not file.is_file():
+            raise MergetuneError(f"{file}: there is no such file. `function` names one relative to {folder}.")
+        loaded, found = _loaded(file), self.model_copy()
+        found._file, found._files = file, loaded.files
+        found._function = getattr(loaded.module, name, None)
+        if not callable(found._function):
+            raise MergetuneError(f"{file}: must have the function `{name}(items, replies)`.")
+        return found
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`."""

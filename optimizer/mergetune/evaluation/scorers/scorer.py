@@ -53,6 +53,8 @@ class BaseScorer(Strict):
     def with_files(self, folder: Path, items: Sequence[Item]) -> Self:  # noqa: ARG002
         """Return the scorer with what its files hold, whose paths are relative to the suite's `folder`.
 
+        It is called before any item is checked.
+
         Args:
             folder: the suite's.
             items: all items of the task, with the system messages that they get.
@@ -66,13 +68,6 @@ class BaseScorer(Strict):
     def files(self) -> tuple[Path, ...]:
         """See the class."""
         return ()
-
-    def read_files(self, folder: Path) -> None:
-        """Read the files that the options name, relative to the suite's folder, before any item is checked.
-
-        Raises:
-            MergetuneError: a file is missing, or is not what it must be.
-        """
 
     @abstractmethod
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
