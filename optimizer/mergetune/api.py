@@ -227,6 +227,8 @@ def evaluate(
 ) -> Measurement:
     """Score any model on a suite, item by item, as `mergetune eval` does.
 
+    Replies of models in files are kept in the cache: what was replied to before is not asked again.
+
     Args:
         model: a directory, hub id, adapter (with `options.base`), recipe file, or a server's address.
         suite: a preset's name, or a path.
@@ -241,6 +243,7 @@ def evaluate(
     """
     from mergetune.evaluation.evaluate import Evaluator
     from mergetune.measuring.pool import Job, Pool, PoolOptions
+    from mergetune.measuring.reply_store import default_store
 
     options = options or ModelOptions()
     use_cache(options.cache, options.say)
@@ -248,8 +251,10 @@ def evaluate(
     opened, evaluator = options.opened(model, asked), Evaluator(asked)
     for warning in evaluator.warnings:
         options.say(f"warning: {warning}")
-    with closing(Pool(opened, config, evaluator, None, PoolOptions(say=options.say))) as pool:
-        return pool.measured(Job("eval", evaluator.documents(split))).measurement
+    with closing(Pool(opened, config, evaluator, default_store(), PoolOptions(say=options.say))) as pool:
+        found = pool.measured(Job("eval", evaluator.documents(split)))
+    options.say(f"{opened.reference}: {found.counted}")
+    return found.measurement
 
 
 def check(

@@ -52,7 +52,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
     if config.scorer.asks == "likelihoods":
         settings |= {
             "output_type": "multiple_choice",
-            "doc_to_choice": lambda doc: item_of(doc).choices,
+            "doc_to_choice": lambda doc: list(item_of(doc).choices),
             "doc_to_target": _right_choice(config.scorer),
             "target_delimiter": _delimiter(asked),
         }
