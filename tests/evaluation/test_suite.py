@@ -168,7 +168,7 @@ def test_one_file_may_be_read_in_two_ways(tmp_path: Path) -> None:
         ({"split": "test"}, "`split` belongs to data sets, but this is a file"),
         ({"config_name": "main"}, "`config_name` belongs to data sets on the Hub"),
         ({"score_turns": "all"}, "taken for prompts with answers. `score_turns: all` needs conversations"),
-        ({"score_turns": "some"}, "`objectives.skill.tasks.0.score_turns`: must be 'last' or 'all'"),
+        ({"score_turns": "some"}, "tasks.0.score_turns`: must be 'last', 'all', 'text' or 'calls'"),
         ({"answers": False}, "`objectives.skill.tasks.0.answers`: must be text"),
     ],
 )
@@ -181,6 +181,30 @@ def test_all_turns_of_conversations_may_be_scored(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = write_suite(tmp_path, [json.dumps({"messages": turns})], score_turns="all")
     assert read_suite(path).config.objectives["skill"].tasks[0].score_turns == "all"
+
+
+def test_turns_must_be_those_that_the_scorer_takes(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "The time?"},
+        {"role": "assistant", "content": "One moment."},
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    row = [json.dumps({"messages": turns, "tools": tools})]
+    with pytest.raises(MergetuneError, match=r"line 1, turn 2 of 2: .*`score_turns: text` leaves such"):
+        read_suite(write_suite(tmp_path, row, score_turns="all"))
+    for scorer, which, n_turns in (
+        ("exact", "text", 1),
+        ("tool_calls", "calls", 1),
+        ("tool_calls", "all", 2),
+    ):
+        suite = read_suite(write_suite(tmp_path, row, scorer=scorer, score_turns=which))
+        assert len(suite.items["items.jsonl"][0].turns(which)) == n_turns
+    without = [json.dumps({"messages": turns[:2]})]
+    with pytest.raises(MergetuneError, match=r"line 1: must have a reply of the kind `score_turns: calls`"):
+        read_suite(write_suite(tmp_path, without, scorer="tool_calls", score_turns="calls"))
 
 
 def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import FieldMap
 from mergetune.evaluation.formats import BFCL, COMMON, Form, fields_of, form_of, suggestion
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Turns
 from mergetune.evaluation.rows import PlacedRow, Row, located, read_rows
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.yaml_io import validate
@@ -79,17 +79,28 @@ class ItemFile:
         scorer: BaseScorer,
         stop: Sequence[str] = (),
         *,
-        all_turns: bool = False,
+        which_turns: Turns = "last",
         is_example: bool = False,
     ) -> None:
         """Raise `MergetuneError` for the first item that a scorer cannot take: see `check_item`."""
         for item, place in zip(self.items, self.places, strict=True):
-            turns = item.turns() if all_turns else (item,)
+            turns = item.turns(which_turns)
+            if not turns:
+                raise MergetuneError(
+                    f"{place}: must have a reply of the kind `score_turns: {which_turns}`, but has none. Leave "
+                    "the row out, or score other turns."
+                )
             for number, turn in enumerate(turns, start=1):
                 if problem := scorer.check_item(turn, stop, is_example=is_example):
                     which = f", turn {number} of {len(turns)}" if len(turns) > 1 else ""
-                    hint = self.hint if turn.answer is None else ""
-                    raise MergetuneError(f"{place}{which}: {problem}{hint}")
+                    raise MergetuneError(f"{place}{which}: {problem}{self._hint(turn, which_turns)}")
+
+    def _hint(self, turn: Item, which_turns: Turns) -> str:
+        if turn.answer is None:
+            return self.hint
+        if which_turns == "all" and turn.wants_calls:
+            return " This reply calls tools: `score_turns: text` leaves such replies out."
+        return ""
 
 
 def read_items(source: ItemSource, folder: Path) -> ItemFile:

@@ -31,7 +31,7 @@ def conversation_requests(
         render: writes messages and tools as the model's chat template does.
     """
     made: list[Instance] = []
-    for turn in scored_turns(item_of(doc), config):
+    for turn in item_of(doc).turns(config.score_turns):
         tools = {"tools": [dict(tool) for tool in turn.tools]} if turn.tools else {}
         messages = [*_system(turn), *_examples(task, config), *turn.messages_without_system]
         context = render([message.as_dict() for message in messages], **tools)
@@ -42,11 +42,6 @@ def conversation_requests(
     for number, request in enumerate(made):
         request.idx = number
     return made
-
-
-def scored_turns(item: Item, config: TaskConfig) -> tuple[Item, ...]:
-    """Return an item for every turn that a task scores."""
-    return item.turns() if config.score_turns == "all" else (item,)
 
 
 def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item_id: str) -> Iterator[Instance]:

@@ -11,6 +11,9 @@ from mergetune.evaluation.patterns import ReplyPattern
 from mergetune.files.yaml_io import Strict
 
 
+Turns = Literal["last", "all", "text", "calls"]  # which of the model's turns in a conversation are scored
+
+
 class ToolCall(Strict):
     """A call of a tool: its name, and its arguments by name."""
 
@@ -96,10 +99,21 @@ class Item(Strict):
         system = (Message(role="system", content=self.system),) if self.system else ()
         return (*system, *self.messages_without_system)
 
-    def turns(self) -> tuple[Item, ...]:
-        """Return an item for every turn of the model in a conversation, each with what truly went before."""
+    def turns(self, which: Turns) -> tuple[Item, ...]:
+        """Return an item for each turn of the model in a conversation, each with what truly went before.
+
+        The item itself is the last one. `text` are those in which the data call no tool, `calls` the others.
+        """
+        if which == "last":
+            return (self,)
         asked = [i for i, message in enumerate(self.messages) if i > 0 and message.role == "assistant"]
-        return (*(self._asked_at(i) for i in asked), self)
+        every = (*(self._asked_at(i) for i in asked), self)
+        return tuple(turn for turn in every if which in ("all", "calls" if turn.wants_calls else "text"))
+
+    @property
+    def wants_calls(self) -> bool:
+        """Whether the reply in the data calls tools."""
+        return self.target is not None and bool(self.target.tool_calls)
 
     def _asked_at(self, index: int) -> Item:
         before, target = self.messages[:index], self.messages[index]

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import MISSING, FieldMap, at_path
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Turns
 from mergetune.evaluation.scorers import Scorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_yaml
@@ -55,7 +55,8 @@ class TaskConfig(Strict):
     takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
     are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
     every turn of the model in a conversation, each with what truly went before it, and scores their mean;
-    without `sampling` replies are greedy.
+    `text` and `calls` ask only for those that do not call tools in the data, or do. Without `sampling` replies
+    are greedy.
     """
 
     items: str | None = None
@@ -68,7 +69,7 @@ class TaskConfig(Strict):
     max_new_tokens: int = Field(64, gt=0)
     stop: tuple[str, ...] = ()
     fewshot_items: str | None = None
-    score_turns: Literal["last", "all"] = "last"
+    score_turns: Turns = "last"
     sampling: SamplingConfig | None = None
     lm_eval: str | None = None
     metric: str | None = None
@@ -319,11 +320,12 @@ def _read_items(source: ItemSource, folder: Path, score: str) -> ItemFile:
 def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
     """Refuse the first item that a task cannot ask, or else take as a few-shot example."""
     assert task.scorer is not None  # TaskConfig
-    all_turns = task.score_turns == "all"
-    if all_turns and not file.is_conversation:
-        raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
+    if task.score_turns != "last" and not file.is_conversation:
+        raise MergetuneError(
+            f"{file.summary}. `score_turns: {task.score_turns}` needs conversations. Leave it out."
+        )
     if are_asked:
-        file.check(task.scorer, task.stop, all_turns=all_turns)
+        file.check(task.scorer, task.stop, which_turns=task.score_turns)
     else:
         file.check(task.scorer, is_example=True)
 

@@ -220,7 +220,7 @@ class _TaskReferences:
         are items with several replies each.
         """
         config = self._bound.config
-        if config.items is None or config.score_turns == "all" or config.repeats > 1:
+        if config.items is None or config.score_turns != "last" or config.repeats > 1:
             return {}
         own = [frame[frame["task"] == self._name] for frame in replies]
         found: dict[str, list[tuple[float, str]]] = defaultdict(list)
