@@ -135,6 +135,10 @@ def test_a_template_that_writes_no_tools_is_refused(tmp_path: Path, tiny_base: P
     plain = AutoTokenizer.from_pretrained(tiny_base)
     with pytest.raises(MergetuneError, match=r"leaves out .*get_time"):
         contexts(evaluator_of(tmp_path, items(), {}), Asked(plain))
+    function = {"name": "get_time", "parameters": {"properties": {"zone": {"type": "string"}}}}
+    asked = Item(prompt="May I use get_time?", tools=({"type": "function", "function": function},))
+    with pytest.raises(MergetuneError, match=r"leaves out `get_time`"):
+        contexts(evaluator_of(tmp_path, [asked, asked], {}), Asked(plain))
 
 
 def test_arguments_reach_the_template_and_wrong_names_are_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -16,10 +16,12 @@ from mergetune.evaluation.suite import read_suite, split_of
 from mergetune.files.library import presets
 
 
-def write_suite(folder: Path, lines: list[str], scorer: Any = "exact", **task: Any) -> Path:
+def write_suite(
+    folder: Path, lines: list[str], scorer: Any = "exact", chat_template: bool = False, **task: Any
+) -> Path:
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
     tasks = [{"items": "items.jsonl", "scorer": scorer, **task}]
-    suite = {"description": "test", "chat_template": False, "objectives": {"skill": {"tasks": tasks}}}
+    suite = {"description": "test", "chat_template": chat_template, "objectives": {"skill": {"tasks": tasks}}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     return folder / "suite.yaml"
 
@@ -194,17 +196,28 @@ def test_turns_must_be_those_that_the_scorer_takes(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
     row = [json.dumps({"messages": turns, "tools": tools})]
     with pytest.raises(MergetuneError, match=r"line 1, turn 2 of 2: .*`score_turns: text` leaves such"):
-        read_suite(write_suite(tmp_path, row, score_turns="all"))
+        read_suite(write_suite(tmp_path, row, chat_template=True, score_turns="all"))
     for scorer, which, n_turns in (
         ("exact", "text", 1),
         ("tool_calls", "calls", 1),
         ("tool_calls", "all", 2),
     ):
-        suite = read_suite(write_suite(tmp_path, row, scorer=scorer, score_turns=which))
+        suite = read_suite(write_suite(tmp_path, row, chat_template=True, scorer=scorer, score_turns=which))
         assert len(suite.items["items.jsonl"][0].turns(which)) == n_turns
     without = [json.dumps({"messages": turns[:2]})]
     with pytest.raises(MergetuneError, match=r"line 1: must have a reply of the kind `score_turns: calls`"):
         read_suite(write_suite(tmp_path, without, scorer="tool_calls", score_turns="calls"))
+
+
+def test_tools_and_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"properties": {"zone": {}}}}}
+    plain = {"prompt": "Is it late now?", "answer": "y", "tools": [tool]}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2
+    for row, what in ((plain, "the tool `now`"), ({"messages": turns}, "3 messages")):
+        with pytest.raises(MergetuneError, match=f"line 1: .* the prompt alone, but the item has {what}"):
+            read_suite(write_suite(tmp_path, [json.dumps(row)]))
+    described = {**plain, "prompt": "You may call now(zone). Is it late?"}
+    assert read_suite(write_suite(tmp_path, [json.dumps(described)]))
 
 
 def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:

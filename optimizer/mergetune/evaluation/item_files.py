@@ -87,8 +87,8 @@ class ItemFile:
             turns = item.turns(which_turns)
             if not turns:
                 raise MergetuneError(
-                    f"{place}: must have a reply of the kind `score_turns: {which_turns}`, but has none. Leave "
-                    "the row out, or score other turns."
+                    f"{place}: must have a reply of the kind `score_turns: {which_turns}`, but has none. "
+                    "Leave the row out, or score other turns."
                 )
             for number, turn in enumerate(turns, start=1):
                 if problem := scorer.check_item(turn, stop, is_example=is_example):

@@ -10,7 +10,6 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from mergetune.evaluation.patterns import ReplyPattern
 from mergetune.files.yaml_io import Strict
 
-
 Turns = Literal["last", "all", "text", "calls"]  # which of the model's turns in a conversation are scored
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mergetune.engines.conversations import unwritten_tool
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import MISSING, FieldMap, at_path
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
@@ -55,8 +56,8 @@ class TaskConfig(Strict):
     takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
     are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
     every turn of the model in a conversation, each with what truly went before it, and scores their mean;
-    `text` and `calls` ask only for those that do not call tools in the data, or do. Without `sampling` replies
-    are greedy.
+    `text` and `calls` ask only for those that call no tool in the data, or do. Without `sampling` replies are
+    greedy.
     """
 
     items: str | None = None
@@ -265,6 +266,8 @@ def read_suite(path: Path) -> Suite:
         for source, are_asked in ((task.source, True), (task.fewshot_source, False)):
             if source is not None:
                 _check_items(files[source.name], task, are_asked)
+                if config.chat_template is False:
+                    _check_plain(files[source.name])
     _check_slices(path, config, files)
     return Suite(path.stem, path, config, items, {name: file.summary for name, file in files.items()})
 
@@ -328,6 +331,18 @@ def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
         file.check(task.scorer, task.stop, which_turns=task.score_turns)
     else:
         file.check(task.scorer, is_example=True)
+
+
+def _check_plain(file: ItemFile) -> None:
+    """Refuse the first item of which a model would not see all without a chat template."""
+    for item, place in zip(file.items, file.places, strict=True):
+        left_out = unwritten_tool(item.tools, item.prompt)
+        if left_out is not None or len(item.messages) > 1:
+            what = f"{len(item.messages)} messages" if left_out is None else f"the tool `{left_out}`"
+            raise MergetuneError(
+                f"{place}: a suite with `chat_template: false` asks the prompt alone, but the item has "
+                f"{what}. Say `chat_template: true`, or name a template's file."
+            )
 
 
 def _check_slices(path: Path, config: SuiteConfig, files: Mapping[str, ItemFile]) -> None:
