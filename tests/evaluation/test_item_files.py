@@ -292,6 +292,12 @@ def test_what_an_error_quotes_may_be_no_unicode(tmp_path: Path) -> None:
             ("a", 0, ("x", "y")),
         ),
         ({"dialog": CHAT["messages"]}, {"messages": "dialog"}, ("Hi", "Hello", ())),
+        ({"good": "x", "bad": "y"}, {"chosen": "good", "rejected": "bad"}, ("", 0, ("x", "y"))),
+        (
+            {"q": "a", "yes": "x", "no": "y"},
+            {"prompt": "q", "chosen": "yes", "rejected": "no"},
+            ("a", 0, ("x", "y")),
+        ),
         ({**CHAT, "label": "good"}, {"answer": "label"}, ("Hi", "good", ())),
         ({**CHAT, "q": "a", "answer": "b"}, {"prompt": "q"}, ("a", "b", ())),
     ],
@@ -326,6 +332,7 @@ def test_a_map_of_fields_says_what_is_what(
             "`objectives.skill.tasks.0.fields.promt`: unknown key. Did you mean `prompt`",
         ),
         ({"prompt": "gold"}, "`prompt`: must be text"),
+        ({"chosen": "question"}, "must have both `chosen` and `rejected`, or neither"),
     ],
 )
 def test_a_wrong_map_of_fields_is_named(tmp_path: Path, fields: dict[str, str], message: str) -> None:

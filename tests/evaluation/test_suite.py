@@ -56,7 +56,12 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         ("{}", "exact", "line 2: must be as the first rows are, .* but is empty"),
         ('["x"]', "exact", r'items\.jsonl, line 2: must be one JSON object.*but is \["x"\]'),
         ('{"prompt": 3, "answer": "y"}', "exact", "line 2: `prompt`: must be text, but got 3"),
-        ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
+        ('{"prompt": "", "answer": "y"}', "exact", "line 2: `prompt`: must not be empty where there are no"),
+        (
+            '{"prompt": "", "choices": ["y"], "answer": "y"}',
+            "exact",
+            "line 2: the scorer `exact` needs a prompt",
+        ),
         ('{"prompt": "x"}', "json", r"items\.jsonl, line 2: the scorer `json` needs `answer`"),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choice", "line 2: the scorer `choice` needs two"),
         ('{"prompt": "x", "answer": ""}', "contains", "line 2: `answer` must not be empty"),

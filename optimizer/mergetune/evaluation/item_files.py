@@ -84,6 +84,11 @@ class ItemFile:
     ) -> None:
         """Raise `MergetuneError` for the first item that a scorer cannot take: see `check_item`."""
         for item, place in zip(self.items, self.places, strict=True):
+            if not item.prompt and scorer.asks != "likelihoods":
+                raise MergetuneError(
+                    f"{place}: the scorer `{scorer.kind}` needs a prompt, but there is none: whole texts are "
+                    "compared by the scorer `choice`."
+                )
             turns = item.turns(which_turns)
             if not turns:
                 raise MergetuneError(
@@ -199,6 +204,8 @@ def _item(form: Form, answers: _Answers, place: str, row: Row, rest: Row) -> Ite
         fields = fields_of(form, row)
     except MergetuneError as error:
         raise MergetuneError(f"{place}: {error}") from error
+    if fields.get("prompt") == "" and not fields.get("choices"):
+        raise MergetuneError(f"{place}: `prompt`: must not be empty where there are no `choices`, but is.")
     fields["metadata"] = {**rest, **fields["metadata"]} or None
     return validate(answers.put_into(fields, row, place), Item, place)
 

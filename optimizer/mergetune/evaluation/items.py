@@ -64,7 +64,8 @@ class Item(Strict):
     """An item of a file: a prompt, or the messages of a conversation up to the reply that is scored.
 
     Attributes:
-        prompt: the user's message; of a conversation, the text of the last one.
+        prompt: the user's message; of a conversation, the text of the last one; empty: whole texts, the
+            choices, are compared.
         messages: a conversation; empty: there is only the prompt.
         tools: JSON Schemas of the tools that the model may call, as chat templates take them.
         target: the reply that the data have, where these are a conversation.
@@ -77,7 +78,7 @@ class Item(Strict):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    prompt: str = Field(min_length=1)
+    prompt: str
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     target: Message | None = None

@@ -95,8 +95,8 @@ def item_of(doc: Mapping[str, str]) -> Item:
 
 
 def _delimiter(items: Sequence[Item]) -> str:
-    """Return what stands between prompt and choice: no second space after a first."""
-    return "" if all(item.prompt[-1].isspace() for item in items) else " "
+    """Return what stands between prompt and choice: no second space after a first, and none before a text."""
+    return "" if all(not item.prompt or item.prompt[-1].isspace() for item in items) else " "
 
 
 def _right_choice(scorer: Scorer) -> Callable[[Mapping[str, str]], int]:

@@ -268,6 +268,11 @@ def read_suite(path: Path) -> Suite:
                 _check_items(files[source.name], task, are_asked)
                 if config.chat_template is False:
                     _check_plain(files[source.name])
+                elif not all(item.prompt for item in files[source.name].items):
+                    raise MergetuneError(
+                        f"{path}: {source.name} has items without a prompt, whose choices are whole texts: "
+                        "compare them with `chat_template: false`."
+                    )
     _check_slices(path, config, files)
     return Suite(path.stem, path, config, items, {name: file.summary for name, file in files.items()})
 
