@@ -174,7 +174,7 @@ def read_items(
     Args:
         file: a file, a folder that `save_to_disk` wrote, or `hf:owner/name`.
         fields: where in a row the fields of an item stand, by dotted paths.
-        answers: a second file, joined by `id`, or `none`: no tool is to be called.
+        answers: a second file, joined by `id`, or `none`: no tool is to be called, or `any`: one is.
         split: of a data set.
         config_name: of a data set on the Hub.
 

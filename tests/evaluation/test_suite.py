@@ -240,7 +240,7 @@ def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:
 def test_bfcl_without_its_answers_is_told_where_they_are(tmp_path: Path) -> None:
     question = {"id": "a", "question": [[{"role": "user", "content": "x"}]], "function": [{"name": "f"}]}
     with pytest.raises(
-        MergetuneError, match=r"needs `answer`.* say `answers: FILE`, or `answers: none` for no call"
+        MergetuneError, match=r"needs `answer`.* say `answers: FILE`; or `answers: none` for no call"
     ):
         read_suite(write_suite(tmp_path, [json.dumps(question)]))
 

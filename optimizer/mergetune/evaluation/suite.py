@@ -52,12 +52,12 @@ class SamplingConfig(Strict):
 class TaskConfig(Strict):
     """One task: either `items`, a file of items with a `scorer`, or `lm_eval`, the name of a task.
 
-    `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
-    takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
-    are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
-    every turn of the model in a conversation, each with what truly went before it, and scores their mean;
-    `text` and `calls` ask only for those that call no tool in the data, or do. Without `sampling` replies are
-    greedy.
+    `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit` takes the
+    first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items` are:
+    `fields`, `answers`, `split` and `config_name` are those of `ItemSource`, and so is `skip`, for `items`
+    alone. `score_turns: all` asks for every turn of the model in a conversation, each with what truly went
+    before it, and scores their mean; `text` and `calls` ask only for those that call no tool in the data, or
+    do. Without `sampling` replies are greedy.
     """
 
     items: str | None = None
@@ -65,6 +65,7 @@ class TaskConfig(Strict):
     answers: str | None = None
     split: str | None = None
     config_name: str | None = None
+    skip: tuple[int, ...] = ()
     scorer: Annotated[Scorer | None, KindAlone] = None
     system: str = ""
     max_new_tokens: int = Field(64, gt=0)
@@ -87,7 +88,7 @@ class TaskConfig(Strict):
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
             raise ValueError("`num_fewshot` of items needs `fewshot_items`, and the reverse")
         items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
-        items_only |= {"fields", "answers", "split", "config_name"}
+        items_only |= {"fields", "answers", "split", "config_name", "skip"}
         lm_eval_only = {"metric", "filter"}
         foreign = items_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
@@ -110,15 +111,15 @@ class TaskConfig(Strict):
     @property
     def source(self) -> ItemSource | None:
         """Where the items come from; None: from lm-eval."""
-        return None if self.items is None else self._source_of(self.items)
+        return None if self.items is None else self._source_of(self.items, self.skip)
 
     @property
     def fewshot_source(self) -> ItemSource | None:
         """Where the few-shot examples of items come from."""
         return None if self.fewshot_items is None else self._source_of(self.fewshot_items)
 
-    def _source_of(self, file: str) -> ItemSource:
-        return ItemSource(file, self.fields, self.answers, self.split, self.config_name)
+    def _source_of(self, file: str, skip: tuple[int, ...] = ()) -> ItemSource:
+        return ItemSource(file, self.fields, self.answers, self.split, self.config_name, skip)
 
 
 class ScoreConfig(Strict):
