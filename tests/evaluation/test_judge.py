@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, Message, ToolCall
 from mergetune.evaluation.judging.agreement import judge_quality
@@ -126,7 +127,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
     data = data_of(body)
     assert [turn["content"] for turn in data["conversation"]] == ["Be brief.", "Hello", "Yes?", "Now Oslo."]
     assert data["tools"] == list(item.tools)
-    assert data["wanted"] == '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    assert data["wanted"] == write_calls(item.target.tool_calls)
     assert data["reply"] == "It rains."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
+from mergetune.engines.call_text import call_json
 from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.scorers import BaseScorer, Scorer
 from mergetune.files.yaml_io import KindAlone, Strict, validate
@@ -55,9 +56,7 @@ def _signature(tool: dict[str, Any]) -> str:
 
 def _line(message: Message) -> str:
     """Return a message as its role and what it says, with its calls in JSON."""
-    calls = [
-        json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in message.tool_calls
-    ]
+    calls = [call_json(call.name, call.arguments) for call in message.tool_calls]
     said = [message.content] if message.content or not calls else []
     return f"[{message.role}] {' '.join([*said, *calls])}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
+from mergetune.evaluation.call_formats import message_text
 from mergetune.evaluation.items import Item, Number
 from mergetune.files.yaml_io import Strict
 
@@ -120,7 +121,7 @@ class BaseScorer(Strict):
 
 def reply_in_data(item: Item) -> str | None:
     """Return the text of the reply in the data, for answers that are no reply; None: there is none."""
-    return (item.target.content or None) if item.target else None
+    return (message_text(item.target) or None) if item.target else None
 
 
 def text_of(value: Any) -> str:
