@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from helpers import HERMES
 from mergetune.engines.completions import TokenizerPrompts
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
@@ -19,24 +20,6 @@ from mergetune.evaluation.lm_requests import ask
 from mergetune.evaluation.suite import read_suite
 from mergetune.evaluation.thinking import without_thoughts
 
-# As Qwen's: Hermes' form of tools, calls and results.
-HERMES = """
-{%- if tools %}<|im_start|>system
-{% if messages[0].role == 'system' %}{{ messages[0].content }}
-
-{% endif %}# Tools
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools><|im_end|>
-{% elif messages[0].role == 'system' %}<|im_start|>system
-{{ messages[0].content }}<|im_end|>
-{% endif %}{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}
-{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>
-{%- else %}{{ message.content }}{% endif %}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
-<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
 TOOLS = ({"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}},)
 TALK = (
     Message(role="user", content="What time is it?"),

@@ -107,6 +107,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
         seen.append(body)
         return says(score=5)
 
+    call = ToolCall(name="weather", arguments={"city": "Oslo"})
     item = Item(
         prompt="Now Oslo.",
         messages=(
@@ -115,7 +116,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
             Message(role="user", content="Now Oslo."),
         ),
         tools=({"type": "function", "function": {"name": "weather"}},),
-        target=Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments={"city": "Oslo"}),)),
+        target=Message(role="assistant", tool_calls=(call,)),
         system="Be brief.",
     )
     with plain_server(answer) as url:
@@ -127,7 +128,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
     data = data_of(body)
     assert [turn["content"] for turn in data["conversation"]] == ["Be brief.", "Hello", "Yes?", "Now Oslo."]
     assert data["tools"] == list(item.tools)
-    assert data["wanted"] == write_calls(item.target.tool_calls)
+    assert data["wanted"] == write_calls([call])
     assert data["reply"] == "It rains."
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from mergetune.engines.completions import Scoring, generation_settings
+from mergetune.engines.conversations import MARKERS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -41,6 +42,20 @@ def replied(
     after = [*_tokens_after(lm, prompt, before, reply + closing.text), *closing.tokens][:limit]
     before = lm.fitted_prompt(prompt, limit)
     return Scoring([*before, *after], len(before))
+
+
+def written_reply(lm: CompletionsLM, rest: str) -> tuple[str, Closing]:
+    """Return a reply and what ends it out of what a chat template writes after the prompt.
+
+    The end is its last special token, but for white space; marks of thoughts and calls end nothing.
+    """
+    tokenizer: Any = lm.tokenizer
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    ends = {token for token in {*tokenizer.all_special_tokens, *added} - MARKERS if token.strip()}
+    place, end = max(((rest.rfind(token), token) for token in ends), default=(-1, ""))
+    if place < 0 or rest[place + len(end) :].strip():
+        return rest.rstrip(), Closing("", [lm.eot_token_id])
+    return rest[:place], Closing("", [tokenizer.convert_tokens_to_ids(end)])
 
 
 def closing(lm: CompletionsLM, task: Task, chat: bool) -> Closing:

@@ -61,9 +61,8 @@ class CodeScorer(BaseScorer):
         """See `BaseScorer.target_text`: the tests."""
         return str(item.answer)
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`."""
-        return reply_in_data(item)
+    def wanted_reply(self, item: Item) -> None:
+        """See `BaseScorer.wanted_reply`: the answer is tests."""
 
     def _passes(self, item: Item, reply: str) -> bool:
         code = code_in(reply)

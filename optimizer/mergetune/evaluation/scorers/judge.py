@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.judging import questions, verdicts
 from mergetune.evaluation.judging.judge import Judge, JudgeSettings, judge_of
 from mergetune.evaluation.judging.questions import (
@@ -136,9 +136,9 @@ class JudgeScorer(BaseScorer):
         """See `BaseScorer.target_text`."""
         return wanted_reply(item) or "what the judge is told to look for"
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`."""
-        return wanted_reply(item)
+    def wanted_reply(self, item: Item) -> Message | None:
+        """See `BaseScorer.wanted_reply`; a reply in the data is judged alone."""
+        return None if item.target else super().wanted_reply(item)
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`; a server that cannot be used or gives no verdict is an error."""

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
 from mergetune.evaluation.call_formats import message_text
-from mergetune.evaluation.items import Item, Number
+from mergetune.evaluation.items import Item, Message, Number
 from mergetune.files.yaml_io import Strict
 
 
@@ -114,9 +114,13 @@ class BaseScorer(Strict):
         """Return what the item asks for in words, for reports."""
         return self.answer_text(item)
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """Return a reply that slopes may make likelier; None where the item names none."""
-        return None if item.answer is None else self.answer_text(item)
+    def wanted_reply(self, item: Item) -> Message | None:
+        """Return the reply that an item's answer is, which slopes may make likelier; None: it is none."""
+        return None if item.answer is None else Message(role="assistant", content=self.answer_text(item))
+
+    def reply_text(self, reply: Message) -> str:
+        """Return a reply as one text that the scorer reads, where no chat template writes it."""
+        return message_text(reply)
 
 
 def reply_in_data(item: Item) -> str | None:
