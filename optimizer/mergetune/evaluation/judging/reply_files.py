@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 from pydantic import ConfigDict, Field, model_validator
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.item_files import read_objects
 from mergetune.evaluation.items import Item
+from mergetune.evaluation.rows import read_rows
 from mergetune.files.yaml_io import Strict, validate
 
 
@@ -106,7 +106,7 @@ def read_labels(path: Path, items: Sequence[Item], ends: tuple[float, float]) ->
 
 
 def _read(path: Path, kind: type[Row]) -> list[tuple[str, Row]]:
-    return [(place, validate(data, kind, place)) for place, data in read_objects(path)]
+    return [(place, validate(data, kind, place)) for place, data in read_rows(str(path), Path())]
 
 
 def _keys(item: Item) -> list[tuple[str, str]]:
