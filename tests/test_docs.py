@@ -30,6 +30,11 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GROUP: Any = get_command(app)
+OPTIONS: dict[str, dict[str, Any]] = {  # that a scorer must be given
+    "json_schema": {"schema_file": "call.schema.json"},
+    "judge": {"model": "m", "url": "http://localhost", "pairwise": {"reference": "answer"}},
+    "python": {"function": "scoring.py:brevity"},
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -74,9 +79,6 @@ def test_every_file_of_yaml_is_shown() -> None:
     assert shown >= StudyConfig.model_fields.keys() - {"cache", "allow_flat_objectives"}
 
 
-OPTIONS = {"judge": {"model": "m", "url": "http://localhost", "pairwise": {"reference": "answer"}}}
-
-
 @pytest.mark.parametrize(
     ("scorer", "line"),
     zip(SCORERS, blocks("suites.md", "jsonl")[0].splitlines(), strict=True),
@@ -84,9 +86,11 @@ OPTIONS = {"judge": {"model": "m", "url": "http://localhost", "pairwise": {"refe
 def test_every_line_of_items_suits_its_scorer(scorer: str, line: str, tmp_path: Path) -> None:
     assert f"\n| `{scorer}` |" in PAGES["suites.md"]
     (tmp_path / "items.jsonl").write_text(line)
+    (tmp_path / "call.schema.json").write_text(blocks("suites.md", "json")[0])
+    (tmp_path / "scoring.py").write_text(blocks("suites.md", "python")[0])
     task = {"items": "items.jsonl", "scorer": {"kind": scorer, **OPTIONS.get(scorer, {})}}
     suite = {"description": "", "chat_template": False, "objectives": {"skill": {"tasks": [task]}}}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**suite, "allow_code_execution": True}))
     assert read_suite(tmp_path / "suite.yaml").items["items.jsonl"]
 
 
@@ -102,6 +106,13 @@ def test_every_example_of_a_form_is_read_as_that_form(name: str, section: str, t
     assert found.form.startswith(name)
     assert len(found.items) == len(rows.splitlines())
     assert all(item.answer is not None for item in found.items)
+
+
+@pytest.mark.parametrize("scorer", OPTIONS)
+def test_what_a_scorer_must_be_given_is_shown(scorer: str) -> None:
+    page = PAGES["suites.md"]
+    assert f"kind: {scorer}" in page
+    assert all(f"{key}: " in page for key in OPTIONS[scorer])
 
 
 @pytest.mark.parametrize("line", starting("mergetune"))

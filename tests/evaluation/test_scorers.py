@@ -10,22 +10,21 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.task import ConfigurableTask
-from pydantic import TypeAdapter
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, json_equal, load_json
 from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.rules import scorer_code
-from mergetune.evaluation.scorers import SCORERS, BaseScorer, ChoiceScorer, Scorer, scorer_rows
+from mergetune.evaluation.scorers import SCORERS, BaseScorer, ChoiceScorer, scorer_rows
 from mergetune.evaluation.scorers.choice import choice_index
 from mergetune.evaluation.scorers.json_answer import NOT_JSON, parse_json
 from mergetune.evaluation.suite import read_suite
+from scoring import score, scorer_of, write_suite
 
 CALL = {"tool": "add", "arguments": {"title": "z", "tags": ["x", "y"], "days": 3}}
 JSON = st.recursive(
@@ -37,16 +36,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
     max_leaves=6,
 )
-
-
-def scorer_of(kind: str, **options: Any) -> BaseScorer:
-    scorer: BaseScorer = TypeAdapter(Scorer).validate_python({"kind": kind, **options})
-    return scorer
-
-
-def score(scorer: BaseScorer, reply: str, answer: Any, patterns: tuple[str, ...] = ()) -> float:
-    (found,) = scorer.score([Item(prompt="x", answer=answer, patterns=patterns)], [reply])
-    return found
 
 
 @pytest.mark.parametrize(
@@ -96,7 +85,7 @@ def test_case_may_be_ignored() -> None:
 
 def test_regex_scores_the_share_of_patterns_found() -> None:
     scorer = scorer_of("regex", patterns=(r"\?$", "^You"))
-    assert score(scorer, "You can. Ready?", None, ("tax", "10 minutes")) == 0.5
+    assert score(scorer, "You can. Ready?", None, patterns=("tax", "10 minutes")) == 0.5
 
 
 def test_more_digits_than_python_reads_are_a_wrong_answer() -> None:
@@ -423,11 +412,3 @@ def test_the_digest_of_a_scorer_follows_its_own_code(tmp_path: Path) -> None:
 def test_the_docs_have_a_row_for_each_scorer() -> None:
     assert [kind for kind, _, _ in scorer_rows()] == list(SCORERS)
     assert all(needs and scores for _, needs, scores in scorer_rows())
-
-
-def write_suite(folder: Path, task: dict[str, Any]) -> Path:
-    tasks = [{"items": "items.jsonl", **task}]
-    suite = {"description": "test", "chat_template": False, "holdout": 0}
-    path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump({**suite, "objectives": {"skill": {"tasks": tasks}}}))
-    return path

@@ -13,9 +13,17 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
 from mergetune.evaluation.item_scores import item_scores
 from mergetune.evaluation.lm_requests import filter_names
-from mergetune.evaluation.lm_tasks import METADATA, fix_fewshot, item_of
+from mergetune.evaluation.lm_tasks import METADATA, code_eval_allowed, fix_fewshot, item_of
 from mergetune.evaluation.rules import rules_digest
-from mergetune.evaluation.suite import Direction, ScoreConfig, Split, SuiteConfig, TaskConfig, split_of
+from mergetune.evaluation.suite import (
+    CODE_RUNS,
+    Direction,
+    ScoreConfig,
+    Split,
+    SuiteConfig,
+    TaskConfig,
+    split_of,
+)
 from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
@@ -69,7 +77,8 @@ class BoundTask:
             MergetuneError: an item cannot be scored.
         """
         if self.config.scorer is None:
-            return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
+            with code_eval_allowed(_runs_code(self.task)):
+                return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
         scores = item_scores(self.config, [self.docs[i] for i in results], results.values())
         return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
 
@@ -129,10 +138,10 @@ def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: Suit
     """Put a task into its place.
 
     Raises:
-        MergetuneError: it has no such metric or filter, none that can be judged by items, or it would run
-            code or show pictures.
+        MergetuneError: it has no such metric or filter, none that can be judged by items, it would run
+            code, which the suite does not allow, or it would show pictures.
     """
-    _check_kind(task)
+    _check_kind(task, suite)
     metric, chosen_filter = _metric(task, config), _filter(task, config)
     if config.num_fewshot is not None:
         task.set_config("num_fewshot", config.num_fewshot)
@@ -206,15 +215,18 @@ def _content(doc: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in doc.items() if name != METADATA}
 
 
-def _check_kind(task: Task) -> None:
-    for flag, what in (
-        ("UNSAFE_CODE", "run code that a model wrote"),
-        ("MULTIMODAL", "show pictures or sound"),
-    ):
-        if getattr(task, flag, False):
-            raise MergetuneError(
-                f"The task `{task.task_name}` would {what}, which mergetune does not. Take another task."
-            )
+def _check_kind(task: Task, suite: SuiteConfig) -> None:
+    if _runs_code(task) and not suite.allow_code_execution:
+        raise MergetuneError(f"The task `{task.task_name}` would {CODE_RUNS}.")
+    if getattr(task, "MULTIMODAL", False):
+        raise MergetuneError(
+            f"The task `{task.task_name}` would show pictures or sound, which mergetune does not. "
+            "Take another task."
+        )
+
+
+def _runs_code(task: Task) -> bool:
+    return getattr(task, "UNSAFE_CODE", False)
 
 
 def _metric(task: Task, config: TaskConfig) -> str:

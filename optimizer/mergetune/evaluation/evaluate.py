@@ -21,6 +21,7 @@ from mergetune.evaluation.lm_requests import ask, filtered, make_requests, spoke
 from mergetune.evaluation.lm_tasks import jsonl_task, lm_eval_tasks
 from mergetune.evaluation.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
 from mergetune.machine import clock
+from mergetune.machine.sandbox import is_isolated
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -93,6 +94,17 @@ class Evaluator:
         """A digest of everything that makes a score, beside the items, the model and its engine."""
         rules = {name: [bound.score_name, bound.rules] for name, bound in self._tasks.items()}
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be known before replies are scored."""
+        scorers = [bound.config.scorer for bound in self._tasks.values()]
+        if any(scorer is not None and scorer.runs_code for scorer in scorers) and not is_isolated():
+            return (
+                "the code in replies runs without namespaces, which this user cannot make here: its time, "
+                "memory, processes and files are limited, but it reaches the network and this user's files.",
+            )
+        return ()
 
     def count(self, split: Split) -> int:
         """Count the items of a split."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.scorers import Scorer
-from mergetune.evaluation.suite import Suite, TaskConfig
+from mergetune.evaluation.suite import CODE_RUNS, Suite, TaskConfig
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+_CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # what the metric `code_eval` of the library `evaluate` asks for
 METADATA = "metadata"  # the one field of a document of a JSONL task that is no part of an item's id
 
 
@@ -122,10 +125,27 @@ def lm_eval_tasks(name: str, suite: Suite) -> dict[str, Task]:
     if name not in manager.all_tasks:
         raise MergetuneError(f"lm-eval has no task `{name}`.{nearest(name, manager.all_tasks)}")
     try:
-        tasks: dict[str, Task] = manager.load([name])["tasks"]
+        with code_eval_allowed(suite.config.allow_code_execution):
+            tasks: dict[str, Task] = manager.load([name])["tasks"]
     except Exception as error:  # whatever a data set's loading raises
+        if _CODE_EVAL in str(error):
+            raise MergetuneError(f"The task `{name}` would {CODE_RUNS}.") from error
         raise MergetuneError(f"lm-eval cannot load `{name}`: {error}") from error
     return tasks
+
+
+@contextmanager
+def code_eval_allowed(is_allowed: bool) -> Iterator[None]:
+    """Let lm-eval's tasks run code that a model wrote, for so long: their metrics ask for this variable."""
+    before = os.environ.get(_CODE_EVAL)
+    if is_allowed:
+        os.environ[_CODE_EVAL] = "1"
+    try:
+        yield
+    finally:
+        if is_allowed:
+            del os.environ[_CODE_EVAL]
+            os.environ.update({} if before is None else {_CODE_EVAL: before})
 
 
 def fix_fewshot(task: Task, docs: Sequence[Any]) -> int:

@@ -31,8 +31,8 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
     """Return a digest of how a task's items are asked and scored, whichever its items.
 
     Beside what suite and task say it covers the few-shot examples and, of JSONL items, the source of their
-    scorer; of lm-eval's tasks, the source of every function that the task's file names, and of the files
-    beside it, and lm-eval's version.
+    scorer and the files that it reads; of lm-eval's tasks, the source of every function that the task's file
+    names, and of the files beside it, and lm-eval's version.
     """
     shots = task.config.num_fewshot or 0
     data = {
@@ -43,6 +43,7 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
     }
     if config.scorer is not None:
         data["scorer"] = scorer_code(type(config.scorer))
+        data["files"] = _digest_of(config.scorer.files)
     else:
         settings = task.config.to_dict(keep_callable=True)
         data["task"] = {key: plain(value) for key, value in settings.items() if key not in _OF_DATA}

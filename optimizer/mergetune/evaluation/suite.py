@@ -21,6 +21,10 @@ from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_
 
 Split = Literal["search", "holdout"]
 Direction = Literal["maximize", "minimize"]
+CODE_RUNS = (
+    "run code that a model wrote, which a suite must allow: say `allow_code_execution: true` at its top, on "
+    "a machine where that may be done"
+)
 
 
 class SamplingConfig(Strict):
@@ -170,6 +174,7 @@ class SuiteConfig(Strict):
     `thinking_end` or, where that is not given, with the markers of known families. `truncate` says what
     becomes of a prompt that is too long: `refuse` ends with an error before any work, `left` cuts off its
     beginning. `slices` are keys of the items' metadata, by dotted paths, by which scores are told apart.
+    `allow_code_execution` lets tasks run code that a model wrote.
     """
 
     description: str
@@ -181,6 +186,7 @@ class SuiteConfig(Strict):
     truncate: Literal["refuse", "left"] = "refuse"
     holdout: float = Field(0.5, ge=0, lt=1)
     slices: tuple[str, ...] = ()
+    allow_code_execution: bool = False
     include_path: str | None = None
     objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
     guards: dict[str, GuardConfig] = Field(default_factory=dict)
@@ -193,6 +199,14 @@ class SuiteConfig(Strict):
             raise ValueError("`template_arguments` belong to a chat template, but `chat_template` is false")
         if self.thinking_end is not None and self.thinking == "keep":
             raise ValueError("`thinking_end` says where thoughts are cut off, but `thinking` is `keep`")
+        return self
+
+    @model_validator(mode="after")
+    def _allows_what_runs_code(self) -> SuiteConfig:
+        scorers = [task.scorer for score in self.scores.values() for task in score.tasks]
+        running = next((each.kind for each in scorers if each is not None and each.runs_code), None)
+        if running is not None and not self.allow_code_execution:
+            raise ValueError(f"the scorer `{running}` would {CODE_RUNS}")
         return self
 
     @property
@@ -241,6 +255,8 @@ def read_suite(path: Path) -> Suite:
     files: dict[str, ItemFile] = {}
     for name, score in config.scores.items():
         for task in score.tasks:
+            if task.scorer is not None:
+                task.scorer.read_files(path.parent)
             for source, are_asked in ((task.source, True), (task.fewshot_source, False)):
                 if source is not None:
                     if source.name not in files:

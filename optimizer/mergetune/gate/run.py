@@ -71,7 +71,7 @@ def check_models(
     """
     evaluator, split = Evaluator(suite), _split(suite, options)
     items = _in_split(evaluator.items(), split)
-    warnings = _warnings(items, options.training)
+    warnings = (*evaluator.warnings, *_warnings(items, options.training))
     for warning in warnings:
         say(f"warning: {warning}")
     documents = evaluator.documents(split)

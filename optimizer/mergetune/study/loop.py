@@ -96,7 +96,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
     ):
         write_facts(run, inputs, evaluator, leaks)
         slow = [reason] if (reason := why_slow()) else []
-        for warning in (*run.set_aside_broken(), *inputs.warnings, *leaks, *slow):
+        for warning in (*run.set_aside_broken(), *inputs.warnings, *evaluator.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")
         candidates = Candidates(
             plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested

@@ -7,13 +7,19 @@ from typing import Annotated, get_args
 from pydantic import BeforeValidator, Field
 
 from mergetune.evaluation.scorers.choice import ChoiceScorer
+from mergetune.evaluation.scorers.code import CodeScorer
 from mergetune.evaluation.scorers.contains import ContainsScorer
 from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
+from mergetune.evaluation.scorers.json_schema import JsonSchemaScorer
 from mergetune.evaluation.scorers.judge import JudgeScorer
+from mergetune.evaluation.scorers.numeric import NumericScorer
+from mergetune.evaluation.scorers.python_function import PythonScorer
+from mergetune.evaluation.scorers.refusal import RefusalScorer
 from mergetune.evaluation.scorers.regex import RegexScorer
 from mergetune.evaluation.scorers.reply_tokens import ReplyTokensScorer
 from mergetune.evaluation.scorers.scorer import BaseScorer
+from mergetune.evaluation.scorers.similarity import SimilarityScorer
 from mergetune.evaluation.scorers.tool_calls import ToolCallsScorer
 from mergetune.files.yaml_io import refuse_unknown
 
@@ -21,13 +27,19 @@ __all__ = [
     "SCORERS",
     "BaseScorer",
     "ChoiceScorer",
+    "CodeScorer",
     "ContainsScorer",
     "ExactScorer",
+    "JsonSchemaScorer",
     "JsonScorer",
     "JudgeScorer",
+    "NumericScorer",
+    "PythonScorer",
+    "RefusalScorer",
     "RegexScorer",
     "ReplyTokensScorer",
     "Scorer",
+    "SimilarityScorer",
     "ToolCallsScorer",
     "scorer_rows",
 ]
@@ -56,6 +68,12 @@ Scorer = Annotated[
     | JsonScorer
     | ChoiceScorer
     | ReplyTokensScorer
+    | NumericScorer
+    | JsonSchemaScorer
+    | SimilarityScorer
+    | RefusalScorer
+    | PythonScorer
+    | CodeScorer
     | ToolCallsScorer
     | JudgeScorer,
     Field(discriminator="kind"),

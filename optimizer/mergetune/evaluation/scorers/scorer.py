@@ -31,7 +31,9 @@ class BaseScorer(Strict):
             item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
         modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
+        runs_code: whether it runs code that a model wrote, which a suite has to allow.
         metric: what the score is called in lm-eval's terms.
+        files: what is read and is no part of mergetune; their content is part of the rules.
     """
 
     needs: ClassVar[str]
@@ -39,6 +41,7 @@ class BaseScorer(Strict):
     asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
     modules: ClassVar[tuple[ModuleType, ...]] = ()
+    runs_code: ClassVar[bool] = False
 
     kind: str
 
@@ -58,6 +61,18 @@ class BaseScorer(Strict):
             MergetuneError: a file cannot be read, or does not fit the items.
         """
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See the class."""
+        return ()
+
+    def read_files(self, folder: Path) -> None:
+        """Read the files that the options name, relative to the suite's folder, before any item is checked.
+
+        Raises:
+            MergetuneError: a file is missing, or is not what it must be.
+        """
 
     @abstractmethod
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
@@ -106,6 +121,11 @@ class BaseScorer(Strict):
     def wanted_reply(self, item: Item) -> str | None:
         """Return a reply that slopes may make likelier; None where the item names none."""
         return None if item.answer is None else self.answer_text(item)
+
+
+def reply_in_data(item: Item) -> str | None:
+    """Return the text of the reply in the data, for answers that are no reply; None: there is none."""
+    return (item.target.content or None) if item.target else None
 
 
 def text_of(value: Any) -> str:
