@@ -168,7 +168,11 @@ class Evaluator:
         return {name: {index: known[name][index] for index in own} for name, own in wanted.items()}
 
     def items(self) -> pd.DataFrame:
-        """Return a row per item of the suite: its id, its place, its split, prompt and target."""
+        """Return a row per item of the suite: its id, its place, its split, prompt and target.
+
+        Where the suite has slices, `slices` holds their values as JSON.
+        """
+        keys = self.suite.config.slices
         rows = [
             {
                 "score_name": bound.score_name,
@@ -177,6 +181,7 @@ class Evaluator:
                 "split": split,
                 "prompt": bound.prompt(index),
                 "target": bound.target(index),
+                **({"slices": json.dumps(bound.slices(index, keys), ensure_ascii=False)} if keys else {}),
             }
             for name, bound in self._tasks.items()
             for index, split in enumerate(bound.splits)
