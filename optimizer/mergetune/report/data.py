@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from mergetune.evaluation.evaluate import Measurement
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.insights import (
@@ -363,7 +363,10 @@ def _changes(
         return []
     names = [n for n in map(roles.expert_name, run.study.experts) if n in measured]
     experts = ((name, frame) for name in names if (frame := run.measurement(name, split)) is not None)
-    return changes(own, experts, metrics, run.items())
+    items, sent = run.items(), run.sent()
+    if sent is not None:
+        items = items.merge(sent, on=ITEM_KEYS, how="left", validate="one_to_one")
+    return changes(own, experts, metrics, items)
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:
