@@ -246,8 +246,8 @@ def evaluate(
     use_cache(options.cache, options.say)
     config, asked = options.config, read_suite(suite)
     opened, evaluator = options.opened(model, asked), Evaluator(asked)
-    for warning in evaluator.warnings:
-        options.say(f"warning: {warning}")
+    for line in (*asked.read_as.values(), *(f"warning: {each}" for each in evaluator.warnings)):
+        options.say(line)
     with closing(Pool(opened, config, evaluator, None, PoolOptions(say=options.say))) as pool:
         return pool.measured(Job("eval", evaluator.documents(split))).measurement
 

@@ -426,7 +426,7 @@ def check(
     from mergetune.files.atomic_files import write_parquet
     from mergetune.files.library import writable
     from mergetune.gate.judge import EXIT
-    from mergetune.gate.outputs import as_data, as_table, write_outputs
+    from mergetune.gate.outputs import as_data, as_slice_table, as_table, write_outputs
 
     texts = tuple(training or ())
     if measured:
@@ -470,6 +470,8 @@ def check(
         typer.echo(json.dumps(as_data(result), indent=1))
     else:
         _out.print(as_table(result))
+        if (by_slice := as_slice_table(result)) is not None:
+            _out.print(by_slice)
         _out.print(result.summary, highlight=False, markup=False)
     raise _Ended(EXIT[result.verdict])
 

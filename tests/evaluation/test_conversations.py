@@ -19,6 +19,7 @@ from mergetune.evaluation.items import Item, Message, ToolCall
 from mergetune.evaluation.lm_requests import ask
 from mergetune.evaluation.suite import read_suite
 from mergetune.evaluation.thinking import without_thoughts
+from mergetune.results.slices import slices_of
 
 TOOLS = ({"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}},)
 TALK = (
@@ -218,3 +219,19 @@ def test_a_reply_costs_its_tokens_and_fewer_are_better(tmp_path: Path, tokenizer
     expected = len(tokenizer("<think>Who asks?</think>My lord", add_special_tokens=False)["input_ids"])
     assert found["score"].tolist() == [expected] * 2
     assert "My lord" in found["response"][0]
+
+
+def test_items_know_their_slices(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}.", "answer": "y", "customer": {"plan": i % 2}} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "x", "answer": "y"}])))
+    task = {"items": "items.jsonl", "scorer": "exact"}
+    data = {"description": "x", "chat_template": True, "holdout": 0, "slices": ["customer.plan"]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(data | {"objectives": {"o": {"tasks": [task]}}}))
+    items = Evaluator(read_suite(tmp_path / "suite.yaml")).items()
+    assert [json.loads(each) for each in items["slices"]] == [
+        *({"customer.plan": str(i % 2)} for i in range(4)),
+        {},
+    ]
+    (zero, one) = slices_of(items, ["customer.plan"])
+    assert {zero.name, one.name} == {"customer.plan: 0", "customer.plan: 1"}
+    assert len(zero.of(items)) == len(one.of(items)) == 2

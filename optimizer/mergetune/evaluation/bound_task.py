@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
+from mergetune.evaluation.fields import MISSING, at_path
 from mergetune.evaluation.item_scores import item_scores
 from mergetune.evaluation.lm_requests import filter_names
 from mergetune.evaluation.lm_tasks import METADATA, code_eval_allowed, fix_fewshot, item_of
 from mergetune.evaluation.rules import rules_digest
+from mergetune.evaluation.scorers.scorer import text_of
 from mergetune.evaluation.suite import (
     CODE_RUNS,
     Direction,
@@ -69,6 +71,13 @@ class BoundTask:
         """Return what an item asks for in words: its answer, or what its score counts."""
         doc, scorer = self.docs[index], self.config.scorer
         return str(right_answer(self.task, doc)) if scorer is None else scorer.target_text(item_of(doc))
+
+    def slices(self, index: int, keys: Sequence[str]) -> dict[str, str]:
+        """Return a document's value of each slice, as text; those that it does not have are left out."""
+        doc = self.docs[index]
+        data = doc if self.config.scorer is None else item_of(doc).metadata
+        found = {key: at_path(data, key) for key in keys}
+        return {key: text_of(value) for key, value in found.items() if value is not MISSING}
 
     def measured(self, results: Mapping[int, Sequence[Any]]) -> dict[int, Mapping[str, Any]]:
         """Return what the task measures of each document's replies, as its filter left them, by metric.
@@ -147,7 +156,8 @@ def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: Suit
         task.set_config("num_fewshot", config.num_fewshot)
     docs = tuple(task.eval_docs)[: config.limit]
     n_shared = fix_fewshot(task, docs)
-    ids = _item_ids([_content(doc) for doc in docs] if config.items is not None else docs)
+    is_content_alone = config.scorer is not None and not config.scorer.reads_metadata
+    ids = _item_ids([_content(doc) for doc in docs] if is_content_alone else docs)
     splits = tuple(
         None if index < n_shared else split_of(question, suite.holdout)
         for index, question in enumerate(_questions(task, docs, ids))

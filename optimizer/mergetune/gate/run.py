@@ -72,8 +72,8 @@ def check_models(
     evaluator, split = Evaluator(suite), _split(suite, options)
     items = _in_split(evaluator.items(), split)
     warnings = (*evaluator.warnings, *_warnings(items, options.training))
-    for warning in warnings:
-        say(f"warning: {warning}")
+    for line in (*suite.read_as.values(), *(f"warning: {each}" for each in warnings)):
+        say(line)
     documents = evaluator.documents(split)
     pair = _Pair(candidate, baseline, evaluator, documents, items, options, warnings, store, say)
     engine = _settled(options.engine, [baseline, candidate], say)

@@ -240,7 +240,7 @@ class Pool:
         self.engine, self._loaded = None, None
 
     @cached_property
-    def _renderer(self) -> Any:
+    def renderer(self) -> Any:
         """What renders prompts, one for all jobs, so that the evaluator renders each once."""
         assert isinstance(self.model, LocalModel)
         return self.model.prompts()
@@ -315,7 +315,7 @@ class Pool:
         if self._store is None:
             return self._ready(recipe, loading)
         name = (self._options.name or self._name)(job)
-        return StoredLM(lambda: self._ready(recipe, loading), self._renderer, self._store, name)
+        return StoredLM(lambda: self._ready(recipe, loading), self.renderer, self._store, name)
 
     def _name(self, job: Job) -> str:
         """Return the digest of a model together with what computes its replies."""

@@ -34,6 +34,7 @@ class CodeScorer(BaseScorer):
     )
     scores = "1 if the reply's code and then the tests run without an exception, in a sandbox"
     runs_code: ClassVar[bool] = True
+    reads_metadata = True
 
     kind: Literal["code"] = "code"
     prepend_prompt: bool = False

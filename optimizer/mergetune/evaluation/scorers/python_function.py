@@ -33,6 +33,7 @@ class PythonScorer(BaseScorer):
 
     needs = "what the function needs; `answer` as an example"
     scores = "what the function `FILE.py:NAME` returns for it: a number in [0, 1]"
+    reads_metadata = True
 
     kind: Literal["python"] = "python"
     function: Annotated[str, Field(pattern=r"^.+\.py:[^\W\d]\w*$")]

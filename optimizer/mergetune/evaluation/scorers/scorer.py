@@ -33,6 +33,7 @@ class BaseScorer(Strict):
         higher_is_better: which direction a score has unless the suite says it.
         modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         runs_code: whether it runs code that a model wrote, which a suite has to allow.
+        reads_metadata: whether a score may depend on an item's metadata, which then belong to its id.
         metric: what the score is called in lm-eval's terms.
         files: what is read and is no part of mergetune; their content is part of the rules.
     """
@@ -43,6 +44,7 @@ class BaseScorer(Strict):
     higher_is_better: ClassVar[bool] = True
     modules: ClassVar[tuple[ModuleType, ...]] = ()
     runs_code: ClassVar[bool] = False
+    reads_metadata: ClassVar[bool] = False
 
     kind: str
 
