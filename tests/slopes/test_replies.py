@@ -246,46 +246,48 @@ def test_preferences_are_learned_by_the_margin_of_the_likelihoods_that_are_score
         assert losses(engine, References((reference,))) == pytest.approx([float(expected)], rel=1e-4)
 
 
-WRITTEN_OTHERWISE = {
-    # as Qwen3 after its last question: no thoughts, but their marks
+REPLY = "{{ message['content'] }}<|im_end|>\n"
+# Templates, with what of them follows the prompt, and whether they write otherwise than after it.
+TEMPLATES = {
+    # as Qwen3 after its last question: the marks of thoughts, and none in them
     "empty thoughts": (
-        HERMES.replace(
-            "{%- else %}",
-            "{%- elif message.role == 'assistant' %}<think>\n\n</think>\n\n{{ message.content }}{%- else %}",
-        ),
+        "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" + REPLY,
         "<think>\n\n</think>\n\nNoon.<|im_end|>",
-        False,
     ),
-    # as DeepSeek's: the prompt begins a thought, and replies are written without
-    "begun thoughts": (CHATML.replace("assistant\n{%", "assistant\n<think>\n{%"), "Noon.<|im_end|>", True),
-    "other white space": (
-        CHATML.replace("['content'] }}", "['content'] | trim }}\n"),
-        "Noon.\n<|im_end|>",
-        False,
-    ),
-    "no end": (
-        CHATML.replace("{{ message['content'] }}<|im_end|>", "{{ message['content'] }}"),
-        "Noon.<|im_end|>",
-        False,
-    ),
+    "white space": ("{{ message['content'] | trim }}\n<|im_end|>\n", "Noon.\n<|im_end|>"),
+    "no end": ("{{ message['content'] }}\n", "Noon.<|im_end|>"),
+    "another end": ("{{ message['content'] }}<|endoftext|>\n", "Noon.<|endoftext|>"),
+    # as Phi's: the first token that ends every reply is the end
+    "two ends": ("{{ message['content'] }}<|im_end|>\n<|endoftext|>", "Noon.<|im_end|>"),
+    # as Cohere's
+    "special tokens": ("<|endoftext|>{{ message['content'] }}<|im_end|>\n", "<|endoftext|>Noon.<|im_end|>"),
 }
 
 
-@pytest.mark.parametrize("name", WRITTEN_OTHERWISE)
-def test_what_a_template_adds_is_learned_and_what_it_rewrites_is_said(
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_a_template_adds_to_a_reply_is_learned(
     tmp_path: Path, engine: TransformersEngine, name: str
 ) -> None:
-    template, expected, is_rewritten = WRITTEN_OTHERWISE[name]
-    engine.lm.tokenizer.chat_template = template
+    reply, expected = TEMPLATES[name]
+    engine.lm.tokenizer.chat_template = CHATML.replace(REPLY, reply)
+    engine.lm.end_tokens = ()  # beside the tokenizer's own
     ready = evaluator(tmp_path, [{"messages": [*ASKED, says("Noon.")]}] * 2, {"scorer": "exact"})
     found = find_references(ready, engine.lm)
     (text,) = found.items[0].texts
     assert engine.lm.tokenizer.decode(text.tokens[text.start :]) == expected
-    assert bool(found.remarks) == is_rewritten
-    if is_rewritten:
-        assert found.remarks["o:items.jsonl"].startswith(
-            "`o:items.jsonl`: 2 of 2 replies follow the prompt as"
-        )
+    assert not found.remarks
+
+
+def test_where_a_template_writes_a_reply_otherwise_than_after_the_prompt_its_text_is_learned(
+    tmp_path: Path, engine: TransformersEngine
+) -> None:
+    """As DeepSeek's: the prompt begins a thought, and replies are written without."""
+    engine.lm.tokenizer.chat_template = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%")
+    ready = evaluator(tmp_path, [{"messages": [*ASKED, says("Noon.")]}] * 2, {"scorer": "exact"})
+    found = find_references(ready, engine.lm)
+    (text,) = found.items[0].texts
+    assert engine.lm.tokenizer.decode(text.tokens[text.start :]) == "\n</think>\n\nNoon.<|im_end|>"
+    assert found.remarks["o:items.jsonl"].startswith("`o:items.jsonl`: 2 of 2 replies follow the prompt as")
 
 
 LLAMA = HERMES.replace(

@@ -127,6 +127,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         end_tokens: the tokens that end every reply.
 
     Attributes:
+        end_tokens: the tokens that end every reply.
         truncate: what becomes of a prompt that is too long: `refuse` raises `MergetuneError`, `left` cuts
             its beginning off.
     """
@@ -143,7 +144,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate: Truncate = "refuse"
-        self._completer, self._seed, self._end_tokens = completer, seed, tuple(end_tokens)
+        self._completer, self._seed, self.end_tokens = completer, seed, tuple(end_tokens)
         special = set(tokenizer.all_special_tokens)
         self._says_nothing = special - MARKERS if special & MARKERS else set()
 
@@ -287,7 +288,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
             sampling.setdefault("seed", self._seed)
         # special tokens are no part of the text that stops are looked for in
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        stop_tokens = {*self._end_tokens, *(special[text] for text in until if text in special)}
+        stop_tokens = {*self.end_tokens, *(special[text] for text in until if text in special)}
         stop = [text for text in until if text not in special]
         tokens = self.fitted_prompt(prompt, max_new_tokens)
         skip = not self._says_nothing

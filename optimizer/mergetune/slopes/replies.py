@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval.models.utils import postprocess_generated_text
 
 from mergetune.engines.completions import Scoring, generation_settings
-from mergetune.engines.conversations import left_out
+from mergetune.engines.conversations import MARKERS, left_out
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.bound_task import BoundTask, right_answer
 from mergetune.evaluation.item_requests import scored_turns
@@ -18,6 +18,7 @@ from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.lm_requests import conversation_with, spoken_text
 from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.metric_direction import reply_scores
+from mergetune.evaluation.thinking import ending_of_thoughts
 from mergetune.slopes.continuation import Closing, closing, replied, written_reply
 from mergetune.stats.gains import ROUNDING
 
@@ -163,7 +164,7 @@ class TaskReplies:
         """Return a reply as the chat template writes it, where it does, and as plain text."""
         scorer = self._bound.config.scorer
         assert scorer is not None  # lm-eval's own tasks have no messages
-        plain = f"{delimiter}{scorer.reply_text(reply)}"
+        plain = f"{delimiter or ending_of_thoughts(turn.prompt)}{scorer.reply_text(reply)}"
         found = Option(plain, self._closing, self._said(plain, turn))
         written = self._written(turn, reply) if self._chat else None
         return [found] if written is None else [written, found]
@@ -176,7 +177,7 @@ class TaskReplies:
                 whole = conversation_with(own, self._bound, turn.item, self._lm.tokenizer, self._suite)
             except MergetuneError:  # some templates want each call to have an id
                 continue
-            rest = whole.removeprefix(turn.prompt)
+            rest = whole[len(turn.prompt) :]
             if not whole.startswith(turn.prompt) or left_out(rest, own.as_dict()) is not None:
                 return None
             text, end = written_reply(self._lm, rest)
@@ -184,8 +185,11 @@ class TaskReplies:
         return None
 
     def _said(self, text: str, turn: Turn) -> str:
-        """Return a reply as the evaluation scores it: up to what stops it, and without thoughts."""
+        """Return a reply as it is scored: without special tokens, what is after a stop, and thoughts."""
         _limit, stop, _sampling = generation_settings(turn.settings)
+        added = self._lm.tokenizer.added_tokens_decoder.values()
+        for token in {str(each) for each in added if each.special} - MARKERS:
+            text = text.replace(token, "")
         return spoken_text(postprocess_generated_text(text, stop, think_end_token=None), self._suite)
 
     def _delimiter(self, turn: Turn) -> str:
