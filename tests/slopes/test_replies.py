@@ -130,7 +130,7 @@ def with_tools(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def asked_of(row: Mapping[str, Any]) -> list[Any]:
-    messages = row["messages"]
+    messages: list[Any] = row["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
