@@ -29,6 +29,7 @@ from mergetune.evaluation.suite import (
 from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
+    import pandas as pd
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
 
@@ -90,6 +91,23 @@ class BoundTask:
                 return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
         scores = item_scores(self.config, [self.docs[i] for i in results], results.values())
         return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
+
+    def rescored(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Score the replies in rows of an earlier measurement by the scorer that the task has now.
+
+        Raises:
+            MergetuneError: the rows do not hold one reply for each item.
+        """
+        scorer, config = self.config.scorer, self.config
+        if scorer is None or scorer.asks != "reply" or config.repeats > 1 or config.score_turns == "all":
+            raise MergetuneError(
+                f"`{self.name}` is scored otherwise now, and only single replies can be scored anew from a "
+                "measurement. Measure the model again."
+            )
+        place = {item: index for index, item in enumerate(self.item_ids)}
+        items = [item_of(self.docs[place[item]]) for item in rows["item"]]
+        scores = scorer.score(items, rows["response"].astype(str).tolist())
+        return rows.assign(score=scores, parts=None, aggregation="mean", rules=self.rules)
 
     def rows(
         self, requests: Mapping[int, Sequence[Instance]], results: Mapping[int, Sequence[Any]]
