@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from mergetune.engines.call_text import call_json
@@ -15,9 +16,9 @@ class _Chosen(Strict):
     scorer: Annotated[Scorer, KindAlone]
 
 
-def scorer_of(kind: str) -> BaseScorer:
-    """Return the scorer of a kind, with its usual options; raises `MergetuneError` where there is none."""
-    return validate({"scorer": kind}, _Chosen, "The scorer").scorer
+def scorer_of(given: str | Mapping[str, Any]) -> BaseScorer:
+    """Return a scorer by its kind, or as a suite says it; raises `MergetuneError` where there is none."""
+    return validate({"scorer": given}, _Chosen, "The scorer").scorer
 
 
 def preview(item: Item, scorer: BaseScorer | None = None, tokenizer: Any = None) -> str:

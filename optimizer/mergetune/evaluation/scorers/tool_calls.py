@@ -81,12 +81,21 @@ class ToolCallsScorer(BaseScorer):
         """See `BaseScorer.wanted_reply`: a text as it is, calls with the first accepted values."""
         if isinstance(item.answer, str):
             return Message(role="assistant", content=item.answer.strip())
-        calls = tuple(self._first_calls(item))
+        calls = tuple(self.wanted_calls(item))
         return Message(role="assistant", tool_calls=calls) if calls else None
 
     def reply_text(self, reply: Message) -> str:
         """See `BaseScorer.reply_text`."""
         return call_formats.message_text(reply, self.format)
+
+    def wanted_calls(self, item: Item) -> list[ToolCall]:
+        """Return the calls that an item wants, with the first accepted values; none where any call is right.
+
+        Raises:
+            ValueError: its answer says something else.
+        """
+        schemas = tool_schemas.tool_schemas(item.tools)
+        return [call.first(schemas.get(call.name, {})) for call in self._wanted(item) or ()]
 
     def _wanted(self, item: Item) -> tuple[AcceptedCall, ...] | None:
         """Return the calls that an item wants; None: any call.
@@ -109,13 +118,9 @@ class ToolCallsScorer(BaseScorer):
             raise ValueError(f"{_FORMS}, but {error!s:.200}") from error
         raise ValueError(f"{_FORMS}, but is {shown(item.answer)}")
 
-    def _first_calls(self, item: Item) -> list[ToolCall]:
-        schemas = tool_schemas.tool_schemas(item.tools)
-        return [call.first(schemas.get(call.name, {})) for call in self._wanted(item) or ()]
-
     def _reply_problem(self, item: Item, stop: Sequence[str]) -> str | None:
         """Say why no reply can make the wanted calls: no format can write them, or they are cut off."""
-        calls = self._first_calls(item)
+        calls = self.wanted_calls(item)
         if not calls:
             return None
         forms: Iterable[CallFormat] = call_formats.FORMATS if self.format == "auto" else [self.format]
