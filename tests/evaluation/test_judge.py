@@ -608,7 +608,13 @@ def test_a_record_of_a_suite_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": ""}, r"suite\.yaml: the scorer of `tone`: `url` must be a server's address"),
+        (
+            {"url": "", "model": "x"},
+            r"`model` without `url` is a model on this machine: .*x: there is no such",
+        ),
+        ({"url": "", "max_requests": 5}, "`max_requests` does not go with a judge on this machine"),
+        ({"url": "", "temperature": None}, "may be null where a server has its own, but there is no `url`"),
+        ({"engine": "transformers"}, "`engine` does not go with a judge on a server"),
         ({"url": "localhost:8000"}, "`url` must be a server's address, .* but is 'localhost:8000'"),
         ({"rubric": "none.md"}, r"none\.md: cannot be read"),
         ({"rubric": "empty.md"}, r"empty\.md: must say how to score, but is empty"),
