@@ -124,7 +124,7 @@ def test_a_model_is_evaluated_as_by_the_command(run: mergetune.Run, tiny_base: P
     found = mergetune.evaluate(tiny_base, suite, split="holdout", options=OPTIONS)
     done = command(
         *("eval", tiny_base, "--suite", suite, "--split", "holdout", "--engine", "transformers"),
-        *("--json", "--out", tmp_path / "items.parquet"),
+        *("--json", "--out", tmp_path / "items.parquet", "--cache", tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
     assert {name: score.value for name, score in found.scores().items()} == {

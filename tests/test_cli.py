@@ -175,9 +175,18 @@ def test_eval_scores_a_model_and_an_adapter(tmp_path: Path, tiny_base: Path, tin
     assert "parity" in done.stdout
 
 
+def test_eval_asks_nothing_twice(tmp_path: Path, tiny_base: Path) -> None:
+    write_study(tmp_path, tiny_base, {})
+    command = ["eval", tiny_base, "--suite", "./suite.yaml", "--engine", "transformers", "--json"]
+    first, again = (mergetune(*command, "--cache", "cache", cwd=tmp_path) for _ in range(2))
+    assert ": 48 items measured\n" in first.stderr
+    assert "0 items measured, 48 known before" in again.stderr
+    assert again.stdout == first.stdout
+
+
 def test_all_options_of_the_engine_come_from_a_file(tmp_path: Path, tiny_base: Path) -> None:
     study = write_study(tmp_path, tiny_base, {}, engine={"kind": "transformers", "max_length": 128})
-    given = ["--suite", "./suite.yaml", "--engine", study.name]
+    given = ["--suite", "./suite.yaml", "--engine", study.name, "--cache", "cache"]
     done = mergetune("eval", tiny_base, *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "engine: transformers, as asked for" in done.stderr

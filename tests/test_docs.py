@@ -89,7 +89,7 @@ def test_every_line_of_items_suits_its_scorer(scorer: str, line: str, tmp_path: 
     (tmp_path / "call.schema.json").write_text(blocks("suites.md", "json")[0])
     (tmp_path / "scoring.py").write_text(blocks("suites.md", "python")[0])
     task = {"items": "items.jsonl", "scorer": {"kind": scorer, **OPTIONS.get(scorer, {})}}
-    suite = {"description": "", "chat_template": False, "objectives": {"skill": {"tasks": [task]}}}
+    suite = {"description": "", "chat_template": True, "objectives": {"skill": {"tasks": [task]}}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**suite, "allow_code_execution": True}))
     assert read_suite(tmp_path / "suite.yaml").items["items.jsonl"]
 

@@ -175,7 +175,7 @@ def read_items(
     Args:
         file: a file, a folder that `save_to_disk` wrote, or `hf:owner/name`.
         fields: where in a row the fields of an item stand, by dotted paths.
-        answers: a second file, joined by `id`, or `none`: no tool is to be called.
+        answers: a second file, joined by `id`, or `none`: no tool is to be called, or `any`: one is.
         split: of a data set.
         config_name: of a data set on the Hub.
 
@@ -263,6 +263,8 @@ def evaluate(
 ) -> Measurement:
     """Score any model on a suite, item by item, as `mergetune eval` does.
 
+    Replies of models in files are kept in the cache: what was replied to before is not asked again.
+
     Args:
         model: a directory, hub id, adapter (with `options.base`), recipe file, or a server's address.
         suite: a preset's name, or a path.
@@ -277,6 +279,7 @@ def evaluate(
     """
     from mergetune.evaluation.evaluate import Evaluator
     from mergetune.measuring.pool import Job, Pool, PoolOptions
+    from mergetune.measuring.reply_store import default_store
 
     options = options or ModelOptions()
     use_cache(options.cache, options.say)
@@ -284,8 +287,10 @@ def evaluate(
     opened, evaluator = options.opened(model, asked), Evaluator(asked)
     for line in (*asked.read_as.values(), *(f"warning: {each}" for each in evaluator.warnings)):
         options.say(line)
-    with closing(Pool(opened, config, evaluator, None, PoolOptions(say=options.say))) as pool:
-        return pool.measured(Job("eval", evaluator.documents(split))).measurement
+    with closing(Pool(opened, config, evaluator, default_store(), PoolOptions(say=options.say))) as pool:
+        found = pool.measured(Job("eval", evaluator.documents(split)))
+    options.say(f"{opened.reference}: {found.counted}")
+    return found.measurement
 
 
 def check(

@@ -243,7 +243,8 @@ def items(
         ),
     ] = None,
     answers: Annotated[
-        str | None, typer.Option(help="A file of answers, joined by id; none: no tool is to be called.")
+        str | None,
+        typer.Option(help="A file of answers, joined by id; none: no tool is to be called; any: one is."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of a data set.")] = None,
     config_name: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,

@@ -106,10 +106,23 @@ def test_every_turn_is_asked_with_what_truly_went_before(tmp_path: Path, tokeniz
     assert "[3] My lord" in found["response"][0]
 
 
+def test_turns_with_and_without_calls_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
+    first, second, third = ITEM.turns("all")
+    assert first.answer == [{"name": "get_time", "arguments": {"zone": "UTC"}}]
+    assert ITEM.turns("calls") == (first,)
+    assert ITEM.turns("text") == (second, third)
+    asked, *_ = contexts(evaluator_of(tmp_path, items(), {"score_turns": "text"}), Asked(tokenizer))
+    assert ["half past" in text for text in asked] == [False, True]
+
+
 def test_a_template_that_writes_no_tools_is_refused(tmp_path: Path, tiny_base: Path) -> None:
     plain = AutoTokenizer.from_pretrained(tiny_base)
     with pytest.raises(MergetuneError, match=r"leaves out .*get_time"):
         contexts(evaluator_of(tmp_path, items(), {}), Asked(plain))
+    function = {"name": "get_time", "parameters": {"properties": {"zone": {"type": "string"}}}}
+    asked = Item(prompt="May I use get_time?", tools=({"type": "function", "function": function},))
+    with pytest.raises(MergetuneError, match=r"leaves out `get_time`"):
+        contexts(evaluator_of(tmp_path, [asked, asked], {}), Asked(plain))
 
 
 def test_arguments_reach_the_template_and_wrong_names_are_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -292,7 +292,6 @@ def test_a_parameter_may_be_called_type() -> None:
         ),
         ({"prompt": "a", "completion": "b", "label": False}, "`label`: must not be false"),
         ({"prompt": "a", "completion": [ASK]}, "`completion`: must end with a message of the assistant"),
-        ({"chosen": "a", "rejected": "b"}, "`prompt`: must be what `chosen` and `rejected` reply to"),
         (
             {"chosen": [ASK, REPLY], "rejected": [ASK, REPLY]},
             "`chosen`: .*must have a message of the user or of a tool",

@@ -292,6 +292,12 @@ def test_what_an_error_quotes_may_be_no_unicode(tmp_path: Path) -> None:
             ("a", 0, ("x", "y")),
         ),
         ({"dialog": CHAT["messages"]}, {"messages": "dialog"}, ("Hi", "Hello", ())),
+        ({"good": "x", "bad": "y"}, {"chosen": "good", "rejected": "bad"}, ("", 0, ("x", "y"))),
+        (
+            {"q": "a", "yes": "x", "no": "y"},
+            {"prompt": "q", "chosen": "yes", "rejected": "no"},
+            ("a", 0, ("x", "y")),
+        ),
         ({**CHAT, "label": "good"}, {"answer": "label"}, ("Hi", "good", ())),
         ({**CHAT, "q": "a", "answer": "b"}, {"prompt": "q"}, ("a", "b", ())),
     ],
@@ -326,6 +332,7 @@ def test_a_map_of_fields_says_what_is_what(
             "`objectives.skill.tasks.0.fields.promt`: unknown key. Did you mean `prompt`",
         ),
         ({"prompt": "gold"}, "`prompt`: must be text"),
+        ({"chosen": "question"}, "must have both `chosen` and `rejected`, or neither"),
     ],
 )
 def test_a_wrong_map_of_fields_is_named(tmp_path: Path, fields: dict[str, str], message: str) -> None:
@@ -337,11 +344,29 @@ def test_a_wrong_map_of_fields_is_named(tmp_path: Path, fields: dict[str, str], 
         read_suite(path)
 
 
+def test_rows_that_cannot_be_scored_are_all_named_and_may_be_left_out(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": str(i), "answer": "" if i in (2, 4, 5) else "a"}) for i in range(7)]
+    path = write_suite(tmp_path, "\n".join(rows).encode(), scorer="contains")
+    with pytest.raises(MergetuneError, match=r"line 3: .* 2 more cannot be scored either: 5, 6\."):
+        read_suite(path)
+    suite = yaml.safe_load(path.read_text())
+    task = suite["objectives"]["skill"]["tasks"][0]
+    path.write_text(
+        yaml.safe_dump({**suite, "objectives": {"skill": {"tasks": [{**task, "skip": [3, 5, 6]}]}}})
+    )
+    (items,) = read_suite(path).items.values()
+    assert [item.prompt for item in items] == ["0", "1", "3", "6"]
+    path.write_text(yaml.safe_dump({**suite, "objectives": {"skill": {"tasks": [{**task, "skip": [8]}]}}}))
+    with pytest.raises(MergetuneError, match="`skip` must name rows that are there, but 8 is none of 7"):
+        read_suite(path)
+
+
 def test_answers_of_a_second_file_are_joined_by_id(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("\n".join(f'{{"id": {i}, "prompt": "p{i}"}}' for i in (1, 2)))
     (tmp_path / "answers.csv").write_text("id,answer\n2,two\n1,one\n3,three\n")
     assert [i.answer for i in read(tmp_path, "items.jsonl", answers="answers.csv")] == ["one", "two"]
     assert [i.answer for i in read(tmp_path, "items.jsonl", answers="none")] == [[], []]
+    assert [i.answer for i in read(tmp_path, "items.jsonl", answers="any")] == [{"call": "any"}] * 2
     (tmp_path / "other.jsonl").write_text('{"n": 2, "q": "p"}')
     fields = FieldMap(prompt="q", id="n")
     (item,) = read(tmp_path, "other.jsonl", answers="answers.csv", fields=fields)

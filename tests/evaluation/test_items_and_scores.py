@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -150,6 +151,31 @@ def test_no_second_space_stands_before_a_choice(tmp_path: Path, engine: Any, end
     _, likeliest = plain_loop(engine.model, engine.lm.tokenizer, asked, after, max_new_tokens=1)
     expected = [choices[i] for i in likeliest]
     assert [table.loc[prompt + end, "response"] for prompt in asked] == expected
+
+
+def test_whole_texts_are_compared_by_all_of_their_tokens(tmp_path: Path, engine: Any) -> None:
+    texts = [(f"The {i} cats sleep.", f"The {i} {'very ' * (i % 3)}cat sleeps well.") for i in range(14)]
+    pairs = [own if i % 3 else own[::-1] for i, own in enumerate(texts)]
+    write_lines(tmp_path / "pairs.jsonl", [{"good": good, "bad": bad} for good, bad in pairs])
+    task = {"items": "pairs.jsonl", "fields": {"chosen": "good", "rejected": "bad"}, "scorer": "choice"}
+    ready = make(tmp_path, {"pairs": task}, holdout=0.4)
+    measured = pd.concat([ready.measure(engine.lm, split).items for split in ("search", "holdout")])
+    table = ready.items().merge(measured, on=ITEM_KEYS).set_index("target")
+
+    def log_likelihood(text: str) -> float:
+        tokens = [
+            engine.lm.prefix_token_id,
+            *engine.lm.tokenizer(text, add_special_tokens=False).input_ids,
+        ]
+        with torch.no_grad():
+            logprobs = engine.model(torch.tensor([tokens])).logits[0, :-1].double().log_softmax(-1)
+        return float(logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).sum())
+
+    expected = [float(log_likelihood(good) > log_likelihood(bad)) for good, bad in pairs]
+    assert 0 < sum(expected) < len(pairs)
+    assert [table.loc[good, "score"] for good, _ in pairs] == expected
+    with pytest.raises(MergetuneError, match="whole texts: compare them with `chat_template: false`"):
+        make(tmp_path, {"pairs": task}, chat_template=True)
 
 
 ROWS = [{"q": f"Row {i}:", "a": f" colour {'red' if i % 3 else 'blue'}", "gold": i % 2} for i in range(24)]

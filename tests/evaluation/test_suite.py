@@ -12,14 +12,17 @@ import yaml
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.items import Turns
 from mergetune.evaluation.suite import read_suite, split_of
 from mergetune.files.library import presets
 
 
-def write_suite(folder: Path, lines: list[str], scorer: Any = "exact", **task: Any) -> Path:
+def write_suite(
+    folder: Path, lines: list[str], scorer: Any = "exact", chat_template: bool = False, **task: Any
+) -> Path:
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
     tasks = [{"items": "items.jsonl", "scorer": scorer, **task}]
-    suite = {"description": "test", "chat_template": False, "objectives": {"skill": {"tasks": tasks}}}
+    suite = {"description": "test", "chat_template": chat_template, "objectives": {"skill": {"tasks": tasks}}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     return folder / "suite.yaml"
 
@@ -54,7 +57,12 @@ def test_items_are_read_in_order_with_extra_keys_allowed(tmp_path: Path) -> None
         ("{}", "exact", "line 2: must be as the first rows are, .* but is empty"),
         ('["x"]', "exact", r'items\.jsonl, line 2: must be one JSON object.*but is \["x"\]'),
         ('{"prompt": 3, "answer": "y"}', "exact", "line 2: `prompt`: must be text, but got 3"),
-        ('{"prompt": "", "answer": "y"}', "exact", "`prompt`: must have at least 1 character, but is empty"),
+        ('{"prompt": "", "answer": "y"}', "exact", "line 2: `prompt`: must not be empty where there are no"),
+        (
+            '{"prompt": "", "choices": ["y"], "answer": "y"}',
+            "exact",
+            "line 2: the scorer `exact` needs a prompt",
+        ),
         ('{"prompt": "x"}', "json", r"items\.jsonl, line 2: the scorer `json` needs `answer`"),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', "choice", "line 2: the scorer `choice` needs two"),
         ('{"prompt": "x", "answer": ""}', "contains", "line 2: `answer` must not be empty"),
@@ -168,7 +176,7 @@ def test_one_file_may_be_read_in_two_ways(tmp_path: Path) -> None:
         ({"split": "test"}, "`split` belongs to data sets, but this is a file"),
         ({"config_name": "main"}, "`config_name` belongs to data sets on the Hub"),
         ({"score_turns": "all"}, "taken for prompts with answers. `score_turns: all` needs conversations"),
-        ({"score_turns": "some"}, "`objectives.skill.tasks.0.score_turns`: must be 'last' or 'all'"),
+        ({"score_turns": "some"}, "tasks.0.score_turns`: must be 'last', 'all', 'text' or 'calls'"),
         ({"answers": False}, "`objectives.skill.tasks.0.answers`: must be text"),
     ],
 )
@@ -181,6 +189,42 @@ def test_all_turns_of_conversations_may_be_scored(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path = write_suite(tmp_path, [json.dumps({"messages": turns})], score_turns="all")
     assert read_suite(path).config.objectives["skill"].tasks[0].score_turns == "all"
+
+
+def test_turns_must_be_those_that_the_scorer_takes(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "The time?"},
+        {"role": "assistant", "content": "One moment."},
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    row = [json.dumps({"messages": turns, "tools": tools})]
+    with pytest.raises(MergetuneError, match=r"line 1, turn 2 of 2: .*`score_turns: text` leaves such"):
+        read_suite(write_suite(tmp_path, row, chat_template=True, score_turns="all"))
+    kinds: tuple[tuple[str, Turns, int], ...] = (
+        ("exact", "text", 1),
+        ("tool_calls", "calls", 1),
+        ("tool_calls", "all", 2),
+    )
+    for scorer, which, n_turns in kinds:
+        suite = read_suite(write_suite(tmp_path, row, chat_template=True, scorer=scorer, score_turns=which))
+        assert len(suite.items["items.jsonl"][0].turns(which)) == n_turns
+    without = [json.dumps({"messages": turns[:2]})]
+    with pytest.raises(MergetuneError, match=r"line 1: must have a reply of the kind `score_turns: calls`"):
+        read_suite(write_suite(tmp_path, without, scorer="tool_calls", score_turns="calls"))
+
+
+def test_tools_and_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"properties": {"zone": {}}}}}
+    plain = {"prompt": "Is it late now?", "answer": "y", "tools": [tool]}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2
+    for row, what in ((plain, "the tool `now`"), ({"messages": turns}, "3 messages")):
+        with pytest.raises(MergetuneError, match=f"line 1: .* the prompt alone, but the item has {what}"):
+            read_suite(write_suite(tmp_path, [json.dumps(row)]))
+    described = {**plain, "prompt": "You may call now(zone). Is it late?"}
+    assert read_suite(write_suite(tmp_path, [json.dumps(described)]))
 
 
 def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:
@@ -198,7 +242,7 @@ def test_slices_are_keys_of_metadata(tmp_path: Path) -> None:
 def test_bfcl_without_its_answers_is_told_where_they_are(tmp_path: Path) -> None:
     question = {"id": "a", "question": [[{"role": "user", "content": "x"}]], "function": [{"name": "f"}]}
     with pytest.raises(
-        MergetuneError, match=r"needs `answer`.* say `answers: FILE`, or `answers: none` for no call"
+        MergetuneError, match=r"needs `answer`.* say `answers: FILE`; or `answers: none` for no call"
     ):
         read_suite(write_suite(tmp_path, [json.dumps(question)]))
 

@@ -469,7 +469,7 @@ def test_items_are_scored_as_lm_eval_hands_them_on(tmp_path: Path) -> None:
     task = {"items": "items.jsonl", "scorer": "tool_calls"}
     suite = {
         "description": "",
-        "chat_template": False,
+        "chat_template": True,
         "holdout": 0,
         "objectives": {"calls": {"tasks": [task]}},
     }

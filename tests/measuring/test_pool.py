@@ -6,7 +6,6 @@ import json
 from contextlib import closing
 from pathlib import Path
 
-import pytest
 import yaml
 
 from mergetune.engines.engine import EngineConfig
@@ -17,10 +16,7 @@ from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
 
 
-def test_an_item_of_two_scores_is_asked_once(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mergetune.measuring.reply_store._AT_A_TIME", 8)
+def test_an_item_of_two_scores_is_asked_once(tiny_base: Path, tmp_path: Path) -> None:
     items = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(12)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     task = {"items": "items.jsonl", "scorer": "choice"}
@@ -34,7 +30,7 @@ def test_an_item_of_two_scores_is_asked_once(
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
     model, store = open_model(str(tiny_base)), ReplyStore(tmp_path / "store")
-    config = EngineConfig(kind="transformers")
+    config = EngineConfig(kind="transformers", batch_size=2)  # so that the requests come in parts
     with closing(Pool(model, config, evaluator, store)) as pool:
         first = pool.measured(Job("test", evaluator.documents("all")))
     found = first.measurement.items.set_index("score_name")["score"]
@@ -44,3 +40,20 @@ def test_an_item_of_two_scores_is_asked_once(
     with closing(Pool(model, config, evaluator, store)) as again:
         assert again.measured(Job("test", evaluator.documents("all"))).n_asked == 0
         assert again.engine is None
+
+
+def test_replies_are_known_by_the_engine_that_gave_them(tiny_base: Path, tmp_path: Path) -> None:
+    items = [{"prompt": f"Is {i} even?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = {"items": "items.jsonl", "scorer": "choice"}
+    objectives = {"parity": {"tasks": [task]}}
+    suite = {"description": "test", "chat_template": True, "holdout": 0, "objectives": objectives}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
+    model, store = open_model(str(tiny_base)), ReplyStore(tmp_path / "store")
+    with closing(Pool(model, EngineConfig(kind="auto"), evaluator, store)) as pool:
+        pool.measured(Job("test", evaluator.documents("all")))
+        settled = pool.config
+    assert settled.kind != "auto"
+    with closing(Pool(model, settled, evaluator, store)) as again:
+        assert again.measured(Job("test", evaluator.documents("all"))).n_asked == 0

@@ -19,6 +19,7 @@ class CountingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     def __init__(self, breaks_at: int = -1) -> None:
         super().__init__()
         self.n_calls, self.n_asked, self.breaks_at = 0, 0, breaks_at
+        self.requests_at_a_time: int | None = None
 
     def _answer(self, requests: list[Instance]) -> range:
         if self.n_calls == self.breaks_at:
@@ -82,6 +83,14 @@ def test_what_was_replied_before_an_error_is_kept(tmp_path: Path, monkeypatch: p
     ask(stored(lm, tmp_path), requests)
     assert lm.n_asked == 2
     assert [request.resps[0] for request in requests[:8]] == [f"reply {n}" for n in range(8)]
+
+
+def test_an_engine_says_how_many_requests_a_lost_process_costs(tmp_path: Path) -> None:
+    lm = CountingLM(breaks_at=2)
+    lm.requests_at_a_time = 3
+    with pytest.raises(RuntimeError, match="gone"):
+        ask(stored(lm, tmp_path), [generation(f"prompt {n}") for n in range(10)])
+    assert len(ReplyStore(tmp_path).read("model")) == 6
 
 
 def test_a_log_likelihood_that_is_no_number_is_asked_again(tmp_path: Path) -> None:

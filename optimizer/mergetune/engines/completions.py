@@ -125,6 +125,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         max_length: the most tokens that prompt and reply may have together.
         seed: of every reply that is drawn at random, so that it does not depend on the other items.
         end_tokens: the tokens that end every reply.
+        requests_at_a_time: how many it should be given at once, few enough that an end of the process
+            loses little; None: as many as you like.
 
     Attributes:
         end_tokens: the tokens that end every reply.
@@ -139,10 +141,12 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         max_length: int,
         seed: int = 0,
         end_tokens: Sequence[int] = (),
+        requests_at_a_time: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.requests_at_a_time = requests_at_a_time
         self.truncate: Truncate = "refuse"
         self._completer, self._seed, self.end_tokens = completer, seed, tuple(end_tokens)
         special = set(tokenizer.all_special_tokens)

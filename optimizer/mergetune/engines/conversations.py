@@ -29,10 +29,8 @@ _WITHOUT_SYSTEM = (
     "Say `system: merge_into_user` in the suite, which writes it before the first user message, or leave "
     "`system` out."
 )
-_OTHERWISE = (
-    "Name another chat template in the suite (`chat_template: FILE.jinja`, relative to the suite), or ask "
-    "without conversations (`chat_template: false`)."
-)
+_ANOTHER = "Name another chat template in the suite (`chat_template: FILE.jinja`, relative to the suite)"
+_OTHERWISE = f"{_ANOTHER}; plain prompts can be asked without one (`chat_template: false`)."
 
 
 def render(
@@ -87,13 +85,24 @@ def render(
                 f"one of the role `{role}`: {part!r:.200}. "
                 f"{_WITHOUT_SYSTEM if role == 'system' else _OTHERWISE}"
             )
-    for tool in tools:
-        if (name := str(tool.get("function", tool).get("name"))) not in text:
-            raise MergetuneError(
-                f"{tokenizer.name_or_path}: the chat template must write every tool, but leaves out "
-                f"`{name}`: it was made for a model that calls none. {_OTHERWISE}"
-            )
+    if (name := unwritten_tool(tools, text)) is not None:
+        raise MergetuneError(
+            f"{tokenizer.name_or_path}: the chat template must write every tool, but leaves out `{name}`: it "
+            f"was made for a model that calls none. {_ANOTHER}."
+        )
     return text
+
+
+def unwritten_tool(tools: Tools, text: str) -> str | None:
+    """Return the name of the first tool that does not stand in a text with all of its parameters' names."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        names = [str(name) for name in (function.get("name"), *(properties or ()))]
+        if any(name not in text and json.dumps(name)[1:-1] not in text for name in names):
+            return names[0]
+    return None
 
 
 def left_out(text: str, message: Mapping[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mergetune.weights.chat_template import ChatTemplate
 
 _BATCH_SIZE = 32
+_BATCHES = 4  # at a time: sorted by length among each other, and lost together where the process ends
 _SHARE = 0.8  # of a GPU's free memory that weights may take where they are spread; activations take the rest
 
 
@@ -67,9 +68,15 @@ class TransformersEngine:
             model.to(device)
         self._merger = merger
         self._weights = StoredWeights(model)
-        self.completer = TransformersCompleter(model, text.tokenizer, config.batch_size or _BATCH_SIZE)
+        batch_size = config.batch_size or _BATCH_SIZE
+        self.completer = TransformersCompleter(model, text.tokenizer, batch_size)
         self._lm = CompletionsLM(
-            self.completer, text.tokenizer, text.max_length, config.seed, text.end_tokens
+            self.completer,
+            text.tokenizer,
+            text.max_length,
+            config.seed,
+            text.end_tokens,
+            requests_at_a_time=_BATCHES * batch_size,
         )
 
     @property

@@ -99,7 +99,7 @@ class BoundTask:
             MergetuneError: the rows do not hold one reply for each item.
         """
         scorer, config = self.config.scorer, self.config
-        if scorer is None or scorer.asks != "reply" or config.repeats > 1 or config.score_turns == "all":
+        if scorer is None or scorer.asks != "reply" or config.repeats > 1 or config.score_turns != "last":
             raise MergetuneError(
                 f"`{self.name}` is scored otherwise now, and only single replies can be scored anew from a "
                 "measurement. Measure the model again."

@@ -16,7 +16,8 @@ MISSING = object()
 class FieldMap(Strict):
     """Where each field of an item stands in a row, by dotted paths, such as `gold.text` or `turns.0.content`.
 
-    `choices` is the path of a list, or the paths of each choice.
+    `choices` is the path of a list, or the paths of each choice; `chosen` and `rejected` are two choices, the
+    first of which is right.
     """
 
     prompt: str | None = None
@@ -26,12 +27,16 @@ class FieldMap(Strict):
     answer: str | None = None
     choices: str | tuple[str, ...] | None = Field(None, min_length=1)
     patterns: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     id: str | None = None
 
     @model_validator(mode="after")
     def _is_one_form(self) -> FieldMap:
         if self.prompt is not None and self.messages is not None:
             raise ValueError("must have `prompt` or `messages`, but has both")
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("must have both `chosen` and `rejected`, or neither")
         return self
 
     @property

@@ -31,7 +31,7 @@ def conversation_requests(
         render: writes messages and tools as the model's chat template does.
     """
     made: list[Instance] = []
-    for turn in scored_turns(item_of(doc), config):
+    for turn in item_of(doc).turns(config.score_turns):
         tools = {"tools": [dict(tool) for tool in turn.tools]} if turn.tools else {}
         context = render([message.as_dict() for message in told(task, config, turn)], **tools)
         asked = task.construct_requests(
@@ -46,11 +46,6 @@ def conversation_requests(
 def told(task: Task, config: TaskConfig, turn: Item) -> list[Message]:
     """Return all that a model is told before it replies: system message, few-shot examples, conversation."""
     return [*_system(turn), *_examples(task, config), *turn.messages_without_system]
-
-
-def scored_turns(item: Item, config: TaskConfig) -> tuple[Item, ...]:
-    """Return an item for every turn that a task scores."""
-    return item.turns() if config.score_turns == "all" else (item,)
 
 
 def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item_id: str) -> Iterator[Instance]:

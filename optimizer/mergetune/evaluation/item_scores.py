@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.item_requests import scored_turns
 from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.suite import TaskConfig
 
@@ -34,7 +33,7 @@ def item_scores(
     if scorer.asks == "likelihoods":
         likelihoods: Any = [[each for each, _ in own] for own in replies]
         return scorer.score([item_of(doc) for doc in docs], likelihoods)
-    turns = [scored_turns(item_of(doc), config) for doc in docs]
+    turns = [item_of(doc).turns(config.score_turns) for doc in docs]
     asked = [turn for own in turns for turn in own for _ in range(config.repeats)]
     texts: Any = [text for own in replies for text in own]
     scores = scorer.score(asked, texts)

@@ -10,6 +10,8 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 from mergetune.evaluation.patterns import ReplyPattern
 from mergetune.files.yaml_io import Strict
 
+Turns = Literal["last", "all", "text", "calls"]  # which of the model's turns in a conversation are scored
+
 
 class ToolCall(Strict):
     """A call of a tool: its name, and its arguments by name."""
@@ -62,7 +64,8 @@ class Item(Strict):
     """An item of a file: a prompt, or the messages of a conversation up to the reply that is scored.
 
     Attributes:
-        prompt: the user's message; of a conversation, the text of the last one.
+        prompt: the user's message; of a conversation, the text of the last one; empty: whole texts, the
+            choices, are compared.
         messages: a conversation; empty: there is only the prompt.
         tools: JSON Schemas of the tools that the model may call, as chat templates take them.
         target: the reply that the data have, where these are a conversation.
@@ -75,7 +78,7 @@ class Item(Strict):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    prompt: str = Field(min_length=1)
+    prompt: str
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     target: Message | None = None
@@ -96,10 +99,21 @@ class Item(Strict):
         system = (Message(role="system", content=self.system),) if self.system else ()
         return (*system, *self.messages_without_system)
 
-    def turns(self) -> tuple[Item, ...]:
-        """Return an item for every turn of the model in a conversation, each with what truly went before."""
+    def turns(self, which: Turns) -> tuple[Item, ...]:
+        """Return an item for each turn of the model in a conversation, each with what truly went before.
+
+        The item itself is the last one. `text` are those in which the data call no tool, `calls` the others.
+        """
+        if which == "last":
+            return (self,)
         asked = [i for i, message in enumerate(self.messages) if i > 0 and message.role == "assistant"]
-        return (*(self._asked_at(i) for i in asked), self)
+        every = (*(self._asked_at(i) for i in asked), self)
+        return tuple(turn for turn in every if which in ("all", "calls" if turn.wants_calls else "text"))
+
+    @property
+    def wants_calls(self) -> bool:
+        """Whether the reply in the data calls tools."""
+        return self.target is not None and bool(self.target.tool_calls)
 
     def _asked_at(self, index: int) -> Item:
         before, target = self.messages[:index], self.messages[index]

@@ -156,7 +156,7 @@ def _to_be_called(number: int, item: Item) -> _Request | None:
 
 def _was_called(number: int, item: Item) -> _Request | None:
     """Return the request of the last call in a conversation that has its result; None where there is none."""
-    for turn in reversed(item.turns()[:-1]):
+    for turn in reversed(item.turns("all")[:-1]):
         call, after = turn.target, item.messages[len(turn.messages) + 1 :]
         results = tuple(takewhile(lambda message: message.role == "tool", after))
         if call is not None and call.tool_calls and results and _is_asked(turn):

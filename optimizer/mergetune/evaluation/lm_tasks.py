@@ -52,7 +52,7 @@ def jsonl_task(name: str, config: TaskConfig, items: Mapping[str, Sequence[Item]
     if config.scorer.asks == "likelihoods":
         settings |= {
             "output_type": "multiple_choice",
-            "doc_to_choice": lambda doc: item_of(doc).choices,
+            "doc_to_choice": lambda doc: list(item_of(doc).choices),
             "doc_to_target": _right_choice(config.scorer),
             "target_delimiter": _delimiter(asked),
         }
@@ -95,8 +95,8 @@ def item_of(doc: Mapping[str, str]) -> Item:
 
 
 def _delimiter(items: Sequence[Item]) -> str:
-    """Return what stands between prompt and choice: no second space after a first."""
-    return "" if all(item.prompt[-1].isspace() for item in items) else " "
+    """Return what stands between prompt and choice: no second space after a first, and none before a text."""
+    return "" if all(not item.prompt or item.prompt[-1].isspace() for item in items) else " "
 
 
 def _right_choice(scorer: Scorer) -> Callable[[Mapping[str, str]], int]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 # What says which items there are: these have ids by content.
-_OF_ITEMS = {"items", "limit", "fewshot_items", "fields", "answers", "split", "config_name"}
+_OF_ITEMS = {"items", "limit", "fewshot_items", "fields", "answers", "split", "config_name", "skip"}
 _OF_PROMPTS = {"chat_template", "system", "template_arguments", "thinking", "thinking_end", "truncate"}
 _OF_DATA = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata"}
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mergetune.engines.conversations import unwritten_tool
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.fields import MISSING, FieldMap, at_path
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Turns
 from mergetune.evaluation.scorers import Scorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_yaml
@@ -51,11 +52,12 @@ class SamplingConfig(Strict):
 class TaskConfig(Strict):
     """One task: either `items`, a file of items with a `scorer`, or `lm_eval`, the name of a task.
 
-    `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit`
-    takes the first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items`
-    are: `fields`, `answers`, `split` and `config_name` are those of `ItemSource`. `score_turns: all` asks for
-    every turn of the model in a conversation, each with what truly went before it, and scores their mean;
-    without `sampling` replies are greedy.
+    `metric` and `filter` choose among what an lm-eval task measures (default: its first). `limit` takes the
+    first n items. Few-shot examples of items come from `fewshot_items`, which are read as `items` are:
+    `fields`, `answers`, `split` and `config_name` are those of `ItemSource`, and so is `skip`, for `items`
+    alone. `score_turns: all` asks for every turn of the model in a conversation, each with what truly went
+    before it, and scores their mean; `text` and `calls` ask only for those that call no tool in the data, or
+    do. Without `sampling` replies are greedy.
     """
 
     items: str | None = None
@@ -63,12 +65,13 @@ class TaskConfig(Strict):
     answers: str | None = None
     split: str | None = None
     config_name: str | None = None
+    skip: tuple[int, ...] = ()
     scorer: Annotated[Scorer | None, KindAlone] = None
     system: str = ""
     max_new_tokens: int = Field(64, gt=0)
     stop: tuple[str, ...] = ()
     fewshot_items: str | None = None
-    score_turns: Literal["last", "all"] = "last"
+    score_turns: Turns = "last"
     sampling: SamplingConfig | None = None
     lm_eval: str | None = None
     metric: str | None = None
@@ -85,7 +88,7 @@ class TaskConfig(Strict):
         if self.items is not None and bool(self.num_fewshot) != bool(self.fewshot_items):
             raise ValueError("`num_fewshot` of items needs `fewshot_items`, and the reverse")
         items_only = {"system", "max_new_tokens", "stop", "fewshot_items", "score_turns", "sampling"}
-        items_only |= {"fields", "answers", "split", "config_name"}
+        items_only |= {"fields", "answers", "split", "config_name", "skip"}
         lm_eval_only = {"metric", "filter"}
         foreign = items_only if self.lm_eval else lm_eval_only
         fields = type(self).model_fields
@@ -108,15 +111,15 @@ class TaskConfig(Strict):
     @property
     def source(self) -> ItemSource | None:
         """Where the items come from; None: from lm-eval."""
-        return None if self.items is None else self._source_of(self.items)
+        return None if self.items is None else self._source_of(self.items, self.skip)
 
     @property
     def fewshot_source(self) -> ItemSource | None:
         """Where the few-shot examples of items come from."""
         return None if self.fewshot_items is None else self._source_of(self.fewshot_items)
 
-    def _source_of(self, file: str) -> ItemSource:
-        return ItemSource(file, self.fields, self.answers, self.split, self.config_name)
+    def _source_of(self, file: str, skip: tuple[int, ...] = ()) -> ItemSource:
+        return ItemSource(file, self.fields, self.answers, self.split, self.config_name, skip)
 
 
 class ScoreConfig(Strict):
@@ -264,6 +267,13 @@ def read_suite(path: Path) -> Suite:
         for source, are_asked in ((task.source, True), (task.fewshot_source, False)):
             if source is not None:
                 _check_items(files[source.name], task, are_asked)
+                if config.chat_template is False:
+                    _check_plain(files[source.name])
+                elif not all(item.prompt for item in files[source.name].items):
+                    raise MergetuneError(
+                        f"{path}: {source.name} has items without a prompt, whose choices are whole texts: "
+                        "compare them with `chat_template: false`."
+                    )
     _check_slices(path, config, files)
     return Suite(path.stem, path, config, items, {name: file.summary for name, file in files.items()})
 
@@ -319,13 +329,26 @@ def _read_items(source: ItemSource, folder: Path, score: str) -> ItemFile:
 def _check_items(file: ItemFile, task: TaskConfig, are_asked: bool) -> None:
     """Refuse the first item that a task cannot ask, or else take as a few-shot example."""
     assert task.scorer is not None  # TaskConfig
-    all_turns = task.score_turns == "all"
-    if all_turns and not file.is_conversation:
-        raise MergetuneError(f"{file.summary}. `score_turns: all` needs conversations. Leave it out.")
+    if task.score_turns != "last" and not file.is_conversation:
+        raise MergetuneError(
+            f"{file.summary}. `score_turns: {task.score_turns}` needs conversations. Leave it out."
+        )
     if are_asked:
-        file.check(task.scorer, task.stop, all_turns=all_turns)
+        file.check(task.scorer, task.stop, which_turns=task.score_turns)
     else:
         file.check(task.scorer, is_example=True)
+
+
+def _check_plain(file: ItemFile) -> None:
+    """Refuse the first item of which a model would not see all without a chat template."""
+    for item, place in zip(file.items, file.places, strict=True):
+        left_out = unwritten_tool(item.tools, item.prompt)
+        if left_out is not None or len(item.messages) > 1:
+            what = f"{len(item.messages)} messages" if left_out is None else f"the tool `{left_out}`"
+            raise MergetuneError(
+                f"{place}: a suite with `chat_template: false` asks the prompt alone, but the item has "
+                f"{what}. Say `chat_template: true`, or name a template's file."
+            )
 
 
 def _check_slices(path: Path, config: SuiteConfig, files: Mapping[str, ItemFile]) -> None:

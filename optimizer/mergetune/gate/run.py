@@ -115,9 +115,8 @@ class _Pair:
     def _measured(self, model: ModelUnderTest, engine: EngineConfig, repeat: int = 0) -> pd.DataFrame:
         with closing(self._pool(model, engine)) as pool:
             found = pool.measured(Job(model.reference, self.documents, repeat=repeat))
-        items = found.measurement.items
-        self.say(f"{model.reference}: {_count(found.n_asked, len(items), repeat)}")
-        return items
+        self.say(f"{model.reference}: {found.counted}")
+        return found.measurement.items
 
     def _pool(self, model: ModelUnderTest, engine: EngineConfig) -> Pool:
         options = PoolOptions(say=self.say, on_fault=lambda _, fault: self.say(f"tried again: {fault}"))
@@ -196,11 +195,6 @@ def _warnings(items: pd.DataFrame, training: Sequence[Path]) -> tuple[str, ...]:
     """Say which of the items that are checked on stand in training data, or twice."""
     texts = {str(file): read_training_texts(file) for file in training}
     return find_leaks(items, texts).warnings()
-
-
-def _count(n_measured: int, n_items: int, repeat: int) -> str:
-    known = f", {n_items - n_measured} known before" if n_measured < n_items else ""
-    return f"{n_measured} items measured{' once more' if repeat else ''}{known}"
 
 
 def _by_its_rules(file: Path, bound: BoundTask, rows: pd.DataFrame) -> pd.DataFrame:

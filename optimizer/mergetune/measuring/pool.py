@@ -69,6 +69,13 @@ class Measured:
     faults: tuple[str, ...]
     n_asked: int
 
+    @property
+    def counted(self) -> str:
+        """Say how many items the model was asked, and how many it was not asked again."""
+        n_known = len(self.measurement.items) - self.n_asked
+        known = f", {n_known} known before" if n_known else ""
+        return f"{self.n_asked} items measured{' once more' if self.job.repeat else ''}{known}"
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -314,6 +321,8 @@ class Pool:
         """Return the model as lm-eval sees it, between it and the engine the store if there is one."""
         if self._store is None:
             return self._ready(recipe, loading)
+        if self.config.kind == "auto":
+            self._living()  # replies are known by the engine that gave them
         name = (self._options.name or self._name)(job)
         return StoredLM(lambda: self._ready(recipe, loading), self.renderer, self._store, name)
 

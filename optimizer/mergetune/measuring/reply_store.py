@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 Reply = str | float | tuple[float, bool]  # a text; the log-likelihood of a text; that of a continuation
-_AT_A_TIME = 2048  # requests that are put to the model together
+_AT_A_TIME = 2048  # requests that are put to the model together, unless its engine says how many
 _SECONDS_BETWEEN_WRITES = 10.0  # each one writes the model's file anew
 _COLUMNS = ["key", "text", "loglikelihood", "is_greedy"]
 
@@ -132,11 +132,13 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         unwritten: dict[str, Reply] = {}
         written = time.monotonic()
         try:
-            for start in range(0, len(missing), _AT_A_TIME):
-                part = missing[start : start + _AT_A_TIME]
+            rest = missing
+            while rest:
                 assert self._started is not None  # nothing else is asked of it
                 lm = self._started()
                 lm.truncate = self.truncate
+                size = getattr(lm, "requests_at_a_time", None) or _AT_A_TIME
+                part, rest = rest[:size], rest[size:]
                 found = getattr(lm, kind)([request for _, request in part])
                 unwritten |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
                 replies |= unwritten

@@ -13,7 +13,6 @@ from mergetune.engines.completions import Scoring, generation_settings
 from mergetune.engines.conversations import MARKERS, left_out
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.bound_task import BoundTask, right_answer
-from mergetune.evaluation.item_requests import scored_turns
 from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.lm_requests import conversation_with, spoken_text
 from mergetune.evaluation.lm_tasks import item_of
@@ -101,7 +100,7 @@ class TaskReplies:
         """Yield the turns of a document; of a reply that is drawn several times the first request."""
         config, doc = self._bound.config, self._bound.docs[index]
         first = requests[:: config.repeats]
-        items = scored_turns(item_of(doc), config) if config.items is not None else (None,)
+        items = item_of(doc).turns(config.score_turns) if config.items is not None else (None,)
         for item, request in zip(items, first, strict=True):
             yield Turn(index, item, *request.args[:2])
 
@@ -206,7 +205,7 @@ class TaskReplies:
         are items with several replies each.
         """
         config = self._bound.config
-        if config.items is None or config.score_turns == "all" or config.repeats > 1:
+        if config.items is None or config.score_turns != "last" or config.repeats > 1:
             return {}
         own = [frame[frame["task"] == self._bound.name] for frame in measured]
         found: dict[str, list[tuple[float, str]]] = defaultdict(list)

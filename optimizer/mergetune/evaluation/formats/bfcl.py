@@ -68,7 +68,7 @@ BFCL = Form(
     "BFCL questions",
     ("question", "function", "ground_truth"),
     "the messages of the one turn are asked, with the functions as tools; the answers stand in a second "
-    "file, `answers: FILE`, or no call is right, `answers: none`",
+    "file, `answers: FILE`, or no call is right, `answers: none`, or any, `answers: any`",
     _is_question,
     _fields,
     is_conversation=True,

@@ -28,13 +28,8 @@ def _completion(row: Row) -> dict[str, Any]:
 def _preference(row: Row) -> dict[str, Any]:
     key = next((key for key in _PROMPTS if has(row, key)), None)
     if not any(isinstance(row[each], (dict, list)) for each in ("chosen", "rejected")):
-        if key is None:
-            refuse("prompt", "must be what `chosen` and `rejected` reply to", None)
-        asked = (
-            history(_asked(row, key), key)
-            if key != "prompt" or isinstance(row[key], list)
-            else {"prompt": row[key]}
-        )
+        is_text = key is None or (key == "prompt" and not isinstance(row[key], list))
+        asked = {"prompt": row.get("prompt", "")} if is_text else history(_asked(row, str(key)), str(key))
         return _chosen(asked, text_at(row, "chosen"), text_at(row, "rejected"))
     chosen, rejected = (_replies(row, each) for each in ("chosen", "rejected"))
     if len(chosen) == len(rejected) == 1 and key is not None:
@@ -89,7 +84,7 @@ PREFERENCE = Form(
     "preferences",
     ("prompt", "chosen", "rejected"),
     "`chosen` and `rejected` are the choices, the first of which is right: for the scorer `choice`; as "
-    "messages they may be whole conversations that begin alike",
+    "messages they may be whole conversations that begin alike, and without a `prompt` whole texts",
     lambda row: has(row, "chosen", "rejected"),
     _preference,
     is_conversation=True,

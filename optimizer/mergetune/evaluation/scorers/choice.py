@@ -19,7 +19,7 @@ class ChoiceScorer(BaseScorer):
     needs = "`choices`, and `answer`: the right one by its index from 0, its text or its letter"
     scores = (
         "1 if the right one of the item's `choices` has the greatest log-likelihood after the prompt and a "
-        "space (no second space if all prompts of the file end in white space)"
+        "space (without the space if all prompts of the file end in white space or are empty)"
     )
     asks = "likelihoods"
 
