@@ -321,7 +321,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_whatever_is_wrong_with_a_row_is_one_message(name: str, data: st.DataObject, tmp_path: Path) -> None:
     """Values at any place of a row are replaced or taken out: the row is read, or named."""
