@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from helpers import build_llama, fine_tune, train_adapter
 from mergetune.engines.engine import EngineConfig
 from mergetune.engines.transformers_engine import TransformersEngine
 from mergetune.merging.inputs import Inputs, open_inputs
+
+# A machine under load is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

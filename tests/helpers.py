@@ -30,6 +30,24 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Qwen's: Hermes' form of tools, calls and results.
+HERMES = """
+{%- if tools %}<|im_start|>system
+{% if messages[0].role == 'system' %}{{ messages[0].content }}
+
+{% endif %}# Tools
+<tools>{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}
+</tools><|im_end|>
+{% elif messages[0].role == 'system' %}<|im_start|>system
+{{ messages[0].content }}<|im_end|>
+{% endif %}{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}
+{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>
+{%- else %}{{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of a model on the Hub
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",

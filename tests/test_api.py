@@ -41,6 +41,13 @@ PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="ut
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
+TOOL_ITEM = {
+    "prompt": "Weather in Oslo?",
+    "tools": [{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}],
+    "answer": [{"name": "weather", "arguments": {"city": "Oslo"}}],
+}
+
+
 def with_margins(suite: str) -> str:
     for name in ("words", "parity"):
         suite = suite.replace(f"  {name}:\n", f"  {name}:\n    margin: 0.9\n")
@@ -58,6 +65,7 @@ def found(
         shutil.copytree(model, models[name])
     shutil.copytree(tiny_base, folder / "base")
     write_study(folder, folder / "base", models, warm_start="none")
+    (folder / "tools.jsonl").write_text(json.dumps(TOOL_ITEM))
     suite = folder / "suite.yaml"
     suite.write_text(with_margins(suite.read_text()))
     known: dict[str, Any] = {}
@@ -77,6 +85,7 @@ def test_the_examples_of_the_docs_run(found: dict[str, Any]) -> None:
         if function[0].islower() and function != "read_suite":
             assert any(f"mergetune.{function}(" in example for example in EXAMPLES), function
     assert found["run"].recommended
+    assert found["joint"].summary == "1 calls and 1 replies; 1 results are made of the call"
     assert found["checked"].check.summary == found["again"].check.summary
     merged, best = (Checkpoint(found["folder"] / name) for name in ("merged", "runs/mine/best"))
     assert all(torch.equal(merged.tensor(name), best.tensor(name)) for name in best.names)

@@ -1,8 +1,8 @@
 """mergetune: evaluation-driven tuning of merge coefficients for language models.
 
 What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `read_items`,
-`preview_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `merge` and `inspect`. Nothing heavy is
-imported before one of them is used.
+`preview_items`, `join_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `merge` and `inspect`.
+Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         check_measurements,
         evaluate,
         inspect,
+        join_items,
         merge,
         preview_items,
         read_items,
@@ -42,6 +43,7 @@ __all__ = [
     "check_measurements",
     "evaluate",
     "inspect",
+    "join_items",
     "merge",
     "preview_items",
     "read_items",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergetune.engines.engine import EngineConfig, EngineKind
 from mergetune.files.library import find, use_cache
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.evaluation.evaluate import Measurement
     from mergetune.evaluation.item_files import ItemFile
+    from mergetune.evaluation.joint_items import JointItems
     from mergetune.evaluation.suite import Split, Suite
     from mergetune.gate.run import Checked, CheckSplit
     from mergetune.measuring.model_under_test import ModelUnderTest
@@ -218,6 +219,41 @@ def preview_items(
     return [preview(item, how, tokenizer) for item in found.items[:n_items]]
 
 
+def join_items(
+    persona: ItemFile,
+    tools: ItemFile,
+    out: Given,
+    *,
+    scorer: str | Mapping[str, Any] = "regex",
+    system: str | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> JointItems:
+    """Make items that need a persona and tools at once, and a suite of them, as `mergetune join` does.
+
+    Args:
+        persona: items with a system message and what their scorer needs, as `read_items` returns them.
+        tools: items whose answer is a call, or conversations with a call and its result.
+        out: the suite's file, beside which its items are written.
+        scorer: the persona's, by its kind or as a suite says it.
+        system: the persona's system message, where its items have none.
+        seed: of the pairing.
+        limit: the most requests, each of which makes two items.
+
+    Raises:
+        MergetuneError: the scorer knows no voice, an item does not suit its scorer, a persona has no system
+            message, no tool item calls a tool, or the file is there already.
+    """
+    from mergetune.evaluation import joint_items
+    from mergetune.evaluation.joint_suite import write_joint_suite
+    from mergetune.evaluation.preview import scorer_of
+
+    how = scorer_of(scorer)
+    joint = joint_items.join_items(persona, tools, how, system=system, seed=seed, limit=limit)
+    write_joint_suite(joint, how, scorer, Path(out))
+    return joint
+
+
 def evaluate(
     model: Given,
     suite: Given,
@@ -249,8 +285,8 @@ def evaluate(
     use_cache(options.cache, options.say)
     config, asked = options.config, read_suite(suite)
     opened, evaluator = options.opened(model, asked), Evaluator(asked)
-    for warning in evaluator.warnings:
-        options.say(f"warning: {warning}")
+    for line in (*asked.read_as.values(), *(f"warning: {each}" for each in evaluator.warnings)):
+        options.say(line)
     with closing(Pool(opened, config, evaluator, default_store(), PoolOptions(say=options.say))) as pool:
         found = pool.measured(Job("eval", evaluator.documents(split)))
     options.say(f"{opened.reference}: {found.counted}")

@@ -268,6 +268,45 @@ def items(
 
 
 @app.command()
+def join(
+    persona: Annotated[
+        str, typer.Argument(help="Items with a system message and a voice.", metavar="PERSONA")
+    ],
+    tools: Annotated[
+        str,
+        typer.Argument(help="Items with tools and right calls, or conversations with them.", metavar="TOOLS"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="The suite to write; its items are written beside it.", metavar="FILE.yaml"),
+    ],
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="The persona's, as a suite says it: regex, or '{kind: regex, patterns: [hi]}'.",
+        ),
+    ] = "regex",
+    system: Annotated[
+        str | None, typer.Option(help="The persona's system message, where its items have none.")
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="A file with the answers of the tool items, joined by id.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the pairing.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most requests; each makes two items.")] = None,
+) -> None:
+    """Make items that need two skills at once: a persona's voice where tools are called."""
+    from mergetune import api
+    from mergetune.files.yaml_io import parse_yaml
+
+    files = api.read_items(persona), api.read_items(tools, answers=answers)
+    how = parse_yaml(scorer, "--scorer")
+    joint = api.join_items(*files, out, scorer=how, system=system, seed=seed, limit=limit)
+    for text in (*(file.summary for file in files), joint.summary, f"Suite: {out}"):
+        _out.print(text, highlight=False, markup=False)
+
+
+@app.command()
 def merge(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
@@ -427,7 +466,7 @@ def check(
     from mergetune.files.atomic_files import write_parquet
     from mergetune.files.library import writable
     from mergetune.gate.judge import EXIT
-    from mergetune.gate.outputs import as_data, as_table, write_outputs
+    from mergetune.gate.outputs import as_data, as_slice_table, as_table, write_outputs
 
     texts = tuple(training or ())
     if measured:
@@ -471,6 +510,8 @@ def check(
         typer.echo(json.dumps(as_data(result), indent=1))
     else:
         _out.print(as_table(result))
+        if (by_slice := as_slice_table(result)) is not None:
+            _out.print(by_slice)
         _out.print(result.summary, highlight=False, markup=False)
     raise _Ended(EXIT[result.verdict])
 

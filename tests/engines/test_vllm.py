@@ -250,6 +250,13 @@ class TestTiny:
         assert hot == draw(temperature=1.9)
         assert draw(temperature=1.0, top_k=1) == replies(tiny.vllm, max_gen_toks=12)
 
+    def test_a_draw_depends_on_its_seed_and_not_on_the_batch(self, tiny: Pair) -> None:
+        how = {"until": [], "do_sample": True, "temperature": 1.5, "max_gen_toks": 8}
+        asked = instances("generate_until", [(CONTEXTS[0], {**how, "seed": seed}) for seed in range(8)])
+        together = tiny.vllm.lm.generate_until(asked)
+        assert len(set(together)) > 4
+        assert together[:3] == [tiny.vllm.lm.generate_until([each])[0] for each in asked[:3]]
+
     def test_a_point_that_cannot_be_merged_leaves_the_engine_whole(self, tiny: Pair) -> None:
         tiny.load(1.0, 1.0)
         pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))

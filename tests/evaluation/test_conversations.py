@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from helpers import HERMES
 from mergetune.engines.completions import TokenizerPrompts
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
@@ -18,25 +19,8 @@ from mergetune.evaluation.items import Item, Message, ToolCall
 from mergetune.evaluation.lm_requests import ask
 from mergetune.evaluation.suite import read_suite
 from mergetune.evaluation.thinking import without_thoughts
+from mergetune.results.slices import slices_of
 
-# As Qwen's: Hermes' form of tools, calls and results.
-HERMES = """
-{%- if tools %}<|im_start|>system
-{% if messages[0].role == 'system' %}{{ messages[0].content }}
-
-{% endif %}# Tools
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools><|im_end|>
-{% elif messages[0].role == 'system' %}<|im_start|>system
-{{ messages[0].content }}<|im_end|>
-{% endif %}{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}
-{% if message.role == 'tool' %}<tool_response>{{ message.content }}</tool_response>
-{%- else %}{{ message.content }}{% endif %}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
-<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
 TOOLS = ({"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}},)
 TALK = (
     Message(role="user", content="What time is it?"),
@@ -248,3 +232,19 @@ def test_a_reply_costs_its_tokens_and_fewer_are_better(tmp_path: Path, tokenizer
     expected = len(tokenizer("<think>Who asks?</think>My lord", add_special_tokens=False)["input_ids"])
     assert found["score"].tolist() == [expected] * 2
     assert "My lord" in found["response"][0]
+
+
+def test_items_know_their_slices(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}.", "answer": "y", "customer": {"plan": i % 2}} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "x", "answer": "y"}])))
+    task = {"items": "items.jsonl", "scorer": "exact"}
+    data = {"description": "x", "chat_template": True, "holdout": 0, "slices": ["customer.plan"]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(data | {"objectives": {"o": {"tasks": [task]}}}))
+    items = Evaluator(read_suite(tmp_path / "suite.yaml")).items()
+    assert [json.loads(each) for each in items["slices"]] == [
+        *({"customer.plan": str(i % 2)} for i in range(4)),
+        {},
+    ]
+    (zero, one) = slices_of(items, ["customer.plan"])
+    assert {zero.name, one.name} == {"customer.plan: 0", "customer.plan: 1"}
+    assert len(zero.of(items)) == len(one.of(items)) == 2

@@ -18,6 +18,7 @@ from mergetune.evaluation.formats import FORMS, fields_of, form_of
 from mergetune.evaluation.formats.bfcl import json_schema
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
 from mergetune.evaluation.items import Item, Message, ToolCall, load_json
+from mergetune.evaluation.preview import scorer_of
 
 ASK, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -320,7 +321,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", ROWS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_whatever_is_wrong_with_a_row_is_one_message(name: str, data: st.DataObject, tmp_path: Path) -> None:
     """Values at any place of a row are replaced or taken out: the row is read, or named."""
@@ -348,3 +349,15 @@ def test_numbers_in_arguments_keep_what_was_written() -> None:
     assert item_of(row).target is not None
     text = '{"messages": [{"role": "user", "content": "Hi"}], "answer": 1.50}'
     assert item_of(load_json(text)).answer.written == "1.50"
+
+
+def test_a_float_of_bfcl_is_one_to_the_scorer_of_calls() -> None:
+    """In arrays BFCL takes no integer for a `float`, though it does for a `number`."""
+    scores = []
+    for kind in ("float", "number"):
+        items = {"type": "dict", "properties": {"sides": {"type": "array", "items": {"type": kind}}}}
+        row = {**QUESTION, "function": [{"name": "area", "parameters": items}]}
+        item = item_of({**row, "ground_truth": [{"area": {"sides": [[3.0, 4.5]]}}]})
+        reply = '<tool_call>{"name": "area", "arguments": {"sides": [3, 4.5]}}</tool_call>'
+        scores += scorer_of("tool_calls").score([item], [reply])
+    assert scores == [0, 1]

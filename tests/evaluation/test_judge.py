@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, Message, ToolCall
 from mergetune.evaluation.judging.agreement import judge_quality
@@ -106,6 +107,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
         seen.append(body)
         return says(score=5)
 
+    call = ToolCall(name="weather", arguments={"city": "Oslo"})
     item = Item(
         prompt="Now Oslo.",
         messages=(
@@ -114,7 +116,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
             Message(role="user", content="Now Oslo."),
         ),
         tools=({"type": "function", "function": {"name": "weather"}},),
-        target=Message(role="assistant", tool_calls=(ToolCall(name="weather", arguments={"city": "Oslo"}),)),
+        target=Message(role="assistant", tool_calls=(call,)),
         system="Be brief.",
     )
     with plain_server(answer) as url:
@@ -126,7 +128,7 @@ def test_a_judge_is_told_rubric_item_and_reply(tmp_path: Path) -> None:
     data = data_of(body)
     assert [turn["content"] for turn in data["conversation"]] == ["Be brief.", "Hello", "Yes?", "Now Oslo."]
     assert data["tools"] == list(item.tools)
-    assert data["wanted"] == '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    assert data["wanted"] == write_calls([call])
     assert data["reply"] == "It rains."
 
 
@@ -606,7 +608,13 @@ def test_a_record_of_a_suite_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": ""}, r"suite\.yaml: the scorer of `tone`: `url` must be a server's address"),
+        (
+            {"url": "", "model": "x"},
+            r"`model` without `url` is a model on this machine: .*x: there is no such",
+        ),
+        ({"url": "", "max_requests": 5}, "`max_requests` does not go with a judge on this machine"),
+        ({"url": "", "temperature": None}, "may be null where a server has its own, but there is no `url`"),
+        ({"engine": "transformers"}, "`engine` does not go with a judge on a server"),
         ({"url": "localhost:8000"}, "`url` must be a server's address, .* but is 'localhost:8000'"),
         ({"rubric": "none.md"}, r"none\.md: cannot be read"),
         ({"rubric": "empty.md"}, r"empty\.md: must say how to score, but is empty"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.scorers.numeric import numbers_in
 from mergetune.evaluation.suite import read_suite
 from scoring import score, scorer_of, write_items, write_suite
@@ -93,5 +93,6 @@ def test_an_answer_without_one_number_is_refused(tmp_path: Path, answer: Any, me
 
 def test_an_example_shows_the_whole_answer_and_a_report_its_number() -> None:
     scorer, item = scorer_of("numeric"), Item(prompt="x", answer=GSM8K)
-    assert scorer.answer_text(item) == scorer.wanted_reply(item) == GSM8K
+    assert scorer.answer_text(item) == GSM8K
+    assert scorer.wanted_reply(item) == Message(role="assistant", content=GSM8K)
     assert scorer.target_text(item) == "1018"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from scipy import optimize, stats
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import Direction, GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
 from mergetune.gate.judge import EXIT, Check, judge
+from mergetune.gate.outputs import as_data, as_html, as_markdown
 from mergetune.gate.row import Row
 from mergetune.stats.resampling import Interval
 from mergetune.stats.sequential import look, split_alpha
@@ -423,3 +425,33 @@ def test_a_check_can_be_copied_and_compared() -> None:
     found = check(scores, scores, suite_of({"s": "maximize"}), warnings=["careful"])
     assert replace(found) == found
     assert found.warnings == ("careful",)
+
+
+def test_slices_are_compared_and_not_judged() -> None:
+    """Held against means by hand; a slice that is lost does not decide, and one item is no slice."""
+    rng = np.random.default_rng(0)
+    languages = ["de"] * 30 + ["en"] * 69 + ["fr"]
+    baseline = rng.integers(0, 2, 100).astype(float)
+    candidate = baseline.copy()
+    candidate[:30] = 0.0
+    suite = suite_of({"skill": "maximize"}, margin=0.9).model_copy(update={"slices": ("language", "size")})
+    first, second = (frame({("skill", "skill"): own}) for own in (candidate, baseline))
+    items = second[["score_name", "task", "item"]].assign(split="search", prompt="Why?", target="So.")
+    items["slices"] = [json.dumps({"language": each}) for each in languages]
+    shuffled = items.sample(frac=1, random_state=1)  # by key, never by position
+    found = judge(first, second, shuffled, suite, suite_name="evals", labels=("new", "old"))
+    assert found.verdict == "pass"
+    assert [(row.key, row.value, row.n_items) for row in found.slices] == [
+        ("language", "en", 69),
+        ("language", "de", 30),
+    ]
+    english, german = found.slices
+    assert german.candidate == 0.0
+    assert german.baseline == pytest.approx(baseline[:30].mean())
+    assert german.difference == pytest.approx(-baseline[:30].mean())
+    assert german.interval.upper < 0 == english.difference
+    page = as_html(found)
+    assert "By slice" in page
+    assert "language: de" in page
+    assert "language: de" in as_markdown(found)
+    assert json.loads(json.dumps(as_data(found)))["slices"][1]["value"] == "de"

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from sacrebleu.metrics.chrf import CHRF
 
 from helpers import fine_tune, mergetune
 from mergetune.engines.engine import EngineConfig
@@ -191,6 +192,38 @@ def test_stored_measurements_are_compared_on_the_items_held_out(
     held_out.assign(item="x").to_parquet(file)
     with pytest.raises(MergetuneError, match="150 of its 150 items are none of the suite's"):
         n_items("all")
+
+
+def test_replies_on_record_are_scored_by_the_scorer_of_now(
+    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
+) -> None:
+    found = checked(damaged, tiny_base, suite, tmp_path / "store", has_noise_floor=False)
+    files = tmp_path / "candidate.parquet", tmp_path / "baseline.parquet"
+    for frame, file in zip((found.candidate, found.baseline), files, strict=True):
+        frame.to_parquet(file)
+    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
+
+    def changed(**task: Any) -> Suite:
+        folder = tmp_path / "changed"
+        folder.mkdir(exist_ok=True)
+        own = {"items": "items.jsonl", "scorer": "exact", "max_new_tokens": 4, **task}
+        return write_suite(folder, answers, objectives={"counting": {"margin": 0.1, "tasks": [own]}})
+
+    similar = changed(scorer={"kind": "similarity", "measure": "chrf"})
+    (row,) = check_stored(*files, similar, CheckOptions()).check.rows
+    by_hand = [CHRF().sentence_score(each.strip(), [answer]).score / 100 for each, answer in _said(found)]
+    assert row.baseline == pytest.approx(1.0)
+    assert row.candidate == pytest.approx(sum(by_hand) / len(by_hand))
+    with pytest.raises(MergetuneError, match="was asked otherwise"):
+        check_stored(*files, changed(max_new_tokens=5), CheckOptions())
+    with pytest.raises(MergetuneError, match="only single replies can be scored anew"):
+        check_stored(*files, changed(scorer="reply_tokens"), CheckOptions())
+
+
+def _said(found: Checked) -> list[tuple[str, str]]:
+    """Pair what the candidate replied with the answers, which the baseline gives."""
+    both = found.candidate.merge(found.baseline, on="item")
+    return list(zip(both["response_x"], both["response_y"], strict=True))
 
 
 def test_training_files_of_one_name_are_both_looked_at(tiny_base: Path, suite: Suite, tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_breadcrumbs_drop_ties_of_the_outliers() -> None:
 
 
 @given(lambda_lists)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_one_expert_at_weight_one_gives_it_back(lambdas: list[float]) -> None:
     models = random_models(2, seed=3)
     ones: dict[str, list[float] | float] = {"lambda": [1.0, 0.0]}
@@ -353,7 +353,7 @@ def test_one_expert_at_weight_one_gives_it_back(lambdas: list[float]) -> None:
 
 
 @given(lambda_lists, densities)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_order_of_experts_does_not_matter(lambdas: list[float], density: float) -> None:
     models = random_models(3, seed=4)
     order = [2, 0, 1]

@@ -37,7 +37,7 @@ def della_by_loop(row: list[float], density: float, epsilon: float) -> list[floa
     st.floats(0.01, 1),
     st.floats(0, 0.6),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_della_probabilities_are_the_rule_written_as_a_loop(
     row: list[float], density: float, epsilon: float
 ) -> None:

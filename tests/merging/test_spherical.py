@@ -139,7 +139,7 @@ def test_slerp_with_a_zero_vector_is_the_line_and_nuslerp_takes_it_as_orthogonal
 
 
 @given(seeds, st.floats(0, 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_swapping_the_vectors_of_slerp_swaps_t(seed: int, t: float) -> None:
     first, second = random_tensors(2, (6,), seed)
     for interpolate in (spherical.slerp, spherical.nuslerp):
@@ -329,7 +329,7 @@ def test_model_stock_refuses_a_single_task_vector() -> None:
 
 
 @given(seeds, weight_lists, st.permutations(range(4)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_permuting_the_vectors_permutes_their_weights(
     seed: int, weights: list[float], order: list[int]
 ) -> None:

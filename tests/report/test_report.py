@@ -698,3 +698,27 @@ def test_labels_of_points_close_together_do_not_cover_each_other() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (25500, "7 h 05 min")])
 def test_durations_are_written_as_one_reads_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(n_trials=3, n_items=40))
+    record = json.loads((run.path / "record.json").read_text())
+    record["suite_config"]["slices"] = ["language"]
+    (run.path / "record.json").write_text(json.dumps(record))
+    items = run.items()
+    german = items["item"].str.endswith(("0", "1", "2"))
+    values = german.map({True: "de", False: "en"})
+    items["slices"] = [json.dumps({"language": each}) for each in values]
+    items.to_parquet(run.path / "items.parquet")
+    data = gather(RunDir(run.path))
+    assert [one.name for one in data.slices] == ["language: en", "language: de"]
+    split = data.verdict.split
+    measured = run.measurement("base", split)
+    assert measured is not None
+    rows = measured[measured["item"].str.endswith(("0", "1", "2")) & (measured["score_name"] == "persona")]
+    shown = data.slices[1].scores["base"]["persona"]
+    assert shown.value == pytest.approx(rows["score"].mean())
+    assert shown.n_items == len(rows)
+    page = render(data)
+    assert "Scores by slice" in page
+    assert "language: de" in page

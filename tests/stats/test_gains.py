@@ -69,7 +69,7 @@ def loss_of(items: ItemScores, sign: int = 1) -> float:
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-100, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_neither_unit_nor_zero_nor_direction_of_a_score_matters(seed: int, unit: float, zero: float) -> None:
     items = items_of(np.random.default_rng(seed))
     changed = ItemScores(items.names, unit * items.scores + zero, items.tasks)

@@ -76,7 +76,7 @@ def test_strata_agree_with_the_score_of_a_measurement() -> None:
 
 
 @given(scores_of_20, scores_of_20, st.permutations(range(20)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_swapping_flips_the_sign_and_order_changes_nothing(
     candidate: Floats, baseline: Floats, order: list[int]
 ) -> None:
@@ -178,7 +178,7 @@ def test_tangos_interval_gives_the_published_limits(
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 20), st.sampled_from([0.8, 0.95]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_tangos_limits_are_where_the_score_test_rejects(b: int, c: int, same: int, level: float) -> None:
     n = b + c + same + 1
     ours, z = statistics.tango_interval(b, c, n, level), stats.norm.isf((1 - level) / 2)
@@ -273,7 +273,7 @@ def test_no_number_of_items_decides_a_difference_at_the_margin() -> None:
 
 
 @given(binaries_of_20, binaries_of_20, st.permutations(range(20)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_order_of_the_items_and_the_sign_of_binaries_do_not_matter(
     candidate: Floats, baseline: Floats, order: list[int]
 ) -> None:
@@ -285,7 +285,7 @@ def test_the_order_of_the_items_and_the_sign_of_binaries_do_not_matter(
 
 
 @given(scores_of_20, scores_of_20, st.floats(0, 0.5), st.floats(0, 0.5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_wider_margin_never_turns_a_pass_into_less(a: Floats, b: Floats, small: float, more: float) -> None:
     tight = statistics.non_inferiority(a, b, small, TASKS)
     wide = statistics.non_inferiority(a, b, small + more, TASKS)

@@ -44,7 +44,7 @@ def on_sphere(n_points: int, n_objectives: int) -> pareto.Points:
 
 
 @given(st.integers(1, 5).flatmap(point_sets))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_front_is_what_nothing_dominates(points: pareto.Points) -> None:
     found = pareto.front(points)
     for i, point in enumerate(points):
@@ -67,7 +67,7 @@ def test_no_points_have_no_front_and_no_volume() -> None:
 
 
 @given(point_sets(3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_front_and_hypervolume_do_not_depend_on_the_order(points: pareto.Points) -> None:
     order = np.random.default_rng(0).permutation(len(points))
     assert {tuple(points[i]) for i in pareto.front(points)} == {
@@ -78,7 +78,7 @@ def test_front_and_hypervolume_do_not_depend_on_the_order(points: pareto.Points)
 
 
 @given(st.integers(1, 5).flatmap(point_sets))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_hypervolume_agrees_with_optuna(points: pareto.Points) -> None:
     floor = np.full(points.shape[1], -0.1)
     theirs = compute_hypervolume(-points, -floor)
@@ -86,21 +86,21 @@ def test_hypervolume_agrees_with_optuna(points: pareto.Points) -> None:
 
 
 @given(st.integers(1, 5).flatmap(point_sets), FLOORS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_hypervolume_is_that_of_inclusion_and_exclusion(points: pareto.Points, floor: float) -> None:
     found = pareto.hypervolume(points, [floor] * points.shape[1])
     assert found == pytest.approx(by_inclusion_and_exclusion(points, floor), abs=1e-12)
 
 
 @given(st.integers(1, 5).flatmap(lambda m: point_sets(m, st.floats(-1, 1, width=32))))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_hypervolume_of_any_numbers_is_that_of_inclusion_and_exclusion(points: pareto.Points) -> None:
     found = pareto.hypervolume(points, [0.0] * points.shape[1])
     assert found == pytest.approx(by_inclusion_and_exclusion(points, 0.0), abs=1e-12)
 
 
 @given(st.integers(1, 5).flatmap(point_sets), FLOORS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_growing_hypervolumes_are_those_of_the_first_points(points: pareto.Points, floor: float) -> None:
     reference = [floor] * points.shape[1]
     found = pareto.growing_hypervolumes(points, reference)

@@ -45,7 +45,7 @@ def joined_by_hand(frames: dict[str, pd.DataFrame]) -> dict[str, dict[tuple[str,
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_scores_are_joined_by_their_keys_in_whatever_order_they_stand(data: st.DataObject) -> None:
     keys = [(score, task, item) for score in "xy" for task in "st" for item in "abc"]
     subsets = st.lists(st.sampled_from(keys), min_size=1, unique=True)
@@ -147,7 +147,7 @@ def resampled_points(n_objectives: int) -> st.SearchStrategy[Floats]:
 
 
 @given(st.integers(1, 3).flatmap(resampled_points))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pareto_probability_counts_the_fronts(resampled: Floats) -> None:
     counts = np.zeros(resampled.shape[1])
     for points in resampled:
@@ -156,7 +156,7 @@ def test_pareto_probability_counts_the_fronts(resampled: Floats) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_who_breaks_a_guard_is_not_on_the_front_and_keeps_no_one_off_it(data: st.DataObject) -> None:
     resampled = data.draw(st.integers(1, 5).flatmap(resampled_points))
     feasible = data.draw(arrays(np.bool_, resampled.shape[:2]))
@@ -169,7 +169,7 @@ def test_who_breaks_a_guard_is_not_on_the_front_and_keeps_no_one_off_it(data: st
 
 
 @given(st.integers(1, 5).flatmap(resampled_points))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hypervolumes_agree_with_optuna(resampled: Floats) -> None:
     reference = np.full(resampled.shape[2], 0.2)  # some points are not above it
     ours = resampling.hypervolume_interval(resampled[0], resampled, list(reference), level=0.5)

@@ -165,7 +165,7 @@ def test_thirty_items_decide_only_a_disaster() -> None:
 
 
 @given(differences)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_interval_holds_the_estimate_and_decides_the_verdict(seen: Array) -> None:
     one = look(seen, MARGIN, EARLY_ONLY)
     assert -1 <= one.lower <= one.estimate <= one.upper <= 1
@@ -176,7 +176,7 @@ def test_the_interval_holds_the_estimate_and_decides_the_verdict(seen: Array) ->
 
 
 @given(differences, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_order_does_not_matter_and_swapping_the_models_mirrors_the_interval(
     seen: Array, random: Random
 ) -> None:
@@ -189,7 +189,7 @@ def test_order_does_not_matter_and_swapping_the_models_mirrors_the_interval(
 
 
 @given(differences)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_better_item_never_lowers_a_bound_and_a_stricter_level_never_narrows_them(seen: Array) -> None:
     better = seen.copy()
     better.flat[0] = 1.0
@@ -250,7 +250,7 @@ def test_a_gate_passes_with_its_last_score_and_fails_with_its_first(
     st.lists(st.integers(0, 99).map(str), unique=True, max_size=20),
     st.lists(st.integers(100, 199).map(str), unique=True, max_size=20),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_is_a_shuffle_that_new_items_do_not_disturb(old: list[str], new: list[str]) -> None:
     order = [old[i] for i in item_order("task", old)]
     assert sorted(order) == sorted(old)

@@ -96,6 +96,17 @@ def test_what_was_tuned_is_checked_without_asking_again(finished: RunDir) -> Non
     assert again.measurement.scores() == kept
 
 
+def test_what_was_sent_is_kept_of_every_item(finished: RunDir) -> None:
+    sent = finished.sent()
+    assert sent is not None
+    assert set(sent["item"]) == set(finished.items()["item"])
+    lm = open_model(str(finished.path / "best"), chat=True).prompts()  # type: ignore[union-attr]
+    texts = sent[sent["score_name"] == "words"]["sent"].tolist()
+    asked = [lm.apply_chat_template([{"role": "user", "content": f"Say {i}."}]) for i in range(16)]
+    assert sorted(texts) == sorted(asked)
+    assert "as sent" in (finished.path / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_baselines_come_first_and_trials_follow(finished: RunDir) -> None:
     names = [candidate.name for candidate in finished.candidates()]
     assert names[:4] == ["base", "expert-a", "expert-lora", "average-0.5"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
+from mergetune.engines.call_text import hermes_call
 from mergetune.engines.completions import CompletionsLM, Truncate, generation_settings
 from mergetune.engines.conversations import Tools
 from mergetune.engines.endpoint import Endpoint
@@ -161,7 +162,7 @@ def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
 def _written(message: Mapping[str, Any]) -> str:
     """Return a reply as one text: what it says, then each call that the server found in it, in Hermes' form.
 
-    The form is `<tool_call>{"name": …, "arguments": …}</tool_call>`; arguments that are no JSON stay as text.
+    Arguments that are no JSON stay as text.
     """
     calls = []
     for call in message.get("tool_calls") or ():
@@ -170,8 +171,7 @@ def _written(message: Mapping[str, Any]) -> str:
             arguments = json.loads(function.get("arguments") or "{}")
         except (TypeError, ValueError):
             arguments = function.get("arguments")
-        written = {"name": function.get("name"), "arguments": arguments}
-        calls.append(f"<tool_call>{json.dumps(written, ensure_ascii=False)}</tool_call>")
+        calls.append(hermes_call(function.get("name"), arguments))
     return "\n".join(filter(None, [message.get("content"), *calls]))
 
 

@@ -129,6 +129,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
             loses little; None: as many as you like.
 
     Attributes:
+        end_tokens: the tokens that end every reply.
         truncate: what becomes of a prompt that is too long: `refuse` raises `MergetuneError`, `left` cuts
             its beginning off.
     """
@@ -147,7 +148,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         self.max_length = max_length
         self.requests_at_a_time = requests_at_a_time
         self.truncate: Truncate = "refuse"
-        self._completer, self._seed, self._end_tokens = completer, seed, tuple(end_tokens)
+        self._completer, self._seed, self.end_tokens = completer, seed, tuple(end_tokens)
         special = set(tokenizer.all_special_tokens)
         self._says_nothing = special - MARKERS if special & MARKERS else set()
 
@@ -291,7 +292,7 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
             sampling.setdefault("seed", self._seed)
         # special tokens are no part of the text that stops are looked for in
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        stop_tokens = {*self._end_tokens, *(special[text] for text in until if text in special)}
+        stop_tokens = {*self.end_tokens, *(special[text] for text in until if text in special)}
         stop = [text for text in until if text not in special]
         tokens = self.fitted_prompt(prompt, max_new_tokens)
         skip = not self._says_nothing

@@ -39,6 +39,8 @@ def render(
     add_generation_prompt: bool = True,
     tools: Tools = (),
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    is_whole: bool = False,
 ) -> str:
     """Return a conversation as the tokenizer's chat template writes it.
 
@@ -48,6 +50,7 @@ def render(
         add_generation_prompt: begin the model's reply; else the last message is left open.
         tools: JSON Schemas of the tools that the model may call.
         arguments: further variables of the template, such as `enable_thinking`.
+        is_whole: end the last message, too, and begin no reply.
 
     Raises:
         MergetuneError: there is no template, it refuses the conversation, knows nothing of an argument, or
@@ -59,24 +62,29 @@ def render(
             f"{_OTHERWISE}"
         )
     _check_arguments(tokenizer, arguments)
-    given = {"tools": [dict(tool) for tool in tools] or None, **arguments}
+    begins = add_generation_prompt and not is_whole
+    given = {
+        "tools": [dict(tool) for tool in tools] or None,
+        "add_generation_prompt": begins,
+        "continue_final_message": not begins and not is_whole,
+        **arguments,
+    }
     try:
-        text = _rendered(tokenizer, messages, add_generation_prompt, given)
+        text = _rendered(tokenizer, messages, given)
     except _REFUSALS as error:
-        what, remedy = _refused(tokenizer, messages, add_generation_prompt, given)
+        what, remedy = _refused(tokenizer, messages, given)
         raise MergetuneError(
             f"{tokenizer.name_or_path}: the chat template must take the suite's conversations, but refuses "
             f"{what} ({error}). {remedy}"
         ) from error
     for message in messages:
-        for part in _parts(message):
-            if part.strip() not in text and json.dumps(part.strip())[1:-1] not in text:
-                role = message["role"]
-                raise MergetuneError(
-                    f"{tokenizer.name_or_path}: the chat template must write every message, but leaves out "
-                    f"one of the role `{role}`: {part!r:.200}. "
-                    f"{_WITHOUT_SYSTEM if role == 'system' else _OTHERWISE}"
-                )
+        if (part := left_out(text, message)) is not None:
+            role = message["role"]
+            raise MergetuneError(
+                f"{tokenizer.name_or_path}: the chat template must write every message, but leaves out "
+                f"one of the role `{role}`: {part!r:.200}. "
+                f"{_WITHOUT_SYSTEM if role == 'system' else _OTHERWISE}"
+            )
     if (name := unwritten_tool(tools, text)) is not None:
         raise MergetuneError(
             f"{tokenizer.name_or_path}: the chat template must write every tool, but leaves out `{name}`: it "
@@ -97,9 +105,16 @@ def unwritten_tool(tools: Tools, text: str) -> str | None:
     return None
 
 
+def left_out(text: str, message: Mapping[str, Any]) -> str | None:
+    """Return a part of a message that a chat template's text lacks, plain and in JSON; None: all is there."""
+    parts = _parts(message)
+    lacking = (part for part in parts if part not in text and json.dumps(part)[1:-1] not in text)
+    return next(lacking, None)
+
+
 def _parts(message: Mapping[str, Any]) -> list[str]:
     """Return what must stand in the text of a message: what it says, and the names of the tools it calls."""
-    said = str(message.get("content") or "").rpartition(_END_OF_THOUGHT)[2]
+    said = str(message.get("content") or "").rpartition(_END_OF_THOUGHT)[2].strip()
     return [said, *(call["function"]["name"] for call in message.get("tool_calls", ()))]
 
 
@@ -113,28 +128,19 @@ def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _rendered(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool, given: Mapping[str, Any]
-) -> str:
-    text: str = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-        **given,
-    )
+def _rendered(tokenizer: Any, messages: Messages, given: Mapping[str, Any]) -> str:
+    own = [dict(message) for message in messages]
+    text: str = tokenizer.apply_chat_template(own, tokenize=False, **given)
     return text
 
 
-def _refused(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool, given: Mapping[str, Any]
-) -> tuple[str, str]:
+def _refused(tokenizer: Any, messages: Messages, given: Mapping[str, Any]) -> tuple[str, str]:
     """Return what a template refused, the system message if it takes the rest, and what to do about it."""
     roles = [message["role"] for message in messages]
     others = [message for message in messages if message["role"] != "system"]
     if "system" in roles and others:
         try:
-            _rendered(tokenizer, others, add_generation_prompt, given)
+            _rendered(tokenizer, others, given)
         except _REFUSALS:
             pass
         else:

@@ -167,6 +167,8 @@ def _folded(value: Any) -> Any:
 def _kinds(schema: Any, table: Mapping[str, set[str]] = _KINDS) -> set[str]:
     """Return the kinds of values that a schema declares; none: it has no `type`, or one that is not known."""
     types = schema.get("type") if isinstance(schema, dict) else None
+    if types == "number" and schema.get("format") == "float":  # BFCL's `float`, as its items are read
+        types = "float"
     found = [table.get(str(each), set()) for each in (types if isinstance(types, list) else [types])]
     return set().union(*found) if all(found) else set()
 

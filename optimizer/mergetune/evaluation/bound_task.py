@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
+from mergetune.evaluation.fields import MISSING, at_path
 from mergetune.evaluation.item_scores import item_scores
 from mergetune.evaluation.lm_requests import filter_names
 from mergetune.evaluation.lm_tasks import METADATA, code_eval_allowed, fix_fewshot, item_of
 from mergetune.evaluation.rules import rules_digest
+from mergetune.evaluation.scorers.scorer import text_of
 from mergetune.evaluation.suite import (
     CODE_RUNS,
     Direction,
@@ -27,6 +29,7 @@ from mergetune.evaluation.suite import (
 from mergetune.files.yaml_io import nearest
 
 if TYPE_CHECKING:
+    import pandas as pd
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
 
@@ -70,6 +73,13 @@ class BoundTask:
         doc, scorer = self.docs[index], self.config.scorer
         return str(right_answer(self.task, doc)) if scorer is None else scorer.target_text(item_of(doc))
 
+    def slices(self, index: int, keys: Sequence[str]) -> dict[str, str]:
+        """Return a document's value of each slice, as text; those that it does not have are left out."""
+        doc = self.docs[index]
+        data = doc if self.config.scorer is None else item_of(doc).metadata
+        found = {key: at_path(data, key) for key in keys}
+        return {key: text_of(value) for key, value in found.items() if value is not MISSING}
+
     def measured(self, results: Mapping[int, Sequence[Any]]) -> dict[int, Mapping[str, Any]]:
         """Return what the task measures of each document's replies, as its filter left them, by metric.
 
@@ -81,6 +91,23 @@ class BoundTask:
                 return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
         scores = item_scores(self.config, [self.docs[i] for i in results], results.values())
         return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
+
+    def rescored(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Score the replies in rows of an earlier measurement by the scorer that the task has now.
+
+        Raises:
+            MergetuneError: the rows do not hold one reply for each item.
+        """
+        scorer, config = self.config.scorer, self.config
+        if scorer is None or scorer.asks != "reply" or config.repeats > 1 or config.score_turns != "last":
+            raise MergetuneError(
+                f"`{self.name}` is scored otherwise now, and only single replies can be scored anew from a "
+                "measurement. Measure the model again."
+            )
+        place = {item: index for index, item in enumerate(self.item_ids)}
+        items = [item_of(self.docs[place[item]]) for item in rows["item"]]
+        scores = scorer.score(items, rows["response"].astype(str).tolist())
+        return rows.assign(score=scores, parts=None, aggregation="mean", rules=self.rules)
 
     def rows(
         self, requests: Mapping[int, Sequence[Instance]], results: Mapping[int, Sequence[Any]]
@@ -147,7 +174,8 @@ def bind(name: str, score_name: str, config: TaskConfig, task: Task, suite: Suit
         task.set_config("num_fewshot", config.num_fewshot)
     docs = tuple(task.eval_docs)[: config.limit]
     n_shared = fix_fewshot(task, docs)
-    ids = _item_ids([_content(doc) for doc in docs] if config.items is not None else docs)
+    is_content_alone = config.scorer is not None and not config.scorer.reads_metadata
+    ids = _item_ids([_content(doc) for doc in docs] if is_content_alone else docs)
     splits = tuple(
         None if index < n_shared else split_of(question, suite.holdout)
         for index, question in enumerate(_questions(task, docs, ids))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergetune.evaluation.items import ToolCall
+from mergetune.engines.call_text import call_json, hermes_call
+from mergetune.evaluation.items import Message, ToolCall
 from mergetune.evaluation.tool_schemas import Schema
 
 CallFormat = Literal["auto", "mistral", "qwen_xml", "hermes", "llama_json", "pythonic", "json"]
@@ -64,6 +65,12 @@ def read_calls(reply: str, form: CallFormat = "auto", schemas: Schemas | None = 
 def write_calls(calls: Sequence[ToolCall], form: CallFormat = "auto") -> str:
     """Return a reply that makes these calls; `auto` writes `hermes`."""
     return FORMATS["hermes" if form == "auto" else form].write(calls)
+
+
+def message_text(message: Message, form: CallFormat = "auto") -> str:
+    """Return what a message says as one text: its content, then its calls as `write_calls` writes them."""
+    calls = write_calls(message.tool_calls, form) if message.tool_calls else ""
+    return "\n".join(filter(None, [message.content, calls]))
 
 
 def call_of(data: Any) -> ToolCall:
@@ -198,12 +205,8 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _as_json(call: ToolCall, key: str = "arguments") -> str:
-    return _text({"name": call.name, key: call.arguments})
-
-
 def _write_json(calls: Sequence[ToolCall]) -> str:
-    objects = ", ".join(map(_as_json, calls))
+    objects = ", ".join(call_json(call.name, call.arguments) for call in calls)
     return objects if len(calls) == 1 else f"[{objects}]"
 
 
@@ -241,12 +244,12 @@ FORMATS: dict[CallFormat, _Format] = {
     "hermes": _Format(
         re.compile(r"<tool_call>"),
         _read_hermes,
-        lambda calls: "\n".join(f"<tool_call>\n{_as_json(call)}\n</tool_call>" for call in calls),
+        lambda calls: "\n".join(hermes_call(call.name, call.arguments) for call in calls),
     ),
     "llama_json": _Format(
         re.compile(r"<\|python_tag\|>"),
         _read_llama,
-        lambda calls: "; ".join(_as_json(call, "parameters") for call in calls),
+        lambda calls: "; ".join(call_json(call.name, call.arguments, "parameters") for call in calls),
     ),
     "pythonic": _Format(_PYTHONIC, _read_pythonic, _write_pythonic),
     "json": _Format(_JSON_OPENING, _read_json, _write_json),

@@ -167,8 +167,30 @@ class Evaluator:
             known[name] |= own
         return {name: {index: known[name][index] for index in own} for name, own in wanted.items()}
 
+    def sent(self, renderer: object) -> pd.DataFrame:
+        """Return what models were sent so far, by item: `sent` is the last request's prompt, as rendered.
+
+        Args:
+            renderer: what rendered it: the `renderer` of the models, or these themselves.
+        """
+        rows = [
+            {
+                "score_name": bound.score_name,
+                "task": name,
+                "item": bound.item_ids[index],
+                "sent": str(own[-1].args[0]),
+            }
+            for name, bound in self._tasks.items()
+            for index, own in self._requests.get(renderer, {}).get(name, {}).items()
+        ]
+        return pd.DataFrame(rows, columns=[*ITEM_KEYS, "sent"])
+
     def items(self) -> pd.DataFrame:
-        """Return a row per item of the suite: its id, its place, its split, prompt and target."""
+        """Return a row per item of the suite: its id, its place, its split, prompt and target.
+
+        Where the suite has slices, `slices` holds their values as JSON.
+        """
+        keys = self.suite.config.slices
         rows = [
             {
                 "score_name": bound.score_name,
@@ -177,6 +199,7 @@ class Evaluator:
                 "split": split,
                 "prompt": bound.prompt(index),
                 "target": bound.target(index),
+                **({"slices": json.dumps(bound.slices(index, keys), ensure_ascii=False)} if keys else {}),
             }
             for name, bound in self._tasks.items()
             for index, split in enumerate(bound.splits)

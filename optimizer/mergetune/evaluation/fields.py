@@ -26,6 +26,7 @@ class FieldMap(Strict):
     system: str | None = None
     answer: str | None = None
     choices: str | tuple[str, ...] | None = Field(None, min_length=1)
+    patterns: str | None = None
     chosen: str | None = None
     rejected: str | None = None
     id: str | None = None

@@ -33,8 +33,7 @@ def conversation_requests(
     made: list[Instance] = []
     for turn in item_of(doc).turns(config.score_turns):
         tools = {"tools": [dict(tool) for tool in turn.tools]} if turn.tools else {}
-        messages = [*_system(turn), *_examples(task, config), *turn.messages_without_system]
-        context = render([message.as_dict() for message in messages], **tools)
+        context = render([message.as_dict() for message in told(task, config, turn)], **tools)
         asked = task.construct_requests(
             doc=doc, ctx=context, metadata=(task.config.task, index, 1), apply_chat_template=True
         )
@@ -42,6 +41,11 @@ def conversation_requests(
     for number, request in enumerate(made):
         request.idx = number
     return made
+
+
+def told(task: Task, config: TaskConfig, turn: Item) -> list[Message]:
+    """Return all that a model is told before it replies: system message, few-shot examples, conversation."""
+    return [*_system(turn), *_examples(task, config), *turn.messages_without_system]
 
 
 def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item_id: str) -> Iterator[Instance]:

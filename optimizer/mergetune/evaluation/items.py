@@ -38,7 +38,7 @@ class Message(Strict):
         return [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
 
     def as_dict(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
-        """Return the message as chat templates take it, or with arguments as JSON text, as servers do."""
+        """Return the message as chat templates take it, or with arguments as JSON text, as OpenAI's data."""
         data: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             data["tool_calls"] = [

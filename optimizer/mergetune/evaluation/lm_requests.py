@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from mergetune.engines.conversations import render
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.item_requests import Renderer, conversation_requests, drawn
+from mergetune.evaluation.item_requests import Renderer, conversation_requests, drawn, told
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.evaluation.thinking import without_thoughts
 
@@ -53,6 +55,21 @@ def _made(bound: BoundTask, index: int, template: Renderer | None) -> list[Insta
     else:
         made = conversation_requests(task, config, doc, index, template)
     return made if config.sampling is None else list(drawn(made, config.sampling, bound.item_ids[index]))
+
+
+def conversation_with(
+    reply: Message, bound: BoundTask, turn: Item, tokenizer: Any, suite: SuiteConfig
+) -> str:
+    """Return a turn's conversation and a reply to it as the chat template writes them.
+
+    Without the reply that is the prompt of the turn's request, if the template writes both alike.
+
+    Raises:
+        MergetuneError: the template refuses it, or leaves a part of it out.
+    """
+    messages = [message.as_dict() for message in (*told(bound.task, bound.config, turn), reply)]
+    sent = _sent(messages, suite)
+    return render(tokenizer, sent, tools=turn.tools, arguments=suite.template_arguments, is_whole=True)
 
 
 def request_key(request: Instance) -> str:
@@ -100,13 +117,16 @@ def filtered(bound: BoundTask, requests: Mapping[int, Sequence[Instance]]) -> di
     }
 
 
+def spoken_text(reply: str, suite: SuiteConfig) -> str:
+    """Return a reply as it is scored."""
+    return without_thoughts(reply, suite.thinking_end) if suite.thinking == "strip" else reply
+
+
 def _spoken(request: Instance, suite: SuiteConfig) -> Instance:
     """Return a request with its replies as they are scored."""
     own = copy(request)
     own.filtered_resps = {}
-    if suite.thinking == "strip":
-        end = suite.thinking_end
-        own.resps = [without_thoughts(each, end) if isinstance(each, str) else each for each in request.resps]
+    own.resps = [spoken_text(each, suite) if isinstance(each, str) else each for each in request.resps]
     return own
 
 
@@ -128,15 +148,19 @@ def merged_into_user(messages: Messages) -> Messages:
     return rest
 
 
+def _sent(messages: Messages, suite: SuiteConfig) -> Messages:
+    """Return messages with their system message where the suite wants it."""
+    return merged_into_user(messages) if suite.system == "merge_into_user" else messages
+
+
 def _renderer(lm: LM, suite: SuiteConfig) -> Renderer:
-    def render(messages: Messages, **options: Any) -> str:
-        sent = merged_into_user(messages) if suite.system == "merge_into_user" else messages
+    def rendered(messages: Messages, **options: Any) -> str:
         if suite.template_arguments:
             options["template_arguments"] = suite.template_arguments
-        text: str = lm.apply_chat_template(sent, **options)
+        text: str = lm.apply_chat_template(_sent(messages, suite), **options)
         return text
 
-    return render
+    return rendered
 
 
 def _requests(task: Task, doc: Any, index: int, template: Renderer | None) -> list[Instance]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergetune.evaluation.lm_requests import filtered
-from mergetune.evaluation.lm_tasks import item_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -68,20 +67,15 @@ def rise_with_likelihood(bound: BoundTask, documents: Sequence[NamedTexts]) -> i
 def reply_scores(
     bound: BoundTask, asked: Mapping[int, Sequence[Instance]], replies: Mapping[int, str]
 ) -> dict[int, float]:
-    """Score texts by the task's metric as if a model had replied them; those without a number are left out.
+    """Score texts by the metric of lm-eval's task as if a model had replied them.
+
+    Those without a number are left out.
 
     Args:
         bound: the task.
         asked: its requests by document.
         replies: the texts by document; of a document without one nothing is returned.
-
-    Raises:
-        MergetuneError: a pattern of the user's cannot be searched for in one of them.
     """
-    if bound.config.scorer is not None:  # an answer is the reply to an item's last turn
-        items = [item_of(bound.docs[index]) for index in replies]
-        texts: Any = list(replies.values())
-        return dict(zip(replies, bound.config.scorer.score(items, texts), strict=True))
     requests = {index: asked[index] for index in replies}
     for index, own in requests.items():
         for request in own:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
+from mergetune.engines.call_text import call_json
 from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.scorers import BaseScorer, Scorer
 from mergetune.files.yaml_io import KindAlone, Strict, validate
@@ -14,9 +16,9 @@ class _Chosen(Strict):
     scorer: Annotated[Scorer, KindAlone]
 
 
-def scorer_of(kind: str) -> BaseScorer:
-    """Return the scorer of a kind, with its usual options; raises `MergetuneError` where there is none."""
-    return validate({"scorer": kind}, _Chosen, "The scorer").scorer
+def scorer_of(given: str | Mapping[str, Any]) -> BaseScorer:
+    """Return a scorer by its kind, or as a suite says it; raises `MergetuneError` where there is none."""
+    return validate({"scorer": given}, _Chosen, "The scorer").scorer
 
 
 def preview(item: Item, scorer: BaseScorer | None = None, tokenizer: Any = None) -> str:
@@ -55,9 +57,7 @@ def _signature(tool: dict[str, Any]) -> str:
 
 def _line(message: Message) -> str:
     """Return a message as its role and what it says, with its calls in JSON."""
-    calls = [
-        json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in message.tool_calls
-    ]
+    calls = [call_json(call.name, call.arguments) for call in message.tool_calls]
     said = [message.content] if message.content or not calls else []
     return f"[{message.role}] {' '.join([*said, *calls])}"
 

@@ -32,23 +32,33 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
 
     Beside what suite and task say it covers the few-shot examples and, of JSONL items, the source of their
     scorer and the files that it reads; of lm-eval's tasks, the source of every function that the task's file
-    names, and of the files beside it, and lm-eval's version.
+    names, and of the files beside it, and lm-eval's version. Of JSONL items it has two parts, `asked-scored`:
+    replies to what was asked in the same way can be scored anew.
     """
     shots = task.config.num_fewshot or 0
-    data = {
-        "suite": config.model_dump(mode="json", exclude=_OF_ITEMS),
-        "metric": metric,
+    asked: dict[str, Any] = {
+        "suite": config.model_dump(mode="json", exclude={*_OF_ITEMS, "scorer"}),
         "examples": list(task.fewshot_docs())[:shots] if shots else [],
         "prompt": suite.model_dump(mode="json", include=_OF_PROMPTS),
     }
-    if config.scorer is not None:
-        data["scorer"] = scorer_code(type(config.scorer))
-        data["files"] = _digest_of(config.scorer.files)
-    else:
-        settings = task.config.to_dict(keep_callable=True)
-        data["task"] = {key: plain(value) for key, value in settings.items() if key not in _OF_DATA}
-        data["code"] = _code(type(task))
-        data["version"] = [str(task.VERSION), importlib.metadata.version("lm-eval")]
+    scorer = config.scorer
+    if scorer is not None:
+        scored = [scorer.model_dump(mode="json"), scorer_code(type(scorer)), _digest_of(scorer.files), metric]
+        return f"{_digest(asked)}-{_digest(scored)}"
+    settings = task.config.to_dict(keep_callable=True)
+    asked["metric"] = metric
+    asked["task"] = {key: plain(value) for key, value in settings.items() if key not in _OF_DATA}
+    asked["code"] = _code(type(task))
+    asked["version"] = [str(task.VERSION), importlib.metadata.version("lm-eval")]
+    return _digest(asked)
+
+
+def are_asked_alike(first: str, second: str) -> bool:
+    """Say whether items were asked in the same way, and perhaps scored otherwise, by two digests of rules."""
+    return first == second or ("-" in first and first.partition("-")[0] == second.partition("-")[0])
+
+
+def _digest(data: Any) -> str:
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

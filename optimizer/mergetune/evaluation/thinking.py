@@ -40,3 +40,8 @@ def without_thoughts(reply: str, end: str | None = None) -> str:
         return reply[place + len(marker) :].lstrip()
     is_thinking = end is None and reply.lstrip().startswith(_BEGINS)
     return "" if is_thinking else reply
+
+
+def ending_of_thoughts(prompt: str) -> str:
+    """Return what ends the thoughts that a prompt begins, as Qwen, DeepSeek and most others write them."""
+    return "\n</think>\n\n" if prompt.rstrip().endswith("<think>") else ""

@@ -119,20 +119,24 @@ def read_yaml(path: Path, model: type[M]) -> M:
         MergetuneError: the file is missing, is not YAML, is of another kind, or breaks a rule of `model`;
             the message names the file, the path of each offending key and, for a misspelling, the valid key.
     """
-    text = read_text(path)
-    try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise MergetuneError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from error
-    except RecursionError as error:
-        raise MergetuneError(f"{path}: is not valid YAML: it is nested too deep.") from error
-    except Exception as error:  # whatever is raised at a value that is none of its kind, as 2024-99-99
-        raise MergetuneError(f"{path}: is not valid YAML: a value is wrong: {error}.") from error
+    data = parse_yaml(read_text(path), str(path))
     if not isinstance(data, dict):
         raise MergetuneError(f"{path}: must hold `key: value` pairs, {_received(data)}.")
     data = {key: value for key, value in data.items() if not key.startswith("x-")}
     _check_kind(data, model, path)
     return validate(data, model, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Return what YAML says; raises `MergetuneError`, which names its `origin`, where it is none."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise MergetuneError(f"{origin}: is not valid YAML: {_yaml_problem(error)}") from error
+    except RecursionError as error:
+        raise MergetuneError(f"{origin}: is not valid YAML: it is nested too deep.") from error
+    except Exception as error:  # whatever is raised at a value that is none of its kind, as 2024-99-99
+        raise MergetuneError(f"{origin}: is not valid YAML: a value is wrong: {error}.") from error
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

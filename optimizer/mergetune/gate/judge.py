@@ -42,8 +42,19 @@ from mergetune.evaluation.aggregations import linear_scores, not_means, parts_of
 from mergetune.evaluation.evaluate import ITEM_KEYS
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 from mergetune.gate.pairs import pairs
-from mergetune.gate.row import Kind, Row, Subject, looked_at, strata_of, tested, with_claims
+from mergetune.gate.row import (
+    Kind,
+    Row,
+    SliceRow,
+    Subject,
+    looked_at,
+    sliced,
+    strata_of,
+    tested,
+    with_claims,
+)
 from mergetune.gate.words import summary_of
+from mergetune.results.slices import slices_of
 from mergetune.stats.paired import Verdict, noise_variance
 from mergetune.stats.resampling import Floats, bootstrap_parts
 from mergetune.stats.sequential import Levels, Look
@@ -82,6 +93,7 @@ class Check:
     Attributes:
         summary: the verdict in one sentence.
         rows: the objectives, then the guards, each followed by its tasks where it has several.
+        slices: how both models differ on each of the suite's slices.
         flips: losses first, the largest first.
         noise: the standard deviation of the noise floor by score; None if it was not measured.
         candidate: how the candidate is called; so are `baseline` and `suite`.
@@ -92,6 +104,7 @@ class Check:
     verdict: Verdict
     summary: str
     rows: tuple[Row, ...]
+    slices: tuple[SliceRow, ...]
     flips: tuple[Flip, ...]
     noise: Mapping[str, float] | None
     candidate: str
@@ -164,6 +177,7 @@ def judge(
         verdict=verdict,
         summary=summary_of(verdict, rows, noise),
         rows=rows,
+        slices=tuple(_slices(joined, again, items, suite, alpha)),
         flips=_flips(joined, items),
         noise=None if repeat is None else noise,
         candidate=labels[0],
@@ -196,6 +210,25 @@ def _subjects(
         for task in tasks if with_tasks and len(tasks) > 1 else ():
             same = None if twice is None else twice[twice["task"] == task]
             yield _subject(str(task), name, "task", config, own[own["task"] == task], same)
+
+
+def _slices(
+    joined: pd.DataFrame,
+    again: pd.DataFrame | None,
+    items: pd.DataFrame,
+    suite: SuiteConfig,
+    alpha: float,
+) -> Iterator[SliceRow]:
+    """Yield every score's row of every slice that has two items of it, for one has no spread."""
+    for one in slices_of(items, suite.slices):
+        own, twice = one.of(joined), None if again is None else one.of(again)
+        for name, config in suite.scores.items():
+            rows = own[own["score_name"] == name]
+            if len(rows) < 2:
+                continue
+            same = None if twice is None else twice[twice["score_name"] == name]
+            kind: Kind = "objective" if name in suite.objectives else "guard"
+            yield sliced(_subject(name, name, kind, config, rows, same), one.key, one.value, alpha)
 
 
 def _subject(

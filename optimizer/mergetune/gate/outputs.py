@@ -23,6 +23,7 @@ from mergetune.gate.judge import EXIT, Check, Flip
 from mergetune.gate.page import as_html as as_html
 from mergetune.gate.row import Row
 from mergetune.gate.words import (
+    SLICES,
     clean,
     excerpt,
     full_name,
@@ -67,6 +68,27 @@ def as_table(check: Check) -> Table:
             f"{row.margin:g}",
             f"{row.n_won} / {row.n_lost}",
             f"[{_STYLES[row.verdict]}]{verdict_words(row)}[/]",
+        )
+    return table
+
+
+def as_slice_table(check: Check) -> Table | None:
+    """Return the slices as a table that a terminal of 100 columns holds; None where there are none."""
+    if not check.slices:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=SLICES, caption_justify="left")
+    for column in ("slice", "score"):
+        table.add_column(column, overflow="fold", min_width=10)
+    for column in ("items", "candidate", "baseline", "difference, interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in check.slices:
+        table.add_row(
+            escape(clean(f"{row.key}: {row.value}")),
+            escape(clean(row.score_name)),
+            str(row.n_items),
+            number(row.candidate),
+            number(row.baseline),
+            f"{signed(row.difference)} {span(row.interval)}",
         )
     return table
 
@@ -116,6 +138,7 @@ def as_markdown(check: Check) -> str:
         *map(_markdown_row, check.rows),
         "",
         reading(check),
+        *_markdown_slices(check),
     ]
     return "\n".join([*lines, *_markdown_flips(check)]) + "\n"
 
@@ -187,6 +210,24 @@ def _markdown_row(row: Row) -> str:
         f"**{verdict}**" if row.verdict == "fail" else verdict,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _markdown_slices(check: Check) -> Iterator[str]:
+    if not check.slices:
+        return
+    yield "\n| slice | score | items | candidate | baseline | difference, interval |"
+    yield "|:--|:--|--:|--:|--:|--:|"
+    for row in check.slices:
+        cells = [
+            _code(f"{row.key}: {row.value}"),
+            _code(row.score_name),
+            str(row.n_items),
+            number(row.candidate),
+            number(row.baseline),
+            f"{signed(row.difference)} {span(row.interval)}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield f"\n{SLICES}"
 
 
 def _markdown_flips(check: Check) -> Iterator[str]:

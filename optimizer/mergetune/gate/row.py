@@ -115,6 +115,38 @@ def tested(subject: Subject, pass_alpha: float, fail_alpha: float) -> Row:
     )
 
 
+@dataclass(frozen=True)
+class SliceRow:
+    """How two models differ on one slice of one score's items; nothing is judged by it.
+
+    `difference` is candidate − baseline, signed so that greater is better, as its `interval` is.
+    """
+
+    key: str
+    value: str
+    score_name: str
+    n_items: int
+    candidate: float
+    baseline: float
+    difference: float
+    interval: Interval
+
+
+def sliced(subject: Subject, key: str, value: str, alpha: float) -> SliceRow:
+    """Compare two models on a slice, by the interval that a row of its size would have."""
+    facts, test = _facts(subject), _test(subject, alpha)
+    return SliceRow(
+        key,
+        value,
+        subject.score_name,
+        facts["n_items"],
+        facts["candidate"],
+        facts["baseline"],
+        test.estimate,
+        test.interval,
+    )
+
+
 def looked_at(subject: Subject, look: Look, levels: Levels) -> Row:
     """Take over an early look; noise may take its verdict back."""
     # Both bounds hold at `early_pass`; the upper one even at the stricter `early_fail`.

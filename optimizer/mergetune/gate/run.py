@@ -13,8 +13,10 @@ import pandas as pd
 from mergetune.engines.choice import choose_engine
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, StartError
+from mergetune.evaluation.bound_task import BoundTask
 from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from mergetune.evaluation.leakage import find_leaks, read_training_texts
+from mergetune.evaluation.rules import are_asked_alike
 from mergetune.evaluation.suite import Split, Suite
 from mergetune.gate.early import Early, measure_until_clear
 from mergetune.gate.judge import Check, judge
@@ -72,8 +74,8 @@ def check_models(
     evaluator, split = Evaluator(suite), _split(suite, options)
     items = _in_split(evaluator.items(), split)
     warnings = (*evaluator.warnings, *_warnings(items, options.training))
-    for warning in warnings:
-        say(f"warning: {warning}")
+    for line in (*suite.read_as.values(), *(f"warning: {each}" for each in warnings)):
+        say(line)
     documents = evaluator.documents(split)
     pair = _Pair(candidate, baseline, evaluator, documents, items, options, warnings, store, say)
     engine = _settled(options.engine, [baseline, candidate], say)
@@ -195,6 +197,22 @@ def _warnings(items: pd.DataFrame, training: Sequence[Path]) -> tuple[str, ...]:
     return find_leaks(items, texts).warnings()
 
 
+def _by_its_rules(file: Path, bound: BoundTask, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a task's rows by the rules of now: replies to the same questions are scored anew."""
+    if (rows["rules"] == bound.rules).all():
+        return rows
+    if not all(are_asked_alike(own, bound.rules) for own in rows["rules"].unique()):
+        raise MergetuneError(
+            f"{file}: must be measured by the rules of this suite, but `{bound.name}` was asked otherwise "
+            "or, as a task of lm-eval, is scored otherwise: the suite, a task's file or its code has changed "
+            "since. Measure the model again."
+        )
+    try:
+        return bound.rescored(rows)
+    except MergetuneError as error:
+        raise MergetuneError(f"{file}: {error}") from error
+
+
 def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
     """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
@@ -211,13 +229,8 @@ def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSpl
             f"{file}: must be a measurement of this suite, but {unknown} of its {len(found)} items are none "
             "of the suite's: the suite has changed since, or it was another. Measure the model again."
         )
-    rules = {name: bound.rules for name, bound in evaluator.tasks.items()}
-    if (other := placed[placed["rules"] != placed["task"].map(rules)]["task"]).size:
-        raise MergetuneError(
-            f"{file}: must be measured by the rules of this suite, but `{other.iloc[0]}` was asked or scored "
-            "otherwise: the suite, a task's file or its code has changed since. Measure the model again."
-        )
-    kept = _in_split(placed, split)[COLUMNS]
+    tasks = [_by_its_rules(file, evaluator.tasks[str(name)], own) for name, own in placed.groupby("task")]
+    kept = _in_split(pd.concat(tasks).sort_index() if tasks else placed, split)[COLUMNS]
     if kept.empty:
         raise MergetuneError(
             f"{file}: holds no item of the {split} split. Say with --split which items to compare."

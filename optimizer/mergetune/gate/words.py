@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+SLICES = "Slices are not judged: with many of them, some differ by chance."
+
+
 def clean(text: str) -> str:
     """Write control characters as their codes, so that no terminal or parser obeys them."""
     return _UNPRINTABLE.sub(_code, text.replace("\r\n", "\n"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.chat_template import ChatTemplate, choose_template, open_tokenizer
-from mergetune.weights.checkpoint import Checkpoint
+from mergetune.weights.checkpoint import Checkpoint, answers_digest
 from mergetune.weights.models import find_model
 from mergetune.weights.vocabulary import VocabularyRule
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from mergetune.engines.completions import TokenizerPrompts
 
 _REQUESTS = 32  # under way at a time, unless told otherwise
-_IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
-_RELEVANT = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,8 @@ class LocalModel:
     def digest(self) -> str:
         """SHA-256 of all that its answers depend on: weights, configuration, tokenizer, chat template."""
         weights = Checkpoint(self.folder).digest if self.inputs is None else self.inputs.base.digest
-        total = hashlib.sha256(weights.encode())
-        if self.recipe is not None:
-            total.update(self.recipe.digest.encode())
-        if self.chat is not None:
-            total.update(repr(self.chat).encode())
-        for file in sorted(self.folder.iterdir()):
-            if file.suffix in _RELEVANT and file.name not in _IRRELEVANT:
-                total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-        return total.hexdigest()
+        recipe = "" if self.recipe is None else self.recipe.digest
+        return answers_digest(self.folder, weights, recipe, "" if self.chat is None else repr(self.chat))
 
     def prompts(self) -> TokenizerPrompts:
         """Return what renders its prompts, as every engine does; nothing is started for that."""

@@ -247,7 +247,7 @@ class Pool:
         self.engine, self._loaded = None, None
 
     @cached_property
-    def _renderer(self) -> Any:
+    def renderer(self) -> Any:
         """What renders prompts, one for all jobs, so that the evaluator renders each once."""
         assert isinstance(self.model, LocalModel)
         return self.model.prompts()
@@ -324,7 +324,7 @@ class Pool:
         if self.config.kind == "auto":
             self._living()  # replies are known by the engine that gave them
         name = (self._options.name or self._name)(job)
-        return StoredLM(lambda: self._ready(recipe, loading), self._renderer, self._store, name)
+        return StoredLM(lambda: self._ready(recipe, loading), self.renderer, self._store, name)
 
     def _name(self, job: Job) -> str:
         """Return the digest of a model together with what computes its replies."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.insights import (
@@ -29,6 +30,7 @@ from mergetune.report.verdict import Summary, difference, summarize
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
+from mergetune.results.slices import slices_of
 from mergetune.slopes.sensitivity import RECOMMENDED
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
@@ -91,6 +93,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class SliceScores:
+    """The scores of some candidates on one slice of the items, by candidate and score."""
+
+    name: str
+    scores: Mapping[str, Scores]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """What the report says. Entries come in the order measured, complete candidates only."""
 
@@ -111,6 +121,7 @@ class ReportData:
     unchanged: tuple[str, ...]  # roles of tensors that no expert changes
     sensitivity: Sensitivity | None
     changes: tuple[Changes, ...]
+    slices: tuple[SliceScores, ...]
     confirmation: Confirmation
     noise: Noise | None
     warm_start: WarmStart | None
@@ -208,6 +219,7 @@ def gather(run: RunDir) -> ReportData:
         unchanged=unchanged_roles(tensors, changed),
         sensitivity=_sensitivity(slopes, chosen, candidates),
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
+        slices=tuple(_slices(read, run, entries, split)),
         confirmation=confirmed_by,
         noise=noise,
         warm_start=run.warm_start(),
@@ -217,6 +229,17 @@ def gather(run: RunDir) -> ReportData:
         holdout_cost=_total([candidate.holdout_cost for candidate in candidates]),
         versions=run.read_json("versions.json") or {},
     )
+
+
+def _slices(read: Read, run: RunDir, entries: Sequence[Entry], split: Split) -> Iterator[SliceScores]:
+    """Yield the scores of the base, the experts and the recommended merge by slice."""
+    keys = run.study.suite_config.slices
+    shown = [each.name for each in entries if each.role in ("base", "expert") or each.recommended]
+    frames = {name: frame for name in shown if (frame := read(name, split)) is not None} if keys else {}
+    for one in slices_of(run.items(), keys) if frames else ():
+        scores = {name: Measurement(one.of(frame), 0.0).scores() for name, frame in frames.items()}
+        if any(scores.values()):
+            yield SliceScores(one.name, scores)
 
 
 def _excess(name: str, measured: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:
@@ -340,7 +363,10 @@ def _changes(
         return []
     names = [n for n in map(roles.expert_name, run.study.experts) if n in measured]
     experts = ((name, frame) for name in names if (frame := run.measurement(name, split)) is not None)
-    return changes(own, experts, metrics, run.items())
+    items, sent = run.items(), run.sent()
+    if sent is not None:
+        items = items.merge(sent, on=ITEM_KEYS, how="left", validate="one_to_one")
+    return changes(own, experts, metrics, items)
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:

@@ -59,6 +59,7 @@ class Example:
     own_score: float
     expert_response: str
     expert_score: float
+    sent: str  # empty: nobody knows
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,11 @@ def changes(
     metrics: Sequence[Metric],
     items: pd.DataFrame,
 ) -> list[Changes]:
-    """Compare the recommended merge to every expert, item by item."""
-    texts = items.set_index(["task", "item"])[["prompt", "target"]]
+    """Compare the recommended merge to every expert, item by item.
+
+    `items` are the suite's, with what was `sent` of each, where that is known.
+    """
+    texts = items.set_index(["task", "item"]).reindex(columns=["prompt", "target", "sent"]).fillna("")
     found = []
     for expert, frame in experts:
         both = paired(own, frame)
@@ -283,5 +287,5 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
 
 def _examples(rows: pd.DataFrame, texts: pd.DataFrame) -> tuple[Example, ...]:
     rows = rows.join(texts, on=["task", "item"])
-    fields = ["prompt", "target", "response", "own", "response_other", "score_other"]
+    fields = ["prompt", "target", "response", "own", "response_other", "score_other", "sent"]
     return tuple(Example(*row) for row in rows[fields].itertuples(index=False, name=None))

@@ -7,6 +7,7 @@ warnings.json     what looked suspicious before the search began
 model.json        the base's layers and tensors, those each expert changes, and the task vectors' norms
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
+sent.parquet      what models were sent of each item, as the chat template wrote it
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 attempts/         WHAT.json: how often something was begun that has not come to its end
 replies/          what each candidate replied, by the digest of its recipe and of the request
@@ -45,7 +46,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mergetune.engines.engine import EngineKind
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.evaluate import Measurement, Score
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
 from mergetune.files.yaml_io import Strict, write_yaml
@@ -434,6 +435,15 @@ class RunDir:
         """Return the suite's items: score_name, task, item, split, prompt, target."""
         with readable(self.path / "items.parquet"):
             return pd.read_parquet(self.path / "items.parquet")
+
+    def add_sent(self, sent: pd.DataFrame) -> None:
+        """Keep what models were sent, as `Evaluator.sent` has it, beside what is known of other items."""
+        both = [frame for frame in (self.sent(), sent) if frame is not None]
+        write_parquet(self.path / "sent.parquet", pd.concat(both).drop_duplicates(ITEM_KEYS))
+
+    def sent(self) -> pd.DataFrame | None:
+        """Return what models were sent, by item; None in a run of an earlier version."""
+        return _read_table(self.path / "sent.parquet")
 
     def write_json(self, name: str, data: Any) -> None:
         """Write one of the small JSON files."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 
 from mergetune.engines.completions import Scoring, generation_settings
+from mergetune.engines.conversations import MARKERS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -50,25 +51,40 @@ def closing(lm: CompletionsLM, task: Task, chat: bool) -> Closing:
     answers, or the first text that stops the model, or the end of the text.
     """
     if chat:
-        return Closing("", _end_of_turn(lm))
+        return _end_of_turn(lm)
     if task.config.num_fewshot:
         return Closing(str(task.config.fewshot_delimiter), [])
     _limit, stops, _sampling = generation_settings(task.config.generation_kwargs or {})
     return Closing(stops[0], []) if stops else Closing("", [lm.eot_token_id])
 
 
-def _end_of_turn(lm: CompletionsLM) -> list[int]:
-    """Return the tokens after a reply in the chat template up to its first special one."""
+def written_reply(lm: CompletionsLM, rest: str) -> tuple[str, Closing]:
+    """Return a reply, and what ends it, out of what a chat template writes after the prompt.
+
+    The end is the first token that ends every reply or, if there is none, the last special one, but for white
+    space; marks of thoughts and calls end nothing.
+    """
+    tokenizer: Any = lm.tokenizer
+    ending = {tokenizer.decode([token]) for token in (lm.eot_token_id, *lm.end_tokens)}
+    found = min(((rest.find(each), each) for each in ending if each in rest), default=None)
+    if found is None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - MARKERS
+        found = max(((rest.rfind(each), each) for each in special if each.strip()), default=(-1, ""))
+        if found[0] < 0 or rest[found[0] + len(found[1]) :].strip():
+            return rest.rstrip(), Closing("", [lm.eot_token_id])
+    return rest[: found[0]], Closing("", [tokenizer.convert_tokens_to_ids(found[1])])
+
+
+def _end_of_turn(lm: CompletionsLM) -> Closing:
+    """Return what the chat template writes after a reply."""
     tokenizer: Any = lm.tokenizer
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
     try:
         rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("reply")[2]
     except TemplateError:
-        return [lm.eot_token_id]
-    tokens: list[int] = tokenizer.encode(rest, add_special_tokens=False)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ends = [position for position, token in enumerate(tokens) if token in special]
-    return tokens[: ends[0] + 1] if ends else [lm.eot_token_id]
+        return Closing("", [lm.eot_token_id])
+    text, end = written_reply(lm, rest)
+    return end._replace(text=text)
 
 
 def _tokens_after(lm: CompletionsLM, prompt: str, before: Sequence[int], text: str) -> list[int]:

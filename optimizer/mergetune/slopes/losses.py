@@ -8,7 +8,8 @@ q = Σ_wanted wₖ / Σ_all wₖ is the share of the choices that are wanted. Th
     −log p̄              of a text that is to become likelier: its cross-entropy per token,
     −log(1 − p̄ + ε)     of a text that is to become less likely, plus log(1 + ε), with ε = 1e-6.
 
-All are positive and fall as the score gets better. The last one is the unlikelihood of Welleck et al. (2020,
+All are positive and fall as the score gets better; of an item with several turns it is the mean over them, as
+the score is. The last one is the unlikelihood of Welleck et al. (2020,
 Neural Text Generation with Unlikelihood Training, equation 4) of a text instead of a token: smooth, with a
 slope opposite to that of −log p̄, and between 0 and log(1 + 1/ε) = 13.8 nats. The negative of a cross-entropy
 has no least value and would push for ever; this one pushes less the less likely the text is. Where a score
@@ -52,9 +53,9 @@ def item_losses(model: Any, references: Sequence[Reference]) -> Tensor:
             shares = functional.log_softmax(own * own.new_tensor(reference.scales), dim=0)
             losses.append(-shares[list(reference.wanted)].logsumexp(dim=0))
         else:
-            (text,) = reference.texts
-            paid = -own[0] / max(len(text.tokens) - text.start, 1)
-            losses.append(_unlikelihood(paid) if reference.is_unwanted else paid)
+            lengths = [max(len(text.tokens) - text.start, 1) for text in reference.texts]
+            paid = -own / own.new_tensor(lengths)  # (n_turns,)
+            losses.append((_unlikelihood(paid) if reference.is_unwanted else paid).mean())
     return torch.stack(losses)
 
 

@@ -9,16 +9,15 @@ perplexity to be minimized asks for more of the text.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergetune.engines.completions import Scoring
-from mergetune.evaluation.bound_task import BoundTask, right_answer
-from mergetune.evaluation.lm_tasks import item_of
-from mergetune.evaluation.metric_direction import NamedTexts, reply_scores, rise_with_likelihood
-from mergetune.slopes.continuation import closing, continued, replied
-from mergetune.stats.gains import ROUNDING
+from mergetune.evaluation.bound_task import BoundTask
+from mergetune.evaluation.metric_direction import NamedTexts, rise_with_likelihood
+from mergetune.slopes.continuation import continued
+from mergetune.slopes.replies import TaskReplies
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
     from mergetune.evaluation.evaluate import Evaluator
-
-# A reply is a reference from this share of the best score of its task on: it shows most of what is scored.
-SUFFICIENT = 0.75
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,13 @@ class Reference:
         score_name: the objective or guard.
         task: the task's name.
         item: the item's id.
-        texts: the prompt with the reply, or with each of the choices; the tokens after the prompt count.
+        texts: the prompt with the reply, of each turn that is scored, or with each of the choices; the tokens
+            after the prompt count.
         wanted: the indices of the choices that are to become likelier: the right ones or, where the score
-            gets better without them, all others; empty: there is one text.
+            gets better without them, all others; empty: the texts are replies.
         scales: what a choice's log-likelihood is multiplied by: 1, or where the score counts it per
             character or byte, their mean number over this choice's.
-        is_unwanted: whether the one text is to become less likely.
+        is_unwanted: whether the replies are to become less likely.
     """
 
     score_name: str
@@ -63,10 +60,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """References of some of a suite's items; `missing` says of a task without any why it has none."""
+    """References of some of a suite's items.
+
+    Attributes:
+        items: the references.
+        missing: why a task without any has none.
+        remarks: what is to be known of those of a task.
+    """
 
     items: tuple[Reference, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def by_score(self) -> dict[str, list[Reference]]:
@@ -125,11 +129,13 @@ def find_references(
 
     Prompts, few-shot examples, chat template and tokens are those of the evaluation: lm-eval builds
     them here, too. Of a question with choices all are taken, and of a text to be scored the text. A
-    reply to be generated is the reply in `replies` that scores highest or, where that has less, the item's
-    answer as the examples show it (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
-    of the highest score that any of them has in its task, the answer being scored as a reply is. So items
+    reply to be generated is the reply in `replies` that scores highest or, where that has less, the reply in
+    the data or the item's answer (JSON as `json.dumps` writes it); it must reach `SUFFICIENT`
+    of the highest score that any of them has in its task, all being scored as replies are. So items
     without an answer, such as those of the scorer `regex`, have a reference where some model shows one.
-    Where such a score is to fall, that reply is what has to become less likely.
+    Where such a score is to fall, that reply is what has to become less likely. In a conversation the model's
+    own chat template writes the reply, its calls of tools and its end; where every turn is scored, an item
+    has a reply for each.
 
     Args:
         evaluator: the suite.
@@ -141,6 +147,7 @@ def find_references(
         documents = evaluator.documents("search")
     items: list[Reference] = []
     missing: dict[str, str] = {}
+    remarks: dict[str, str] = {}
     for name, indices in documents.items():
         if indices:
             task = _TaskReferences(evaluator, name, lm)
@@ -148,24 +155,29 @@ def find_references(
             items += own
             if not own:
                 missing[name] = f"`{name}` has no references: {task.why_none}."
-    return References(tuple(items), missing)
+            if task.remark:
+                remarks[name] = task.remark
+    return References(tuple(items), missing, remarks)
 
 
 class _TaskReferences:
-    """The references of one task's items; `why_none` says why there is none, where there is none."""
+    """The references of one task's items.
+
+    `why_none` says why there is none, where there is none, and `remark` what is to be known of them.
+    """
 
     def __init__(self, evaluator: Evaluator, name: str, lm: TemplateLM) -> None:
         bound = evaluator.tasks[name]
         self._evaluator, self._lm = evaluator, lm
         self._name, self._bound, self._task = name, bound, bound.task
-        self._chat = bool(evaluator.suite.config.chat_template)
         self._sign = evaluator.suite.config.scores[bound.score_name].sign
         self.why_none = "no answer of its items, and no reply given, has a high score"
+        self.remark = ""
 
     def find(self, indices: Sequence[int], replies: Sequence[pd.DataFrame]) -> list[Reference]:
         asked = self._evaluator.requests(self._lm, {self._name: indices})[self._name]
         if self._task.OUTPUT_TYPE == "generate_until":
-            return list(self._replies(asked, replies))
+            return self._replies(asked, replies)
         named = {i: found for i, own in asked.items() if (found := self._named(i, own)) is not None}
         if not named:
             self.why_none = "no item names one of its choices, and not all of them, as the right one"
@@ -183,51 +195,16 @@ class _TaskReferences:
 
     def _replies(
         self, asked: Mapping[int, list[Instance]], replies: Sequence[pd.DataFrame]
-    ) -> Iterator[Reference]:
-        candidates = self._candidates(asked, replies)
-        most = max((score for each in candidates.values() for score, _ in each), key=abs, default=0.0)
-        rise = 1 if most > 0 else -1  # an error rate falls from silence to the answer
-        end = closing(self._lm, self._task, self._chat)
-        for index, instances in asked.items():
-            # of equal scores the first one counts: that of the better model
-            score, reply = max(candidates[index], key=lambda each: rise * each[0], default=(0.0, ""))
-            if most and rise * score >= (SUFFICIENT - ROUNDING) * abs(most):
-                prompt, settings = instances[-1].args[:2]  # the last turn's
-                text = replied(self._lm, prompt, settings, reply, end)
-                yield self._reference(index, (text,), is_unwanted=rise * self._sign < 0)
-
-    def _candidates(
-        self, asked: Mapping[int, list[Instance]], replies: Sequence[pd.DataFrame]
-    ) -> dict[int, list[tuple[float, str]]]:
-        """Return what may be replied to each document, with its score above that of saying nothing.
-
-        A JSONL item's score is taken as it is: it counts what a reply has.
-        """
-        bound, shown = self._bound, self._shown(replies)
-        texts = {index: _answer(bound, bound.docs[index], self._chat) for index in asked}
-        answers = {index: text for index, text in texts.items() if text is not None}
-        silent = {} if bound.config.items else reply_scores(bound, asked, dict.fromkeys(asked, ""))
-        scores = reply_scores(bound, asked, answers)
-        found = {index: list(shown.get(bound.item_ids[index], [])) for index in asked}
-        for index, score in scores.items():
-            found[index].append((score - silent.get(index, 0.0), answers[index]))
-        return found
-
-    def _shown(self, replies: Sequence[pd.DataFrame]) -> dict[str, list[tuple[float, str]]]:
-        """Return what models replied to each item, with its score, the better model first.
-
-        lm-eval's own tasks are left out: what is on record of them may be a part of the reply only; and so
-        are items with several replies each.
-        """
-        config = self._bound.config
-        if config.items is None or config.score_turns != "last" or config.repeats > 1:
-            return {}
-        own = [frame[frame["task"] == self._name] for frame in replies]
-        found: dict[str, list[tuple[float, str]]] = defaultdict(list)
-        for frame in sorted(own, key=lambda frame: -frame["score"].mean()):
-            for item, score, reply in zip(frame["item"], frame["score"], frame["response"], strict=True):
-                found[item].append((score, reply))
-        return found
+    ) -> list[Reference]:
+        found = TaskReplies(self._bound, self._lm, self._evaluator.suite.config).best(asked, replies)
+        if found.n_plain:
+            n_replies = sum(map(len, found.texts.values()))
+            self.remark = (
+                f"`{self._name}`: {found.n_plain} of {n_replies} replies follow the prompt as plain text: "
+                "the chat template does not write them after it, or not in a form that the scorer reads."
+            )
+        unwanted = found.rise * self._sign < 0
+        return [self._reference(index, own, is_unwanted=unwanted) for index, own in found.texts.items()]
 
     def _named(self, index: int, instances: list[Instance]) -> NamedTexts | None:
         """Return the texts whose likelihoods a document asks for, and which it names; None: none of them."""
@@ -256,21 +233,6 @@ class _TaskReferences:
         else:
             text = continued(self._lm, *args[0][:2])
         return self._reference(index, (text,), is_unwanted=toward < 0)
-
-
-def _answer(bound: BoundTask, doc: Any, chat: bool) -> str | None:
-    """Return the answer as few-shot examples show it; None: there is none."""
-    task, scorer = bound.task, bound.config.scorer
-    if scorer is None:
-        first = next(iter(_as_list(right_answer(task, doc))), None)
-    else:
-        first = scorer.wanted_reply(item_of(doc))
-    prefix = task.doc_to_prefix(doc)
-    if prefix:
-        delimiter = "" if prefix[-1].isspace() else " "
-    else:
-        delimiter = "" if chat else task.config.target_delimiter
-    return None if first is None else f"{delimiter}{first}"
 
 
 def _scales(bound: BoundTask, choices: Sequence[str]) -> tuple[float, ...]:

@@ -42,7 +42,7 @@ def suite_sensitivity(
     evaluator = Evaluator(suite)
     with closing(TransformersEngine(config, inputs.base.folder, inputs.merger, inputs.chat)) as engine:
         references = _references(engine, evaluator, inputs, say)
-        for reason in references.missing.values():
+        for reason in (*references.missing.values(), *references.remarks.values()):
             say(f"warning: {reason}")
         if not references.items:
             raise MergetuneError(
@@ -78,7 +78,7 @@ def _references(
     shown = find_references(evaluator, lm, asked, replies)
     names = list(scores)
     items = sorted((*found.items, *shown.items), key=lambda each: names.index(each.score_name))
-    return References(tuple(items), shown.missing)
+    return References(tuple(items), shown.missing, {**found.remarks, **shown.remarks})
 
 
 def _alone(inputs: Inputs, model: str) -> MergeRecipe:

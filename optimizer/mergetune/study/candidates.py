@@ -90,6 +90,7 @@ class Candidates:
         self.scores = run.all_scores("search")
         self._known = {candidate.name: candidate for candidate in run.candidates()}
         self._proposed: dict[str, tuple[Proposal, float]] = {}  # by the job's purpose; when it was begun
+        self._n_sent = 0
         known = run.versions()
         options = PoolOptions(
             folder=run.path,
@@ -173,6 +174,7 @@ class Candidates:
         else:
             kept = self._keep({**fields, "cost": found.cost, "faults": found.faults}, found.measurement)
             line = candidate_line(proposal.name, self.scores[proposal.name], kept.cost.total_s, "")
+            self._keep_sent()
         self.run.forget_attempts(what)
         self.progress.say(line)
         return kept
@@ -194,6 +196,7 @@ class Candidates:
             self.progress.say(f"holdout: {candidate_line(name, None, 0.0, found.reason)}")
             return found.reason
         self.run.write_measurement(name, "holdout", found.measurement)
+        self._keep_sent()
         self._keep(candidate.model_copy(update={"holdout_cost": found.cost}), None)
         self.run.forget_attempts(f"holdout.{name}")
         line = candidate_line(name, found.measurement.scores(), found.cost.total_s, "")
@@ -224,6 +227,13 @@ class Candidates:
     def close(self) -> None:
         """End the engine."""
         self.pool.close()
+
+    def _keep_sent(self) -> None:
+        """Keep what was sent, once it was rendered for a split's first candidate."""
+        sent = self.evaluator.sent(self.pool.renderer)
+        if len(sent) > self._n_sent:
+            self.run.add_sent(sent)
+            self._n_sent = len(sent)
 
     def _say_fault(self, job: Job, reason: str) -> None:
         split, _, name = job.purpose.partition(".")

@@ -95,6 +95,8 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         Interrupts() as interrupts,
     ):
         write_facts(run, inputs, evaluator, leaks)
+        for line in plan.suite.read_as.values():
+            progress.say(line)
         slow = [reason] if (reason := why_slow()) else []
         for warning in (*run.set_aside_broken(), *inputs.warnings, *evaluator.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")

@@ -34,6 +34,8 @@ def study_references(candidates: Candidates, engine: TransformersEngine) -> Refe
     found = find_references(candidates.evaluator, engine.lm, replies=replies)
     for reason in found.missing.values():
         candidates.progress.say(f"warning: slopes are taken without a task: {reason}")
+    for remark in found.remarks.values():
+        candidates.progress.say(f"warning: {remark}")
     return found
 
 

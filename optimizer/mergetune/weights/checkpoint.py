@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ _EMBEDDINGS = re.compile(
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale(_inv)?)$|\.quant_state\."
 )
+
+_IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
+_RELEVANT = (".json", ".jinja", ".model", ".txt")
 
 
 class Checkpoint:
@@ -224,6 +228,21 @@ class FullExpert:
         """Return expert − base in float32, on the device of `base`."""
         weights = self.weights(name)
         return None if weights is None else weights.to(torch.float32, copy=True).to(base.device).sub_(base)
+
+
+def answers_digest(folder: Path, weights: str, *others: str) -> str:
+    """Return the SHA-256 of all that a model's answers depend on.
+
+    Args:
+        folder: holds configuration, tokenizer and chat template.
+        weights: a digest of the weights.
+        others: what else they depend on.
+    """
+    total = hashlib.sha256("".join([weights, *others]).encode())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _RELEVANT and file.name not in _IRRELEVANT:
+            total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def match_names(base: Checkpoint, theirs: Sequence[str]) -> dict[str, str]:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.files.atomic_files import sync
 from mergetune.weights.checkpoint import Checkpoint
-from mergetune.weights.tensor_files import INDEX, SINGLE
+from mergetune.weights.tensor_files import INDEX
 
 Entry = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and shape
 Layout = Mapping[str, Entry]  # of all tensors of a model, by name
@@ -182,30 +183,19 @@ class _Place:
 
 def _lay_out(folder: Path, layout: Layout, max_shard_bytes: int) -> dict[str, _Place]:
     """Create the files of the weights, and the index of several; return where each tensor goes."""
-    shards = _fill_shards(layout, max_shard_bytes)
+    split = split_state_dict_into_shards_factory(
+        dict(layout),
+        get_storage_size=lambda entry: _nbytes(*entry),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     places: dict[str, _Place] = {}
-    for number, shard in enumerate(shards, start=1):
-        many = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        places |= _create_file(folder / (many if len(shards) > 1 else SINGLE), shard)
-    if len(shards) > 1:
-        total = sum(_nbytes(*entry) for entry in layout.values())
-        weight_map = {name: places[name].path.name for name in layout}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for file, names in split.filename_to_tensors.items():
+        places |= _create_file(folder / file, {name: layout[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return places
-
-
-def _fill_shards(layout: Layout, max_shard_bytes: int) -> list[Layout]:
-    """Part the tensors in their order; one that is larger than a shard gets one of its own."""
-    shards: list[dict[str, Entry]] = [{}]
-    filled = 0
-    for name, entry in layout.items():
-        if shards[-1] and filled + _nbytes(*entry) > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = entry
-        filled += _nbytes(*entry)
-    return list(shards)
 
 
 def _create_file(path: Path, layout: Layout) -> dict[str, _Place]:

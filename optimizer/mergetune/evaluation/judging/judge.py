@@ -1,4 +1,4 @@
-"""A judge: a served model that gives verdicts, asked only what no earlier verdict answers."""
+"""A judge: a model that gives verdicts, served or on this machine, asked only what was not judged before."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, TrialError
+from mergetune.evaluation.judging.local_judge import Asked, local_judge
 from mergetune.evaluation.judging.questions import Question
 from mergetune.evaluation.judging.verdict_store import VerdictStore
 from mergetune.evaluation.judging.verdicts import Verdict
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
     from mergetune.engines.endpoint import Endpoint
 
 _MOST_TRIES = 3  # at one verdict, where what comes is none
+_AT_A_TIME = 64  # questions to an engine, whose verdicts are kept together
 _KEPT = "The verdicts that were given are kept: run the same command again to go on."
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Which model judges, and how it is asked; see the scorer `judge`."""
+    """Which model judges, and how it is asked; see the scorer `judge`.
+
+    `folder` is that of a model on this machine, whose `model` is then a digest, and `engine` runs it.
+    """
 
     model: str
     url: str
@@ -36,6 +42,13 @@ class JudgeSettings:
     concurrency: int
     timeout_s: float
     max_requests: int | None
+    folder: Path | None = None
+    engine: EngineConfig = field(default=EngineConfig(), hash=False)
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self.model if self.folder is None else str(self.folder)
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -47,8 +60,8 @@ class JudgeSettings:
 class Judge:
     """A judge with what it said before; every verdict is kept as it comes.
 
-    The server is first reached when a verdict is missing. The model's name says which judge it is, not the
-    server's address, which may change.
+    A server is first reached, or an engine started, when a verdict is missing. The model's name says which
+    judge it is, not the server's address, which may change; on this machine its digest does.
 
     Args:
         settings: the model and how it is asked.
@@ -66,7 +79,7 @@ class Judge:
         """Return the scores that a judge's verdicts give each question, one for each repeat.
 
         Raises:
-            MergetuneError: the server cannot be used, gives no verdict, or may be asked no more.
+            MergetuneError: the judge cannot be used, gives no verdict, or may be asked no more.
         """
         keys = [[self._key(question, repeat) for repeat in range(repeats)] for question in questions]
         known = self._store.read(self._settings.model)
@@ -89,7 +102,16 @@ class Judge:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _ask(self, missing: Mapping[str, Question]) -> dict[str, Verdict]:
-        """Ask questions, several at a time, and keep each verdict before the next is asked for."""
+        """Ask questions; what is wrong then is the judge's, whatever it would be of the model under test."""
+        folder = self._settings.folder
+        try:
+            return self._ask_server(missing) if folder is None else self._ask_engine(folder, missing)
+        except MergetuneError as error:
+            raise MergetuneError(f"The judge `{self._settings.name}`: {error} {_KEPT}") from error
+
+    def _ask_server(self, missing: Mapping[str, Question]) -> dict[str, Verdict]:
+        """Ask several questions at a time, and keep each verdict before the next is asked for."""
+        endpoint = self._connected()
 
         def ask(asked: tuple[str, Question]) -> tuple[str, Verdict]:
             key, question = asked
@@ -98,11 +120,41 @@ class Judge:
                 self._store.add(self._settings.model, key, verdict)
             return key, verdict
 
-        try:
-            endpoint = self._connected()
-            return dict(endpoint.each(ask, list(missing.items())))
-        except MergetuneError as error:  # also what would be held against the model under test
-            raise MergetuneError(f"The judge `{self._settings.model}`: {error} {_KEPT}") from error
+        return dict(endpoint.each(ask, list(missing.items())))
+
+    def _ask_engine(self, folder: Path, missing: Mapping[str, Question]) -> dict[str, Verdict]:
+        """Ask a model of this machine, whose memory is free again at the end."""
+        given, keys = self._settings, list(missing)
+        assert given.temperature is not None  # JudgeScorer.with_files
+        assert given.max_new_tokens is not None
+        found: dict[str, Verdict] = {}
+        with local_judge(folder, given.engine, given.temperature, given.max_new_tokens) as replies:
+            for start in range(0, len(keys), _AT_A_TIME):
+                found |= self._verdicts(replies, {key: missing[key] for key in keys[start:][:_AT_A_TIME]})
+        return found
+
+    def _verdicts(
+        self, replies: Callable[[Sequence[Asked]], list[str]], asked: Mapping[str, Question]
+    ) -> dict[str, Verdict]:
+        """Return an engine's verdicts and keep them; what it says that is none is asked for again."""
+        found: dict[str, Verdict] = {}
+        messages = {key: question.messages for key, question in asked.items()}
+        problem = None
+        for _ in range(_MOST_TRIES):
+            said = replies([(own, int(key[:8], 16) >> 1) for key, own in messages.items()])
+            for key, reply in zip(list(messages), said, strict=True):
+                try:
+                    found[key] = asked[key].form.read(reply)
+                except ValueError as error:
+                    messages[key] = _asked_again(asked[key], reply, error)
+                    problem = _no_verdict(asked[key], reply, error)
+                    continue
+                self._store.add(self._settings.model, key, found[key])
+                del messages[key]
+            if not messages:
+                return found
+        assert problem is not None
+        raise problem
 
     def _connected(self) -> Endpoint:
         from mergetune.engines.endpoint import Endpoint
@@ -126,24 +178,15 @@ class Judge:
 
     def _verdict(self, endpoint: Endpoint, question: Question) -> Verdict:
         """Return a judge's verdict; where what it says is none, it is told so and asked once more."""
-        messages = list(question.messages)
+        messages = question.messages
         for _ in range(_MOST_TRIES):
             reply = self._reply(endpoint, messages, question.form.response_format)
             try:
                 return question.form.read(reply)
             except ValueError as error:
-                reason = str(error)
-            again = f"That is no verdict: {reason}. {question.form.instruction}"
-            messages = [
-                *question.messages,
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": again},
-            ]
-        raise MergetuneError(
-            f"a verdict must be one JSON object, but {_MOST_TRIES} times there was none for the item "
-            f"{question.about[:80]!r}: {reason}. The last reply was {reply[:300]!r}. Take a judge that "
-            "follows instructions, or raise `max_new_tokens` if it was cut off."
-        )
+                messages = _asked_again(question, reply, error)
+                problem = _no_verdict(question, reply, error)
+        raise problem
 
     def _reply(
         self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]], response_format: dict[str, Any]
@@ -172,6 +215,21 @@ class Judge:
             "/v1/chat/completions", messages=list(messages), **self._settings.decoding, **options
         )
         return (choice.get("message") or {}).get("content") or ""
+
+
+def _asked_again(question: Question, reply: str, reason: ValueError) -> tuple[Mapping[str, str], ...]:
+    """Return a question with a reply that is no verdict, and what is wrong with it."""
+    again = f"That is no verdict: {reason}. {question.form.instruction}"
+    added = {"role": "assistant", "content": reply}, {"role": "user", "content": again}
+    return (*question.messages, *added)
+
+
+def _no_verdict(question: Question, reply: str, reason: ValueError) -> MergetuneError:
+    return MergetuneError(
+        f"a verdict must be one JSON object, but {_MOST_TRIES} times there was none for the item "
+        f"{question.about[:80]!r}: {reason}. The last reply was {reply[:300]!r}. Take a judge that "
+        "follows instructions, or raise `max_new_tokens` if it was cut off."
+    )
 
 
 @functools.cache

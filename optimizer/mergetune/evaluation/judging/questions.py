@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergetune.evaluation.call_formats import message_text
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.judging.verdicts import VerdictForm
 
@@ -59,17 +60,11 @@ def comparing_question(rubric: str, form: VerdictForm, item: Item, first: str, s
 
 def wanted_reply(item: Item) -> str | None:
     """Return a reply that is right, as a model would write it; None where the item names none."""
-    if item.target is None:
-        if item.answer is None or isinstance(item.answer, str):
-            return item.answer
-        return json.dumps(item.answer, ensure_ascii=False)
-    calls = [
-        json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-        for call in item.target.tool_calls
-    ]
-    return "\n".join(
-        filter(None, [item.target.content, *(f"<tool_call>{call}</tool_call>" for call in calls)])
-    )
+    if item.target is not None:
+        return message_text(item.target)
+    if item.answer is None or isinstance(item.answer, str):
+        return item.answer
+    return json.dumps(item.answer, ensure_ascii=False)
 
 
 def data_text(data: Mapping[str, Any]) -> str:

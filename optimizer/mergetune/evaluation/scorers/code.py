@@ -34,6 +34,7 @@ class CodeScorer(BaseScorer):
     )
     scores = "1 if the reply's code and then the tests run without an exception, in a sandbox"
     runs_code: ClassVar[bool] = True
+    reads_metadata = True
 
     kind: Literal["code"] = "code"
     prepend_prompt: bool = False
@@ -61,9 +62,8 @@ class CodeScorer(BaseScorer):
         """See `BaseScorer.target_text`: the tests."""
         return str(item.answer)
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`."""
-        return reply_in_data(item)
+    def wanted_reply(self, item: Item) -> None:
+        """See `BaseScorer.wanted_reply`: the answer is tests."""
 
     def _passes(self, item: Item, reply: str) -> bool:
         code = code_in(reply)

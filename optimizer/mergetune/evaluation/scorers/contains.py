@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.scorers.scorer import (
     BaseScorer,
     each_text,
@@ -43,7 +43,7 @@ class ContainsScorer(BaseScorer):
         """See `BaseScorer.answer_text`; of a list, all of it."""
         return "" if item.answer is None else ", ".join(each_text(item.answer))
 
-    def wanted_reply(self, item: Item) -> str | None:
+    def wanted_reply(self, item: Item) -> Message | None:
         """See `BaseScorer.wanted_reply`; a list of words that count is none."""
         return None if isinstance(item.answer, list) else super().wanted_reply(item)
 

@@ -1,18 +1,20 @@
-"""The scorer `judge`: a served model scores the reply."""
+"""The scorer `judge`: a model scores the reply."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.items import Item
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.judging import questions, verdicts
 from mergetune.evaluation.judging.judge import Judge, JudgeSettings, judge_of
+from mergetune.evaluation.judging.local_judge import judge_digest
 from mergetune.evaluation.judging.questions import (
     Question,
     comparing_question,
@@ -30,12 +32,14 @@ from mergetune.evaluation.judging.verdict_store import default_store
 from mergetune.evaluation.judging.verdicts import graded, preferred
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
-from mergetune.files.yaml_io import Strict, read_text
+from mergetune.files.yaml_io import KindAlone, Strict, read_text
+from mergetune.weights.models import find_model
 
 if TYPE_CHECKING:
     from mergetune.evaluation.judging.agreement import JudgeQuality
 
 _MOST_GRADES = 101
+_OF_SERVERS = ("key_variable", "concurrency", "max_requests", "timeout_s")
 _LOWEST_KAPPA = 0.6  # above it agreement is "substantial": Landis and Koch (1977)
 
 
@@ -49,7 +53,10 @@ class Pairwise(Strict):
 
 
 class JudgeScorer(BaseScorer):
-    """A model behind an OpenAI-compatible server scores replies, by a rubric or against a reference.
+    """A model scores replies, by a rubric or against a reference.
+
+    `model` is its name on an OpenAI-compatible server at `url`. Without one it is a directory or a hub id,
+    which `engine` runs on this machine while replies are scored; once the suite is read, it is a digest.
 
     `rubric` is a file relative to the suite's folder; once the suite is read, it is the file's text. By it
     a reply gets a whole number of the `scale`, one for each of the `criteria` if there are any; the ends
@@ -64,7 +71,7 @@ class JudgeScorer(BaseScorer):
 
     needs = "nothing; `answer`, if there is one, is shown to the judge, and `pairwise` may compare with it"
     scores = (
-        "what a model on a server gives the reply: its place on a scale by a rubric, the mean of several "
+        "what another model gives the reply: its place on a scale by a rubric, the mean of several "
         "criteria, or the share of comparisons with a reference that it wins, a tie counting half"
     )
     modules = (questions, verdicts)
@@ -80,12 +87,14 @@ class JudgeScorer(BaseScorer):
     max_new_tokens: int | None = Field(512, gt=0)
 
     url: str = Field("", exclude=True)
+    engine: Annotated[EngineConfig, KindAlone] = Field(EngineConfig(), exclude=True)
     key_variable: str | None = Field(None, exclude=True)
     concurrency: int = Field(8, gt=0, exclude=True)
     max_requests: int | None = Field(None, gt=0, exclude=True)
     timeout_s: float = Field(120, gt=0, exclude=True)
     labels: str | tuple[LabelledReply, ...] = Field("", exclude=True)
 
+    _folder: Path | None = PrivateAttr(None)
     _was_compared: bool = PrivateAttr(False)
 
     @model_validator(mode="after")
@@ -105,11 +114,13 @@ class JudgeScorer(BaseScorer):
 
     def with_files(self, folder: Path, items: Sequence[Item]) -> Self:
         """See `BaseScorer.with_files`."""
-        if not self.url.startswith(("http://", "https://")):
+        if self.url and not self.url.startswith(("http://", "https://")):
             raise MergetuneError(
                 f"`url` must be a server's address, http://… or https://…, but is {self.url!r}."
             )
-        found: dict[str, Any] = {}
+        self._refuse_foreign()
+        place, model = self._found(folder)
+        found: dict[str, Any] = {"model": model}
         if self.rubric:
             found["rubric"] = read_text(placed(folder, self.rubric))
             if not found["rubric"].strip():
@@ -121,7 +132,35 @@ class JudgeScorer(BaseScorer):
         if isinstance(self.labels, str) and self.labels:
             ends = (0.0, 1.0) if self.pairwise else self.scale
             found["labels"] = read_labels(placed(folder, self.labels), items, ends)
-        return self.model_copy(update=found)
+        own = self.model_copy(update=found)
+        own._folder = place
+        return own
+
+    def _refuse_foreign(self) -> None:
+        """Refuse options that only a server has or, with a server, only a judge on this machine."""
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        names = ("engine",) if self.url else _OF_SERVERS
+        if wrong := [name for name in names if getattr(self, name) != default[name]]:
+            where = "on a server, with `url`" if self.url else "on this machine, without `url`"
+            raise MergetuneError(f"`{'`, `'.join(wrong)}` does not go with a judge {where}. Leave it out.")
+        if not self.url and None in (self.temperature, self.max_new_tokens):
+            raise MergetuneError(
+                "`temperature` and `max_new_tokens` may be null where a server has its own, but there is no "
+                "`url`. Give both."
+            )
+
+    def _found(self, folder: Path) -> tuple[Path | None, str]:
+        """Return the directory of a judge on this machine and its digest; None and its name on a server."""
+        if self.url:
+            return None, self.model
+        try:
+            place = find_model(self.model, folder)
+            return place, f"sha256:{judge_digest(place)}"
+        except MergetuneError as error:
+            raise MergetuneError(
+                f"`model` without `url` is a model on this machine: {error} Serve it, and give `url`, where "
+                "it cannot run here."
+            ) from error
 
     def check_item(self, item: Item, stop: Sequence[str] = (), *, is_example: bool = False) -> str | None:  # noqa: ARG002
         """See `BaseScorer.check_item`."""
@@ -136,9 +175,9 @@ class JudgeScorer(BaseScorer):
         """See `BaseScorer.target_text`."""
         return wanted_reply(item) or "what the judge is told to look for"
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`."""
-        return wanted_reply(item)
+    def wanted_reply(self, item: Item) -> Message | None:
+        """See `BaseScorer.wanted_reply`; a reply in the data is judged alone."""
+        return None if item.target else super().wanted_reply(item)
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`; a server that cannot be used or gives no verdict is an error."""
@@ -191,10 +230,9 @@ class JudgeScorer(BaseScorer):
 
     @property
     def _judge(self) -> Judge:
-        names = JudgeSettings.__dataclass_fields__
-        return judge_of(
-            JudgeSettings(**{name: getattr(self, name) for name in names}), default_store().folder
-        )
+        names = JudgeSettings.__dataclass_fields__.keys() - {"folder"}
+        given = {name: getattr(self, name) for name in names}
+        return judge_of(JudgeSettings(**given, folder=self._folder), default_store().folder)
 
     def _warn(self, found: JudgeQuality) -> None:
         if not found.kappa >= _LOWEST_KAPPA:  # NaN, too: where all grades are the same, they tell nothing

@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item
-from mergetune.evaluation.scorers.scorer import BaseScorer, reply_in_data
+from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
 
 Function = Callable[[list[Item], list[str]], Sequence[Any]]
@@ -33,6 +33,7 @@ class PythonScorer(BaseScorer):
 
     needs = "what the function needs; `answer` as an example"
     scores = "what the function `FILE.py:NAME` returns for it: a number in [0, 1]"
+    reads_metadata = True
 
     kind: Literal["python"] = "python"
     function: Annotated[str, Field(pattern=r"^.+\.py:[^\W\d]\w*$")]
@@ -73,9 +74,8 @@ class PythonScorer(BaseScorer):
         """See `BaseScorer.check_item`; what an item needs, the function alone knows."""
         return self.missing_answer(is_example) if is_example and item.answer is None else None
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`; the answer may be anything."""
-        return reply_in_data(item)
+    def wanted_reply(self, item: Item) -> None:
+        """See `BaseScorer.wanted_reply`: the answer may be anything."""
 
     def _problem(self, items: Sequence[Item], replies: Sequence[str], error: Exception) -> str:
         """Say where an exception was raised, and at which item, where one alone raises one."""

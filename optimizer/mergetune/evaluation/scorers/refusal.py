@@ -78,9 +78,8 @@ class RefusalScorer(BaseScorer):
         """See `BaseScorer.target_text`."""
         return "a refusal" if item.answer else "an answer, no refusal"
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """See `BaseScorer.wanted_reply`."""
-        return reply_in_data(item)
+    def wanted_reply(self, item: Item) -> None:
+        """See `BaseScorer.wanted_reply`: the answer says whether to refuse."""
 
     def _is_wanted(self, item: Item, reply: str) -> bool:
         text = _plain(reply)

@@ -36,6 +36,5 @@ class ReplyTokensScorer(BaseScorer):
         """See `BaseScorer.target_text`."""
         return "a short reply"
 
-    def wanted_reply(self, item: Item) -> str | None:  # noqa: ARG002
+    def wanted_reply(self, item: Item) -> None:
         """See `BaseScorer.wanted_reply`: a length is no text."""
-        return None

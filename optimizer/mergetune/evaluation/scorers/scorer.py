@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
-from mergetune.evaluation.items import Item, Number
+from mergetune.evaluation.call_formats import message_text
+from mergetune.evaluation.items import Item, Message, Number
 from mergetune.files.yaml_io import Strict
 
 
@@ -32,6 +33,7 @@ class BaseScorer(Strict):
         higher_is_better: which direction a score has unless the suite says it.
         modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         runs_code: whether it runs code that a model wrote, which a suite has to allow.
+        reads_metadata: whether a score may depend on an item's metadata, which then belong to its id.
         metric: what the score is called in lm-eval's terms.
         files: what is read and is no part of mergetune; their content is part of the rules.
     """
@@ -42,6 +44,7 @@ class BaseScorer(Strict):
     higher_is_better: ClassVar[bool] = True
     modules: ClassVar[tuple[ModuleType, ...]] = ()
     runs_code: ClassVar[bool] = False
+    reads_metadata: ClassVar[bool] = False
 
     kind: str
 
@@ -113,14 +116,18 @@ class BaseScorer(Strict):
         """Return what the item asks for in words, for reports."""
         return self.answer_text(item)
 
-    def wanted_reply(self, item: Item) -> str | None:
-        """Return a reply that slopes may make likelier; None where the item names none."""
-        return None if item.answer is None else self.answer_text(item)
+    def wanted_reply(self, item: Item) -> Message | None:
+        """Return the reply that an item's answer is, which slopes may make likelier; None: it is none."""
+        return None if item.answer is None else Message(role="assistant", content=self.answer_text(item))
+
+    def reply_text(self, reply: Message) -> str:
+        """Return a reply as one text that the scorer reads, where no chat template writes it."""
+        return message_text(reply)
 
 
 def reply_in_data(item: Item) -> str | None:
     """Return the text of the reply in the data, for answers that are no reply; None: there is none."""
-    return (item.target.content or None) if item.target else None
+    return (message_text(item.target) or None) if item.target else None
 
 
 def text_of(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from mergetune.evaluation import accepted_calls, call_formats, tool_schemas
 from mergetune.evaluation.accepted_calls import AcceptedCall
 from mergetune.evaluation.call_formats import CallFormat, MalformedCallError
-from mergetune.evaluation.items import Item, ToolCall
+from mergetune.evaluation.items import Item, Message, ToolCall
 from mergetune.evaluation.scorers.scorer import BaseScorer, shown, stop_problem
 from mergetune.evaluation.tool_schemas import Schema
 from mergetune.files.yaml_io import nearest
@@ -66,7 +66,8 @@ class ToolCallsScorer(BaseScorer):
 
     def answer_text(self, item: Item) -> str:
         """See `BaseScorer.answer_text`; there is none where `answer` names no reply."""
-        return self.wanted_reply(item) or ""
+        reply = self.wanted_reply(item)
+        return self.reply_text(reply) if reply else ""
 
     def target_text(self, item: Item) -> str:
         """See `BaseScorer.target_text`: the calls with all that is accepted."""
@@ -75,12 +76,25 @@ class ToolCallsScorer(BaseScorer):
             return "any call"
         return "; ".join(call.shown() for call in wanted) or "no call"
 
-    def wanted_reply(self, item: Item) -> str | None:
+    def wanted_reply(self, item: Item) -> Message | None:
         """See `BaseScorer.wanted_reply`: a text as it is, calls with the first accepted values."""
         if isinstance(item.answer, str):
-            return item.answer.strip()
-        calls = self._first_calls(item)
-        return call_formats.write_calls(calls, self.format) if calls else None
+            return Message(role="assistant", content=item.answer.strip())
+        calls = tuple(self.wanted_calls(item))
+        return Message(role="assistant", tool_calls=calls) if calls else None
+
+    def reply_text(self, reply: Message) -> str:
+        """See `BaseScorer.reply_text`."""
+        return call_formats.message_text(reply, self.format)
+
+    def wanted_calls(self, item: Item) -> list[ToolCall]:
+        """Return the calls that an item wants, with the first accepted values; none where any call is right.
+
+        Raises:
+            ValueError: its answer says something else.
+        """
+        schemas = tool_schemas.tool_schemas(item.tools)
+        return [call.first(schemas.get(call.name, {})) for call in self._wanted(item) or ()]
 
     def _wanted(self, item: Item) -> tuple[AcceptedCall, ...] | None:
         """Return the calls that an item wants; None: any call.
@@ -103,13 +117,9 @@ class ToolCallsScorer(BaseScorer):
             raise ValueError(f"{_FORMS}, but {error!s:.200}") from error
         raise ValueError(f"{_FORMS}, but is {shown(item.answer)}")
 
-    def _first_calls(self, item: Item) -> list[ToolCall]:
-        schemas = tool_schemas.tool_schemas(item.tools)
-        return [call.first(schemas.get(call.name, {})) for call in self._wanted(item) or ()]
-
     def _reply_problem(self, item: Item, stop: Sequence[str]) -> str | None:
         """Say why no reply can make the wanted calls: no format can write them, or they are cut off."""
-        calls = self._first_calls(item)
+        calls = self.wanted_calls(item)
         if not calls:
             return None
         forms: Iterable[CallFormat] = call_formats.FORMATS if self.format == "auto" else [self.format]
