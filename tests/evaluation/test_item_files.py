@@ -349,7 +349,11 @@ def test_rows_that_cannot_be_scored_are_all_named_and_may_be_left_out(tmp_path: 
     path = write_suite(tmp_path, "\n".join(rows).encode(), scorer="contains")
     with pytest.raises(MergetuneError, match=r"line 3: .* 2 more cannot be scored either: 5, 6\."):
         read_suite(path)
-    suite = yaml.safe_load(path.read_text())
+    for scorer in ("choice", "json"):  # which none can be scored by: that is no fault of the rows
+        with pytest.raises(MergetuneError, match="line 1: ") as caught:
+            read_suite(write_suite(tmp_path, "\n".join(rows).encode(), scorer=scorer))
+        assert "skip" not in str(caught.value)
+    suite = yaml.safe_load(write_suite(tmp_path, "\n".join(rows).encode(), scorer="contains").read_text())
     task = suite["objectives"]["skill"]["tasks"][0]
     path.write_text(
         yaml.safe_dump({**suite, "objectives": {"skill": {"tasks": [{**task, "skip": [3, 5, 6]}]}}})

@@ -480,6 +480,12 @@ def test_items_are_scored_as_lm_eval_hands_them_on(tmp_path: Path) -> None:
     assert [scores[index]["score"] for index in range(len(answers))] == [1, 0, 1, 0]
 
 
+def test_an_item_without_tools_is_no_test_of_calls() -> None:
+    problem = ToolCallsScorer().check_item(Item(prompt="2 + 2 =", answer="4"))
+    assert problem is not None
+    assert "the item has no `tools`" in problem
+
+
 def test_a_schema_that_refers_to_what_it_does_not_hold_ends_with_an_error() -> None:
     item = bfcl.item([tool("f", a={"$ref": "https://example.org/a.json"})], {"call": "any"})
     with pytest.raises(MergetuneError, match="`f` must hold every schema that they refer to"):

@@ -99,7 +99,8 @@ class ItemFile:
         if not problems:
             return
         (place, problem), *others = problems.items()
-        raise MergetuneError(f"{place}{problem}{_further([_number(other) for other, _ in others])}")
+        further = _further([_number(other) for other, _ in others]) if len(problems) < len(self.items) else ""
+        raise MergetuneError(f"{place}{problem}{further}")
 
     def _problem(
         self, item: Item, scorer: BaseScorer, stop: Sequence[str], which_turns: Turns, is_example: bool

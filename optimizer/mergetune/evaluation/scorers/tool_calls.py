@@ -50,6 +50,8 @@ class ToolCallsScorer(BaseScorer):
         """See `BaseScorer.check_item`."""
         if problem := self.lacking(item, is_example=is_example):
             return problem
+        if not item.tools:
+            return "the scorer `tool_calls` needs tools that may be called, but the item has no `tools`."
         try:
             schemas = tool_schemas.tool_schemas(item.tools)
             if self.part == "schema":
@@ -57,10 +59,7 @@ class ToolCallsScorer(BaseScorer):
             wanted = self._wanted(item)
         except ValueError as error:
             return f"{error}."
-        if wanted is None:
-            problem = None if schemas else "`answer` takes any call, but the item has no `tools`."
-        else:
-            problem = next(filter(None, (_call_problem(call, schemas) for call in wanted)), None)
+        problem = next(filter(None, (_call_problem(call, schemas) for call in wanted or ())), None)
         if problem is None and is_example and self.wanted_reply(item) is None:
             return f"a few-shot example must show a reply, but `answer` is {shown(item.answer)}: give a text."
         return problem or self._reply_problem(item, stop)
