@@ -203,12 +203,12 @@ def test_turns_must_be_those_that_the_scorer_takes(tmp_path: Path) -> None:
     row = [json.dumps({"messages": turns, "tools": tools})]
     with pytest.raises(MergetuneError, match=r"line 1, turn 2 of 2: .*`score_turns: text` leaves such"):
         read_suite(write_suite(tmp_path, row, chat_template=True, score_turns="all"))
-    kinds: tuple[tuple[str, Turns, int], ...] = (
+    cases: list[tuple[str, Turns, int]] = [
         ("exact", "text", 1),
         ("tool_calls", "calls", 1),
         ("tool_calls", "all", 2),
-    )
-    for scorer, which, n_turns in kinds:
+    ]
+    for scorer, which, n_turns in cases:
         suite = read_suite(write_suite(tmp_path, row, chat_template=True, scorer=scorer, score_turns=which))
         assert len(suite.items["items.jsonl"][0].turns(which)) == n_turns
     without = [json.dumps({"messages": turns[:2]})]
