@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 from mergetune.gate.judge import Check, judge
 from mergetune.gate.outputs import as_data, as_html, as_junit, as_markdown, as_table
 from mergetune.gate.page import drawings, shown_flips
-from mergetune.gate.words import about, clean, excerpt
+from mergetune.gate.words import about, brief_names, clean, excerpt
 from mergetune.stats.number_text import number
 from mergetune.stats.sequential import look, split_alpha
 
@@ -149,6 +150,18 @@ def test_the_table_fits_100_columns_and_holds_no_escape_of_a_name(check: Check) 
 
 
 # --- JSON
+
+
+def test_a_column_has_the_name_of_a_file_alone_where_that_tells_rows_apart(check: Check) -> None:
+    score, task = check.rows[0], next(row for row in check.rows if row.kind == "task")
+
+    def named(*files: str) -> list[str]:
+        rows = [replace(task, name=f"{task.score_name}:{file}") for file in files]
+        return brief_names([score, *rows])[1:]
+
+    assert named("data/a.jsonl (skip: 3, answers: any)", "../b.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert named("a.jsonl (answers: x)", "data/a.jsonl") == ["a.jsonl (answers: x)", "data/a.jsonl"]
+    assert brief_names([replace(score, name="in/out (all)")]) == ["in/out (all)"]
 
 
 def test_data_is_plain_json_and_holds_everything(check: Check) -> None:

@@ -24,6 +24,7 @@ from mergetune.gate.page import as_html as as_html
 from mergetune.gate.row import Row
 from mergetune.gate.words import (
     SLICES,
+    brief_names,
     clean,
     excerpt,
     full_name,
@@ -58,10 +59,10 @@ def as_table(check: Check) -> Table:
     for column in ("candidate", "baseline", "difference, interval", "margin", "better\n/ worse"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold", min_width=13)
-    for row in check.rows:
+    for row, name in zip(check.rows, brief_names(check.rows), strict=True):
         indent = "  " if row.kind == "task" else ""
         table.add_row(
-            escape(indent + clean(short_name(row))),
+            escape(indent + clean(name)),
             number(row.candidate),
             number(row.baseline),
             f"{signed(row.difference)} {span(row.interval)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,19 @@ def span(interval: Interval) -> str:
 def short_name(row: Row) -> str:
     """Return a row's name; a task's without that of its score."""
     return row.name.removeprefix(f"{row.score_name}:") if row.kind == "task" else row.name
+
+
+def brief_names(rows: Sequence[Row]) -> list[str]:
+    """Return the names of rows for a narrow column: of a task the file's name, where its score has no two.
+
+    So `data/pairs.jsonl (chosen: good, rejected: bad)` is `pairs.jsonl`.
+    """
+    brief = [short_name(row).partition(" (")[0].rpartition("/")[2] for row in rows]
+    uses = Counter((row.score_name, name) for row, name in zip(rows, brief, strict=True))
+    return [
+        name if row.kind == "task" and uses[row.score_name, name] == 1 else short_name(row)
+        for row, name in zip(rows, brief, strict=True)
+    ]
 
 
 def full_name(row: Row) -> str:
