@@ -91,7 +91,7 @@ def test_a_merge_is_served_with_the_template_and_ends_that_it_was_measured_with(
         assert lm.apply_chat_template(question) == best.apply_chat_template(
             question, tokenize=False, add_generation_prompt=True
         )
-        assert set(lm._end_tokens) == set(ends)
+        assert set(lm.end_tokens) == set(ends)
         assert lm.eot_token_id == ends[0]
 
 
