@@ -167,6 +167,10 @@ class Evaluator:
             known[name] |= own
         return {name: {index: known[name][index] for index in own} for name, own in wanted.items()}
 
+    def count_sent(self, renderer: object) -> int:
+        """Count the items that models were sent so far; see `sent`."""
+        return sum(map(len, self._requests.get(renderer, {}).values()))
+
     def sent(self, renderer: object) -> pd.DataFrame:
         """Return what models were sent so far, by item: `sent` is the last request's prompt, as rendered.
 

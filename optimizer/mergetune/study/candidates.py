@@ -230,10 +230,10 @@ class Candidates:
 
     def _keep_sent(self) -> None:
         """Keep what was sent, once it was rendered for a split's first candidate."""
-        sent = self.evaluator.sent(self.pool.renderer)
-        if len(sent) > self._n_sent:
-            self.run.add_sent(sent)
-            self._n_sent = len(sent)
+        n_sent = self.evaluator.count_sent(self.pool.renderer)
+        if n_sent > self._n_sent:
+            self.run.add_sent(self.evaluator.sent(self.pool.renderer))
+            self._n_sent = n_sent
 
     def _say_fault(self, job: Job, reason: str) -> None:
         split, _, name = job.purpose.partition(".")

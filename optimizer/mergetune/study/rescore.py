@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
     Raises:
         MergetuneError: the suite does not fit the run, or no item of a task has replies of all candidates.
     """
-    candidates = [each for each in run.candidates() if each.state == "complete"]
-    if not candidates:
+    candidates = run.candidates()
+    if not any(each.state == "complete" for each in candidates):
         raise MergetuneError(f"{run.path}: must hold measured candidates to score anew, but there is none.")
     plan = Plan.read_of_run(run, find("evals", suite, Path()))
     inputs = plan.open_inputs(out, say)
@@ -60,10 +60,13 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
         digest = candidate.recipe.digest
         return StoredLM(None, renderer, store, f"{digest}-{repeat}" if repeat else digest)
 
-    lms = {each.name: lm(each) for each in candidates}
+    def has_measured(candidate: Candidate, split: Split) -> bool:
+        return run.holds_measurement(candidate.name, split)
+
     splits: tuple[Split, ...] = ("search", "holdout")
     known: dict[Split, Documents] = {
-        split: _known(evaluator, [lms[name] for name in _measured(run, split)], split) for split in splits
+        split: _known(evaluator, (lm(each) for each in candidates if has_measured(each, split)), split)
+        for split in splits
     }
     lacking = _lacking(evaluator, known)
     target = RunDir(out)
@@ -73,12 +76,13 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
         for name in _AS_THEY_ARE:
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, target.path / name)
-        for candidate in run.candidates():
+        for candidate in candidates:
             say(f"scoring {candidate.name}")
+            own = lm(candidate)
             found: dict[Split, Measurement] = {
-                split: evaluator.measure_documents(lms[candidate.name], known[split])
+                split: evaluator.measure_documents(own, known[split])
                 for split in known
-                if candidate.name in _measured(run, split) and any(known[split].values())
+                if has_measured(candidate, split) and any(known[split].values())
             }
             target.write_candidate(candidate, found.get("search"))
             if "holdout" in found:
@@ -93,21 +97,17 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
     return Rescored(report, n_items, lacking)
 
 
-def _measured(run: RunDir, split: Split) -> list[str]:
-    """Return the candidates that were measured on a split."""
-    return [each.name for each in run.candidates() if run.holds_measurement(each.name, split)]
-
-
-def _known(evaluator: Evaluator, lms: Sequence[StoredLM], split: Split) -> dict[str, list[int]]:
-    """Return the documents of a split, by task, that every model has replied to."""
+def _known(evaluator: Evaluator, lms: Iterable[StoredLM], split: Split) -> dict[str, list[int]]:
+    """Return the documents of a split, by task, that every model has replied to; none without a model."""
     documents = {name: list(own) for name, own in evaluator.documents(split).items()}
+    lm = None
     for lm in lms:
         asked = evaluator.requests(lm, documents)
         documents = {
             name: [index for index in own if all(map(lm.knows, asked[name][index]))]
             for name, own in documents.items()
         }
-    return documents if lms else {name: [] for name in documents}
+    return {name: [] for name in documents} if lm is None else documents
 
 
 def _lacking(evaluator: Evaluator, known: Mapping[Split, Documents]) -> dict[str, int]:
