@@ -7,12 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
 from mergetune.evaluation.fields import MISSING, at_path
 from mergetune.evaluation.item_scores import item_scores
+from mergetune.evaluation.items import Item
 from mergetune.evaluation.lm_requests import filter_names
 from mergetune.evaluation.lm_tasks import METADATA, code_eval_allowed, fix_fewshot, item_of
 from mergetune.evaluation.rules import rules_digest
@@ -60,6 +62,11 @@ class BoundTask:
     splits: tuple[Split | None, ...]
     rules: str
 
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """The items that a JSONL task's documents were made of, read from these once."""
+        return tuple(map(item_of, self.docs))
+
     def indices(self, split: Split) -> list[int]:
         """Return the documents of a split."""
         return [index for index, own in enumerate(self.splits) if own == split]
@@ -70,13 +77,14 @@ class BoundTask:
 
     def target(self, index: int) -> str:
         """Return what an item asks for in words: its answer, or what its score counts."""
-        doc, scorer = self.docs[index], self.config.scorer
-        return str(right_answer(self.task, doc)) if scorer is None else scorer.target_text(item_of(doc))
+        scorer = self.config.scorer
+        if scorer is None:
+            return str(right_answer(self.task, self.docs[index]))
+        return scorer.target_text(self.items[index])
 
     def slices(self, index: int, keys: Sequence[str]) -> dict[str, str]:
         """Return a document's value of each slice, as text; those that it does not have are left out."""
-        doc = self.docs[index]
-        data = doc if self.config.scorer is None else item_of(doc).metadata
+        data = self.docs[index] if self.config.scorer is None else self.items[index].metadata
         found = {key: at_path(data, key) for key in keys}
         return {key: text_of(value) for key, value in found.items() if value is not MISSING}
 
@@ -89,7 +97,7 @@ class BoundTask:
         if self.config.scorer is None:
             with code_eval_allowed(_runs_code(self.task)):
                 return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
-        scores = item_scores(self.config, [self.docs[i] for i in results], results.values())
+        scores = item_scores(self.config, [self.items[i] for i in results], results.values())
         return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
 
     def rescored(self, rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,7 +113,7 @@ class BoundTask:
                 "measurement. Measure the model again."
             )
         place = {item: index for index, item in enumerate(self.item_ids)}
-        items = [item_of(self.docs[place[item]]) for item in rows["item"]]
+        items = [self.items[place[item]] for item in rows["item"]]
         scores = scorer.score(items, rows["response"].astype(str).tolist())
         return rows.assign(score=scores, parts=None, aggregation="mean", rules=self.rules)
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.lm_tasks import item_of
+from mergetune.evaluation.items import Item
 from mergetune.evaluation.suite import TaskConfig
 
 
-def item_scores(
-    config: TaskConfig, docs: Sequence[Mapping[str, str]], replies: Iterable[Sequence[Any]]
-) -> list[float]:
-    """Score documents of a JSONL task by what was replied to each.
+def item_scores(config: TaskConfig, items: Sequence[Item], replies: Iterable[Sequence[Any]]) -> list[float]:
+    """Score items of a task by what was replied to each.
 
     A turn scores what its repeats do (see `SamplingConfig.count`), and an item the mean of its turns.
 
     Args:
         config: the task in the suite.
-        docs: the documents.
+        items: the items.
         replies: to each of them, (n_turns · n_repeats,) texts, or (n_choices,) log-likelihoods with whether
             each is the likeliest text.
 
@@ -32,8 +30,8 @@ def item_scores(
     assert scorer is not None  # TaskConfig
     if scorer.asks == "likelihoods":
         likelihoods: Any = [[each for each, _ in own] for own in replies]
-        return scorer.score([item_of(doc) for doc in docs], likelihoods)
-    turns = [item_of(doc).turns(config.score_turns) for doc in docs]
+        return scorer.score(items, likelihoods)
+    turns = [item.turns(config.score_turns) for item in items]
     asked = [turn for own in turns for turn in own for _ in range(config.repeats)]
     texts: Any = [text for own in replies for text in own]
     scores = scorer.score(asked, texts)

@@ -15,7 +15,6 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.bound_task import BoundTask, right_answer
 from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.lm_requests import conversation_with, spoken_text
-from mergetune.evaluation.lm_tasks import item_of
 from mergetune.evaluation.metric_direction import reply_scores
 from mergetune.evaluation.thinking import ending_of_thoughts
 from mergetune.slopes.continuation import Closing, closing, replied, written_reply
@@ -98,9 +97,10 @@ class TaskReplies:
 
     def _turns(self, index: int, requests: Sequence[Instance]) -> Iterator[Turn]:
         """Yield the turns of a document; of a reply that is drawn several times the first request."""
-        config, doc = self._bound.config, self._bound.docs[index]
+        config = self._bound.config
         first = requests[:: config.repeats]
-        items = item_of(doc).turns(config.score_turns) if config.items is not None else (None,)
+        has_item = config.items is not None
+        items = self._bound.items[index].turns(config.score_turns) if has_item else (None,)
         for item, request in zip(items, first, strict=True):
             yield Turn(index, item, *request.args[:2])
 
