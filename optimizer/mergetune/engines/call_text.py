@@ -14,3 +14,8 @@ def call_json(name: Any, arguments: Any, key: str = "arguments") -> str:
 def hermes_call(name: Any, arguments: Any) -> str:
     """Return a call as models of Hermes' form write it: its JSON on a line of its own, between two marks."""
     return f"<tool_call>\n{call_json(name, arguments)}\n</tool_call>"
+
+
+def call_id(number: int) -> str:
+    """Return an id for a call that has none: nine letters and digits, as Mistral's chat templates want."""
+    return f"call{number:05d}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from mergetune.engines.call_text import hermes_call
+from mergetune.engines.call_text import call_id, hermes_call
 from mergetune.engines.completions import CompletionsLM, Truncate, generation_settings
 from mergetune.engines.conversations import Tools
 from mergetune.engines.endpoint import Endpoint
@@ -149,7 +149,7 @@ def _for_servers(message: Mapping[str, Any]) -> dict[str, Any]:
     if "tool_calls" not in message:
         return dict(message)
     calls = [
-        {**call, "id": call.get("id", f"call_{number}"), "function": _as_text(call["function"])}
+        {**call, "id": call.get("id", call_id(number)), "function": _as_text(call["function"])}
         for number, call in enumerate(message["tool_calls"])
     ]
     return {**message, "tool_calls": calls}

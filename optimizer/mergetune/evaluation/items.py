@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from mergetune.engines.call_text import call_id
 from mergetune.evaluation.patterns import ReplyPattern
 from mergetune.files.yaml_io import Strict
 
@@ -29,6 +30,14 @@ class Message(Strict):
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+
+    def with_call_ids(self) -> Message:
+        """Return the message with an id for each of its calls; see `call_id`."""
+        calls = tuple(
+            call if call.id is not None else call.model_copy(update={"id": call_id(number)})
+            for number, call in enumerate(self.tool_calls)
+        )
+        return self.model_copy(update={"tool_calls": calls})
 
     @property
     def wanted(self) -> Any:

@@ -151,7 +151,8 @@ def _to_be_called(number: int, item: Item) -> _Request | None:
     if not calls:
         return None
     target = item.target if item.target is not None and item.target.tool_calls else None
-    return _Request(number, item, _with_ids(target or Message(role="assistant", tool_calls=tuple(calls))), ())
+    call = target or Message(role="assistant", tool_calls=tuple(calls))
+    return _Request(number, item, call.with_call_ids(), ())
 
 
 def _was_called(number: int, item: Item) -> _Request | None:
@@ -168,15 +169,6 @@ def _is_asked(turn: Item) -> bool:
     """Say whether a turn comes after one of the user or a tool, and a request is there."""
     roles = [message.role for message in turn.messages]
     return "user" in roles and roles[-1] in ("user", "tool")
-
-
-def _with_ids(message: Message) -> Message:
-    """Return a message whose calls have ids; Mistral's chat templates take nine letters or digits."""
-    calls = tuple(
-        call if call.id is not None else call.model_copy(update={"id": f"call{place:05d}"})
-        for place, call in enumerate(message.tool_calls)
-    )
-    return message.model_copy(update={"tool_calls": calls})
 
 
 def _made(message: Message) -> list[Message]:

@@ -171,7 +171,7 @@ class TaskReplies:
     def _written(self, turn: Turn, reply: Message) -> Option | None:
         """Return a reply as the chat template writes it after the prompt; None where it does not."""
         assert turn.item is not None  # `_options`
-        for own in (reply, _with_ids(reply)):
+        for own in (reply, reply.with_call_ids()):
             try:
                 whole = conversation_with(own, self._bound, turn.item, self._lm.tokenizer, self._suite)
             except MergetuneError:  # some templates want each call to have an id
@@ -217,12 +217,3 @@ class TaskReplies:
 
 def _text(reply: str) -> Message:
     return Message(role="assistant", content=reply)
-
-
-def _with_ids(reply: Message) -> Message:
-    """Return a reply whose calls have ids, of the form that Mistral's templates want."""
-    calls = [
-        call.model_copy(update={"id": call.id or f"call{number:05}"})
-        for number, call in enumerate(reply.tool_calls)
-    ]
-    return reply.model_copy(update={"tool_calls": tuple(calls)})
