@@ -95,11 +95,11 @@ class Completer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class TokenizerPrompts:
     """Prompts as a tokenizer from transformers writes them, in every engine alike."""
 
-    tokenizer: Any
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
     def apply_chat_template(
         self,
@@ -116,7 +116,7 @@ class TokenizerPrompts:
         return len(self.tokenizer.encode(reply, add_special_tokens=False, verbose=False))
 
 
-class CompletionsLM(TemplateLM):  # type: ignore[misc]
+class CompletionsLM(TokenizerPrompts, TemplateLM):  # type: ignore[misc]
     """A `Completer` as lm-eval sees it; tokens, prompts, lengths and stops are the same in every engine.
 
     Args:
@@ -143,8 +143,8 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         end_tokens: Sequence[int] = (),
         requests_at_a_time: int | None = None,
     ) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
+        TemplateLM.__init__(self)
+        TokenizerPrompts.__init__(self, tokenizer)
         self.max_length = max_length
         self.requests_at_a_time = requests_at_a_time
         self.truncate: Truncate = "refuse"
@@ -173,20 +173,6 @@ class CompletionsLM(TemplateLM):  # type: ignore[misc]
         # not verbose: lengths are checked here, and transformers would warn of the tokenizer's own
         tokens: list[int] = self.tokenizer.encode(string, verbose=False, **chosen)
         return tokens
-
-    def apply_chat_template(
-        self,
-        chat_history: list[dict[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Tools = (),
-        template_arguments: Mapping[str, Any] = MappingProxyType({}),
-    ) -> str:
-        """Return a conversation as the model's chat template writes it; see `render`."""
-        return render(self.tokenizer, chat_history, add_generation_prompt, tools, template_arguments)
-
-    def count_tokens(self, reply: str) -> int:
-        """Return how many tokens a reply has."""
-        return len(self.tok_encode(reply, add_special_tokens=False))
 
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where it fits.
