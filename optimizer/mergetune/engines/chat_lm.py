@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from mergetune.engines.call_text import call_id, hermes_call
+from mergetune.engines.call_text import hermes_call, openai_message
 from mergetune.engines.completions import CompletionsLM, Truncate, generation_settings
 from mergetune.engines.conversations import Tools
 from mergetune.engines.endpoint import Endpoint
@@ -115,7 +115,7 @@ class ChatLM(LM):  # type: ignore[misc]
                 options |= {"add_generation_prompt": False, "continue_final_message": True}
             if arguments:
                 options["chat_template_kwargs"] = arguments
-            sent = [_for_servers(message) for message in messages]
+            sent = [openai_message(message) for message in messages]
             choice = self._endpoint.complete("/v1/chat/completions", messages=sent, tools=tools, **options)
             text = _written(choice.get("message") or {})
         else:
@@ -142,21 +142,6 @@ class ChatLM(LM):  # type: ignore[misc]
 
 def _begins_the_reply(messages: Sequence[Mapping[str, Any]]) -> bool:
     return bool(messages[-1]["role"] == "assistant")
-
-
-def _for_servers(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with its calls' arguments as JSON text, as servers take them."""
-    if "tool_calls" not in message:
-        return dict(message)
-    calls = [
-        {**call, "id": call.get("id", call_id(number)), "function": _as_text(call["function"])}
-        for number, call in enumerate(message["tool_calls"])
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 def _written(message: Mapping[str, Any]) -> str:

@@ -46,20 +46,15 @@ class Message(Strict):
             return self.content
         return [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
 
-    def as_dict(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
-        """Return the message as chat templates take it, or with arguments as JSON text, as OpenAI's data."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the message as chat templates take it."""
         data: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             data["tool_calls"] = [
                 {
                     "type": "function",
                     **({"id": call.id} if call.id is not None else {}),
-                    "function": {
-                        "name": call.name,
-                        "arguments": json.dumps(call.arguments, ensure_ascii=False)
-                        if arguments_as_text
-                        else call.arguments,
-                    },
+                    "function": {"name": call.name, "arguments": call.arguments},
                 }
                 for call in self.tool_calls
             ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
 
+from mergetune.engines.call_text import openai_message
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.item_files import ItemFile
 from mergetune.evaluation.items import Item, Message
@@ -204,7 +205,7 @@ def _beside(persona: Item, number: int, request: _Request, scorer: BaseScorer) -
 
 def _row(messages: Sequence[Message], answer: Any, beside: Row) -> Row:
     return {
-        "messages": [message.as_dict(arguments_as_text=True) for message in messages],
+        "messages": [openai_message(message.as_dict()) for message in messages],
         "answer": answer,
         **beside,
     }
