@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mergetune.evaluation.items import Item
-from mergetune.evaluation.scorers.scorer import BaseScorer, reply_in_data, shown
+from mergetune.evaluation.scorers.scorer import BaseScorer, shown
 from mergetune.machine.sandbox import Limits, passes
 
 _FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^ *```|\Z)", re.DOTALL | re.MULTILINE)
@@ -33,7 +33,8 @@ class CodeScorer(BaseScorer):
         "takes the function of this name"
     )
     scores = "1 if the reply's code and then the tests run without an exception, in a sandbox"
-    runs_code: ClassVar[bool] = True
+    answers_are_replies = False
+    runs_code = True
     reads_metadata = True
 
     kind: Literal["code"] = "code"
@@ -48,22 +49,11 @@ class CodeScorer(BaseScorer):
 
     def check_item(self, item: Item, stop: Sequence[str] = (), *, is_example: bool = False) -> str | None:  # noqa: ARG002
         """See `BaseScorer.check_item`."""
-        if problem := self.lacking(item, is_example=is_example) or _tests_problem(item):
-            return problem
-        if is_example and reply_in_data(item) is None:
-            return "an item of the scorer `code` has no reply to show, and cannot be a few-shot example."
-        return None
-
-    def answer_text(self, item: Item) -> str:
-        """See `BaseScorer.answer_text`: the reply that the data have."""
-        return reply_in_data(item) or ""
+        return self.lacking(item, is_example=is_example) or _tests_problem(item)
 
     def target_text(self, item: Item) -> str:
         """See `BaseScorer.target_text`: the tests."""
         return str(item.answer)
-
-    def wanted_reply(self, item: Item) -> None:
-        """See `BaseScorer.wanted_reply`: the answer is tests."""
 
     def _passes(self, item: Item, reply: str) -> bool:
         code = code_in(reply)

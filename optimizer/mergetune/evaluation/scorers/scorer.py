@@ -32,6 +32,8 @@ class BaseScorer(Strict):
             item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
         modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
+        answers_are_replies: whether an item's answer is a reply, or else says how to score one; examples then
+            show the reply that the data have, and slopes take it.
         runs_code: whether it runs code that a model wrote, which a suite has to allow.
         reads_metadata: whether a score may depend on an item's metadata, which then belong to its id.
         metric: what the score is called in lm-eval's terms.
@@ -43,6 +45,7 @@ class BaseScorer(Strict):
     asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
     modules: ClassVar[tuple[ModuleType, ...]] = ()
+    answers_are_replies: ClassVar[bool] = True
     runs_code: ClassVar[bool] = False
     reads_metadata: ClassVar[bool] = False
 
@@ -98,10 +101,19 @@ class BaseScorer(Strict):
         """
 
     def lacking(self, item: Item, *, is_example: bool) -> str | None:
-        """Say that an item has no answer, where one is needed and no patterns are; None where it has one."""
+        """Say that an item has no answer, or as an example no reply, and needs it; None where it has it.
+
+        Patterns belong to another scorer.
+        """
         if item.patterns:
             return f"`patterns` belongs to the scorer `regex`, but this task's is `{self.kind}`."
-        return self.missing_answer(is_example) if item.answer is None else None
+        if item.answer is None:
+            return self.missing_answer(is_example)
+        if is_example and not self.answers_are_replies and not self.answer_text(item):
+            return (
+                f"an item of the scorer `{self.kind}` has no reply to show, and cannot be a few-shot example."
+            )
+        return None
 
     def missing_answer(self, is_example: bool) -> str:
         """Say that an item has no answer, which it needs."""
@@ -110,6 +122,8 @@ class BaseScorer(Strict):
 
     def answer_text(self, item: Item) -> str:
         """Return the item's answer as few-shot examples show it; of several that are right, the first."""
+        if not self.answers_are_replies:
+            return message_text(item.target) if item.target else ""
         return "" if item.answer is None else text_of(item.answer)
 
     def target_text(self, item: Item) -> str:
@@ -118,16 +132,13 @@ class BaseScorer(Strict):
 
     def wanted_reply(self, item: Item) -> Message | None:
         """Return the reply that an item's answer is, which slopes may make likelier; None: it is none."""
-        return None if item.answer is None else Message(role="assistant", content=self.answer_text(item))
+        if item.answer is None or not self.answers_are_replies:
+            return None
+        return Message(role="assistant", content=self.answer_text(item))
 
     def reply_text(self, reply: Message) -> str:
         """Return a reply as one text that the scorer reads, where no chat template writes it."""
         return message_text(reply)
-
-
-def reply_in_data(item: Item) -> str | None:
-    """Return the text of the reply in the data, for answers that are no reply; None: there is none."""
-    return (message_text(item.target) or None) if item.target else None
 
 
 def text_of(value: Any) -> str:
