@@ -8,12 +8,8 @@ from mergetune.evaluation.formats.form import Form, Row, has, refuse
 from mergetune.evaluation.formats.messages import conversation, history, read_messages
 
 
-def _chat(row: Row) -> dict[str, Any]:
-    return conversation(read_messages(row.get("messages"), "messages"), "messages")
-
-
-def _share_gpt(row: Row) -> dict[str, Any]:
-    return conversation(read_messages(row.get("conversations"), "conversations"), "conversations")
+def _conversation(row: Row, key: str) -> dict[str, Any]:
+    return conversation(read_messages(row.get(key), key), key)
 
 
 def _prompts(row: Row) -> dict[str, Any]:
@@ -27,7 +23,7 @@ CHAT = Form(
     ("messages",),
     "the last message of the assistant is the reply that is wanted, and what stands before it is asked",
     lambda row: has(row, "messages"),
-    _chat,
+    lambda row: _conversation(row, "messages"),
     is_conversation=True,
 )
 SHARE_GPT = Form(
@@ -35,7 +31,7 @@ SHARE_GPT = Form(
     ("conversations",),
     "as OpenAI chat; a `function_call` is JSON of one call or several, an `observation` a tool's result",
     lambda row: has(row, "conversations"),
-    _share_gpt,
+    lambda row: _conversation(row, "conversations"),
     is_conversation=True,
 )
 CHAT_PROMPTS = Form(
