@@ -13,6 +13,7 @@ from pydantic import Field
 
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.scorers.scorer import BaseScorer, shown
+from mergetune.machine import sandbox, sandboxed
 from mergetune.machine.sandbox import Limits, passes
 
 _FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^ *```|\Z)", re.DOTALL | re.MULTILINE)
@@ -33,6 +34,7 @@ class CodeScorer(BaseScorer):
         "takes the function of this name"
     )
     scores = "1 if the reply's code and then the tests run without an exception, in a sandbox"
+    modules = (sandbox, sandboxed)
     answers_are_replies = False
     runs_code = True
     reads_metadata = True

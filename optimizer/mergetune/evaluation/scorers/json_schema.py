@@ -11,6 +11,7 @@ from pydantic import PrivateAttr
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item
+from mergetune.evaluation.scorers import json_answer
 from mergetune.evaluation.scorers.json_answer import NOT_JSON, parse_json
 from mergetune.evaluation.scorers.scorer import BaseScorer, shown, text_of
 from mergetune.files.library import placed
@@ -28,6 +29,7 @@ class JsonSchemaScorer(BaseScorer):
         "1 if the reply is JSON that is valid by the JSON Schema in `schema_file`; a Markdown code fence "
         "around the reply does not count"
     )
+    modules = (json_answer,)
 
     kind: Literal["json_schema"] = "json_schema"
     schema_file: str
