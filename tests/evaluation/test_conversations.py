@@ -179,6 +179,26 @@ def test_repeats_have_seeds_that_depend_on_the_item_alone(tmp_path: Path, tokeni
     }
 
 
+def test_draws_are_shared_by_tasks_that_score_the_same_items_otherwise(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    answer = [{"name": "get_time", "arguments": {}}]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Hi, {i}."}], "tools": list(TOOLS), "answer": answer}
+        for i in range(2)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"items": "items.jsonl", "sampling": {"temperature": 0.7, "repeats": 3}}
+    objectives = {kind: {"tasks": [{**task, "scorer": kind}]} for kind in ("tool_calls", "reply_tokens")}
+    data = {"description": "x", "chat_template": True, "holdout": 0, "objectives": objectives}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(data))
+    lm = Asked(tokenizer, '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>')
+    measured = Evaluator(read_suite(tmp_path / "suite.yaml")).measure(lm, "search")
+    assert len(lm.requests) == 2 * 3
+    assert measured.scores()["tool_calls"].value == 1.0
+    assert measured.scores()["reply_tokens"].value > 1.0
+
+
 @pytest.mark.parametrize(("count", "expected"), [("mean", 0.75), ("worst", 0.0)])
 def test_repeats_are_averaged_or_the_worst_counts(
     tmp_path: Path, tokenizer: Any, count: str, expected: float

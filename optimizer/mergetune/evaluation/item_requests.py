@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING
@@ -48,12 +49,17 @@ def told(task: Task, config: TaskConfig, turn: Item) -> list[Message]:
     return [*_system(turn), *_examples(task, config), *turn.messages_without_system]
 
 
-def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item_id: str) -> Iterator[Instance]:
-    """Yield every request as often as it is repeated, with a seed that depends on item, turn and repeat."""
+def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item: Item) -> Iterator[Instance]:
+    """Yield every request as often as it is repeated, with a seed of its own.
+
+    It depends on what the item asks, the turn and the repeat, and on nothing that scores: tasks with the same
+    items and other scorers share their replies.
+    """
+    asked = json.dumps([item.prompt, *(message.model_dump() for message in item.conversation)])
     for request in requests:
         for repeat in range(sampling.repeats):
             context, settings = request.args
-            text = f"{item_id}/{request.idx}/{repeat}"
+            text = f"{asked}/{request.idx}/{repeat}"
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
             own = copy(request)
             how = {**sampling.settings, "do_sample": True, "seed": seed}

@@ -54,7 +54,7 @@ def _made(bound: BoundTask, index: int, template: Renderer | None) -> list[Insta
         made = _requests(task, doc, index, None)
     else:
         made = conversation_requests(task, config, doc, index, template)
-    return made if config.sampling is None else list(drawn(made, config.sampling, bound.item_ids[index]))
+    return made if config.sampling is None else list(drawn(made, config.sampling, bound.items[index]))
 
 
 def conversation_with(
