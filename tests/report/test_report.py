@@ -686,6 +686,7 @@ def test_scores_are_written_with_their_error(percent: bool, text: str, change: s
     assert metric.text(Score(0.713, 0.021, 50)) == text
     assert metric.change(Score(-0.713, 0.021, 50)) == change
     assert metric.text(Score(1.0, 0.0, 1)).endswith("± ?")
+    assert metric.text(Score(0.5, math.inf, 2)).endswith("± ?")
 
 
 def test_labels_of_points_close_together_do_not_cover_each_other() -> None:

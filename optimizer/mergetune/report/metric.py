@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -56,8 +57,8 @@ class Metric:
         return f"{100 * difference:.1f} points" if self.percent else number(difference)
 
     def _error(self, score: Score) -> str:
-        if score.n_items < 2:
-            return "?"  # one item has no spread
+        if score.n_items < 2 or not math.isfinite(score.stderr):
+            return "?"  # one item has no spread, be it of all or of a task
         return f"{100 * score.stderr:.1f}" if self.percent else number(score.stderr)
 
 
