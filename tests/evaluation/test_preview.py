@@ -62,6 +62,11 @@ def test_what_is_wanted_is_shown(changes: dict[str, Any], kind: str | None, want
     assert lines[lines.index("--- what is wanted") + 1 :] == wanted
 
 
+def test_patterns_are_shown_where_no_scorer_says_what_is_wanted() -> None:
+    lines = preview(Item(prompt="Hi", patterns=("!$", "^[A-Z]"))).splitlines()
+    assert lines[-1] == 'patterns: ["!$", "^[A-Z]"]'
+
+
 def test_the_chat_template_is_applied(tiny_base: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_base)
     plain = Item(prompt="Hi", answer="Hello", system="Be brief.")

@@ -65,8 +65,12 @@ def _line(message: Message) -> str:
 def _wanted(item: Item, scorer: BaseScorer | None) -> str:
     if scorer is not None:
         return scorer.target_text(item)
-    choices = [f"choices: {json.dumps(list(item.choices), ensure_ascii=False)}"] if item.choices else []
+    named = {"choices": list(item.choices), "patterns": list(item.patterns)}
+    lines = [f"{name}: {json.dumps(own, ensure_ascii=False)}" for name, own in named.items() if own]
     if item.target is not None and item.answer == item.target.wanted:
         return _line(item.target)
-    answer = item.answer if isinstance(item.answer, str) else json.dumps(item.answer, ensure_ascii=False)
-    return "\n".join([*choices, "nothing: there is no answer" if item.answer is None else answer])
+    if item.answer is not None:
+        lines.append(
+            item.answer if isinstance(item.answer, str) else json.dumps(item.answer, ensure_ascii=False)
+        )
+    return "\n".join(lines) or "nothing: there is no answer"
