@@ -37,6 +37,8 @@ def frame(*rows: tuple[str, str], score: str = "skill", split: str = "search") -
                 "task": score,
                 "item": f"id-{number}",
                 "split": split,
+                "system": "",
+                "earlier": [],
                 "prompt": prompt,
                 "target": target,
             }
@@ -104,6 +106,12 @@ class TestTraining:
             [question, *(f"{letter}. {text}" for letter, text in zip("ABCD", choices, strict=True))]
         )
         assert trained(frame((prompt, "B")), "\n".join([question, *choices])) == ["id-0"]
+
+    def test_a_turn_is_found_with_what_the_user_said_before_it(self) -> None:
+        items = frame((SHORT, ""), (SHORT, ""))
+        items["earlier"] = [["Hello, I like art.", "Tell me more."], ["Hello, I like food."]]
+        assert trained(items, f"Hello, I like art.\nDo you?\nTell me more.\nGladly.\n{SHORT}") == ["id-0"]
+        assert trained(items, SHORT, "Hello, I like food.") == []
 
     def test_text_without_spaces_is_compared_by_characters(self) -> None:
         prompt = "请问珍妮特的鸭子每天下几个蛋？"

@@ -75,6 +75,18 @@ class BoundTask:
         """Return a document's own part of the prompt."""
         return _prompt(self.task, self.docs[index])
 
+    def system(self, index: int) -> str:
+        """Return the system message that a document is asked under; empty: none."""
+        own = None if self.config.scorer is None else self.items[index].system
+        return (own if own is not None else self.config.system) or ""
+
+    def earlier(self, index: int) -> list[str]:
+        """Return what the user says in a conversation before the prompt."""
+        if self.config.scorer is None:
+            return []
+        said = [message.content for message in self.items[index].messages if message.role == "user"]
+        return said[:-1]
+
     def target(self, index: int) -> str:
         """Return what an item asks for in words: its answer, or what its score counts."""
         scorer = self.config.scorer

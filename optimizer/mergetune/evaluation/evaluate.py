@@ -190,7 +190,10 @@ class Evaluator:
         return pd.DataFrame(rows, columns=[*ITEM_KEYS, "sent"])
 
     def items(self) -> pd.DataFrame:
-        """Return a row per item of the suite: its id, its place, its split, prompt and target.
+        """Return a row per item of the suite: its id, its place, its split, what is asked, and the target.
+
+        `prompt` is the last that the user says, `earlier` lists what the user says before it, and `system` is
+        the system message.
 
         Where the suite has slices, `slices` holds their values as JSON.
         """
@@ -201,6 +204,8 @@ class Evaluator:
                 "task": name,
                 "item": bound.item_ids[index],
                 "split": split,
+                "system": bound.system(index),
+                "earlier": bound.earlier(index),
                 "prompt": bound.prompt(index),
                 "target": bound.target(index),
                 **({"slices": json.dumps(bound.slices(index, keys), ensure_ascii=False)} if keys else {}),

@@ -87,12 +87,13 @@ def find_leaks(items: pd.DataFrame, training: Mapping[str, Sequence[str]]) -> Le
     """Find the items of a suite in experts' training texts, and in one another.
 
     An item is its prompt together with its target: multiple-choice items may have one prompt, or none,
-    and differ in their choices alone. Of two items of the suite, the same prompt with another target is
-    another question. In training texts the target is looked for only where the prompt does not say
-    which item it is, because answers may be worded otherwise there.
+    and differ in their choices alone. Of two items of the suite, the same prompt is another question with
+    another target, under another system message or later in another conversation. In training texts the
+    target is looked for only where the prompt does not say which item it is, because answers may be worded
+    otherwise there; what the user said before must stand in the same text.
 
     Args:
-        items: `Evaluator.items()`: score_name, task, item, split, prompt and target.
+        items: `Evaluator.items()`.
         training: the texts that each expert was trained on; see `read_training_texts`.
     """
     items = items.reset_index(drop=True)
@@ -198,17 +199,22 @@ def _questions(items: pd.DataFrame) -> list[Question]:
     questions: dict[Any, Question] = {}
     for _, rows in items.groupby("task", sort=False):
         prompts, targets = rows["prompt"].tolist(), rows["target"].tolist()
+        before = list(zip(rows["system"], rows["earlier"], strict=True))
         own = [words_of(text) for text in _without_frame(prompts)]
         folded = [" ".join(target.casefold().split()) for target in targets]
         n_targets = Counter(words for words, _ in set(zip(own, folded, strict=True)))
-        for index, prompt, words, target in zip(rows.index, prompts, own, folded, strict=True):
-            answer = words_of(target)
+        for index, prompt, words, target, (system, earlier) in zip(
+            rows.index, prompts, own, folded, before, strict=True
+        ):
+            answer, history = words_of(target), tuple(map(words_of, earlier))
             if words and n_targets[words] == 1:
-                questions[index] = Question(words, words_of(prompt), (), target)
+                questions[index] = Question(words, words_of(prompt), history, (target, system, *earlier))
             elif words and len(n_targets) > 1 and n_targets[words] <= MOST_HOLDERS:
-                questions[index] = Question(words, words_of(prompt), answer, target)
+                also = (*history, answer)
+                questions[index] = Question(words, words_of(prompt), also, (target, system, *earlier))
             else:  # the prompt says nothing about which item it is
-                questions[index] = Question(answer, answer, (), "" if answer else target)
+                apart = ("" if answer else target, system, *earlier)
+                questions[index] = Question(answer, answer, history, apart)
     return [questions[index] for index in items.index]
 
 

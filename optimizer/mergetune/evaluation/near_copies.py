@@ -65,14 +65,15 @@ class Question:
     """What is looked for.
 
     `words` are the prompt's own, or the target's where all or many items of the task have the prompt;
-    `exact` has also what all prompts of the task share. `also`, the target's words where several items
-    have the prompt, must stand in the same training text. `target` tells questions of the suite apart.
+    `exact` has also what all prompts of the task share. Each of `also` must stand in the same training text:
+    what the user said before, and the target where several items have the prompt. `apart` tells questions
+    of the suite apart.
     """
 
     words: Words
     exact: Words
-    also: Words
-    target: str
+    also: tuple[Words, ...]
+    apart: tuple[str, ...]
 
     @property
     def n_differences(self) -> int:
@@ -122,7 +123,7 @@ class Finder:
                 for i in candidates
                 if _stands_in(self.questions[i].words, folded) or self.questions[i].is_near(words)
             }
-            found |= {i for i in there if _stands_in(self.questions[i].also, folded)}
+            found |= {i for i in there if all(_stands_in(each, folded) for each in self.questions[i].also)}
         return found
 
     def groups(self) -> list[list[int]]:
@@ -149,7 +150,7 @@ class Finder:
 
     def _are_same(self, one: int, other: int) -> bool:
         a, b = self.questions[one], self.questions[other]
-        return a.target == b.target and (a.exact == b.exact or (a.is_near(b.words) and b.is_near(a.words)))
+        return a.apart == b.apart and (a.exact == b.exact or (a.is_near(b.words) and b.is_near(a.words)))
 
 
 def _stands_in(words: Words, folded: str) -> bool:
