@@ -21,7 +21,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from mergetune.engines.batches import plan_batches
 from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
+from mergetune.engines.grouped_attention import use_grouped_attention
+from mergetune.engines.key_value_cache import cache_of_beginning
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.machine.memory import free_memory, is_out_of_memory
 
@@ -36,6 +39,8 @@ _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "min_p": MinPLogitsWarper,
     "typical_p": TypicalLogitsWarper,
 }
+# How many tokens of prompts cost as much as a pass beside its tokens: its weights are read, and Python works.
+_PASS, _GPU_PASS = 64, 512
 _PAD = 0  # any token: what stands in its places is never looked at
 
 
@@ -51,6 +56,7 @@ class TransformersCompleter:
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        use_grouped_attention(model)
         self.model = model
         self._tokenizer, self._batch_size = tokenizer, batch_size
 
@@ -64,7 +70,8 @@ class TransformersCompleter:
             groups[repr(kind)].append(number)
         replies: dict[int, str] = {}
         for numbers in groups.values():
-            replies |= self._in_batches(numbers, requests, self._replies)
+            n_passes = 1 + requests[numbers[0]].max_new_tokens
+            replies |= self._in_batches(numbers, requests, self._replies, n_passes)
         return [replies[number] for number in range(len(requests))]
 
     @torch.no_grad()
@@ -80,78 +87,123 @@ class TransformersCompleter:
         return [found[number] for number in range(len(requests))]
 
     def _in_batches(
-        self, numbers: Iterable[int], requests: Sequence[Asked], answer: Callable[[list[Asked]], list[Answer]]
+        self,
+        numbers: Iterable[int],
+        requests: Sequence[Asked],
+        answer: Callable[[list[Asked]], list[Answer]],
+        n_passes: int = 1,
     ) -> dict[int, Answer]:
         """Answer requests by their numbers, the longest first: what does not fit in memory shows at once.
 
-        A batch that does not fit is halved, and so are those after it.
+        A batch that does not fit is halved, and so are those after it. Each takes so many passes.
 
         Raises:
             TrialError: not even one request fits.
         """
-        ordered = sorted(numbers, key=lambda number: len(requests[number].tokens), reverse=True)
+        overhead = n_passes * (_PASS if self.model.device.type == "cpu" else _GPU_PASS)
+        left = list(numbers)
         found: dict[int, Answer] = {}
-        while ordered:
-            batch = ordered[: self._batch_size]
-            try:
-                found |= zip(batch, answer([requests[number] for number in batch]), strict=True)
-                del ordered[: len(batch)]
-                continue
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = " ".join(str(error).split())
-            free_memory()
-            if len(batch) == 1:
-                raise TrialError(
-                    f"Memory is too small for a single prompt of {len(requests[batch[0]].tokens)} tokens "
-                    f"({reason}). Take a device with more, a smaller `engine.dtype` or shorter items."
-                )
-            self._batch_size = len(batch) // 2
+        while left:
+            plan = plan_batches([requests[number].tokens for number in left], self._batch_size, overhead)
+            for batch in [[left[place] for place in places] for places in plan]:
+                try:
+                    found |= zip(batch, answer([requests[number] for number in batch]), strict=True)
+                    continue
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    reason = " ".join(str(error).split())
+                free_memory()
+                if len(batch) == 1:
+                    raise TrialError(
+                        f"Memory is too small for a single prompt of {len(requests[batch[0]].tokens)} tokens "
+                        f"({reason}). Take a device with more, a smaller `engine.dtype` or shorter items."
+                    )
+                self._batch_size = len(batch) // 2
+                break
+            left = [number for number in left if number not in found]
         return found
 
     def _scored(self, requests: Sequence[Scoring]) -> list[Scored]:
         found = []
-        logits = self._logits([request.tokens[:-1] for request in requests])
+        logits, start = self._logits(
+            [each.tokens[:-1] for each in requests], [each.start for each in requests]
+        )
         for request, row in zip(requests, logits, strict=True):
             wanted = torch.tensor(request.tokens[request.start :], device=row.device)
-            logprobs = _logprobs(row[request.start - 1 : len(request.tokens) - 1])  # (n_scored, n_tokens)
+            own = row[request.start - 1 - start : len(request.tokens) - 1 - start]
+            logprobs = _logprobs(own)  # (n_scored, n_tokens)
             scores = logprobs.gather(1, wanted[:, None])[:, 0]
             found.append(Scored(scores.tolist(), (logprobs.argmax(dim=1) == wanted).tolist()))
         return found
 
     def _chosen(self, requests: Sequence[Choosing]) -> list[Scored]:
         found = []
-        logits = self._logits([request.tokens for request in requests])
+        texts = [request.tokens for request in requests]
+        logits, start = self._logits(texts, [len(text) for text in texts])
         for request, row in zip(requests, logits, strict=True):
             candidates = torch.tensor(request.candidates, device=row.device)
-            logprobs = _logprobs(row[len(request.tokens) - 1])  # (n_tokens,)
+            logprobs = _logprobs(row[len(request.tokens) - 1 - start])  # (n_tokens,)
             likeliest = (candidates == logprobs.argmax()).tolist()
             found.append(Scored(logprobs[candidates].tolist(), likeliest))
         return found
 
-    def _logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the logits after every token, (n_texts, length, n_tokens); shorter texts end earlier."""
+    def _logits(self, texts: Sequence[Sequence[int]], needed: Sequence[int]) -> tuple[Tensor, int]:
+        """Return logits after the tokens of texts; shorter texts end earlier.
+
+        Args:
+            texts: their tokens.
+            needed: of each text, after how many tokens its logits are needed, from 1.
+
+        Returns:
+            (n_texts, length, n_tokens), and how many tokens at the beginning of all texts are left out.
+        """
+        cache, start = cache_of_beginning(self.model, texts, min(needed) - 1)
         length = max(map(len, texts))
-        tokens = torch.tensor([[*text, *[_PAD] * (length - len(text))] for text in texts])
-        logits: Tensor = self.model(tokens.to(self.model.device)).logits
-        return logits
+        tokens = torch.tensor([[*text[start:], *[_PAD] * (length - len(text))] for text in texts])
+        known = {"past_key_values": cache} if start else {"use_cache": False}
+        logits: Tensor = self.model(tokens.to(self.model.device), **known).logits
+        return logits, start
 
     def _replies(self, requests: Sequence[Generation]) -> list[str]:
-        """Reply to requests that differ in nothing but their prompts and seeds."""
+        """Reply to requests that differ in nothing but their prompts and seeds.
+
+        When half of the replies have ended, the others go on alone, unless they depend on settings that count
+        from where they go on.
+        """
         first = requests[0]
-        length = max(len(request.tokens) for request in requests)
-        padded = [[*[_PAD] * (length - len(each.tokens)), *each.tokens] for each in requests]
-        mask = [[0] * (length - len(each.tokens)) + [1] * len(each.tokens) for each in requests]
-        criteria = [_StopTexts(self._tokenizer, first.stop, length)] if first.stop else []
-        tokens = self.model.generate(
-            input_ids=torch.tensor(padded, device=self.model.device),
-            attention_mask=torch.tensor(mask, device=self.model.device),
-            generation_config=_generation_config(first),
-            logits_processor=LogitsProcessorList(_drawing(requests, self.model.device)),
-            stopping_criteria=StoppingCriteriaList(criteria),
-        )
-        return [self._text(row, first) for row in tokens[:, length:].tolist()]
+        prompts = [request.tokens for request in requests]
+        length = max(map(len, prompts))
+        cache, start = cache_of_beginning(self.model, prompts, min(map(len, prompts)) - 1)
+        rows = [_padded(prompt, start, length) for prompt in prompts]
+        tokens, mask = (torch.tensor(each, device=self.model.device) for each in zip(*rows, strict=True))
+        drawing = _drawing(requests, self.model.device)
+        replies: dict[int, list[int]] = {}
+        may_leave = cache is not None and first.sampling.keys() <= {*_WARPERS, "seed"}
+        going = list(range(len(requests)))
+        while going:
+            ends = _Ends(self._tokenizer, first, length, may_leave=may_leave)
+            tokens = self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=_generation_config(first, length + first.max_new_tokens),
+                logits_processor=LogitsProcessorList(drawing),
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
+            left = [] if tokens.shape[1] == length + first.max_new_tokens else ends.going()
+            ended = set(range(len(going))) - set(left)
+            replies |= {going[place]: tokens[place, length:].tolist() for place in ended}
+            going = [going[place] for place in left]
+            if going:
+                assert cache is not None  # else all rows end together
+                kept = torch.tensor(left, device=tokens.device)
+                new = mask.new_ones(len(left), tokens.shape[1] - mask.shape[1])
+                tokens, mask = tokens[kept], torch.cat([mask[kept], new], dim=1)
+                cache.batch_select_indices(kept)
+                for each in drawing:
+                    each.keep(left)
+        return [self._text(replies[row], first) for row in range(len(requests))]
 
     def _text(self, tokens: Sequence[int], request: Generation) -> str:
         """Return a reply up to the first token that ends it."""
@@ -165,15 +217,40 @@ class TransformersCompleter:
         return text
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends a reply once it holds one of these texts, which are looked for in its last tokens."""
+class _Ends(StoppingCriteria):
+    """Ends a reply at a stop token, or once it holds a stop text; ends all when half of them have ended.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
-        self._tokenizer, self._stop, self._start = tokenizer, stop, prompt_length
+    Args:
+        tokenizer: the model's.
+        request: what ends a reply.
+        prompt_length: how many tokens stand before the replies.
+        may_leave: the other half can go on later.
+    """
+
+    def __init__(self, tokenizer: Any, request: Generation, prompt_length: int, *, may_leave: bool) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, request.stop, prompt_length
+        self._stop_tokens = torch.tensor(sorted(request.stop_tokens))
+        self._may_leave = may_leave
         # a token holds a byte or more; two of slack for those without text
-        self._n_last = max(len(text.encode()) for text in stop) + 2
+        self._n_last = max((len(text.encode()) for text in request.stop), default=0) + 2
+        self._is_ended: Tensor | None = None  # (n_rows,)
+
+    def going(self) -> list[int]:
+        """Return the rows that have not ended."""
+        assert self._is_ended is not None  # at least one token was generated
+        return (~self._is_ended).nonzero()[:, 0].tolist()
 
     def __call__(self, input_ids: Tensor, _scores: Tensor, **_: Any) -> Tensor:
+        ended = torch.isin(input_ids[:, -1], self._stop_tokens.to(input_ids.device))
+        if self._stop:
+            ended |= self._have_stop_texts(input_ids)
+        self._is_ended = ended if self._is_ended is None else ended | self._is_ended
+        if self._may_leave and 2 * int(self._is_ended.sum()) >= len(ended):
+            return torch.ones_like(ended)
+        return self._is_ended
+
+    def _have_stop_texts(self, input_ids: Tensor) -> Tensor:
+        """Say of each row whether its last tokens hold a stop text."""
         last = input_ids[:, self._start :][:, -self._n_last :]
         texts = self._tokenizer.batch_decode(
             last, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -196,6 +273,10 @@ class _Drawing(LogitsProcessor):
         self._warpers: Any = LogitsProcessorList(warpers)  # its types are of no use
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Draw for these rows alone from now on."""
+        self._generators = [self._generators[row] for row in rows]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits: Tensor = self._warpers(input_ids, scores.float())  # (n_rows, n_tokens)
         noise = torch.empty_like(logits)
@@ -204,7 +285,7 @@ class _Drawing(LogitsProcessor):
         return logits - noise.log()
 
 
-def _drawing(requests: Sequence[Generation], device: torch.device) -> list[LogitsProcessor]:
+def _drawing(requests: Sequence[Generation], device: torch.device) -> list[_Drawing]:
     """Return what draws replies at random; nothing where they are greedy."""
     sampling = requests[0].sampling
     if not sampling.get("temperature", 1.0):
@@ -213,13 +294,20 @@ def _drawing(requests: Sequence[Generation], device: torch.device) -> list[Logit
     return [_Drawing(warpers, [request.sampling.get("seed", 0) for request in requests], device)]
 
 
+def _padded(prompt: Sequence[int], start: int, length: int) -> tuple[list[int], list[int]]:
+    """Return a prompt's tokens, padded to a length after the first `start`, and which of them count."""
+    n_missing = length - len(prompt)
+    tokens = [*prompt[:start], *[_PAD] * n_missing, *prompt[start:]]
+    return tokens, [*[1] * start, *[0] * n_missing, *[1] * (len(prompt) - start)]
+
+
 def _logprobs(logits: Tensor) -> Tensor:
     """Return log-probabilities in float32: in bfloat16 they would be rounded to steps of 0.03."""
     return logits.float().log_softmax(dim=-1)
 
 
-def _generation_config(request: Generation) -> GenerationConfig:
-    """Return all that a reply depends on beside the model and the prompt.
+def _generation_config(request: Generation, max_length: int) -> GenerationConfig:
+    """Return all that a reply depends on beside the model and the prompt; `max_length` counts both.
 
     Raises:
         MergetuneError: transformers knows no such setting.
@@ -234,7 +322,7 @@ def _generation_config(request: Generation) -> GenerationConfig:
     others = {name: value for name, value in sampling.items() if name not in _WARPERS}
     return kind(  # type: ignore[no-any-return]
         do_sample=False,  # see `_Drawing`
-        max_new_tokens=request.max_new_tokens,
+        max_length=max_length,
         eos_token_id=list(request.stop_tokens) or None,
         pad_token_id=_PAD,
         **others,
