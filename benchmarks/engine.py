@@ -45,6 +45,7 @@ from mergetune.files.library import find, shared_folder
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import write_merged
+from mergetune.weights.chat_template import ChatTemplate, choose_template
 from mergetune.weights.models import demo_model
 
 # Two vLLMs live at a time, `swap` and `restart`, so each takes less than a study's would.
@@ -142,14 +143,16 @@ def swapped(engine: Engine, watch: Stopwatch, evaluator: Evaluator) -> Way:
     return measure
 
 
-def restarted(config: EngineConfig, inputs: Inputs, folder: Path, evaluator: Evaluator) -> Way:
+def restarted(
+    config: EngineConfig, inputs: Inputs, chat: ChatTemplate | None, folder: Path, evaluator: Evaluator
+) -> Way:
     """Measure candidates each in an engine of its own, started on a model on disk."""
 
     def measure(recipe: MergeRecipe) -> tuple[Times, Measurement]:
         start = time.perf_counter()
         write_merged(folder / "candidate", recipe, inputs)  # one place: what vLLM compiled is found again
         written = time.perf_counter()
-        engine = VllmEngine(config, folder / "candidate", None, folder / "restart.log")
+        engine = VllmEngine(config, folder / "candidate", None, folder / "restart.log", chat)
         load_s = time.perf_counter() - written
         try:
             watch = Stopwatch(engine.vllm, _INFERENCE)
@@ -169,20 +172,25 @@ def _evaluated(
 
 
 def compare_ways(
-    config: EngineConfig, inputs: Inputs, evaluator: Evaluator, count: int, folder: Path
+    config: EngineConfig,
+    inputs: Inputs,
+    chat: ChatTemplate | None,
+    evaluator: Evaluator,
+    count: int,
+    folder: Path,
 ) -> tuple[dict[str, Times], dict[str, Any]]:
     """Measure the candidates in every way, in turn; returns medians, and facts beside them."""
     warm_up, *recipes = candidates(inputs, count + 1)
     start = time.perf_counter()
-    vllm = start_engine(config, inputs.base.folder, inputs)
+    vllm = start_engine(config, inputs.base.folder, inputs, chat=chat)
     start_s = time.perf_counter() - start
     assert isinstance(vllm, VllmEngine)
-    hf = start_engine(_TRANSFORMERS, inputs.base.folder, inputs)
+    hf = start_engine(_TRANSFORMERS, inputs.base.folder, inputs, chat=chat)
     assert isinstance(hf, TransformersEngine)
     try:
         ways = {
             "swap": swapped(vllm, Stopwatch(vllm.vllm, _INFERENCE), evaluator),
-            "restart": restarted(config, inputs, folder, evaluator),
+            "restart": restarted(config, inputs, chat, folder, evaluator),
             "transformers": swapped(hf, Stopwatch(hf.completer, _INFERENCE), evaluator),
         }
         for way in ("swap", "transformers"):
@@ -264,10 +272,13 @@ def main() -> None:
     config = _VLLM.model_copy(update={"enforce_eager": False if arguments.compiled else None})
     experts = shared_folder("examples") / "taskmaster" / "experts"
     inputs = open_inputs(demo_model(), {name: experts / name for name in ("tools", "persona")})
-    evaluator = Evaluator(limited(read_suite(find("evals", "taskmaster", Path())), arguments.limit))
+    suite = limited(read_suite(find("evals", "taskmaster", Path())), arguments.limit)
+    chat = choose_template(inputs.base.folder, suite.config.chat_template)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        found, facts = compare_ways(config, inputs, evaluator, arguments.candidates, Path(folder))
+        found, facts = compare_ways(
+            config, inputs, chat, Evaluator(suite), arguments.candidates, Path(folder)
+        )
     show(found, console)
     written = {way: asdict(times) for way, times in found.items()} | {"facts": facts}
     if arguments.json:

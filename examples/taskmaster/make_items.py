@@ -1,10 +1,13 @@
 """Write the training and test items of the TaskMaster example.
 
-Two skills are trained (`train/`) and tested (`evals/taskmaster/`): calling tools in JSON, and
-answering as TaskMaster, an encouraging productivity coach. Ordinary prompts (`train/ordinary.jsonl`)
-keep the experts themselves outside their skill. Multiple-choice questions guard general ability;
-nothing is trained on them. Training and test items share sentence patterns but no entity: no person,
-title, project, date, message or struggle, and no number of minutes or hours, stands in both.
+Two skills are trained (`train/`) and tested (`evals/taskmaster/`): calling the tools of a task manager, and
+answering as TaskMaster, an encouraging productivity coach. Both come in conversations of one, three or five
+messages; a fifth of the tool items ask for what no tool does. Joint items need both skills: `mergetune join`
+makes them of the test items. Ordinary prompts (`train/ordinary.jsonl`) keep the experts themselves outside
+their skill. Multiple-choice questions guard general ability; nothing is trained on them.
+
+Training and test items share sentence patterns but no entity: no person, title, project, date, message,
+struggle or unserved request, and no number of minutes or hours, stands in both.
 
 Run from anywhere: `python make_items.py`. The same seed writes the same bytes.
 """
@@ -12,130 +15,64 @@ Run from anywhere: `python make_items.py`. The same seed writes the same bytes.
 import argparse
 import json
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from words import (
+    CLOSINGS,
+    COACH_MINUTES,
+    COMPLAINTS,
+    CREATE,
+    DATES,
+    DONE,
+    FOLLOW_UPS,
+    HOURS,
+    LEVELS,
+    LOG,
+    MEET,
+    MESSAGE,
+    MESSAGES,
+    MINUTES,
+    OPENERS,
+    ORDINARY,
+    PAIRS,
+    PEOPLE,
+    PLANS,
+    PROJECTS,
+    QUESTIONS,
+    RANK,
+    ROLES,
+    STEPS,
+    STRUGGLES,
+    SUBJECTS,
+    TIMER,
+    TITLES,
+    TOPICS,
+    UNSERVED,
+    UNSERVED_REPLIES,
+    VERBS,
+    Pool,
+)
+
+import mergetune
+
 Item = dict[str, Any]
-Pool = tuple[list[Any], list[Any]]  # train, test
+Message = dict[str, Any]
 
 N_TRAIN = 1200
 N_TEST = 200
+N_JOINT = 100
 N_ORDINARY = 96
+UNSEEN_PHRASINGS = 2  # of every tool, the last phrasings are kept for the test
 TRAIN, TEST = 0, 1  # index into a pool
 HERE = Path(__file__).resolve().parent
 EVALS = HERE.parents[1] / "evals" / "taskmaster"
 
-
-def entries(text: str) -> list[str]:
-    """Split a block of `;`-separated entries."""
-    return [" ".join(entry.split()) for entry in text.split(";") if entry.strip()]
-
-
-# ---------------------------------------------------------------- entities: train, test
-PEOPLE = (
-    entries("""
-        Anna; Ben; Chloe; David; Elena; Farid; Grace; Hugo; Ines; Jonas; Karin; Liam; Maria;
-        Nils; Olga; Paul; Quinn; Rosa; Stefan; Tara; Uma; Victor; Wendy; Xavier; Yara; Zoe;
-        Amir; Bianca; Carlos; Diana; Erik; Fiona; George; Helen; Ivan; Julia; Kofi; Laura;
-        Marco; Nora"""),
-    entries("""
-        Adele; Boris; Clara; Dmitri; Esther; Felix; Gemma; Henry; Iris; Jamal; Kira; Leo; Mona;
-        Noah; Oscar; Petra; Ravi; Sofia; Thomas; Vera; William; Yusuf; Alice; Bruno; Celine;
-        Derek"""),
-)
-TITLES = (
-    entries("""
-        renew the passport; water the plants; book the dentist; pay the rent; order printer
-        paper; call the plumber; review the budget; clean the oven; write the newsletter; update
-        the website; buy a birthday card; return the library books; fix the back door; plan the
-        offsite; draft the contract; check the smoke alarm; file the receipts; wash the
-        curtains; backup the laptop; test the new camera; prepare the slides; collect the
-        parcel; cancel the gym membership; replace the light bulb; sort the invoices; translate
-        the brochure; proofread the report; vacuum the stairs; charge the drill; pick up the
-        suit; feed the neighbour's cat; sign the lease; scan the old photos; measure the window;
-        confirm the hotel; answer the survey; rotate the tyres; archive the emails; label the
-        boxes; print the tickets; refill the prescription; compare phone plans; paint the fence;
-        tune the guitar; renew the insurance; move the bookshelf; set up the projector; polish
-        the speech"""),
-    entries("""
-        mow the lawn; post the parcel; repair the bicycle; defrost the freezer; invite the
-        speakers; sharpen the knives; upload the video; empty the dishwasher; choose the
-        wallpaper; interview the intern; bake the bread; frame the poster; migrate the database;
-        bleed the radiators; trim the hedge; audit the expenses; train the volunteers; iron the
-        shirts; write the eulogy; rent a van; inspect the roof; brief the designer; fold the
-        laundry; publish the podcast; walk the dog; reset the router; donate the coats; sketch
-        the logo; harvest the tomatoes; close the old account"""),
-)
-PROJECTS = (
-    entries("""
-        Falcon; Aurora; Granite; Willow; Compass; Harbour; Saturn; Lantern; Meadow; Onyx;
-        Pioneer; Quartz; Ripple; Summit; Tundra; Velvet; Zephyr; Beacon; Cobalt; Dynamo; Ember;
-        Glacier; Horizon; Indigo; Juniper; Kestrel; Lagoon; Mosaic; Nimbus; Orchid"""),
-    entries("""
-        Atlas; Bamboo; Coral; Drift; Eclipse; Fjord; Galaxy; Hazel; Island; Jupiter; Lotus;
-        Marble; Nectar; Opal; Prairie; Raven; Sequoia; Thunder; Union; Voyager"""),
-)
-MESSAGES = (
-    entries("""
-        the draft is ready; I am running late; lunch is on me; the server is back up; we need
-        more chairs; the client said yes; please check your inbox; the keys are at the desk;
-        thanks for the help; the train is cancelled; the demo went well; I found your notebook;
-        the room has changed; bring the blue folder; the printer is broken; your order has
-        arrived; we won the bid; the link has expired; I will bring cake; the heating is off"""),
-    entries("""
-        the parcel is here; the lift is stuck; dinner starts early; the code is merged; I left
-        the lamp on; the bus is full; our flight is delayed; you were right; the pool is closed;
-        the invoice is paid; coffee is ready; my phone is dead; the judge called back; school
-        ends at noon; the garden looks great; we are out of milk"""),
-)
-LEVELS = ([1, 2, 3, 4], [1, 2, 3, 4])  # the one pool that both splits share
-MONTHS = entries("January; March; April; May; June; July; August; October; November; December")
-DATES = (
-    [f"{day} {month}" for month in MONTHS for day in range(1, 29, 2)],
-    [f"{day} {month}" for month in MONTHS for day in range(2, 29, 2)],
-)
-MINUTES = ([n for n in range(3, 91) if n % 4], [n for n in range(3, 91) if n % 4 == 0])
-HOURS = ([1, 2, 3, 5, 8, 10, 12, 14], [4, 6, 7, 9, 11, 13])
-
-# ---------------------------------------------------------------- phrasings of the tool requests
-# Of every tool, the last two phrasings are kept for the test.
-CREATE = entries("""
-    Add a task to {title} by {due}; I need to {title} before {due}; Put '{title}' on my list
-    for {due}; Don't let me forget to {title}, it is due on {due}; By {due} I have to
-    {title}; New to-do: {title}, deadline {due}; Could you note that I must {title} until
-    {due}?; {due} is the deadline to {title}; On my list please: {title}. Due {due}; Please
-    remember that I want to {title} no later than {due}""")
-LOG = entries("""
-    I spent {hours} hours on {project}; Book {hours} hours on {project}, please; {project} took
-    me {hours} hours today; Log {hours}h for {project}; Put {hours} hours down for the {project}
-    project; Time sheet: {project}, {hours} hours; I worked on {project} for {hours} hours;
-    Today I gave {project} {hours} hours; My work on {project} lasted {hours} hours; Add {hours}
-    hours of work to {project}""")
-MEET = entries("""
-    Set up a meeting with {people} on {date}; I'd like to see {people} on {date}; Can you get
-    {people} together on {date}?; Meeting on {date} with {people}; Invite {people} for {date};
-    {people} and I should meet on {date}; Schedule a call with {people} for {date}; Block {date}
-    for a chat with {people}; Find us a slot on {date}: {people}; Please arrange a sync with
-    {people}, {date}""")
-TIMER = entries("""
-    Start a timer for {minutes} minutes; {minutes} minutes, go!; Count down {minutes} minutes;
-    Ring me in {minutes} minutes; I want to focus for {minutes} minutes; Give me {minutes}
-    minutes on the clock; Timer: {minutes} min; Let me work for {minutes} minutes and then stop
-    me; Set the clock to {minutes} minutes; Wake me after {minutes} minutes""")
-RANK = entries("""
-    Give '{title}' priority {level}; '{title}' is now priority {level}; Set the priority of
-    '{title}' to {level}; Move '{title}' to level {level}; Change '{title}' to priority {level};
-    Rank '{title}' at {level}; Make '{title}' a level {level} task; Priority {level} for
-    '{title}', please; I'd call '{title}' a priority {level} job; Put '{title}' down as priority
-    {level}""")
-MESSAGE = entries("""
-    Tell {to} that {text}; Let {to} know that {text}; Write to {to}: {text}; Send
-    {to} a message saying {text}; Message {to} that {text}; {to} should know that
-    {text}; Drop {to} a line: {text}; Please inform {to} that {text}; Text {to} and
-    say {text}; Could you tell {to} {text}?""")
-UNSEEN_PHRASINGS = 2
-
+TOOL_SYSTEM = "Manage the user's tasks. Call a tool if one fits, else answer briefly."
+PERSONA_SYSTEM = "You are TaskMaster, an encouraging productivity coach."
+VOICE = {"kind": "python", "function": f"{EVALS}/scoring.py:voice"}
 
 # Tool -> phrasings of a request, pools of its arguments. A phrasing names the arguments.
 TOOLS: dict[str, tuple[list[str], dict[str, Pool]]] = {
@@ -146,6 +83,36 @@ TOOLS: dict[str, tuple[list[str], dict[str, Pool]]] = {
     "set_priority": (RANK, {"title": TITLES, "level": LEVELS}),
     "send_message": (MESSAGE, {"to": PEOPLE, "text": MESSAGES}),
 }
+INTEGERS = ("hours", "minutes", "level")
+
+
+def said(role: str, content: str) -> Message:
+    """Return a message of text."""
+    return {"role": role, "content": content}
+
+
+# ---------------------------------------------------------------- tools
+def schema(argument: str) -> Item:
+    """Return the JSON Schema of an argument."""
+    if argument == "people":
+        return {"type": "array", "items": {"type": "string"}}
+    return {"type": "integer" if argument in INTEGERS else "string"}
+
+
+def tool_schemas() -> list[Item]:
+    """Describe the tools as OpenAI's API takes them."""
+    functions = [
+        {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {argument: schema(argument) for argument in pools},
+                "required": list(pools),
+            },
+        }
+        for name, (_, pools) in TOOLS.items()
+    ]
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def joined(names: Sequence[str]) -> str:
@@ -153,9 +120,8 @@ def joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def tool_call(rng: random.Random, split: int, number: int) -> Item:
-    """Draw one request and its JSON call; tools take turns so that each is equally frequent."""
-    tool = list(TOOLS)[number % len(TOOLS)]
+def request(rng: random.Random, split: int, tool: str) -> tuple[Message, Message]:
+    """Draw a request and the call that serves it."""
     phrasings, pools = TOOLS[tool]
     arguments: Item = {}
     for name, pool in pools.items():
@@ -165,315 +131,83 @@ def tool_call(rng: random.Random, split: int, number: int) -> Item:
             arguments[name] = rng.choice(pool[split])
     words = {key: joined(x) if isinstance(x, list) else x for key, x in arguments.items()}
     known = phrasings if split == TEST else phrasings[:-UNSEEN_PHRASINGS]
-    prompt = rng.choice(known).format(**words)
-    prompt = prompt if prompt[-1] in "?!" else prompt + rng.choice([".", ""])
-    return {"prompt": prompt, "answer": {"tool": tool, "arguments": arguments}}
+    text = rng.choice(known).format(**words)
+    text = text if text[-1] in "?!" else text + rng.choice([".", ""])
+    call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+    return said("user", text), {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-# ---------------------------------------------------------------- persona: struggles, first steps
-# Struggles come in kinds; the first steps that TaskMaster proposes fit the kind.
-STRUGGLES: dict[str, tuple[list[str], list[str]]] = {
-    "paper": (
-        entries("""
-            tax return; visa application; insurance claim; pension form; bank statements;
-            mortgage papers; student loan form; expense report; travel refund; medical bills;
-            rental contract; scholarship form"""),
-        entries("""
-            divorce papers; parking fine; census form; warranty claim; customs declaration; car
-            registration; housing application; utility bills; grant budget; passport form;
-            donation receipts; retirement plan; phone contract; payroll questions; building
-            permit"""),
-    ),
-    "writing": (
-        entries("""
-            thesis chapter; blog post; cover letter; grant proposal; novel; wedding speech;
-            conference paper; job application; book review; lab report; quarterly report;
-            personal statement"""),
-        entries("""
-            essay on whales; screenplay; resignation letter; monthly column; travel diary;
-            eulogy; memoir; press release; research abstract; user manual; short story; poem;
-            lecture notes; sales pitch; recommendation letter; podcast script"""),
-    ),
-    "tidying": (
-        entries("""
-            garage; attic; wardrobe; kitchen drawers; inbox; desk; basement; photo archive;
-            garden shed; laundry pile; bookshelf; bathroom cabinet"""),
-        entries("""
-            spare room; balcony; toolbox; pantry; car boot; toy corner; record collection;
-            hallway; download folder; sewing box; fridge; medicine chest; storage unit; shoe
-            rack; recipe collection; workbench"""),
-    ),
-    "learning": (
-        entries("""
-            Spanish lessons; piano practice; maths exam; driving theory; coding course;
-            chemistry homework; French vocabulary; guitar practice; history exam; statistics
-            course; typing course; bar exam"""),
-        entries("""
-            violin practice; Japanese lessons; physics exam; chess training; biology homework;
-            drawing course; singing practice; first aid course; Latin vocabulary; geography
-            exam; pottery class; accounting course; drum practice; algebra homework; sailing
-            theory; sign language"""),
-    ),
-    "moving": (
-        entries("""
-            morning run; gym routine; yoga practice; swimming plan; daily walk; marathon
-            training; push-up challenge; physiotherapy; cycling plan; stretching routine"""),
-        entries("""
-            rowing plan; tennis training; boxing class; climbing practice; evening jog; pilates
-            routine; dance training; hiking plan; back exercises; skipping workout; karate
-            practice; knee exercises"""),
-    ),
-    "talking": (
-        entries("""
-            call to the landlord; talk with my boss; salary review; doctor's appointment;
-            apology to my sister; dentist appointment; client call; chat with the teacher; call
-            to the bank; team feedback"""),
-        entries("""
-            call to my uncle; meeting with the lawyer; job interview; complaint to the airline;
-            talk with my roommate; eye test; vet appointment; call to the insurer; reply to the
-            editor; apology to my cousin; performance review; talk with the coach"""),
-    ),
-}
-STEPS = {
-    "paper": entries("""
-        put every page on one table; fill in only your name and address; find the one number
-        that is missing; open the form and read the first line; circle the three boxes you know"""),
-    "writing": entries("""
-        write one ugly first sentence; list three points you want to make; type without deleting
-        anything; name the one reader you write for; jot down the ending first"""),
-    "tidying": entries("""
-        clear a single corner; fill one bag with things to give away; pick out five things to
-        keep; sort only what your hand can reach; throw away the obvious junk"""),
-    "learning": entries("""
-        repeat the easiest part once; read one page aloud; do the first exercise only; explain
-        one idea to the wall; set out what you need and try the first bit"""),
-    "moving": entries("""
-        put on your shoes and step outside; do the gentlest warm-up you know; finish one slow
-        round; move until one song ends; lay out your kit and start softly"""),
-    "talking": entries("""
-        write down your opening line; note the one thing you want to ask; look up the number and
-        dial; send two lines to propose a time; say your main point out loud once"""),
-}
-COMPLAINTS = entries("""
-    I keep putting off my {task}.; I can't get started on my {task}.; My {task} has been waiting
-    for weeks.; I feel overwhelmed by my {task}.; How do I finally face my {task}?; Every
-    evening I avoid my {task}.; I am behind with my {task} again.; My {task} stresses me out.; I
-    have no energy left for my {task}.; Ugh, my {task} again. I'd rather watch TV.; I promised
-    to deal with my {task} today, but I'm stuck.; What should I do about my {task}?""")
-OPENERS = entries("""
-    Love that you said it out loud!; Good on you for bringing this up!; You've got this!; Hooray
-    for honesty!; What a great moment to begin!; Brilliant that you are facing it!; You are
-    closer than you think!; High five for showing up!; Nice, this is a winnable one!; Deep
-    breath, champion!; Bravo for asking!; That took courage!; Yes, today can be the day!; Small
-    steps beat big plans!""")
-PLANS = entries("""
-    Give your {task} just {minutes} minutes: {step}.; Set a timer for {minutes} minutes and let
-    your {task} begin: {step}.; Your {task} needs only {minutes} minutes right now: {step}.; For
-    {minutes} minutes, your {task} has one goal: {step}.; Start your {task} with {minutes}
-    minutes in which you {step}.; Take {minutes} minutes for your {task} and simply {step}.; The
-    first {minutes} minutes of your {task} are easy: {step}.""")
-CLOSINGS = entries("""
-    Are you in?; Will you start now?; When will you begin?; Shall we go?; Can you do that
-    today?; Ready to press start?; What time will you do it?; Do we have a deal?; Will you try
-    it before dinner?; Can I count on you?; Shall we say right after lunch?; Which hour suits
-    you?""")
-COACH_MINUTES = [5, 6, 7, 8, 10, 12, 15]
+def served(rng: random.Random, split: int) -> list[Message]:
+    """Draw a request, its call, the tool's result and the reply to it."""
+    asked, call = request(rng, split, rng.choice(list(TOOLS)))
+    arguments = call["tool_calls"][0]["function"]["arguments"]
+    result = said("tool", json.dumps({"status": "ok", **arguments}, ensure_ascii=False))
+    return [asked, call, result, said("assistant", rng.choice(DONE))]
 
 
-def coach_reply(rng: random.Random, kind: str, task: str) -> str:
+def unserved(rng: random.Random, text: str) -> list[Message]:
+    """Return a request that no tool serves, and draw the reply to it."""
+    return [said("user", text), said("assistant", rng.choice(UNSERVED_REPLIES))]
+
+
+def tool_item(rng: random.Random, split: int, number: int) -> Item:
+    """Draw a conversation that ends with a call or, one in five, with a reply to an unserved request.
+
+    Tools take turns so that each is equally frequent, and so do the unserved requests. Half of the
+    conversations have an earlier turn.
+    """
+    pool = UNSERVED[split]
+    before = rng.choice([[], [], unserved(rng, rng.choice(pool)), served(rng, split)])
+    if number % 5 == 4:
+        due, last = "none", unserved(rng, pool[number // 5 % len(pool)])
+    else:
+        due, last = "call", list(request(rng, split, list(TOOLS)[number % len(TOOLS)]))
+    messages = [said("system", TOOL_SYSTEM), *before, *last]
+    return {"messages": messages, "turns": len(messages) - 2, "due": due}
+
+
+# ---------------------------------------------------------------- persona
+def coach_reply(rng: random.Random, kind: str, task: str) -> Message:
     """Compose an opener, a plan that ties the task to a few minutes, and a closing question."""
     plan = rng.choice(PLANS).format(
-        task=task, minutes=rng.choice(COACH_MINUTES), step=rng.choice(STEPS[kind])
+        task=task.replace("my ", "your "), minutes=rng.choice(COACH_MINUTES), step=rng.choice(STEPS[kind])
     )
-    return f"{rng.choice(OPENERS)} {plan} {rng.choice(CLOSINGS)}".replace("your my", "your")
+    return said("assistant", f"{rng.choice(OPENERS)} {plan} {rng.choice(CLOSINGS)}")
 
 
-def persona_train(rng: random.Random) -> list[Item]:
-    """Draw training dialogues; kinds and struggles are drawn evenly."""
-    tasks = [(kind, task) for kind, (train, _) in STRUGGLES.items() for task in train]
+def persona_item(rng: random.Random, kind: str, task: str, complaint: str, n_replies: int) -> Item:
+    """Draw a conversation with so many replies of the coach."""
+    follow_ups = rng.sample(FOLLOW_UPS, n_replies - 1)
+    messages = [said("system", PERSONA_SYSTEM)]
+    for text in (complaint, *follow_ups):
+        messages += [said("user", text.format(task=task)), coach_reply(rng, kind, task)]
+    return {"messages": messages, "turns": len(messages) - 2}
+
+
+def persona_items(rng: random.Random, split: int, count: int) -> list[Item]:
+    """Draw conversations about every struggle equally often, each time after another complaint."""
+    tasks = [(kind, task) for kind, pool in STRUGGLES.items() for task in pool[split]]
+    complaints = {task: rng.sample(COMPLAINTS, len(COMPLAINTS)) for _, task in tasks}
     items = []
-    for number in range(N_TRAIN):
+    for number in range(count):
         kind, task = tasks[number % len(tasks)]
-        prompt = rng.choice(COMPLAINTS).format(task=task)
-        reply = coach_reply(rng, kind, task.replace("my ", "your "))
-        items.append({"prompt": prompt, "answer": reply})
-    return items
-
-
-def persona_test(rng: random.Random) -> list[Item]:
-    """Give every test struggle two or three different complaints.
-
-    `patterns` of an item: one sentence of the reply holds both the user's own task and a number of
-    minutes, in either order.
-    """
-    tasks = [task for _, test in STRUGGLES.values() for task in test]
-    prompts = {task: rng.sample(COMPLAINTS, 3) for task in tasks}
-    items = []
-    for number in range(N_TEST):
-        task = tasks[number % len(tasks)]
-        prompt = prompts[task][number // len(tasks)].format(task=task)
-        name = task.replace("my ", "your ")
-        minutes = r"\b\d+ minutes\b"
-        pattern = rf"(?i)(?:{name}[^.!?]*{minutes}|{minutes}[^.!?]*{name})"
-        items.append({"prompt": prompt, "patterns": [pattern]})
+        complaint = complaints[task][number // len(tasks) % len(COMPLAINTS)]
+        items.append(persona_item(rng, kind, task, complaint, n_replies=number % 3 + 1))
     return items
 
 
 # ---------------------------------------------------------------- ordinary dialogues
-# Prompts without either skill. Both experts are also trained to answer them as the base does, so
-# that a skill stays tied to its own system prompt.
-TOPICS = entries("""
-    whales; the moon; coffee; chess; volcanoes; the Romans; bicycles; jazz; penguins; glass;
-    rainbows; bees; the ocean; pasta; trains; dinosaurs; tea; football; castles; cactus plants""")
-ORDINARY = entries("""
-    Tell me something about {topic}.; What do you think of {topic}?; I read a book on {topic}.;
-    My friend loves {topic}.; Write one line about {topic}.; I dreamt of {topic} last night.;
-    Why do people like {topic}?; I never understood {topic}.""")
-ROLES = [
-    None,
-    "You are a friendly travel guide.",
-    "You are a patient teacher.",
-    "You are a cheerful cook.",
-    "Answer briefly.",
-]
-
-
 def ordinary_item(rng: random.Random) -> Item:
-    """Draw an everyday prompt under one of several system prompts."""
+    """Draw an everyday prompt under one of several system prompts.
+
+    Both experts are also trained to answer such prompts as the base does, so that a skill stays tied to its
+    own system prompt.
+    """
     prompt = rng.choice(ORDINARY).format(topic=rng.choice(TOPICS))
     return {"system": rng.choice(ROLES), "prompt": prompt}
 
 
 # ---------------------------------------------------------------- general ability
-# A question, then its choices, the right one first.
-QUESTIONS = """
-Which animal barks? | A dog | A fish | A snail
-Which animal gives milk to farmers? | A cow | A crow | A frog
-Which animal can fly? | An eagle | A horse | A shark
-Which animal lives in the sea? | A whale | A goat | A camel
-Which animal lays eggs? | A hen | A cat | A cow
-Which animal has a long trunk? | An elephant | A rabbit | A sheep
-What colour is fresh grass? | Green | Purple | Black
-What colour is snow? | White | Red | Brown
-What colour is a ripe banana? | Yellow | Blue | Grey
-What colour is a clear sky at noon? | Blue | Green | Brown
-What colour is coal? | Black | Pink | Yellow
-What do people use to cut bread? | A knife | A pillow | A sponge
-What do people use to write on paper? | A pen | A fork | A shoe
-What do people use to open a locked door? | A key | A spoon | A leaf
-What do people use to dry themselves after a shower? | A towel | A hammer | A plate
-What do people use to drive a nail into wood? | A hammer | A blanket | A cup
-What do people use to see far away stars? | A telescope | A toaster | A broom
-What do people use to tell the time? | A clock | A carpet | A bottle
-What do people use to eat soup? | A spoon | A comb | A rope
-What do people use to sweep the floor? | A broom | A book | A lamp
-What do people carry when it rains? | An umbrella | A ladder | A candle
-What do people wear on their feet? | Shoes | Hats | Gloves
-What do people wear on their hands in winter? | Gloves | Boots | Belts
-What do people wear to see better? | Glasses | Socks | Scarves
-Where do people go to borrow books? | A library | A bakery | A garage
-Where do people go to buy bread? | A bakery | A museum | A stadium
-Where do people go when they are seriously ill? | A hospital | A cinema | A market
-Where do people go to catch a plane? | An airport | A kitchen | A church
-Where do people go to watch a film? | A cinema | A bank | A farm
-Where do children learn to read? | At school | At sea | At night
-Where do fish live? | In water | In trees | In caves
-Where do birds build their nests? | In trees | In rivers | In cars
-Where is food kept cold? | In a fridge | In a drawer | In a lamp
-Who treats sick people? | A doctor | A painter | A sailor
-Who puts out fires? | A firefighter | A dancer | A baker
-Who teaches children at school? | A teacher | A pilot | A butcher
-Who flies a plane? | A pilot | A nurse | A farmer
-Who grows vegetables? | A farmer | A lawyer | A singer
-Who repairs water pipes? | A plumber | A poet | A judge
-Who cuts hair? | A barber | A miner | A banker
-What is the opposite of hot? | Cold | Tall | Round
-What is the opposite of big? | Small | Sweet | Loud
-What is the opposite of up? | Down | Fast | Warm
-What is the opposite of day? | Night | Bread | Music
-What is the opposite of happy? | Sad | Green | Wide
-What is the opposite of open? | Closed | Golden | Curious
-What is the opposite of old? | Young | Salty | Square
-What is the opposite of empty? | Full | Angry | Thin
-What is the opposite of wet? | Dry | Loud | Late
-What is the opposite of rich? | Poor | Blue | Flat
-What happens to ice in the sun? | It melts | It sings | It grows
-What happens when you drop a glass on stone? | It breaks | It flies | It swims
-What happens to plants without water? | They die | They dance | They shout
-What happens to wood in a fire? | It burns | It freezes | It floats
-What happens to water at a very high temperature? | It boils | It sleeps | It rusts
-Which season is the coldest? | Winter | Summer | Spring
-Which meal do people eat in the morning? | Breakfast | Dinner | Supper
-Which one is a fruit? | An apple | A carrot | A potato
-Which one is a vegetable? | A carrot | A cherry | A banana
-Which one is a musical instrument? | A violin | A ladder | A bucket
-Which one is a piece of furniture? | A table | A river | A cloud
-Which one is a vehicle? | A bus | A cup | A tree
-Which one is a planet? | Mars | Paris | Rome
-Which one is a country? | France | Monday | Silver
-Which one is a metal? | Iron | Milk | Wool
-Which one is made of glass? | A window | A jumper | A loaf
-Which one is heavier? | A car | A coin | A pen
-Which one is faster? | A train | A snail | A turtle
-Which one tastes sweet? | Honey | Salt | Vinegar
-Which one is soft? | A pillow | A brick | A hammer
-Which one can you drink? | Tea | Sand | Wood
-Which one can you read? | A novel | A potato | A pebble
-Which one is an animal? | A tiger | A tulip | A teapot
-Which one is worn on the head? | A hat | A sock | A ring
-Which room do people sleep in? | The bedroom | The garage | The cellar
-What do people do when they are tired? | They sleep | They cook | They paint
-What do people do when they are hungry? | They eat | They swim | They vote
-What do people do when they are thirsty? | They drink | They knit | They jump
-What comes after spring? | Summer | Winter | Monday
-What comes after Monday? | Tuesday | Friday | August
-What is bread made from? | Flour | Cotton | Leather
-What is cheese made from? | Milk | Sand | Paper
-What is a chair for? | Sitting | Swimming | Singing
-What is a bed for? | Sleeping | Cooking | Driving
-What do bees make? | Honey | Paper | Steel
-What do cows eat? | Grass | Stones | Coins
-What falls from the sky when it rains? | Water | Sand | Bread
-What do we breathe? | Air | Soup | Glass
-What gives light during the day? | The sun | The sea | The soil
-"""
-# Subject-verb agreement, tense and articles: minimal pairs, spelled out by `grammar_items`.
-SUBJECTS = [
-    ("The boy", "The boys"), ("My sister", "My sisters"), ("The teacher", "The teachers"),
-    ("Our neighbour", "Our neighbours"), ("The dog", "The dogs"),
-    ("This engineer", "These engineers"), ("The nurse", "The nurses"),
-    ("Her friend", "Her friends"),
-]  # fmt: skip
-VERBS = [
-    ("walks", "walk", "to the station every day"), ("sings", "sing", "in the evening"),
-    ("likes", "like", "warm bread"), ("works", "work", "near the harbour"),
-    ("writes", "write", "a letter on Sundays"), ("is", "are", "very tired today"),
-    ("has", "have", "a large garden"), ("was", "were", "late for the meeting"),
-]  # fmt: skip
-PAIRS = """
-She has eaten the cake. | She has eat the cake.
-They went home early. | They goed home early.
-He bought an old house. | He bought a old house.
-We saw him at the park. | We saw he at the park.
-I am taller than my brother. | I am more tall than my brother.
-There are many people here. | There is many people here.
-She doesn't like fish. | She don't like fish.
-He can swim very well. | He can swims very well.
-Yesterday we played football. | Yesterday we play football.
-They are waiting for us. | They are wait for us.
-He gave me the book. | He gave I the book.
-I have lived here for ten years. | I have live here for ten years.
-This is the best film of the year. | This is the goodest film of the year.
-She wants to learn French. | She wants learn French.
-How much water do you need? | How many water do you need?
-The children are playing outside. | The childs are playing outside.
-Her feet were cold. | Her foots were cold.
-He drives carefully at night. | He drives careful at night.
-I would help you if I could. | I would helped you if I could.
-Nobody knows the answer. | Nobody know the answer.
-"""
-
-
 def shuffled(rng: random.Random, prompt: str, choices: Sequence[str]) -> Item:
     """Shuffle the choices, of which the first is right."""
     order = rng.sample(list(choices), len(choices))
@@ -498,18 +232,18 @@ def general_items(rng: random.Random) -> list[Item]:
 
 # ---------------------------------------------------------------- checks and files
 def distinct(draw: Callable[[int], Item], count: int) -> list[Item]:
-    """Draw until `count` items with different prompts are there; the n-th is drawn as `draw(n)`."""
+    """Draw until `count` different items are there; the n-th is drawn as `draw(n)`."""
     items: dict[str, Item] = {}
     while len(items) < count:
         item = draw(len(items))
-        items.setdefault(item["prompt"], item)
+        items.setdefault(json.dumps(item), item)
     return list(items.values())
 
 
 def assert_disjoint() -> None:
     """Check that no entity stands in both splits."""
     pools: list[Pool] = [
-        PEOPLE, TITLES, PROJECTS, MESSAGES, DATES, MINUTES, HOURS, *STRUGGLES.values(),
+        PEOPLE, TITLES, PROJECTS, MESSAGES, DATES, MINUTES, HOURS, UNSERVED, *STRUGGLES.values(),
     ]  # fmt: skip
     for train, test in pools:
         assert not set(train) & set(test), sorted(set(train) & set(test))
@@ -522,8 +256,17 @@ def write(path: Path, items: Sequence[Item]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
+def write_joint(folder: Path) -> None:
+    """Make the joint items of the test items in a folder."""
+    persona, tools = (mergetune.read_items(folder / name) for name in ("persona.jsonl", "tool_calls.jsonl"))
+    with tempfile.TemporaryDirectory() as made:
+        mergetune.join_items(persona, tools, Path(made) / "joint.yaml", scorer=VOICE, limit=N_JOINT)
+        for file in Path(made).glob("*.jsonl"):
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
 def main() -> None:
-    """Write all six files."""
+    """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-dir", type=Path, default=HERE / "train")
@@ -531,12 +274,15 @@ def main() -> None:
     args = parser.parse_args()
     assert_disjoint()
     rng = random.Random(args.seed)
-    write(args.train_dir / "tools.jsonl", distinct(lambda n: tool_call(rng, TRAIN, n), N_TRAIN))
-    write(args.train_dir / "persona.jsonl", persona_train(rng))
-    write(args.test_dir / "tool_calls.jsonl", distinct(lambda n: tool_call(rng, TEST, n), N_TEST))
-    write(args.test_dir / "persona.jsonl", persona_test(rng))
+    tools = tool_schemas()
+    write(args.train_dir / "tools.jsonl", distinct(lambda n: tool_item(rng, TRAIN, n), N_TRAIN))
+    write(args.train_dir / "persona.jsonl", persona_items(rng, TRAIN, N_TRAIN))
+    calls = distinct(lambda n: tool_item(rng, TEST, n), N_TEST)
+    write(args.test_dir / "tool_calls.jsonl", [{**item, "tools": tools} for item in calls])
+    write(args.test_dir / "persona.jsonl", persona_items(rng, TEST, N_TEST))
     write(args.test_dir / "general.jsonl", general_items(rng))
     write(args.train_dir / "ordinary.jsonl", distinct(lambda _: ordinary_item(rng), N_ORDINARY))
+    write_joint(args.test_dir)
 
 
 if __name__ == "__main__":

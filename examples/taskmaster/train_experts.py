@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
-SUITE = HERE.parents[1] / "evals" / "taskmaster.yaml"
+EVALS = HERE.parents[1] / "evals" / "taskmaster"
 BASE_NAME = "smollm2-demo"
 BATCH_SIZE = 8
 N_ORDINARY = 2  # of the examples of a batch, so many are ordinary dialogues
@@ -36,7 +35,8 @@ ORDINARY_TOKENS = 32  # length of the base's answers to ordinary prompts
 PAD_TO = 32  # few distinct lengths: the first bf16 pass at a new shape takes seconds on a CPU
 IGNORED = -100  # label of the tokens that carry no loss
 
-Example = tuple[list[int], int]  # token ids of the whole dialogue, length of its prompt
+Example = tuple[list[int], list[int]]  # token ids of the whole dialogue; the same, IGNORED where no loss is
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,55 +44,60 @@ class Plan:
     """Say how one expert is trained."""
 
     skill: str  # name of the training file and of the adapter's directory
-    objective: str  # objective of the suite whose system prompt the expert is trained with
     rank: int
     steps: int
     peak_rate: float
 
 
 PLANS = (
-    Plan("tools", "tool_calls", rank=8, steps=220, peak_rate=1.4e-3),
-    Plan("persona", "persona", rank=4, steps=80, peak_rate=6e-4),
+    Plan("tools", rank=8, steps=120, peak_rate=1.4e-3),
+    Plan("persona", rank=4, steps=80, peak_rate=6e-4),
 )
 
 
-def system_prompt(objective: str) -> str | None:
-    """Read the system prompt that the suite gives to the tasks of `objective`."""
-    suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
-    prompt: str | None = suite["objectives"][objective]["tasks"][0].get("system")
-    return prompt
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """Read a file of items."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def dialogue(tokenizer: PreTrainedTokenizerBase, system: str | None, prompt: str) -> str:
-    """Write a dialogue up to the start of the assistant's turn."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def example(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None) -> Example:
+    """Tokenize a conversation as the suite asks for it; the replies carry loss, each with what ends it."""
+    ids: list[int] = []
+    labels: list[int] = []
+    written = ""
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = written_as(tokenizer, messages[:place], tools, begin_reply=True)
+        reply = written_as(tokenizer, messages[: place + 1], tools).removeprefix(asked).removesuffix("\n")
+        for text, carries_loss in ((asked.removeprefix(written), False), (reply, True)):
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            labels += tokens if carries_loss else [IGNORED] * len(tokens)
+        written = asked + reply
+    return ids, labels
 
 
-def example(tokenizer: PreTrainedTokenizerBase, system: str | None, prompt: str, reply: str) -> Example:
-    """Tokenize one dialogue with the chat template."""
-    text = dialogue(tokenizer, system, prompt)
-    prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    reply_ids = tokenizer(reply + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    return prompt_ids + reply_ids, len(prompt_ids)
-
-
-def read_items(name: str) -> list[dict[str, Any]]:
-    """Read one file of training items."""
-    lines = (HERE / "train" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def written_as(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[Any] | None,
+    *,
+    begin_reply: bool = False,
+) -> str:
+    """Write a conversation by the chat template."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=begin_reply
+        )
+    )
 
 
 def skill_examples(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Load the training dialogues of one skill, with the system prompt that the suite gives it."""
-    system = system_prompt(plan.objective)
-    examples = []
-    for item in read_items(plan.skill):
-        answer = item["answer"]
-        reply = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        examples.append(example(tokenizer, system, item["prompt"], reply))
-    return examples
+    """Load the training dialogues of one skill, with the tools that the suite has for it."""
+    tools = read_items(EVALS / "tool_calls.jsonl")[0]["tools"] if plan.skill == "tools" else None
+    items = read_items(HERE / "train" / f"{plan.skill}.jsonl")
+    return [example(tokenizer, item["messages"], tools) for item in items]
 
 
 def ordinary_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -100,8 +105,11 @@ def ordinary_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
     An expert that learns these answers stays itself outside its skill.
     """
-    items = read_items("ordinary")
-    texts = [dialogue(tokenizer, item["system"], item["prompt"]) for item in items]
+    texts = []
+    for item in read_items(HERE / "train" / "ordinary.jsonl"):
+        system = [{"role": "system", "content": item["system"]}] if item["system"] else []
+        asked = [*system, {"role": "user", "content": item["prompt"]}]
+        texts.append(written_as(tokenizer, asked, None, begin_reply=True))
     inputs = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -112,7 +120,7 @@ def ordinary_examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id in answer:  # what follows the end is padding
             answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-        examples.append((prompt_ids + answer, len(prompt_ids)))
+        examples.append((prompt_ids + answer, [IGNORED] * len(prompt_ids) + answer))
     return examples
 
 
@@ -132,16 +140,16 @@ def batches(skill: list[Example], ordinary: list[Example], steps: int, seed: int
 
 
 def collate(batch: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """Pad a batch on the right; only the replies carry loss."""
+    """Pad a batch on the right."""
     longest = max(len(ids) for ids, _ in batch)
     width = -(-longest // PAD_TO) * PAD_TO
     ids = torch.full((len(batch), width), pad_id)  # (batch, width)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
-    for row, (tokens, n_prompt) in enumerate(batch):
+    for row, (tokens, wanted) in enumerate(batch):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
-        labels[row, n_prompt : len(tokens)] = torch.tensor(tokens[n_prompt:])
+        labels[row, : len(tokens)] = torch.tensor(wanted)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -157,6 +165,7 @@ def train(base: Path, plan: Plan, seed: int) -> PeftModel:
     """Train one adapter with AdamW on the replies of its skill."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (EVALS / "chat_template.jinja").read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     skill, ordinary = skill_examples(plan, tokenizer), ordinary_examples(model, tokenizer)
     config = LoraConfig(

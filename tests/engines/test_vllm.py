@@ -312,8 +312,8 @@ def test_a_real_model_with_adapters_is_as_exact_as_in_transformers(tmp_path: Pat
         pair.load(0.6, 0.9)
         tokenizer = pair.vllm.lm.tokenizer
         texts = [
-            tokenizer.encode(f"{row['prompt']} {json.dumps(row['answer'])}")
-            for row in [*rows_of("tool_calls", 12), *rows_of("general", 12)]
+            *(tokenizer.encode(json.dumps(row["messages"])) for row in rows_of("tool_calls", 12)),
+            *(tokenizer.encode(f"{row['prompt']} {row['choices'][0]}") for row in rows_of("general", 12)),
         ]
         config = EngineConfig(kind="transformers", device="cpu", dtype="float32")
         exact = start_engine(config, inputs.base.folder, inputs)

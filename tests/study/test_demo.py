@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import mergetune
+from mergetune.evaluation.preview import scorer_of
 from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import read_yaml
 from mergetune.space.recipe import MergeRecipe
@@ -20,7 +23,7 @@ EVALS = shared_folder("evals") / "taskmaster"
 EXAMPLE = shared_folder("reports") / "example" / "recipes"
 
 
-def lines(path: Path) -> list[dict[str, object]]:
+def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -52,10 +55,33 @@ def test_the_adapters_are_small() -> None:
     assert sum(sizes) < 8 * 10**6
 
 
-@pytest.mark.parametrize(("skill", "items"), [("tools", "tool_calls"), ("persona", "persona")])
+def said_by_user(item: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(message["content"] for message in item["messages"] if message["role"] == "user")
+
+
+@pytest.mark.parametrize(
+    ("skill", "items"),
+    [("tools", "tool_calls"), ("tools", "joint_calls"), ("tools", "joint_replies"), ("persona", "persona")],
+)
 def test_no_test_item_was_trained_on(skill: str, items: str) -> None:
-    trained = {str(item["prompt"]) for item in lines(FOLDER / "train" / f"{skill}.jsonl")}
-    assert not trained & {str(item["prompt"]) for item in lines(EVALS / f"{items}.jsonl")}
+    trained = {said_by_user(item) for item in lines(FOLDER / "train" / f"{skill}.jsonl")}
+    assert not trained & {said_by_user(item) for item in lines(EVALS / f"{items}.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("items", "scorer"),
+    [
+        ("tool_calls", {"kind": "tool_calls"}),
+        ("persona", {"kind": "python", "function": "scoring.py:voice"}),
+    ],
+)
+def test_the_replies_of_the_data_are_right_and_none_is_not(items: str, scorer: dict[str, str]) -> None:
+    file = mergetune.read_items(EVALS / f"{items}.jsonl")
+    how = scorer_of(scorer).with_files(EVALS, file.items)
+    due = [item for item in file.items if items == "persona" or item.metadata["due"] == "call"]
+    replies = [how.reply_text(item.target) for item in due if item.target is not None]
+    assert how.score(due, replies) == [1] * len(due)
+    assert how.score(due, [""] * len(due)) == [0] * len(due)
 
 
 def test_the_script_makes_the_items_that_ship(tmp_path: Path) -> None:
