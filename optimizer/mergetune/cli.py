@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mergetune import __version__
 from mergetune.errors import MergetuneError
-from mergetune.machine.interrupts import end_as_by_ctrl_c
+from mergetune.machine.interrupts import Interrupts, end_as_by_ctrl_c
 from mergetune.stats.number_text import number
 
 if TYPE_CHECKING:
@@ -582,15 +582,25 @@ def _model_options(
     vocabulary: VocabularyRule,
     cache: Path | None,
 ) -> Iterator[ModelOptions]:
-    """Return how models are opened and run, with the progress of that shown while the block runs."""
+    """Return how models are opened and run; while the block runs, show its progress and say how it ended."""
     from mergetune.api import ModelOptions
     from mergetune.measuring.progress import Progress
 
     named = _named_variables(api_keys)
-    with Progress(_err) as progress:
-        yield ModelOptions(
-            engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
-        )
+    with Interrupts() as interrupts:
+        try:
+            with Progress(_err) as progress:
+                yield ModelOptions(
+                    engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
+                )
+        except BaseException as error:
+            if not interrupts.requested:
+                raise
+            _remark(
+                "Interrupted; run the same command to go on. Replies of models in files and verdicts of "
+                "judges are kept."
+            )
+            raise KeyboardInterrupt from error
 
 
 def _named_variables(given: Sequence[str] | None) -> dict[str, str]:

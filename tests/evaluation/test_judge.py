@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
+from helpers import mergetune
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
@@ -415,6 +416,38 @@ def test_a_killed_process_loses_no_verdict(tmp_path: Path) -> None:
         assert sorted(answered) == sorted(f"Question {number}?" for number in range(12))  # each once
         subprocess.run(command, check=True, timeout=60)
         assert len(answered) == 12
+
+
+def test_a_signal_ends_eval_with_what_is_kept_and_how_to_go_on(tmp_path: Path, tiny_base: Path) -> None:
+    asked, release = threading.Event(), threading.Event()
+
+    def answer(_: Body) -> tuple[int, Any]:
+        asked.set()
+        release.wait(60)
+        return says(score=3)
+
+    with plain_server(answer) as url:
+        suite = write_suite(tmp_path, url, timeout_s=60)
+        command = ["eval", str(tiny_base), "--suite", str(suite), "--engine", "transformers"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mergetune.cli", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert asked.wait(120)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        finally:
+            release.set()
+            printed, said = process.communicate(timeout=60)
+        assert (process.returncode, printed) == (130, "")
+        last = said.splitlines()[-1]
+        assert last.startswith("Interrupted; run the same command to go on.")
+        again = mergetune(*command)
+    assert again.returncode == 0, again.stderr
+    assert "0 items measured, 4 known before" in again.stderr
 
 
 ADDING = """
