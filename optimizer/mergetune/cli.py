@@ -248,8 +248,16 @@ def items(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of a data set.")] = None,
     config_name: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    skip: Annotated[
+        list[int] | None,
+        typer.Option(help="A row to leave out, by the line or row that errors name.", metavar="ROW"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Show what this model's chat template makes of them.", metavar="DIR")
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="With --model: a file whose template takes the place of the model's."),
     ] = None,
     scorer: Annotated[
         str | None, typer.Option(help="Check every item for this scorer, such as exact.", metavar="KIND")
@@ -259,9 +267,14 @@ def items(
     from mergetune import api
 
     found = api.read_items(
-        file, fields=_named_paths(fields), answers=answers, split=split, config_name=config_name
+        file,
+        fields=_named_paths(fields),
+        answers=answers,
+        split=split,
+        config_name=config_name,
+        skip=skip or (),
     )
-    previews = api.preview_items(found, scorer=scorer, model=model)
+    previews = api.preview_items(found, scorer=scorer, model=model, chat_template=chat_template)
     _out.print(found.summary, highlight=False, markup=False)
     for place, text in zip(found.places, previews, strict=False):
         _out.print(f"\n=== {place}\n{text}", highlight=False, markup=False)
