@@ -27,7 +27,7 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, Message, ToolCall
-from mergetune.evaluation.judging.agreement import judge_quality
+from mergetune.evaluation.judging.agreement import Agreement, judge_quality
 from mergetune.evaluation.judging.questions import data_text, scoring_question
 from mergetune.evaluation.judging.verdict_store import VerdictStore
 from mergetune.evaluation.judging.verdicts import graded
@@ -595,6 +595,12 @@ def test_a_judge_that_disagrees_with_people_is_warned_of(
         for _ in range(2):
             assert scorer.score(items_of(1), ["a"]) == [0]
         found = scorer.quality([], [])
+        evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
+        assert evaluator.agreements == {}  # nothing was judged yet
+        evaluator.tasks["tone:items.jsonl"].measured({0: ["a"]})
+    own = evaluator.agreements["tone"]["tone:items.jsonl"]
+    assert own == Agreement("plain", 4, found.agreement, found.kappa)
+    assert own.is_low != agrees
     said = [str(each.message) for each in recwarn if "agrees too little" in str(each.message)]
     assert found.n_labels == 4
     if agrees:
@@ -603,6 +609,15 @@ def test_a_judge_that_disagrees_with_people_is_warned_of(
         assert found.kappa < 0
         assert len(said) == 1
         assert "on 4 labelled replies" in said[0]
+
+
+def test_where_all_grades_are_the_same_there_is_no_agreement_to_speak_of(tmp_path: Path) -> None:
+    (tmp_path / "human.jsonl").write_text('{"prompt": "Capital of Peru?", "reply": "Lima", "label": 5}')
+    with plain_server(lambda _: says(score=5)) as url:
+        scorer = scorer_of(tmp_path, url, labels="human.jsonl")
+        with pytest.warns(UserWarning, match=r"kappa is undefined \(all grades are the same\) on 1 labelled"):
+            scorer.score(items_of(1), ["a"])
+    assert scorer.agreement == Agreement("plain", 1, 1.0, None)
 
 
 # The suite.
