@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.errors import MergetuneError
 from mergetune.files.library import find, use_cache
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def read_items(
     answers: str | None = None,
     split: str | None = None,
     config_name: str | None = None,
+    skip: Sequence[int] = (),
 ) -> ItemFile:
     """Read a file of items, whatever its form, as a task of a suite does.
 
@@ -178,23 +180,31 @@ def read_items(
         answers: a second file, joined by `id`, or `none`: no tool is to be called, or `any`: one is.
         split: of a data set.
         config_name: of a data set on the Hub.
+        skip: rows to leave out, by the line or row that errors name.
 
     Returns:
         The items, and in words what the file was taken for (`summary`).
 
     Raises:
-        MergetuneError: the file cannot be read, is of no known form, or a row is broken.
+        MergetuneError: the file cannot be read, is of no known form, or a row is broken, or one that is to be
+            left out is not there.
     """
     from mergetune.evaluation import item_files
     from mergetune.evaluation.fields import FieldMap
     from mergetune.files.yaml_io import validate
 
     where = validate(dict(fields or {}), FieldMap, "fields")
-    return item_files.read_items(item_files.ItemSource(str(file), where, answers, split, config_name), Path())
+    source = item_files.ItemSource(str(file), where, answers, split, config_name, tuple(skip))
+    return item_files.read_items(source, Path())
 
 
 def preview_items(
-    found: ItemFile, *, scorer: str | None = None, model: Given | None = None, n_items: int = 3
+    found: ItemFile,
+    *,
+    scorer: str | None = None,
+    model: Given | None = None,
+    chat_template: Path | None = None,
+    n_items: int = 3,
 ) -> list[str]:
     """Return the first items as the model will see them, and what is wanted, as `mergetune items` does.
 
@@ -202,20 +212,30 @@ def preview_items(
         found: as `read_items` returns it.
         scorer: a scorer's kind; every item is checked for it.
         model: a directory or a hub id, whose chat template writes what is asked; None: message by message.
+        chat_template: a file whose template takes the place of the model's.
         n_items: how many of them.
 
     Raises:
-        MergetuneError: there is no such scorer or model, an item does not suit the scorer, or the chat
-            template does not take a conversation.
+        MergetuneError: there is no such scorer, model or template, a template comes without a model, an item
+            does not suit the scorer, or the chat template does not take a conversation.
     """
     from mergetune.evaluation.preview import preview, scorer_of
-    from mergetune.weights.chat_template import open_tokenizer
+    from mergetune.files.yaml_io import read_text
+    from mergetune.weights.chat_template import ChatTemplate, open_tokenizer
     from mergetune.weights.models import find_model
 
+    if chat_template is not None and model is None:
+        raise MergetuneError(
+            f"The chat template {chat_template} takes the place of a model's, but no model is named. Name "
+            "one, or leave the template out."
+        )
     how = None if scorer is None else scorer_of(scorer)
     if how is not None:
         found.check(how)
-    tokenizer = None if model is None else open_tokenizer(find_model(str(model), Path()))
+    folder = None if model is None else find_model(str(model), Path())
+    tokenizer = None if folder is None else open_tokenizer(folder)
+    if folder is not None and chat_template is not None:
+        ChatTemplate.of(folder, read_text(chat_template)).put_into(tokenizer)
     return [preview(item, how, tokenizer) for item in found.items[:n_items]]
 
 

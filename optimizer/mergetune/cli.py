@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mergetune import __version__
 from mergetune.errors import MergetuneError
-from mergetune.machine.interrupts import end_as_by_ctrl_c
+from mergetune.machine.interrupts import Interrupts, end_as_by_ctrl_c
 from mergetune.stats.number_text import number
 
 if TYPE_CHECKING:
@@ -248,8 +248,16 @@ def items(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of a data set.")] = None,
     config_name: Annotated[str | None, typer.Option(help="The configuration of a data set.")] = None,
+    skip: Annotated[
+        list[int] | None,
+        typer.Option(help="A row to leave out, by the line or row that errors name.", metavar="ROW"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Show what this model's chat template makes of them.", metavar="DIR")
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="With --model: a file whose template takes the place of the model's."),
     ] = None,
     scorer: Annotated[
         str | None, typer.Option(help="Check every item for this scorer, such as exact.", metavar="KIND")
@@ -259,9 +267,14 @@ def items(
     from mergetune import api
 
     found = api.read_items(
-        file, fields=_named_paths(fields), answers=answers, split=split, config_name=config_name
+        file,
+        fields=_named_paths(fields),
+        answers=answers,
+        split=split,
+        config_name=config_name,
+        skip=skip or (),
     )
-    previews = api.preview_items(found, scorer=scorer, model=model)
+    previews = api.preview_items(found, scorer=scorer, model=model, chat_template=chat_template)
     _out.print(found.summary, highlight=False, markup=False)
     for place, text in zip(found.places, previews, strict=False):
         _out.print(f"\n=== {place}\n{text}", highlight=False, markup=False)
@@ -582,15 +595,25 @@ def _model_options(
     vocabulary: VocabularyRule,
     cache: Path | None,
 ) -> Iterator[ModelOptions]:
-    """Return how models are opened and run, with the progress of that shown while the block runs."""
+    """Return how models are opened and run; while the block runs, show its progress and say how it ended."""
     from mergetune.api import ModelOptions
     from mergetune.measuring.progress import Progress
 
     named = _named_variables(api_keys)
-    with Progress(_err) as progress:
-        yield ModelOptions(
-            engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
-        )
+    with Interrupts() as interrupts:
+        try:
+            with Progress(_err) as progress:
+                yield ModelOptions(
+                    engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
+                )
+        except BaseException as error:
+            if not interrupts.requested:
+                raise
+            _remark(
+                "Interrupted; run the same command to go on. Replies of models in files and verdicts of "
+                "judges are kept."
+            )
+            raise KeyboardInterrupt from error
 
 
 def _named_variables(given: Sequence[str] | None) -> dict[str, str]:

@@ -22,11 +22,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
+from helpers import mergetune
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.items import Item, Message, ToolCall
-from mergetune.evaluation.judging.agreement import judge_quality
+from mergetune.evaluation.judging.agreement import Agreement, judge_quality
 from mergetune.evaluation.judging.questions import data_text, scoring_question
 from mergetune.evaluation.judging.verdict_store import VerdictStore
 from mergetune.evaluation.judging.verdicts import graded
@@ -417,6 +418,38 @@ def test_a_killed_process_loses_no_verdict(tmp_path: Path) -> None:
         assert len(answered) == 12
 
 
+def test_a_signal_ends_eval_with_what_is_kept_and_how_to_go_on(tmp_path: Path, tiny_base: Path) -> None:
+    asked, release = threading.Event(), threading.Event()
+
+    def answer(_: Body) -> tuple[int, Any]:
+        asked.set()
+        release.wait(60)
+        return says(score=3)
+
+    with plain_server(answer) as url:
+        suite = write_suite(tmp_path, url, timeout_s=60)
+        command = ["eval", str(tiny_base), "--suite", str(suite), "--engine", "transformers"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mergetune.cli", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert asked.wait(120)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        finally:
+            release.set()
+            printed, said = process.communicate(timeout=60)
+        assert (process.returncode, printed) == (130, "")
+        last = said.splitlines()[-1]
+        assert last.startswith("Interrupted; run the same command to go on.")
+        again = mergetune(*command)
+    assert again.returncode == 0, again.stderr
+    assert "0 items measured, 4 known before" in again.stderr
+
+
 ADDING = """
 import sys
 from pathlib import Path
@@ -562,6 +595,12 @@ def test_a_judge_that_disagrees_with_people_is_warned_of(
         for _ in range(2):
             assert scorer.score(items_of(1), ["a"]) == [0]
         found = scorer.quality([], [])
+        evaluator = Evaluator(read_suite(tmp_path / "suite.yaml"))
+        assert evaluator.agreements == {}  # nothing was judged yet
+        evaluator.tasks["tone:items.jsonl"].measured({0: ["a"]})
+    own = evaluator.agreements["tone"]["tone:items.jsonl"]
+    assert own == Agreement("plain", 4, found.agreement, found.kappa)
+    assert own.is_low != agrees
     said = [str(each.message) for each in recwarn if "agrees too little" in str(each.message)]
     assert found.n_labels == 4
     if agrees:
@@ -570,6 +609,15 @@ def test_a_judge_that_disagrees_with_people_is_warned_of(
         assert found.kappa < 0
         assert len(said) == 1
         assert "on 4 labelled replies" in said[0]
+
+
+def test_where_all_grades_are_the_same_there_is_no_agreement_to_speak_of(tmp_path: Path) -> None:
+    (tmp_path / "human.jsonl").write_text('{"prompt": "Capital of Peru?", "reply": "Lima", "label": 5}')
+    with plain_server(lambda _: says(score=5)) as url:
+        scorer = scorer_of(tmp_path, url, labels="human.jsonl")
+        with pytest.warns(UserWarning, match=r"kappa is undefined \(all grades are the same\) on 1 labelled"):
+            scorer.score(items_of(1), ["a"])
+    assert scorer.agreement == Agreement("plain", 1, 1.0, None)
 
 
 # The suite.

@@ -101,3 +101,28 @@ def test_the_command_says_what_a_file_was_taken_for(tmp_path: Path, tiny_base: P
         done = mergetune("items", file, *wrong)
         assert (done.returncode, done.stdout) == (3, "")
         assert message in done.stderr
+
+
+def test_the_command_leaves_out_rows_and_takes_a_template_as_a_suite_does(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    file, template = tmp_path / "items.jsonl", tmp_path / "own.jinja"
+    file.write_text("\n".join(json.dumps({"prompt": f"{n}?", "answer": "a" * n}) for n in range(5)))
+    template.write_text("{% for each in messages %}{{ each.role }} says {{ each.content }}\n{% endfor %}")
+    written = ("--model", tiny_base, "--chat-template", template)
+    skipped = ("--skip", 1, "--skip", 3)
+    done = mergetune("items", file, *written, *skipped, "--scorer", "contains")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{file}: 3 items")
+    assert [line for line in done.stdout.splitlines() if " says " in line] == [
+        f"user says {n}?" for n in (1, 3, 4)
+    ]
+    for wrong, message in (
+        (("--scorer", "contains"), "line 1: `answer` must not be empty"),
+        (("--skip", 9), "`skip` must name rows that are there, but 9 is none of 5"),
+        (written[2:], "own.jinja takes the place of a model's, but no model is named"),
+        ((*written[:3], tmp_path / "none.jinja"), "none.jinja: cannot be read"),
+    ):
+        done = mergetune("items", file, *wrong)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert message in done.stderr

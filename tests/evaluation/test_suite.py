@@ -140,7 +140,19 @@ def test_guards_and_lists_may_be_left_empty(tmp_path: Path) -> None:
     [
         (
             {"scorer": "exakt"},
-            r"`objectives\.skill\.tasks\.0\.scorer`: must be 'exact', .*, but got 'exakt'\.",
+            r"`objectives\.skill\.tasks\.0\.scorer`: must be 'exact', .*'exakt'\. Did you mean `exact`\?",
+        ),
+        (
+            {"scorer": {"kind": "tool_call", "part": "name"}},
+            r"`objectives\.skill\.tasks\.0\.scorer\.kind`: must be .*\. Did you mean `tool_calls`\?",
+        ),
+        (
+            {"scorer": {"kind": "tool_calls", "part": "nam"}},
+            r"`objectives\.skill\.tasks\.0\.scorer\.part`: must be .*'nam'\. Did you mean `name`\?",
+        ),
+        (
+            {"scorer": {"kind": "tool_calls", "prt": "name"}},
+            r"`objectives\.skill\.tasks\.0\.scorer\.prt`: unknown key\. Did you mean `part`\?",
         ),
         ({"max_tokens": 5}, r"`objectives\.skill\.tasks\.0\.max_tokens`: unknown key\..*"),
         ({"scorer": {"kind": "exact", "patterns": ["x"]}}, ".*`patterns` belongs to the scorer `regex`.*"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -28,6 +28,7 @@ class Whole(Strict):
     names: tuple[str, ...] = ()
     layers: tuple[int, int] | None = None
     is_on: bool = False
+    colour: Literal["red", "green"] = "red"
 
 
 def mistakes(**data: Any) -> list[str]:
@@ -62,6 +63,12 @@ def mistakes(**data: Any) -> list[str]:
         ({"layers": [1]}, ["`layers.1`: is required, but missing."]),
         ({"is_on": "maybe"}, ["`is_on`: must be true or false, but got 'maybe'."]),
         ({"is_on": None}, ["`is_on`: must be true or false, but is empty."]),
+        (
+            {"colour": "gren"},
+            ["`colour`: must be 'red' or 'green', but got 'gren'. Did you mean `green`?"],
+        ),
+        ({"colour": "blue"}, ["`colour`: must be 'red' or 'green', but got 'blue'."]),
+        ({"colour": 3}, ["`colour`: must be 'red' or 'green', but got 3."]),
         (
             {"part": {}, "nmaes": []},
             ["`part`: unknown key. Did you mean `parts`?", "`nmaes`: unknown key. Did you mean `names`?"],

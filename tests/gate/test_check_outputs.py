@@ -16,6 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
 from mergetune.gate.judge import Check, judge
 from mergetune.gate.outputs import as_data, as_html, as_junit, as_markdown, as_table
@@ -353,6 +354,20 @@ def test_an_early_stop_says_how_many_items_it_took() -> None:
     assert data["saving"] == {"n_measured": 200, "n_items": 300}
     assert data["rows"][0]["minimum_detectable_effect"] is None
     ElementTree.fromstring(as_junit(found))
+
+
+@pytest.mark.parametrize("kappa", [0.72, 0.41, None])
+def test_how_far_a_judge_agrees_with_people_stands_beside_its_score(kappa: float | None) -> None:
+    judges = {"s": {"t": Agreement("big <judge>", 40, 0.8, kappa)}}
+    found = small_check([1.0, 0.0] * 20, [1.0, 0.0] * 20, agreements=judges)
+    is_low = kappa is None or kappa < 0.6
+    page = as_html(found)
+    assert "judge `big &lt;judge&gt;`: 80% of 40 labelled replies graded as by people" in page
+    assert ('<small class="low">' in page) == is_low
+    for text in (page, as_markdown(found), as_junit(found)):
+        assert ("agrees too little with people" in text) == is_low
+    own = as_data(found)["agreements"]["s"]["t"]
+    assert own == {"judge": "big <judge>", "n_labels": 40, "agreement": 0.8, "kappa": kappa}
 
 
 def test_the_noise_floor_is_told() -> None:

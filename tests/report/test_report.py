@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.report import ReportData, gather, write_report
 from mergetune.report.charts import points
 from mergetune.report.insights import MIN_TRIALS, Influence, coordinate_name
@@ -699,6 +700,21 @@ def test_labels_of_points_close_together_do_not_cover_each_other() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2 s"), (200, "3 min 20 s"), (25500, "7 h 05 min")])
 def test_durations_are_written_as_one_reads_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("kappa", [0.72, 0.41, None])
+def test_how_far_a_judge_agrees_with_people_stands_beside_its_score(
+    simulate: Callable[[Plan], RunDir], kappa: float | None
+) -> None:
+    run = simulate(Plan(n_trials=0))
+    run.write_agreements({"persona": {"persona:items.jsonl": Agreement("big <judge>", 40, 0.8, kappa)}})
+    page = render(gather(run))
+    *_, heading = [part for part in page.split("<th") if "big &lt;judge&gt;" in part]  # after the warnings
+    assert heading.partition(">")[2].startswith("persona")
+    assert "80% of 40 labelled replies graded as by people" in heading
+    is_low = kappa is None or kappa < 0.6
+    assert ('class="low"' in heading) == is_low
+    assert ("<li>persona: The judge <code>big &lt;judge&gt;</code> agrees too little" in page) == is_low
 
 
 def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan], RunDir]) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from mergetune.engines.engine import EngineConfig, LoadTime
 from mergetune.errors import EngineError, MergetuneError
 from mergetune.evaluation.evaluate import Evaluator, Score
+from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.evaluation.suite import read_suite
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
@@ -21,6 +26,7 @@ from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.search import outcome
+from plain_server import plain_server
 from studies import write_study
 
 
@@ -30,9 +36,14 @@ def half(tiny_half: dict[str, Path]) -> Inputs:
 
 
 @contextmanager
-def opened(inputs: Inputs, folder: Path, printed: io.StringIO) -> Iterator[Candidates]:
-    """Lend candidates in the run directory `folder`/run."""
+def opened(
+    inputs: Inputs, folder: Path, printed: io.StringIO, words: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Candidates]:
+    """Lend candidates in the run directory `folder`/run; `words` changes the task of that name."""
     write_study(folder, inputs.base.folder, {})
+    suite = yaml.safe_load((folder / "suite.yaml").read_text())
+    suite["objectives"]["words"]["tasks"][0].update(words)
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     evaluator, run = Evaluator(read_suite(folder / "suite.yaml")), RunDir(folder / "run")
     (run.path / "candidates").mkdir(parents=True, exist_ok=True)
     write_facts(run, inputs, evaluator)
@@ -46,6 +57,34 @@ def opened(inputs: Inputs, folder: Path, printed: io.StringIO) -> Iterator[Candi
 def at(inputs: Inputs, value: float) -> MergeRecipe:
     lambdas = {"lambda": {"a": value}}
     return MergeRecipe.of_one_group("task_arithmetic", inputs.base_source, inputs.expert_sources, lambdas)
+
+
+def judged(folder: Path, url: str, **options: Any) -> dict[str, Any]:
+    """Return a change of the task `words` that has a judge score it."""
+    (folder / "rubric.md").write_text("Score how friendly the reply is.")
+    (folder / "say.jsonl").write_text("\n".join(json.dumps({"prompt": f"Say {i}."}) for i in range(40)))
+    scorer = {"kind": "judge", "model": "plain", "url": url, "rubric": "rubric.md", **options}
+    return {"items": "say.jsonl", "scorer": scorer}
+
+
+def says(score: int) -> tuple[int, dict[str, Any]]:
+    return 200, {"choices": [{"message": {"content": json.dumps({"reason": "So.", "score": score})}}]}
+
+
+@pytest.mark.filterwarnings("ignore:The judge `plain` agrees too little")
+def test_how_far_judges_agree_with_people_is_kept_with_the_first_measurement(
+    half: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGETUNE_CACHE", str(tmp_path / "cache"))
+    labels = [{"prompt": f"Say {i}.", "reply": "x", "label": 1 + i % 5} for i in range(10)]
+    (tmp_path / "human.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    with plain_server(lambda _: says(3)) as url:
+        words = judged(tmp_path, url, labels="human.jsonl")
+        with opened(half, tmp_path, io.StringIO(), words) as candidates:
+            assert candidates.run.agreements() == {}
+            candidates.measure(Proposal("trial", "trial-0001", at(half, 1.0)))
+    known = {"words": {"words:say.jsonl": Agreement("plain", 10, 0.2, 0.0)}}
+    assert candidates.run.agreements() == known
 
 
 FAR = 1e9  # beyond what float16 holds

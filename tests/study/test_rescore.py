@@ -14,7 +14,9 @@ import yaml
 import mergetune
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.results.run_dir import RunDir
+from plain_server import plain_server
 from studies import run, write_study
 
 
@@ -77,6 +79,31 @@ def test_other_scorers_margins_and_guards_are_computed_from_the_replies(
         assert scores is not None
         assert scores["words"].value == pytest.approx(by_hand)
     assert new.study.suite_config.guards["calm"].margin == 0.5
+
+
+def test_how_far_a_judge_agrees_with_people_is_kept_and_shown(finished: RunDir, tmp_path: Path) -> None:
+    labels = [{"prompt": f"Say {i}.", "reply": "x", "label": 1 + i % 5} for i in range(10)]
+    (tmp_path / "human.jsonl").write_text("\n".join(map(json.dumps, labels)))
+    (tmp_path / "rubric.md").write_text("Score how friendly the reply is.")
+
+    def change(data: dict[str, Any]) -> None:
+        (task,) = data["objectives"]["words"]["tasks"]
+        judge = {"kind": "judge", "model": "plain", "url": url}
+        task["scorer"] = judge | {"rubric": "rubric.md", "labels": "human.jsonl"}
+
+    verdict = json.dumps({"reason": "So.", "score": 3})
+    with plain_server(lambda _: (200, {"choices": [{"message": {"content": verdict}}]})) as url:
+        suite = rewritten(finished, tmp_path, change)
+        (tmp_path / "words.jsonl").write_text(
+            "\n".join(json.dumps({"prompt": f"Say {i}."}) for i in range(16))
+        )
+        with pytest.warns(UserWarning, match="agrees too little"):
+            found = mergetune.rescore(finished.path, suite, tmp_path / "new", cache=tmp_path / "cache")
+    kept = RunDir(tmp_path / "new").agreements()
+    assert kept == {"words": {"words:words.jsonl": Agreement("plain", 10, 0.2, 0.0)}}
+    page = found.report.read_text()
+    assert "20% of 10 labelled replies graded as by people, kappa 0.00" in page
+    assert "words: The judge <code>plain</code> agrees too little with people" in page
 
 
 def test_items_without_replies_are_named_and_left_out(finished: RunDir, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import pandas as pd
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores
 from mergetune.evaluation.bound_task import BoundTask, bind, direction_of
+from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.evaluation.lm_requests import ask, filtered, make_requests, spoken
 from mergetune.evaluation.lm_tasks import jsonl_task, lm_eval_tasks
+from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import ScoreConfig, Split, Suite, SuiteConfig, TaskConfig
 from mergetune.machine import clock
 from mergetune.machine.sandbox import is_isolated
@@ -105,6 +107,16 @@ class Evaluator:
                 "memory, processes and files are limited, but it reaches the network and this user's files.",
             )
         return ()
+
+    @property
+    def agreements(self) -> dict[str, dict[str, Agreement]]:
+        """How far judges agree with people, by score and task, of those that have scored a reply."""
+        found: dict[str, dict[str, Agreement]] = {}
+        for name, bound in self._tasks.items():
+            scorer = bound.config.scorer
+            if isinstance(scorer, JudgeScorer) and scorer.agreement is not None:
+                found.setdefault(bound.score_name, {})[name] = scorer.agreement
+        return found
 
     def count(self, split: Split) -> int:
         """Count the items of a split."""

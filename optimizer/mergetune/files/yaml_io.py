@@ -205,10 +205,13 @@ def read_text(path: Path) -> str:
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean …?"` for the nearest valid word, or the list of all of them."""
     words = sorted(valid)
-    close = difflib.get_close_matches(word, words, n=1)
-    if close:
-        return f" Did you mean `{close[0]}`?"
-    return f" Valid: {', '.join(words)}." if words else ""
+    return _meant(word, words) or (f" Valid: {', '.join(words)}." if words else "")
+
+
+def _meant(word: str, valid: Iterable[str]) -> str:
+    """Return `" Did you mean …?"` for the nearest valid word; empty where none is near."""
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def refuse_unknown(keys: Iterable[object], valid: Iterable[str]) -> None:
@@ -291,6 +294,8 @@ def _sentence(place: _Place, details: list[Any], model: type[BaseModel]) -> str:
     received = "" if is_said else f", {_received(detail['input'])}"
     is_unquoted = types == ["text"] and isinstance(detail["input"], (bool, int, float, date))
     remedy = " Put it in quotes." if is_unquoted else ""
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        remedy = _meant(detail["input"], re.findall(r"'([^']+)'", detail["msg"]))
     return f"{f'`{path}`: ' if path else ''}{rule}{received}.{remedy}"
 
 

@@ -40,6 +40,7 @@ import pandas as pd
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores, not_means, parts_of, settled
 from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 from mergetune.gate.pairs import pairs
 from mergetune.gate.row import (
@@ -99,6 +100,7 @@ class Check:
         candidate: how the candidate is called; so are `baseline` and `suite`.
         n_items: of the suite, as measured on the baseline.
         saving: None where the gate could not stop early.
+        agreements: of the judges with people, as far as replies were judged for this check.
     """
 
     verdict: Verdict
@@ -114,6 +116,7 @@ class Check:
     n_items: int
     warnings: tuple[str, ...]
     saving: Saving | None
+    agreements: Agreements
 
 
 def judge(
@@ -127,6 +130,7 @@ def judge(
     repeat: pd.DataFrame | None = None,
     alpha: float = 0.05,
     warnings: Sequence[str] = (),
+    agreements: Agreements = MappingProxyType({}),
     early: Mapping[str, Look] | None = None,
     levels: Levels | None = None,
 ) -> Check:
@@ -142,6 +146,7 @@ def judge(
         repeat: a second measurement of the baseline (A/A), whose noise widens every interval.
         alpha: one-sided, ∈ (0, 0.5): the error of PASS, and that of FAIL.
         warnings: what else a reader must know.
+        agreements: of the suite's judges with people.
         early: the last look at each score that was stopped before its last item; only such scores may have
             fewer items of the candidate than of the baseline.
         levels: what the looks were taken at, from `sequential.split_alpha`; None if none was taken.
@@ -185,8 +190,9 @@ def judge(
         suite=suite_name,
         alpha=alpha,
         n_items=len(baseline),
-        warnings=(*warnings, *([] if levels is None else _unjudged(joined))),
+        warnings=(*warnings, *low_agreements(agreements), *([] if levels is None else _unjudged(joined))),
         saving=None if levels is None else Saving(len(candidate), len(baseline)),
+        agreements=dict(agreements),
     )
 
 

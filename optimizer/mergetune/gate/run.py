@@ -140,6 +140,7 @@ class _Pair:
             repeat=again,
             alpha=self.options.alpha,
             warnings=self.warnings,
+            agreements=self.evaluator.agreements,
             early=early.looks if early else None,
             levels=early.levels if early else None,
         )
@@ -165,6 +166,7 @@ def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOp
         labels=(str(candidate), str(baseline)),
         alpha=options.alpha,
         warnings=_warnings(items, options.training),
+        agreements=evaluator.agreements,
     )
     return Checked(check, first, second)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
+from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.insights import (
@@ -113,6 +114,7 @@ class ReportData:
     verdict: Summary
     stopped: str  # why the search did; empty where it may not have
     warnings: tuple[str, ...]
+    agreements: Agreements  # of judges with people
     n_items: Mapping[str, int]  # by split
     hypervolume: tuple[float, ...]  # after each entry
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
@@ -171,7 +173,7 @@ def gather(run: RunDir) -> ReportData:
     noise = measured_noise(run, metrics)
     confirmed_by = confirmation(run, choice, holdout, metrics, noise, read)
     front = selection.front(search, suite) if choice else []
-    slopes = run.sensitivity()
+    slopes, agreements = run.sensitivity(), run.agreements()
     tensors, changed = _tensors(run)
     if any(METHODS[candidate.recipe.method].changes_every_tensor for candidate in candidates):
         changed = None  # coefficients count for what no expert changes, too
@@ -210,7 +212,8 @@ def gather(run: RunDir) -> ReportData:
         recommendation=chosen,
         verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),
         stopped=_stopped(run, candidates),
-        warnings=tuple(run.read_json("warnings.json") or ()),
+        warnings=(*(run.read_json("warnings.json") or ()), *low_agreements(agreements)),
+        agreements=agreements,
         n_items=_count_items(search, holdout),
         hypervolume=_hypervolume(entries, suite) if choice else (),
         influences={m.name: influences(complete, search, m) for m in objectives},

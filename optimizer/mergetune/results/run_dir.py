@@ -7,6 +7,7 @@ warnings.json     what looked suspicious before the search began
 model.json        the base's layers and tensors, those each expert changes, and the task vectors' norms
 study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
+judges.json       how far the judges of the suite agree with people's labels
 sent.parquet      what models were sent of each item, as the chat template wrote it
 candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
 attempts/         WHAT.json: how often something was begun that has not come to its end
@@ -34,7 +35,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,7 @@ from pydantic import AfterValidator, Field, model_validator
 from mergetune.engines.engine import EngineKind
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
+from mergetune.evaluation.judging.agreement import Agreement, Agreements
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
 from mergetune.files.yaml_io import Strict, write_yaml
@@ -444,6 +446,22 @@ class RunDir:
     def sent(self) -> pd.DataFrame | None:
         """Return what models were sent, by item; None in a run of an earlier version."""
         return _read_table(self.path / "sent.parquet")
+
+    def write_agreements(self, agreements: Agreements) -> None:
+        """Keep how far judges agree with people, as `Evaluator.agreements` has it."""
+        rows = {
+            score: {task: asdict(own) for task, own in tasks.items()} for score, tasks in agreements.items()
+        }
+        self.write_json("judges.json", rows)
+
+    def agreements(self) -> dict[str, dict[str, Agreement]]:
+        """Return how far judges agree with people, by score and task; empty where none has labels."""
+        with readable(self.path / "judges.json"):
+            known = self.read_json("judges.json") or {}
+            return {
+                score: {task: Agreement(**own) for task, own in tasks.items()}
+                for score, tasks in known.items()
+            }
 
     def write_json(self, name: str, data: Any) -> None:
         """Write one of the small JSON files."""

@@ -91,6 +91,7 @@ class Candidates:
         self._known = {candidate.name: candidate for candidate in run.candidates()}
         self._proposed: dict[str, tuple[Proposal, float]] = {}  # by the job's purpose; when it was begun
         self._n_sent = 0
+        self._agreements = run.agreements()
         known = run.versions()
         options = PoolOptions(
             folder=run.path,
@@ -174,7 +175,7 @@ class Candidates:
         else:
             kept = self._keep({**fields, "cost": found.cost, "faults": found.faults}, found.measurement)
             line = candidate_line(proposal.name, self.scores[proposal.name], kept.cost.total_s, "")
-            self._keep_sent()
+            self._keep_asked()
         self.run.forget_attempts(what)
         self.progress.say(line)
         return kept
@@ -196,7 +197,7 @@ class Candidates:
             self.progress.say(f"holdout: {candidate_line(name, None, 0.0, found.reason)}")
             return found.reason
         self.run.write_measurement(name, "holdout", found.measurement)
-        self._keep_sent()
+        self._keep_asked()
         self._keep(candidate.model_copy(update={"holdout_cost": found.cost}), None)
         self.run.forget_attempts(f"holdout.{name}")
         line = candidate_line(name, found.measurement.scores(), found.cost.total_s, "")
@@ -228,12 +229,15 @@ class Candidates:
         """End the engine."""
         self.pool.close()
 
-    def _keep_sent(self) -> None:
-        """Keep what was sent, once it was rendered for a split's first candidate."""
+    def _keep_asked(self) -> None:
+        """Keep what a split's first candidate was sent, and how far judges agree with people."""
         n_sent = self.evaluator.count_sent(self.pool.renderer)
         if n_sent > self._n_sent:
             self.run.add_sent(self.evaluator.sent(self.pool.renderer))
             self._n_sent = n_sent
+        if (agreements := self.evaluator.agreements) != self._agreements:
+            self.run.write_agreements(agreements)
+            self._agreements = agreements
 
     def _say_fault(self, job: Job, reason: str) -> None:
         split, _, name = job.purpose.partition(".")

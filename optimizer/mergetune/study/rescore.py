@@ -92,6 +92,7 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
             again = lm(base, repeat=1)
             if _known(evaluator, [again], "search") == known["search"]:
                 target.write_noise(evaluator.measure_documents(again, known["search"]))
+        target.write_agreements(evaluator.agreements)
         report = write_report(target)
     n_items = sum(len(own) for documents in known.values() for own in documents.values())
     return Rescored(report, n_items, lacking)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_LOWEST_KAPPA = 0.6  # above it agreement is "substantial": Landis and Koch (1977)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,57 @@ class JudgeQuality:
     def sd(self) -> float:
         """The standard deviation of one verdict."""
         return math.sqrt(self.within_variance)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a judge gave the grades that people gave, as reports show it.
+
+    Attributes:
+        judge: what the user calls it.
+        n_labels: see `JudgeQuality`; so are `agreement` and `kappa`.
+        kappa: None where all grades are one and the same, which tells nothing.
+    """
+
+    judge: str
+    n_labels: int
+    agreement: float
+    kappa: float | None
+
+    @property
+    def is_low(self) -> bool:
+        """Whether scores by this judge say little."""
+        return self.kappa is None or self.kappa < _LOWEST_KAPPA
+
+    @property
+    def text(self) -> str:
+        """The figures in words."""
+        return (
+            f"judge `{self.judge}`: {self.agreement:.0%} of {self.n_labels} labelled replies graded as by "
+            f"people, kappa {self._kappa}"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What to know of a judge whose agreement is low."""
+        return (
+            f"The judge `{self.judge}` agrees too little with people: Cohen's kappa is {self._kappa} on "
+            f"{self.n_labels} labelled replies, and should be {_LOWEST_KAPPA} or more. Make the rubric "
+            "clearer, or take another judge."
+        )
+
+    @property
+    def _kappa(self) -> str:
+        return "undefined (all grades are the same)" if self.kappa is None else f"{self.kappa:.2f}"
+
+
+Agreements = Mapping[str, Mapping[str, Agreement]]  # by objective or guard, and task
+
+
+def low_agreements(agreements: Agreements) -> list[str]:
+    """Return a warning for each judge that agrees too little with people, with the score it belongs to."""
+    low = [(score, own) for score, tasks in agreements.items() for own in tasks.values() if own.is_low]
+    return [f"{score}: {own.warning}" for score, own in low]
 
 
 def judge_quality(

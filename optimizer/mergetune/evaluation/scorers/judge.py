@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +37,10 @@ from mergetune.files.yaml_io import KindAlone, Strict, read_text
 from mergetune.weights.models import find_model
 
 if TYPE_CHECKING:
-    from mergetune.evaluation.judging.agreement import JudgeQuality
+    from mergetune.evaluation.judging.agreement import Agreement, JudgeQuality
 
 _MOST_GRADES = 101
 _OF_SERVERS = ("key_variable", "concurrency", "max_requests", "timeout_s")
-_LOWEST_KAPPA = 0.6  # above it agreement is "substantial": Landis and Koch (1977)
 
 
 class Pairwise(Strict):
@@ -95,7 +95,7 @@ class JudgeScorer(BaseScorer):
     labels: str | tuple[LabelledReply, ...] = Field("", exclude=True)
 
     _folder: Path | None = PrivateAttr(None)
-    _was_compared: bool = PrivateAttr(False)
+    _agreement: Agreement | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
@@ -181,10 +181,14 @@ class JudgeScorer(BaseScorer):
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`; a server that cannot be used or gives no verdict is an error."""
-        if self.labels and not self._was_compared:
-            self._was_compared = True
-            self._warn(self.quality([], []))
+        if self.labels and self._agreement is None:
+            self._agreement = self._compared()
         return [sum(own) / len(own) for own in self._repeated(items, replies)]
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How far the judge agrees with people; None without `labels`, and before it has scored a reply."""
+        return self._agreement
 
     def quality(self, items: Sequence[Item], replies: Sequence[str]) -> JudgeQuality:
         """Measure the judge's noise on replies, and its agreement with people on those that have labels.
@@ -229,16 +233,21 @@ class JudgeScorer(BaseScorer):
         return [rows.of(item)[0].reply for item in items]
 
     @property
-    def _judge(self) -> Judge:
+    def _settings(self) -> JudgeSettings:
         names = JudgeSettings.__dataclass_fields__.keys() - {"folder"}
-        given = {name: getattr(self, name) for name in names}
-        return judge_of(JudgeSettings(**given, folder=self._folder), default_store().folder)
+        return JudgeSettings(**{name: getattr(self, name) for name in names}, folder=self._folder)
 
-    def _warn(self, found: JudgeQuality) -> None:
-        if not found.kappa >= _LOWEST_KAPPA:  # NaN, too: where all grades are the same, they tell nothing
-            warnings.warn(
-                f"The judge `{self.model}` agrees too little with people: Cohen's kappa is {found.kappa:.2f} "
-                f"on {found.n_labels} labelled replies, and should be {_LOWEST_KAPPA} or more. Make the "
-                "rubric clearer, or take another judge.",
-                stacklevel=2,
-            )
+    @property
+    def _judge(self) -> Judge:
+        return judge_of(self._settings, default_store().folder)
+
+    def _compared(self) -> Agreement:
+        """Compare the judge with people, and warn where it agrees too little."""
+        from mergetune.evaluation.judging.agreement import Agreement
+
+        found = self.quality([], [])
+        kappa = None if math.isnan(found.kappa) else found.kappa
+        own = Agreement(self._settings.name, found.n_labels, found.agreement, kappa)
+        if own.is_low:
+            warnings.warn(own.warning, stacklevel=2)
+        return own
