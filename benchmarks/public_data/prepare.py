@@ -8,13 +8,13 @@
 The files are read as they are published: the folder `data` of the package bfcl-eval, GSM8K's test problems
 and a folder of BLiMP's paradigms. Hashes split them into training files and the suite's items:
 
-- calls: BFCL's simple_python, multiple, irrelevance and live_simple, with prompts of up to 400 tokens. No
-  function's name is on both sides, for items that share one, directly or through others, stay together.
-  live_simple, whose questions came from users, is for training alone. Of the values that are accepted the
-  first is trained, and no argument that may be left out. Where no function fits, BFCL has no reply: there
-  `NO_CALL` is trained.
-- arithmetic: 900 worked solutions are trained. The suite has those other problems whose solution calculates
-  one to four numbers that the problem does not state.
+- calls: BFCL's simple_python, multiple, irrelevance and live_simple, up to 1,200 letters each, which makes
+  prompts of up to 425 tokens. No function's name is on both sides, for items that share one, directly or
+  through others, stay together. live_simple, whose questions came from users, is for training alone. Of the
+  values that are accepted the first is trained, and no argument that may be left out. Where no function fits,
+  BFCL has no reply: there `NO_CALL` is trained.
+- arithmetic: two thirds of the problems are trained with their worked solutions. The suite has those other
+  problems whose solution calculates one to four numbers that the problem does not state.
 - grammar: the first pairs of each paradigm, for the guard; nothing of it is trained.
 """
 
@@ -28,28 +28,26 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergetune.engines.conversations import render
 from mergetune.evaluation.item_files import ItemSource, read_items
 from mergetune.evaluation.items import Item, ToolCall
 from mergetune.evaluation.scorers.numeric import numbers_in
 from mergetune.evaluation.scorers.tool_calls import ToolCallsScorer
-from mergetune.weights.chat_template import ChatTemplate, open_tokenizer
-from mergetune.weights.models import demo_model
 
 HERE = Path(__file__).resolve().parent
-TEMPLATE = "hermes.jinja"
-COPIED = (TEMPLATE, "train.yaml", "suite.yaml", "solved.yaml", "study.yaml")
+COPIED = ("hermes.jinja", "train.yaml", "suite.yaml", "solved.yaml", "study.yaml")
 
 IN_SUITE = ("simple_python", "multiple", "irrelevance")  # BFCL's categories
 TRAINED = (*IN_SUITE, "live_simple")
 SHARE_IN_SUITE = 0.5  # of the groups of functions
-MOST_PROMPT_TOKENS = 400
+MOST_LETTERS = 1200  # of a question with its functions
 NO_CALL = "None of the functions can do that."
 
-N_SOLUTIONS = 900  # trained
+SHARE_TRAINED = 2 / 3  # of the problems
 MOST_RESULTS = 4  # of a problem in the suite
 RESULT = re.compile(r"<<[^>]*=([^>]*)>>")  # of a calculation in a solution of GSM8K
 
@@ -92,16 +90,14 @@ def prepare_calls(bfcl: Path, out: Path) -> None:
 
 def read_questions(bfcl: Path) -> Iterator[Question]:
     """Yield the questions that can be scored and are short enough."""
-    scorer, tokenizer = ToolCallsScorer(), open_tokenizer(demo_model())
-    ChatTemplate.of(demo_model(), (HERE / TEMPLATE).read_text(encoding="utf-8")).put_into(tokenizer)
+    scorer = ToolCallsScorer()
     for category in TRAINED:
         name = f"BFCL_v4_{category}.json"
         answers = "none" if category == "irrelevance" else f"possible_answer/{name}"
         by_id = {} if answers == "none" else {row["id"]: row for row in read(bfcl / answers)}
         items = read_items(ItemSource(name, answers=answers), bfcl).items
         for row, item in zip(read(bfcl / name), items, strict=True):
-            prompt = render(tokenizer, [each.as_dict() for each in item.conversation], tools=item.tools)
-            if scorer.check_item(item) is None and len(tokenizer.encode(prompt)) <= MOST_PROMPT_TOKENS:
+            if scorer.check_item(item) is None and len(json.dumps(row)) <= MOST_LETTERS:
                 names = frozenset(tool["function"]["name"] for tool in item.tools)
                 yield Question(category, row, by_id.get(row["id"]), item, names)
 
@@ -138,9 +134,9 @@ def needed(call: ToolCall, accepted: Mapping[str, Sequence[Any]]) -> Row:
 def prepare_arithmetic(gsm8k: Path, out: Path) -> None:
     """Write worked solutions to train on, and other problems."""
     rows = read(gsm8k)
-    trained = set(sorted((row["question"] for row in rows), key=share)[:N_SOLUTIONS])
-    write(out / "train" / "arithmetic.jsonl", [solved(row) for row in rows if row["question"] in trained])
-    asked = [problem(row) for row in rows if row["question"] not in trained]
+    is_trained = [share(row["question"]) < SHARE_TRAINED for row in rows]
+    write(out / "train" / "arithmetic.jsonl", [solved(row) for row in compress(rows, is_trained)])
+    asked = [problem(row) for row in compress(rows, map(not_, is_trained))]
     write(out / "arithmetic.jsonl", [row for row in asked if 0 < len(row["results"]) <= MOST_RESULTS])
 
 

@@ -28,7 +28,7 @@ from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.slopes.references import find_references
 from mergetune.weights.chat_template import choose_template
-from mergetune.weights.models import DEMO_MODEL, demo_model
+from mergetune.weights.models import DEMO_MODEL, find_model
 
 RANK = 8
 PEAK_RATE = 1e-3
@@ -37,11 +37,11 @@ EPOCHS = {"calls": 2, "arithmetic": 1}
 IGNORED = -100  # label of the tokens that carry no loss
 
 
-def dialogues(suite_file: Path, skill: str) -> list[Scoring]:
+def dialogues(suite_file: Path, skill: str, base: Path) -> list[Scoring]:
     """Return the dialogues of a skill as tokens, those of the reply scored."""
     evaluator = Evaluator(read_suite(suite_file))
     config = evaluator.suite.config
-    text = ModelText.read(demo_model(), None, choose_template(demo_model(), config.chat_template))
+    text = ModelText.read(base, None, choose_template(base, config.chat_template))
     no_model = cast(Any, None)  # nothing is completed
     lm = CompletionsLM(no_model, text.tokenizer, text.max_length, end_tokens=text.end_tokens)
     every = evaluator.documents("search")
@@ -96,12 +96,12 @@ class Schedule:
         return PEAK_RATE * min(step / warm_up, 1 - 0.9 * (step - warm_up) / (self.n_steps - warm_up))
 
 
-def train(every: Sequence[Sequence[Scoring]], seed: int, most_steps: int | None) -> PeftModel:
+def train(base: Path, every: Sequence[Sequence[Scoring]], seed: int, most_steps: int | None) -> PeftModel:
     """Train an adapter of every linear layer with AdamW."""
     torch.manual_seed(seed)
-    base: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    expert = get_peft_model(base, config)
+    expert = get_peft_model(model, config)
     weights = [weight for weight in expert.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     schedule, started = Schedule(len(every)), time.perf_counter()
@@ -125,15 +125,17 @@ def main() -> None:
     )
     parser.add_argument("skill", choices=EPOCHS)
     parser.add_argument("--out", type=Path, required=True, help="the folder that `prepare.py` wrote")
+    parser.add_argument("--base", default=DEMO_MODEL, help="a directory, a hub id or smollm2-demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="end after so many, to try it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    texts = dialogues(args.out / "train.yaml", args.skill)
+    base = find_model(args.base, Path())
+    texts = dialogues(args.out / "train.yaml", args.skill, base)
     every = batches(texts, EPOCHS[args.skill], random.Random(args.seed))
-    expert = train(every, args.seed, args.steps)
-    cast(LoraConfig, expert.peft_config["default"]).base_model_name_or_path = DEMO_MODEL
+    expert = train(base, every, args.seed, args.steps)
+    cast(LoraConfig, expert.peft_config["default"]).base_model_name_or_path = args.base
     expert.save_pretrained(str(args.out / "experts" / args.skill))
 
 
