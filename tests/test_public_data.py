@@ -24,7 +24,7 @@ SKILLS = ("calls", "arithmetic")
 
 
 def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, SCRIPTS / script, *map(str, arguments)]
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -74,9 +74,8 @@ def test_no_item_and_no_function_of_the_suite_was_trained(prepared: Path) -> Non
 
 def test_results_are_found_with_and_without_commas_and_not_within_other_numbers(prepared: Path) -> None:
     suite = read_suite(prepared / "suite.yaml")
-    scorer = suite.config.objectives["arithmetic"].tasks[0].scorer
+    scorer: Any = suite.config.objectives["arithmetic"].tasks[0].scorer
     item = next(items[0] for name, items in suite.items.items() if name.startswith("arithmetic"))
-    assert scorer is not None
     total = int(str(item.answer).rpartition("####")[2].replace(",", ""))
     said = [f"${total:,}.", f"<<{total}>>", f"{total}.00", f"1{total}", f"{total}.5", f"{total},000", "3"]
     assert scorer.score([item] * len(said), said) == [1, 1, 1, 0, 0, 0, 0]
