@@ -38,7 +38,7 @@ def frame(*rows: tuple[str, str], score: str = "skill", split: str = "search") -
                 "item": f"id-{number}",
                 "split": split,
                 "system": "",
-                "earlier": [],
+                "earlier": "[]",
                 "prompt": prompt,
                 "target": target,
             }
@@ -109,7 +109,8 @@ class TestTraining:
 
     def test_a_turn_is_found_with_what_the_user_said_before_it(self) -> None:
         items = frame((SHORT, ""), (SHORT, ""))
-        items["earlier"] = [["Hello, I like art.", "Tell me more."], ["Hello, I like food."]]
+        earlier = [["Hello, I like art.", "Tell me more."], ["Hello, I like food."]]
+        items["earlier"] = list(map(json.dumps, earlier))
         assert trained(items, f"Hello, I like art.\nDo you?\nTell me more.\nGladly.\n{SHORT}") == ["id-0"]
         assert trained(items, SHORT, "Hello, I like food.") == []
 
@@ -252,8 +253,9 @@ class TestStudy:
     def test_a_demo_trained_on_its_own_items_is_found_out(self) -> None:
         plan = Plan.read(EXAMPLE / "study.yaml")
         own = read_training_texts(shared_folder("evals") / "taskmaster" / "tool_calls.jsonl")
-        (warning,) = leakage_warnings(Evaluator(plan.suite), {"tools": own[:50]})
-        assert "Items of `tool_calls` that stand in the training data of `tools`: 50 of 130." in warning
+        calls, joint = leakage_warnings(Evaluator(plan.suite), {"tools": own[:50]})
+        assert "Items of `tool_calls` that stand in the training data of `tools`: 50 of 60." in calls
+        assert "Items of `joint` that stand in the training data of `tools`" in joint  # the same requests
 
 
 class TestBenchmarks:

@@ -9,6 +9,9 @@ import pandas as pd
 import pytest
 
 from mergetune.errors import MergetuneError
+from mergetune.evaluation.evaluate import Evaluator
+from mergetune.evaluation.suite import read_suite
+from mergetune.files.library import find
 from mergetune.measuring.reply_store import ReplyStore
 from mergetune.results.config import Budget
 from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
@@ -87,6 +90,16 @@ def test_other_items_are_refused_and_the_same_ones_are_not(run: RunDir) -> None:
         with pytest.raises(MergetuneError, match=r"items have changed .* 3 are gone .* 3 are new"):
             run.write_items(other)
     assert set(run.items()["item"]) == set(items["item"])
+
+
+def test_items_of_conversations_are_the_same_when_a_run_goes_on(run: RunDir) -> None:
+    evaluator = Evaluator(read_suite(find("evals", "taskmaster", Path())))
+    items = evaluator.items()
+    assert items["earlier"].str.len().max() > 2  # a list that is not empty
+    (run.path / "items.parquet").unlink()
+    for known in (items, items.drop(columns=["system", "earlier"])):
+        run.write_items(known)
+        run.write_items(evaluator.items())
 
 
 @pytest.mark.parametrize(

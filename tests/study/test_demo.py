@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sklearn.metrics import cohen_kappa_score
 
 import mergetune
+from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.preview import scorer_of
 from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import read_yaml
@@ -82,6 +84,23 @@ def test_the_replies_of_the_data_are_right_and_none_is_not(items: str, scorer: d
     replies = [how.reply_text(item.target) for item in due if item.target is not None]
     assert how.score(due, replies) == [1] * len(due)
     assert how.score(due, [""] * len(due)) == [0] * len(due)
+
+
+def test_the_voice_is_what_a_person_takes_for_it() -> None:
+    """The labels were given to replies of merges, half of which show some traits and not others."""
+    labelled = lines(FOLDER / "labels.jsonl")
+    how = scorer_of({"kind": "python", "function": "scoring.py:voice"}).with_files(EVALS, ())
+    items = [
+        Item(
+            prompt=row["messages"][-1]["content"],
+            messages=tuple(map(Message.model_validate, row["messages"])),
+        )
+        for row in labelled
+    ]
+    scores = how.score(items, [row["reply"] for row in labelled])
+    labels = [row["voice"] for row in labelled]
+    assert 0.25 < sum(labels) / len(labels) < 0.75
+    assert cohen_kappa_score(labels, [score >= 0.75 for score in scores]) > 0.7
 
 
 def test_the_script_makes_the_items_that_ship(tmp_path: Path) -> None:

@@ -204,8 +204,8 @@ class Evaluator:
     def items(self) -> pd.DataFrame:
         """Return a row per item of the suite: its id, its place, its split, what is asked, and the target.
 
-        `prompt` is the last that the user says, `earlier` lists what the user says before it, and `system` is
-        the system message.
+        `prompt` is the last that the user says, `earlier` lists what the user says before it, as JSON, and
+        `system` is the system message.
 
         Where the suite has slices, `slices` holds their values as JSON.
         """
@@ -217,7 +217,7 @@ class Evaluator:
                 "item": bound.item_ids[index],
                 "split": split,
                 "system": bound.system(index),
-                "earlier": bound.earlier(index),
+                "earlier": json.dumps(bound.earlier(index), ensure_ascii=False),
                 "prompt": bound.prompt(index),
                 "target": bound.target(index),
                 **({"slices": json.dumps(bound.slices(index, keys), ensure_ascii=False)} if keys else {}),

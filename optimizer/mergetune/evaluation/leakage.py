@@ -199,7 +199,7 @@ def _questions(items: pd.DataFrame) -> list[Question]:
     questions: dict[Any, Question] = {}
     for _, rows in items.groupby("task", sort=False):
         prompts, targets = rows["prompt"].tolist(), rows["target"].tolist()
-        before = list(zip(rows["system"], rows["earlier"], strict=True))
+        before = list(zip(rows["system"], map(json.loads, rows["earlier"]), strict=True))
         own = [words_of(text) for text in _without_frame(prompts)]
         folded = [" ".join(target.casefold().split()) for target in targets]
         n_targets = Counter(words for words, _ in set(zip(own, folded, strict=True)))

@@ -425,7 +425,8 @@ class RunDir:
             MergetuneError: others are here, which what was measured belongs to.
         """
         known = _read_table(self.path / "items.parquet")
-        if known is not None and (was := _rows(known)) != (now := _rows(items)):
+        columns = list(items) if known is None else [name for name in items if name in known]
+        if known is not None and (was := _rows(known[columns])) != (now := _rows(items[columns])):
             raise MergetuneError(
                 f"{self.path}: the suite's items have changed since the run began: {len(was - now)} are gone "
                 f"or asked otherwise, {len(now - was)} are new. What was measured cannot be compared with "
@@ -434,7 +435,7 @@ class RunDir:
         write_parquet(self.path / "items.parquet", items)
 
     def items(self) -> pd.DataFrame:
-        """Return the suite's items: score_name, task, item, split, prompt, target."""
+        """Return the suite's items, as `Evaluator.items` has them; earlier versions kept fewer columns."""
         with readable(self.path / "items.parquet"):
             return pd.read_parquet(self.path / "items.parquet")
 
