@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,37 @@ def check(
     return done.returncode, json.loads(done.stdout)
 
 
-def test_the_tuned_merge_passes_against_the_uniform_average(store: Path) -> None:
-    code, found = check("tuned", "average", "taskmaster_deploy", store)
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite of the deployment, without the items that need both skills, and with fewer of the others."""
+    return write_suite(tmp_path_factory.mktemp("deployed"), 60)
+
+
+def write_suite(folder: Path, n_items: int) -> Path:
+    shipped = shared_folder("evals") / "taskmaster_deploy.yaml"
+    suite = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    del suite["objectives"]["joint"]
+    for score in (*suite["objectives"].values(), *suite["guards"].values()):
+        for task in score["tasks"]:
+            task["limit"] = n_items
+    shutil.copytree(shipped.parent / "taskmaster", folder / "taskmaster")
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    return folder / "suite.yaml"
+
+
+def test_the_tuned_merge_passes_against_the_uniform_average(deployed: Path, store: Path) -> None:
+    code, found = check("tuned", "average", deployed, store)
     assert (code, found["verdict"]) == (0, "pass"), found
     assert {row["name"]: row["improved"] for row in found["rows"]}["persona"]
     assert found["warnings"] == []
 
 
-def test_a_merge_with_one_layer_group_negated_fails(store: Path) -> None:
-    code, found = check("damaged", "tuned", "taskmaster_deploy", store, "--fast")
+def test_a_merge_with_one_layer_group_negated_fails(deployed: Path, store: Path) -> None:
+    code, found = check("damaged", "tuned", deployed, store, "--fast")
     assert (code, found["verdict"]) == (1, "fail"), found
     assert found["saving"]["n_measured"] < found["saving"]["n_items"] / 2
 
 
 def test_thirty_items_are_inconclusive(store: Path, tmp_path: Path) -> None:
-    deployed = shared_folder("evals") / "taskmaster_deploy.yaml"
-    suite = yaml.safe_load(deployed.read_text(encoding="utf-8"))
-    for score in (*suite["objectives"].values(), *suite["guards"].values()):
-        for task in score["tasks"]:
-            lines = (deployed.parent / task["items"]).read_text(encoding="utf-8").splitlines()
-            task["items"] = Path(task["items"]).name
-            (tmp_path / task["items"]).write_text("\n".join(lines[:10]), encoding="utf-8")
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
-    code, found = check("tuned", "average", tmp_path / "small.yaml", store, "--split", "all")
+    code, found = check("tuned", "average", write_suite(tmp_path, 10), store, "--split", "all")
     assert (code, found["verdict"], found["n_items"]) == (2, "inconclusive", 30), found
