@@ -51,12 +51,13 @@ def plain(model: Any, tokenizer: Any, requests: Sequence[Generation]) -> list[st
         length = max(len(each.tokens) for each in batch)
         first = batch[0]
         stop = StopStringCriteria(tokenizer, list(first.stop))
+        kind: Any = GenerationConfig  # it has no types
         tokens = model.generate(
             input_ids=torch.tensor([[0] * (length - len(each.tokens)) + [*each.tokens] for each in batch]),
             attention_mask=torch.tensor(
                 [[0] * (length - len(each.tokens)) + [1] * len(each.tokens) for each in batch]
             ),
-            generation_config=GenerationConfig(
+            generation_config=kind(
                 do_sample=False,
                 max_new_tokens=first.max_new_tokens,
                 eos_token_id=list(first.stop_tokens),

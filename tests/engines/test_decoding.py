@@ -50,7 +50,7 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.fixture(scope="module", params=list(FAMILIES.values()), ids=list(FAMILIES))
 def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
     """A model whose replies are not all alike."""
     kind, settings = request.param
@@ -121,4 +121,5 @@ def test_a_beginning_is_shared_where_each_token_has_a_key_of_its_own(model: Any,
         assert (cache, n_shared) == (None, 0)
     else:
         assert cache is not None
-        assert (n_shared, cache.get_seq_length(), len(cache.layers[0].keys)) == (40, 40, 12)
+        layer: Any = cache.layers[0]
+        assert (n_shared, cache.get_seq_length(), len(layer.keys)) == (40, 40, 12)

@@ -13,7 +13,7 @@ GAP = st.sampled_from([" ", "  ", "\t", ", ", "; ", " “", "… ", ". ", "_", "
 
 
 def question(text: str) -> Question:
-    return Question(words_of(text), words_of(text), (), "")
+    return Question(words_of(text), words_of(text), (), ("",))
 
 
 @given(st.text())

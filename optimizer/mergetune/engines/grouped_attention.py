@@ -55,7 +55,7 @@ def _attend(
     n_groups = key.shape[1]
     is_simple = attention_mask is not None and attention_mask.shape[1] == 1 and not dropout
     if n_new > 1 or n_groups == n_heads or not is_simple or others.get("position_bias") is not None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
     assert attention_mask is not None  # `is_simple`

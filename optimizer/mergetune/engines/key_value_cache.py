@@ -16,7 +16,7 @@ _ROOM = 64  # tokens
 _SHORTEST = 8  # a beginning of fewer tokens is not worth a pass of its own
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, with room for the tokens to come, so that not every step copies all."""
 
     _held: tuple[Tensor, Tensor] | None = None
@@ -79,14 +79,15 @@ def _new_cache(model: Any) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    cache.layers = [_Layer() for _ in cache.layers]
+    kind: Any = _Layer  # its base has no types
+    cache.layers = [kind() for _ in cache.layers]
     return cache
 
 
-def _with_room(held: Tensor, new: Tensor, n_held: int) -> Tensor:
-    """Return a tensor for so many tokens, with what is held so far; `held` may be empty."""
+def _with_room(held: Tensor | None, new: Tensor, n_held: int) -> Tensor:
+    """Return a tensor for so many tokens, with what is held so far."""
     n_rows, n_heads, _, n_dims = new.shape
     found = new.new_empty(n_rows, n_heads, n_held, n_dims)
-    if held.numel():
+    if held is not None and held.numel():
         found[..., : held.shape[-2], :] = held
     return found
