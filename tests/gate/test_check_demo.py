@@ -35,17 +35,17 @@ def check(
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The suite of the deployment, without the items that need both skills, and with fewer of the others."""
-    return write_suite(tmp_path_factory.mktemp("deployed"), 60)
+    """The suite of the deployment, without the items that need both skills, and with fewer of each one."""
+    return write_suite(tmp_path_factory.mktemp("deployed"), 60, 125)
 
 
-def write_suite(folder: Path, n_items: int) -> Path:
+def write_suite(folder: Path, n_items: int, n_of_guard: int) -> Path:
     shipped = shared_folder("evals") / "taskmaster_deploy.yaml"
     suite = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     del suite["objectives"]["joint"]
-    for score in (*suite["objectives"].values(), *suite["guards"].values()):
-        for task in score["tasks"]:
-            task["limit"] = n_items
+    for score in suite["objectives"].values():
+        score["tasks"][0]["limit"] = n_items
+    suite["guards"]["general"]["tasks"][0]["limit"] = n_of_guard
     shutil.copytree(shipped.parent / "taskmaster", folder / "taskmaster")
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
     return folder / "suite.yaml"
@@ -61,9 +61,9 @@ def test_the_tuned_merge_passes_against_the_uniform_average(deployed: Path, stor
 def test_a_merge_with_one_layer_group_negated_fails(deployed: Path, store: Path) -> None:
     code, found = check("damaged", "tuned", deployed, store, "--fast")
     assert (code, found["verdict"]) == (1, "fail"), found
-    assert found["saving"]["n_measured"] < found["saving"]["n_items"] / 2
+    assert found["saving"]["n_measured"] < 0.8 * found["saving"]["n_items"]
 
 
-def test_thirty_items_are_inconclusive(store: Path, tmp_path: Path) -> None:
-    code, found = check("tuned", "average", write_suite(tmp_path, 10), store, "--split", "all")
-    assert (code, found["verdict"], found["n_items"]) == (2, "inconclusive", 30), found
+def test_a_few_items_are_inconclusive(store: Path, tmp_path: Path) -> None:
+    code, found = check("tuned", "average", write_suite(tmp_path, 14, 14), store)
+    assert (code, found["verdict"]) == (2, "inconclusive"), found

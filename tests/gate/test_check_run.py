@@ -304,7 +304,7 @@ def test_the_pytest_example_fails_where_only_a_task_does(
 
 def test_the_pytest_example_takes_the_name_of_a_preset(tmp_path: Path) -> None:
     last = run_example(tmp_path, tmp_path / "absent", tmp_path / "absent", "taskmaster_deploy")
-    assert "3 errors" in last  # a test for each score, of models that are not there
+    assert "4 errors" in last  # a test for each score, of models that are not there
 
 
 def test_the_workflow_calls_check_as_it_is() -> None:

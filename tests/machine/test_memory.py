@@ -72,7 +72,7 @@ def test_batches_that_do_not_fit_are_halved(
     sizes = with_room_for(engine, 3, monkeypatch)
     found = evaluator(tmp_path).measure(engine.lm, "search").items
     assert found["response"].tolist() == said
-    assert [size for size in dict.fromkeys(sizes) if size > 2] == [8, 4]
+    assert [size for size in dict.fromkeys(sizes) if size > 3] == [8, 4]
 
 
 def test_a_single_prompt_that_does_not_fit_says_what_it_takes(

@@ -78,6 +78,9 @@ class Run:
     def items(self, name: str, split: Split = "search") -> pd.DataFrame:
         """Return a row per item: score_name, task, item, split, prompt, target, response and score.
 
+        Of a conversation, `prompt` is the user's last message, `earlier` has those before it, as JSON, and
+        `system` the system message. In runs of earlier versions these two are missing.
+
         Raises:
             MergetuneError: the candidate was not measured on that split.
         """

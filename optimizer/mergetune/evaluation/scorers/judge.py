@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,6 +14,7 @@ from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.items import Item, Message
 from mergetune.evaluation.judging import questions, verdicts
+from mergetune.evaluation.judging.agreement import Agreement, JudgeQuality
 from mergetune.evaluation.judging.judge import Judge, JudgeSettings, judge_of
 from mergetune.evaluation.judging.local_judge import judge_digest
 from mergetune.evaluation.judging.questions import (
@@ -35,9 +36,6 @@ from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, read_text
 from mergetune.weights.models import find_model
-
-if TYPE_CHECKING:
-    from mergetune.evaluation.judging.agreement import Agreement, JudgeQuality
 
 _MOST_GRADES = 101
 _OF_SERVERS = ("key_variable", "concurrency", "max_requests", "timeout_s")
@@ -243,8 +241,6 @@ class JudgeScorer(BaseScorer):
 
     def _compared(self) -> Agreement:
         """Compare the judge with people, and warn where it agrees too little."""
-        from mergetune.evaluation.judging.agreement import Agreement
-
         found = self.quality([], [])
         kappa = None if math.isnan(found.kappa) else found.kappa
         own = Agreement(self._settings.name, found.n_labels, found.agreement, kappa)
