@@ -1,12 +1,12 @@
 """How fast the transformers engine replies, against `generate` of transformers on the same batches.
 
-    python benchmarks/decoding.py      # --rounds N
+    python benchmarks/decoding.py      # --rounds N, --dtype float32
 
 SmolLM2-135M replies to the search split of the demo's suite, both ways by turns, in batches of 50 of like
 lengths. The engine computes the beginning that prompts share once, keeps room in its cache, reads keys
 and values once for all heads that share them, and goes on with fewer rows when half of them have ended.
 `same` is the share of replies that are equal: in bfloat16 a sum in another order may tip the choice between
-two tokens that are nearly as likely.
+two tokens that are nearly as likely, in float32 hardly ever.
 """
 
 from __future__ import annotations
@@ -92,19 +92,21 @@ def main() -> None:
     """Time both ways by turns and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
     suite = read_suite(shared_folder("evals") / "taskmaster.yaml")
     base = demo_model()
     chat = choose_template(base, suite.config.chat_template)
-    engine = TransformersEngine(EngineConfig(kind="transformers", batch_size=_BATCH_SIZE), base, chat=chat)
+    config = EngineConfig(kind="transformers", dtype=arguments.dtype, batch_size=_BATCH_SIZE)
+    engine = TransformersEngine(config, base, chat=chat)
     auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(base, dtype=torch.bfloat16).eval()
+    model = auto.from_pretrained(base, dtype=engine.model.dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     table = Table("replies", "prompt tokens", "generate s", "engine s", "ratio", "same")
     for requests in asked_of(engine, Evaluator(suite)):
         seconds: dict[str, list[float]] = {"generate": [], "engine": []}
         replies = {}
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for name, reply in (
                 ("generate", lambda own: plain(model, tokenizer, own)),
                 ("engine", engine.completer.generate),
