@@ -363,6 +363,17 @@ def test_a_merge_that_breaks_a_guard_on_the_holdout_is_said_to(data: ReportData)
     assert [one.metric.name for one in verdict.comparisons if one.is_broken] == ["general"]
 
 
+@pytest.mark.parametrize(("measured", "smoothed", "is_said"), [(0.02, -0.01, True), (0.02, 0.01, False)])
+def test_a_guard_that_is_kept_by_the_smoothed_score_alone_is_said_to_be(
+    data: ReportData, measured: float, smoothed: float, is_said: bool
+) -> None:
+    entries = [
+        replace(entry, excess={"general": measured}, smoothed_excess={"general": smoothed})
+        for entry in data.entries
+    ]
+    assert ("smoothed, as it is chosen by: kept" in render(replace(data, entries=tuple(entries)))) == is_said
+
+
 def test_every_figure_of_the_verdict_says_which_split_it_is_of(
     finished: RunDir, data: ReportData, simulate: Callable[[Plan], RunDir]
 ) -> None:

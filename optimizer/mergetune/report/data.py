@@ -47,6 +47,7 @@ _SPLITS: tuple[Split, Split] = ("search", "holdout")
 class Entry:
     """A measured candidate: its scores by split, and by how much it breaks each guard (≤ 0: kept).
 
+    `smoothed_excess` is that of the smoothed scores, by which a merge is chosen.
     `guard_changes` are the paired differences from what the guards refer to, by split, where they are
     shown; `coefficients` says the recipe, a line per layer group.
     """
@@ -56,6 +57,7 @@ class Entry:
     holdout: Scores
     excess: Mapping[str, float]
     holdout_excess: Mapping[str, float]
+    smoothed_excess: Mapping[str, float]
     guard_changes: Mapping[Split, Scores]
     on_front: bool
     recommended: bool
@@ -186,6 +188,7 @@ def gather(run: RunDir) -> ReportData:
             holdout.get(candidate.name, {}),
             _excess(candidate.name, search, suite),
             _excess(candidate.name, holdout, suite),
+            _excess(candidate.name, choice.smoothing.scores if choice else search, suite),
             _guard_changes(read, candidate, chosen, metrics, noise),
             candidate.name in front,
             chosen is not None and candidate.name == chosen.name,
