@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergetune.engines.batches import common_length, plan_batches
@@ -29,6 +29,7 @@ def test_the_common_length_is_that_of_all_texts(texts: list[list[int]]) -> None:
 
 
 @given(TEXTS, st.integers(1, 5), st.floats(0, 30))
+@example([[0, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]], 2, 0.0)  # some of a group share more than all
 def test_every_text_is_in_one_batch_and_a_plan_costs_no_more_than_sorting(
     texts: list[list[int]], batch_size: int, overhead: float
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _DEEPEST = 20  # how often a group is divided by what follows its common beginning
 
@@ -48,32 +49,36 @@ class _Planner:
 
     def plan(self, numbers: Sequence[int], depth: int) -> _Plan:
         """Plan batches of some texts: all together, or by the token that follows their common beginning."""
-        if not numbers:
-            return _Plan(0.0, [])
         n_alike = common_length([self._texts[number] for number in numbers])
-        together = self._by_length(numbers, n_alike)
+        together = self._by_length(numbers)
         parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number in numbers:
             parts[tuple(self._texts[number][n_alike : n_alike + 1])].append(number)
         if depth == 0 or len(parts) == 1 or len(parts) * self._overhead > together.cost:
             return together
         plans = [self.plan(part, depth - 1) for part in parts.values()]
-        cost = sum(plan.cost for plan in plans)
-        return (
-            _Plan(cost, [batch for plan in plans for batch in plan.batches])
-            if cost < together.cost
-            else together
-        )
+        apart = _Plan(sum(plan.cost for plan in plans), [batch for plan in plans for batch in plan.batches])
+        return min(together, apart, key=lambda plan: plan.cost)
 
-    def _by_length(self, numbers: Sequence[int], n_alike: int) -> _Plan:
-        """Cut texts, the longest first, where it costs least; `best` has the plan of the first n."""
+    def _by_length(self, numbers: Sequence[int]) -> _Plan:
+        """Cut texts, the longest first, where it costs least; `best` has that and the last cut of the first n.
+
+        What several texts in a row begin with alike is the least that two neighbours do.
+        """
         order = sorted(numbers, key=lambda number: len(self._texts[number]), reverse=True)
-        more = [len(self._texts[number]) - n_alike for number in order]
+        lengths = [len(self._texts[number]) for number in order]
+        alike = [
+            common_length([self._texts[one], self._texts[next_one]]) for one, next_one in pairwise(order)
+        ]
         best: list[tuple[float, int]] = [(0.0, 0)]
         for end in range(1, len(order) + 1):
-            starts = range(max(0, end - self._batch_size), end)
-            each = self._overhead + n_alike
-            best.append(min((best[start][0] + each + (end - start) * more[start], start) for start in starts))
+            costs, n_alike = [], lengths[end - 1]
+            for start in range(end - 1, max(0, end - self._batch_size) - 1, -1):
+                if start < end - 1:
+                    n_alike = min(n_alike, alike[start])
+                padded = (end - start) * (lengths[start] - n_alike)
+                costs.append((best[start][0] + self._overhead + n_alike + padded, start))
+            best.append(min(costs))
         batches, end = [], len(order)
         while end:
             start = best[end][1]
