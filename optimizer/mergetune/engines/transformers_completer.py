@@ -229,7 +229,7 @@ class _Ends(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, request: Generation, prompt_length: int, *, may_leave: bool) -> None:
         self._tokenizer, self._stop, self._start = tokenizer, request.stop, prompt_length
-        self._stop_tokens = torch.tensor(sorted(request.stop_tokens))
+        self._stop_tokens = torch.tensor(sorted(request.stop_tokens), dtype=torch.long)
         self._may_leave = may_leave
         # a token holds a byte or more; two of slack for those without text
         self._n_last = max((len(text.encode()) for text in request.stop), default=0) + 2

@@ -77,8 +77,7 @@ class BoundTask:
 
     def system(self, index: int) -> str:
         """Return the system message that a document is asked under; empty: none."""
-        own = None if self.config.scorer is None else self.items[index].system
-        return (own if own is not None else self.config.system) or ""
+        return "" if self.config.scorer is None else self.docs[index]["system"] or ""
 
     def earlier(self, index: int) -> list[str]:
         """Return what the user says in a conversation before the prompt."""

@@ -199,22 +199,21 @@ def _questions(items: pd.DataFrame) -> list[Question]:
     questions: dict[Any, Question] = {}
     for _, rows in items.groupby("task", sort=False):
         prompts, targets = rows["prompt"].tolist(), rows["target"].tolist()
-        before = list(zip(rows["system"], map(json.loads, rows["earlier"]), strict=True))
+        said = list(zip(rows["system"], map(json.loads, rows["earlier"]), strict=True))
         own = [words_of(text) for text in _without_frame(prompts)]
         folded = [" ".join(target.casefold().split()) for target in targets]
         n_targets = Counter(words for words, _ in set(zip(own, folded, strict=True)))
         for index, prompt, words, target, (system, earlier) in zip(
-            rows.index, prompts, own, folded, before, strict=True
+            rows.index, prompts, own, folded, said, strict=True
         ):
             answer, history = words_of(target), tuple(map(words_of, earlier))
+            before = (system, *earlier)
             if words and n_targets[words] == 1:
-                questions[index] = Question(words, words_of(prompt), history, (target, system, *earlier))
+                questions[index] = Question(words, words_of(prompt), history, (target, *before))
             elif words and len(n_targets) > 1 and n_targets[words] <= MOST_HOLDERS:
-                also = (*history, answer)
-                questions[index] = Question(words, words_of(prompt), also, (target, system, *earlier))
+                questions[index] = Question(words, words_of(prompt), (*history, answer), (target, *before))
             else:  # the prompt says nothing about which item it is
-                apart = ("" if answer else target, system, *earlier)
-                questions[index] = Question(answer, answer, history, apart)
+                questions[index] = Question(answer, answer, history, ("" if answer else target, *before))
     return [questions[index] for index in items.index]
 
 
