@@ -61,7 +61,7 @@ class _Planner:
         return min(together, apart, key=lambda plan: plan.cost)
 
     def _by_length(self, numbers: Sequence[int]) -> _Plan:
-        """Cut texts, the longest first, where it costs least; `best` has that and the last cut of the first n.
+        """Cut texts, the longest first, where it costs least.
 
         What several texts in a row begin with alike is the least that two neighbours do.
         """
@@ -70,7 +70,7 @@ class _Planner:
         alike = [
             common_length([self._texts[one], self._texts[next_one]]) for one, next_one in pairwise(order)
         ]
-        best: list[tuple[float, int]] = [(0.0, 0)]
+        best: list[tuple[float, int]] = [(0.0, 0)]  # of the first n texts: the cost, and the last cut
         for end in range(1, len(order) + 1):
             costs, n_alike = [], lengths[end - 1]
             for start in range(end - 1, max(0, end - self._batch_size) - 1, -1):
