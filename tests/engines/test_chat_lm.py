@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lm_eval.api.instance import Instance
 
 from mergetune.engines.chat_lm import served_lm
 from mergetune.evaluation.evaluate import Evaluator
@@ -39,7 +40,7 @@ ROWS = [
 
 def write_suite(folder: Path) -> Path:
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    task = {"items": "items.jsonl", "scorer": "tool_calls", "max_new_tokens": 32}
+    task = {"items": "items.jsonl", "scorer": "tool_calls", "max_new_tokens": 32, "stop": ["\n"]}
     suite = {
         "description": "x",
         "chat_template": True,
@@ -53,6 +54,7 @@ def write_suite(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("zone", "expected"), [("UTC", [1.0, 1.0]), ("CET", [0.0, 1.0])])
 def test_calls_that_the_server_found_are_scored(zone: str, expected: list[float], tmp_path: Path) -> None:
+    """Their text is made here, and no stop string cuts it off."""
     seen: list[dict[str, Any]] = []
 
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
@@ -76,3 +78,17 @@ def test_calls_that_the_server_found_are_scored(zone: str, expected: list[float]
     assert [json.loads(each["function"]["arguments"]) for each in call["tool_calls"]] == [{"zone": "UTC"}]
     assert isinstance(call["tool_calls"][0]["function"]["arguments"], str)
     assert (call["tool_calls"][0]["id"], result["tool_call_id"]) == ("c1", "c1")
+
+
+def test_lengths_are_known_where_a_template_here_takes_the_conversation(tiny_base: Path) -> None:
+    """The server has its own template, which may write tools where that beside the tokenizer does not."""
+    writes_all = "{{ tools | tojson }}{% for each in messages %}{{ each | tojson }}{% endfor %}"
+    excess = []
+    with plain_server(lambda _: (200, {})) as url:
+        for template in (None, writes_all):
+            lm = served_lm(url, None, str(tiny_base), 1, None, template)
+            prompt = lm.apply_chat_template([FIRST], tools=[TIME])
+            settings = {"max_gen_toks": lm.max_length, "until": []}
+            excess.append(lm.excess_tokens(Instance("generate_until", {}, (prompt, settings), 0)))
+    assert excess[0] == 0
+    assert excess[1] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,8 +40,8 @@ class ChatLM(LM):  # type: ignore[misc]
 
     Args:
         endpoint: the server.
-        scorer: the same with the model's tokenizer, for log-likelihoods; where they follow a
-            conversation, the tokenizer's chat template renders it. None: there are no such tasks.
+        scorer: the same with the model's tokenizer, for log-likelihoods and lengths; where they belong to a
+            conversation, the tokenizer's chat template renders it. None: there is no tokenizer.
     """
 
     def __init__(self, endpoint: Endpoint, scorer: CompletionsLM | None) -> None:
@@ -76,12 +76,15 @@ class ChatLM(LM):  # type: ignore[misc]
     def excess_tokens(self, request: Instance) -> int:
         """Return how many tokens a request has beyond the model's length; 0 where that cannot be known.
 
-        It can with the tokenizer and, for conversations, its chat template: see `CompletionsLM`.
+        It can with a tokenizer whose chat template takes the conversation, as the server's may do alone.
         """
-        scorer, prompt = self._optional_scorer, request.args[0]
-        if scorer is None or (isinstance(prompt, _Conversation) and not scorer.tokenizer.chat_template):
+        if self._optional_scorer is None:
             return 0
-        return scorer.excess_tokens(replace(request, arguments=(self._render(prompt), *request.args[1:])))
+        try:
+            prompt = self._render(request.args[0])
+        except MergetuneError:
+            return 0
+        return self._optional_scorer.excess_tokens(replace(request, arguments=(prompt, *request.args[1:])))
 
     def count_tokens(self, reply: str) -> int:
         """Return how many tokens a reply has; raises `MergetuneError` where there is no tokenizer."""
@@ -117,11 +120,9 @@ class ChatLM(LM):  # type: ignore[misc]
                 options["chat_template_kwargs"] = arguments
             sent = [openai_message(message) for message in messages]
             choice = self._endpoint.complete("/v1/chat/completions", messages=sent, tools=tools, **options)
-            text = _written(choice.get("message") or {})
-        else:
-            text = self._endpoint.complete("/v1/completions", prompt=prompt, **options).get("text") or ""
-        reply: str = postprocess_generated_text(text or "", stop, think_end_token=None)
-        return reply
+            message = choice.get("message") or {}
+            return "\n".join(filter(None, [_ended(message.get("content"), stop), *_calls(message)]))
+        return _ended(self._endpoint.complete("/v1/completions", prompt=prompt, **options).get("text"), stop)
 
     def _render(self, prompt: str) -> str:
         if not isinstance(prompt, _Conversation):
@@ -144,29 +145,34 @@ def _begins_the_reply(messages: Sequence[Mapping[str, Any]]) -> bool:
     return bool(messages[-1]["role"] == "assistant")
 
 
-def _written(message: Mapping[str, Any]) -> str:
-    """Return a reply as one text: what it says, then each call that the server found in it, in Hermes' form.
+def _ended(text: str | None, stop: Sequence[str]) -> str:
+    """Return a text up to the first of the stop strings, where a server has not ended it there."""
+    return str(postprocess_generated_text(text or "", list(stop), think_end_token=None))
 
-    Arguments that are no JSON stay as text.
-    """
-    calls = []
+
+def _calls(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the calls that the server found, in Hermes' form; arguments that are no JSON stay as text."""
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
         try:
             arguments = json.loads(function.get("arguments") or "{}")
         except (TypeError, ValueError):
             arguments = function.get("arguments")
-        calls.append(hermes_call(function.get("name"), arguments))
-    return "\n".join(filter(None, [message.get("content"), *calls]))
+        yield hermes_call(function.get("name"), arguments)
 
 
 def served_lm(
-    url: str, model: str | None, tokenizer: str | None, concurrency: int, api_key: str | None
+    url: str,
+    model: str | None,
+    tokenizer: str | None,
+    concurrency: int,
+    api_key: str | None,
+    template: str | None = None,
 ) -> ChatLM:
     """Return a served model as lm-eval sees it; see `Endpoint`.
 
     `tokenizer` is a directory or hub id; None takes it from the directory that vLLM serves, where
-    that is on this machine.
+    that is on this machine. `template` is the chat template that it renders with, in place of its own.
     """
     endpoint = Endpoint(url, model, concurrency, api_key=api_key)
     if tokenizer is None and endpoint.root is not None and has_tokenizer(Path(endpoint.root)):
@@ -181,5 +187,6 @@ def served_lm(
         raise MergetuneError(
             f"The tokenizer must be a directory or hub id that holds one, but is `{tokenizer}`: {error}"
         ) from error
+    loaded.chat_template = template or loaded.chat_template
     length = endpoint.max_length or sane_length(loaded) or _UNKNOWN_LENGTH
     return ChatLM(endpoint, CompletionsLM(endpoint, loaded, length))

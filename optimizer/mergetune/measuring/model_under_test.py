@@ -88,8 +88,8 @@ class ServedEngine:
 class ServedModel:
     """What an OpenAI-compatible server answers with; its weights are not touched, and may change unseen.
 
-    `name` is what the server knows it by, None where it serves only one; for `tokenizer` see `served_lm`;
-    `key_variable` is the environment variable that holds the server's API key.
+    `name` is what the server knows it by, None where it serves only one; for `tokenizer` and `template` see
+    `served_lm`; `key_variable` is the environment variable that holds the server's API key.
     """
 
     reference: str
@@ -97,6 +97,7 @@ class ServedModel:
     name: str | None
     tokenizer: str | None
     key_variable: str | None = None
+    template: str | None = None
 
     digest = None
 
@@ -119,7 +120,8 @@ class ServedModel:
         key = None if self.key_variable is None else os.environ.get(self.key_variable)
         if self.key_variable is not None and not key:
             raise MergetuneError(f"{self.url}: the variable {self.key_variable} holds no API key. Set it.")
-        return ServedEngine(served_lm(self.url, self.name, self.tokenizer, requests, key)), config
+        lm = served_lm(self.url, self.name, self.tokenizer, requests, key, self.template)
+        return ServedEngine(lm), config
 
 
 ModelUnderTest = LocalModel | ServedModel
@@ -142,7 +144,7 @@ def open_model(
         base: the model that an adapter belongs to.
         tokenizer: see `ServedModel`.
         chat: the suite's: whether it has conversations, or the chat template that writes them. A server
-            writes them with its own.
+            writes those that it replies to with its own.
         key_variables: by host, or host:port, the environment variable that holds a server's API key; a key
             goes to no other host.
         vocabulary: what becomes of tokens that an adapter added; see `StudyConfig`.
@@ -156,7 +158,8 @@ def open_model(
         url, _, name = reference.partition("#")
         address = urlsplit(url)
         variable = key_variables.get(address.netloc, key_variables.get(address.hostname or ""))
-        return ServedModel(reference, url, name or None, tokenizer, variable)
+        template = chat if isinstance(chat, str) else None
+        return ServedModel(reference, url, name or None, tokenizer, variable, template)
     here = Path()
     if reference.endswith((".yaml", ".yml")):
         if not Path(reference).is_file():
