@@ -257,6 +257,15 @@ class TestTiny:
         assert len(set(together)) > 4
         assert together[:3] == [tiny.vllm.lm.generate_until([each])[0] for each in asked[:3]]
 
+    def test_long_replies_take_longer_than_short_ones(self, tiny: Pair) -> None:
+        def seconds(max_gen_toks: int) -> float:
+            how = {"until": [], "do_sample": False, "max_gen_toks": max_gen_toks}
+            asked = instances("reply_seconds", [(context, how) for context in CONTEXTS])
+            found: list[float] = tiny.vllm.lm.reply_seconds(asked)
+            return sum(found)
+
+        assert 0 < 3 * seconds(2) < seconds(100)
+
     def test_a_point_that_cannot_be_merged_leaves_the_engine_whole(self, tiny: Pair) -> None:
         tiny.load(1.0, 1.0)
         pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))

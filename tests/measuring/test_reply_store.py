@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from mergetune.errors import MergetuneError
 from mergetune.evaluation.lm_requests import ask, request_key
 from mergetune.measuring.reply_store import ReplyStore, StoredLM
 
@@ -31,6 +35,9 @@ class CountingLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
         return [f"reply {n}" for n in self._answer(requests)]
 
+    def reply_seconds(self, requests: list[Instance], **_: Any) -> list[float]:
+        return [n / 8 for n in self._answer(requests)]
+
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
         return [(-float(n), n % 2 == 0) for n in self._answer(requests)]
 
@@ -42,6 +49,10 @@ def generation(prompt: str, repeats: int = 1, **settings: Any) -> Instance:
     return Instance("generate_until", {}, (prompt, settings), 0, ("task", 0, repeats))
 
 
+def timed(prompt: str) -> Instance:
+    return Instance("reply_seconds", {}, (prompt, {}), 0, ("task", 0, 1))
+
+
 def stored(lm: LM, folder: Path) -> StoredLM:
     return StoredLM(lambda: lm, lm, ReplyStore(folder), "model")
 
@@ -49,14 +60,60 @@ def stored(lm: LM, folder: Path) -> StoredLM:
 def test_replies_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
     likelihood = Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))
     rolling = Instance("loglikelihood_rolling", {}, ("one two",), 0, ("task", 0, 1))
-    requests = [generation("one"), likelihood, rolling]
+    requests = [generation("one"), likelihood, rolling, timed("one")]
     lm = CountingLM()
     ask(stored(lm, tmp_path), requests)
     first = [request.resps for request in requests]
-    assert first == [["reply 0"], [(-1.0, False)], [-2.0]]
+    assert first == [["reply 0"], [(-1.0, False)], [-2.0], [0.375]]
     ask(stored(lm, tmp_path), requests)
     assert [request.resps for request in requests] == first
+    assert lm.n_asked == 4
+
+
+def test_a_file_of_an_earlier_version_is_read_and_written_on(tmp_path: Path) -> None:
+    likelihood = Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))
+    requests = [generation("one"), likelihood, Instance("loglikelihood_rolling", {}, ("one two",), 0)]
+    before = pd.DataFrame(
+        {
+            "key": list(map(request_key, requests)),
+            "text": ["yes", None, None],
+            "loglikelihood": [math.nan, -1.5, -2.5],
+            "is_greedy": pd.array([None, True, None], dtype="boolean"),
+        }
+    )
+    before.to_parquet(tmp_path / "model.parquet")
+    lm = CountingLM()
+    for _ in range(2):
+        ask(stored(lm, tmp_path), [*requests, generation("two")])
+        assert [request.resps for request in requests] == [["yes"], [(-1.5, True)], [-2.5]]
+    assert lm.n_asked == 1
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    pd.DataFrame({"key": ["a"], "text": ["b"]}).to_parquet(tmp_path / "model.parquet")
+    with pytest.raises(MergetuneError, match=r"model\.parquet: cannot be read"):
+        ReplyStore(tmp_path).read("model")
+
+
+def test_a_time_belongs_to_the_machine_that_it_was_taken_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, requests = CountingLM(), [generation("one"), timed("one")]
+    ask(stored(lm, tmp_path), requests)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert [stored(lm, tmp_path).knows(request) for request in requests] == [True, False]
+    ask(stored(lm, tmp_path), requests)
+    assert [request.resps for request in requests] == [["reply 0"], [0.25]]
+    monkeypatch.undo()
+    ask(stored(lm, tmp_path), requests)
+    assert [request.resps for request in requests] == [["reply 0"], [0.125]]
     assert lm.n_asked == 3
+
+
+def test_times_are_kept_in_parts_for_each_waits_for_the_one_before(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="gone"):
+        ask(stored(CountingLM(breaks_at=2), tmp_path), [timed(f"prompt {n}") for n in range(200)])
+    assert len(ReplyStore(tmp_path).read("model")) == 128
 
 
 def test_a_reply_belongs_to_its_prompt_and_its_decoding(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mergetune.engines.completions import CompletionsLM, Truncate, generation_se
 from mergetune.engines.conversations import Tools
 from mergetune.engines.endpoint import Endpoint
 from mergetune.engines.model_text import sane_length
+from mergetune.engines.reply_times import ReplyTimes
 from mergetune.errors import MergetuneError
 from mergetune.weights.tokenizer_files import has_tokenizer
 
@@ -35,7 +36,7 @@ class _Conversation(str):
         return messages, tools, arguments
 
 
-class ChatLM(LM):  # type: ignore[misc]
+class ChatLM(ReplyTimes, LM):  # type: ignore[misc]
     """A deployed endpoint as lm-eval sees it: conversations are rendered by its own chat template.
 
     Args:

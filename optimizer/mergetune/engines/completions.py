@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mergetune.engines.conversations import MARKERS, Tools, render
+from mergetune.engines.reply_times import ReplyTimes
 from mergetune.errors import MergetuneError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class TokenizerPrompts:
         return len(self.tokenizer.encode(reply, add_special_tokens=False, verbose=False))
 
 
-class CompletionsLM(TokenizerPrompts, TemplateLM):  # type: ignore[misc]
+class CompletionsLM(TokenizerPrompts, ReplyTimes, TemplateLM):  # type: ignore[misc]
     """A `Completer` as lm-eval sees it; tokens, prompts, lengths and stops are the same in every engine.
 
     Args:
@@ -182,7 +183,7 @@ class CompletionsLM(TokenizerPrompts, TemplateLM):  # type: ignore[misc]
         """
         if request.request_type == "loglikelihood_rolling":
             return 0
-        if request.request_type == "generate_until":
+        if request.request_type in ("generate_until", "reply_seconds"):
             prompt, settings = request.args
             needed = len(self._prompt(prompt)) + generation_settings(settings)[0]
         else:

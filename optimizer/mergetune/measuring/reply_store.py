@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,18 @@ from lm_eval.api.model import LM
 from mergetune.evaluation.lm_requests import request_key
 from mergetune.files.atomic_files import write_parquet
 from mergetune.files.library import cache_folder, writable
+from mergetune.machine.hardware import hardware
 from mergetune.results.run_dir import readable
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-Reply = str | float | tuple[float, bool]  # a text; the log-likelihood of a text; that of a continuation
+# A text; how long it took, in seconds, or the log-likelihood of a text; that of a continuation.
+Reply = str | float | tuple[float, bool]
 _AT_A_TIME = 2048  # requests that are put to the model together, unless its engine says how many
 _SECONDS_BETWEEN_WRITES = 10.0  # each one writes the model's file anew
-_COLUMNS = ["key", "text", "loglikelihood", "is_greedy"]
+_TIMED_AT_A_TIME = 64  # requests: each waits for the one before it
+_COLUMNS = ["key", "text", "number", "is_greedy"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class ReplyStore:
         if not file.is_file():
             return {}
         with readable(file):
-            rows = pd.read_parquet(file, columns=_COLUMNS).itertuples(index=False, name=None)
+            frame = pd.read_parquet(file).set_axis(_COLUMNS, axis=1)  # once `number` was `loglikelihood`
+            rows = frame.itertuples(index=False, name=None)
             return {key: _reply(*columns) for key, *columns in rows}
 
     def add(self, model: str, replies: Mapping[str, Reply]) -> None:
@@ -57,7 +62,7 @@ class ReplyStore:
             frame = pd.DataFrame(rows, columns=_COLUMNS)
             write_parquet(
                 self._file(model),
-                frame.astype({"text": object, "loglikelihood": float, "is_greedy": "boolean"}),
+                frame.astype({"text": object, "number": float, "is_greedy": "boolean"}),
             )
 
     def _file(self, model: str) -> Path:
@@ -87,6 +92,10 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         self._keys: dict[int, tuple[Instance, str]] = {}  # each request's, by its identity
         self.truncate = "refuse"
 
+    @cached_property
+    def _hardware(self) -> str:
+        return hardware()
+
     @property
     def max_length(self) -> int:
         """The most tokens that prompt and reply may have together."""
@@ -111,6 +120,10 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
     def generate_until(self, requests: list[Instance], **_: Any) -> list[Any]:
         """Generate replies."""
         return self._replies("generate_until", requests)
+
+    def reply_seconds(self, requests: list[Instance], **_: Any) -> list[Any]:
+        """Take the times of replies; see `ReplyTimes`."""
+        return self._replies("reply_seconds", requests)
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[Any]:
         """Score continuations."""
@@ -138,6 +151,7 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
                 lm = self._started()
                 lm.truncate = self.truncate
                 size = getattr(lm, "requests_at_a_time", None) or _AT_A_TIME
+                size = _TIMED_AT_A_TIME if kind == "reply_seconds" else size
                 part, rest = rest[:size], rest[size:]
                 found = getattr(lm, kind)([request for _, request in part])
                 unwritten |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
@@ -156,9 +170,11 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
             self._known |= sound
 
     def _key(self, request: Instance) -> str:
-        """Return the request's key; a prompt that is cut off is another one."""
+        """Return the request's key; a prompt that is cut off is another one, a time is this machine's."""
         if id(request) not in self._keys:
-            self._keys[id(request)] = request, request_key(request)
+            key = request_key(request)
+            timed = request.request_type == "reply_seconds"
+            self._keys[id(request)] = request, f"{key}-{self._hardware}" if timed else key
         return self._keys[id(request)][1] + ("-cut" if self.truncate == "left" else "")
 
 
@@ -168,10 +184,10 @@ def _columns(reply: Reply) -> tuple[str | None, float, bool | None]:
     return (None, reply[0], reply[1]) if isinstance(reply, tuple) else (None, reply, None)
 
 
-def _reply(text: str | None, loglikelihood: float, is_greedy: Any) -> Reply:
+def _reply(text: str | None, number: float, is_greedy: Any) -> Reply:
     if isinstance(text, str):
         return text
-    return loglikelihood if pd.isna(is_greedy) else (loglikelihood, bool(is_greedy))
+    return number if pd.isna(is_greedy) else (number, bool(is_greedy))
 
 
 def _is_nan(reply: Reply) -> bool:
