@@ -12,6 +12,7 @@ import pytest
 from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.report import gather
+from mergetune.report.metric import metrics_of
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Recommendation, Scales
@@ -133,6 +134,20 @@ def test_where_no_expert_gains_the_reason_says_how_far_the_merge_is_from_the_bas
         "beyond noise, and it is +1.5 ± 0.9 points from the base; no expert gains on `y` beyond noise, and "
         "it is −2.0 ± 1.0 points from the base."
     )
+
+
+@pytest.mark.parametrize("scorer", ["latency", "reply_tokens"])
+def test_what_replies_cost_is_never_told_in_percent(scorer: str) -> None:
+    """Seconds may lie in [0, 1] as shares do."""
+    config = suite(x={"tasks": [{"items": "x.jsonl", "scorer": scorer}], "direction": "minimize"})
+    models = {"base": scores(0.25, 0), "expert-a": scores(0.25, 0), "m": scores(0.2, 0)}
+    found = selection.recommend(models, config, scales(models, config, stderr=0.1))
+    assert found is not None
+    assert "it is −0.050 ± 0.100 from the base" in found.reason
+    assert {metric.name: metric.percent for metric in metrics_of(config, models.values())} == {
+        "x": False,
+        "g": True,
+    }
 
 
 def test_a_clear_gain_is_worth_what_it_was_whatever_its_noise() -> None:

@@ -353,12 +353,18 @@ def _as_text(doc: Any) -> str:
 
 
 def _response(requests: Sequence[Instance], results: Sequence[Any]) -> str:
-    """Return what the model said: its replies, or the likeliest of the choices."""
-    if requests[0].request_type == "generate_until":
+    """Return what the model said: its replies, how long they took, or the likeliest of the choices."""
+    kind = requests[0].request_type
+    if kind == "reply_seconds":
+        return _numbered([f"{seconds:.3g} s" for seconds in results])
+    if kind == "generate_until":
         pairs = zip(requests, results, strict=True)
-        texts = [own if isinstance(own, str) else str(request.resps[0]) for request, own in pairs]
-        return texts[0] if len(texts) == 1 else "\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
+        return _numbered([own if isinstance(own, str) else str(request.resps[0]) for request, own in pairs])
     if isinstance(results[0], tuple):
         best = max(range(len(results)), key=lambda i: results[i][0])
         return str(requests[best].args[1]).strip()
     return str(results[0])
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else "\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))

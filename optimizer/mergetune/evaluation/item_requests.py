@@ -50,7 +50,7 @@ def told(task: Task, config: TaskConfig, turn: Item) -> list[Message]:
 
 
 def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item: Item) -> Iterator[Instance]:
-    """Yield every request as often as it is repeated, with a seed of its own.
+    """Yield every request as often as it is repeated, with a seed of its own, so that each is asked.
 
     It depends on what the item asks, the turn and the repeat, and on nothing that scores: tasks with the same
     items and other scorers share their replies.
@@ -62,7 +62,7 @@ def drawn(requests: Sequence[Instance], sampling: SamplingConfig, item: Item) ->
             text = f"{asked}/{request.idx}/{repeat}"
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
             own = copy(request)
-            how = {**sampling.settings, "do_sample": True, "seed": seed}
+            how = {**sampling.settings, "do_sample": sampling.temperature > 0, "seed": seed}
             own.arguments = (context, {**settings, **how})
             own.idx = request.idx * sampling.repeats + repeat
             yield own

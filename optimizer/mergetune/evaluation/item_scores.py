@@ -20,8 +20,8 @@ def item_scores(config: TaskConfig, items: Sequence[Item], replies: Iterable[Seq
     Args:
         config: the task in the suite.
         items: the items.
-        replies: to each of them, (n_turns · n_repeats,) texts, or (n_choices,) log-likelihoods with whether
-            each is the likeliest text.
+        replies: to each of them, (n_turns · n_repeats,) texts, numbers of tokens or seconds, or (n_choices,)
+            log-likelihoods with whether each is the likeliest text.
 
     Raises:
         MergetuneError: an item cannot be scored.
@@ -40,12 +40,13 @@ def item_scores(config: TaskConfig, items: Sequence[Item], replies: Iterable[Seq
             f"The scorer `{scorer.kind}` must return a score for each of {len(texts)} replies, but returned "
             f"{len(scores)}."
         )
+    counts_worst = config.sampling is not None and config.sampling.count == "worst"
+    worst = np.min if scorer.higher_is_better else np.max
     found, start = [], 0
     for own in turns:
         end = start + len(own) * config.repeats
         by_turn = np.array(scores[start:end], dtype=np.float64).reshape(len(own), config.repeats)
-        worst = config.sampling is not None and config.sampling.count == "worst"
-        counted = by_turn.min(axis=1) if worst else by_turn.mean(axis=1)
+        counted = worst(by_turn, axis=1) if counts_worst else by_turn.mean(axis=1)
         found.append(float(counted.mean()))
         start = end
     return found

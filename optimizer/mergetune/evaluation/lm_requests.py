@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mergetune.engines.conversations import render
@@ -54,6 +55,8 @@ def _made(bound: BoundTask, index: int, template: Renderer | None) -> list[Insta
         made = _requests(task, doc, index, None)
     else:
         made = conversation_requests(task, config, doc, index, template)
+    if config.scorer is not None and config.scorer.asks == "seconds":
+        made = [replace(request, request_type="reply_seconds") for request in made]
     return made if config.sampling is None else list(drawn(made, config.sampling, bound.items[index]))
 
 

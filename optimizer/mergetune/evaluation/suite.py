@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from mergetune.evaluation.fields import MISSING, FieldMap, at_path
 from mergetune.evaluation.item_files import ItemFile, ItemSource, read_items
 from mergetune.evaluation.items import Item, Turns
 from mergetune.evaluation.scorers import Scorer
+from mergetune.evaluation.scorers.cost import CostScorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_text, read_yaml
 
@@ -33,10 +34,10 @@ class SamplingConfig(Strict):
 
     The seeds depend on the item alone, so that models are compared on the same draws. `count` says what an
     item scores: the mean over the repeats, or the worst of them, which is pass^k where each is 0 or 1 (Yao et
-    al. 2024, tau-bench).
+    al. 2024, tau-bench). With `temperature: 0` replies are greedy and all alike, which only times are not.
     """
 
-    temperature: float = Field(gt=0)
+    temperature: float = Field(ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, gt=0)
     min_p: float | None = Field(None, gt=0, le=1)
@@ -95,6 +96,11 @@ class TaskConfig(Strict):
         if wrong := {name for name in foreign if getattr(self, name) != fields[name].default}:
             kind = "lm_eval" if self.lm_eval else "items"
             raise ValueError(f"`{'`, `'.join(sorted(wrong))}` does not go with `{kind}`")
+        if self.sampling is not None and self.sampling.temperature == 0 and not self._is_timed:
+            raise ValueError(
+                "`sampling.temperature` must be > 0, for greedy replies to one request are all alike: leave "
+                "`sampling` out. Only `latency` takes 0, to time a reply several times"
+            )
         draws_none = self.scorer is not None and self.scorer.asks == "likelihoods"
         if draws_none and (self.sampling is not None or self.score_turns != "last"):
             raise ValueError(
@@ -102,6 +108,10 @@ class TaskConfig(Strict):
                 "them out"
             )
         return self
+
+    @property
+    def _is_timed(self) -> bool:
+        return self.scorer is not None and self.scorer.asks == "seconds"
 
     @property
     def repeats(self) -> int:
@@ -126,8 +136,9 @@ class ScoreConfig(Strict):
     """What objectives and guards share: the tasks whose mean score it is, and the better direction.
 
     Every task counts alike in the mean, however many items it has; so do the tasks of an lm-eval group.
-    `direction` is the task's own unless given, and `maximize` for JSONL items. One that contradicts an
-    lm-eval task is an error, unless `against_task` says that it is meant, as where a skill is unlearned.
+    `direction` is the task's own unless given; for JSONL items `maximize`, and `minimize` for costs. One that
+    contradicts an lm-eval task is an error, unless `against_task` says that it is meant, as where a skill is
+    unlearned.
     """
 
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
@@ -143,6 +154,11 @@ class ScoreConfig(Strict):
     def sign(self) -> int:
         """Return +1 where a higher score is better, else -1."""
         return 1 if self.better == "maximize" else -1
+
+    def are_shares(self, scores: Iterable[float]) -> bool:
+        """Say whether its scores are shares, which people read in percent; what replies cost is none."""
+        costs = any(isinstance(task.scorer, CostScorer) for task in self.tasks)
+        return not costs and all(0 <= score <= 1 for score in scores)
 
 
 class ObjectiveConfig(ScoreConfig):

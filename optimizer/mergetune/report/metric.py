@@ -68,17 +68,16 @@ def _is_unanimous(score: Score) -> bool:
 
 
 def metrics_of(suite: SuiteConfig, measured: Iterable[Mapping[str, Score]]) -> tuple[Metric, ...]:
-    """List the suite's objectives, then its guards; one is a percentage if all its scores lie in [0, 1]."""
+    """List the suite's objectives, then its guards; one is a percentage if all its scores are shares."""
     scores = list(measured)
-
-    def is_share(name: str) -> bool:
-        return all(0 <= own[name].value <= 1 for own in scores)
-
+    percent = {
+        name: config.are_shares(own[name].value for own in scores) for name, config in suite.scores.items()
+    }
     objectives = [
-        Metric(name, "objective", config.sign, is_share(name)) for name, config in suite.objectives.items()
+        Metric(name, "objective", config.sign, percent[name]) for name, config in suite.objectives.items()
     ]
     guards = [
-        Metric(name, "guard", guard.sign, is_share(name), guard.margin, reference_name(guard))
+        Metric(name, "guard", guard.sign, percent[name], guard.margin, reference_name(guard))
         for name, guard in suite.guards.items()
     ]
     return (*objectives, *guards)

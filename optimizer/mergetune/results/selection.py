@@ -225,18 +225,20 @@ def kept_words(candidates: Mapping[str, Scores], name: str, suite: SuiteConfig, 
     ]
     unclear = [
         f"no expert gains on `{key}` beyond noise, and it is {change} from the base"
-        for key, change in _changes(candidates, name, scales)
+        for key, change in _changes(candidates, name, suite, scales)
         if not gains[key].is_clear
     ]
     clear = [f"it keeps {', '.join(shares)} of the best expert's gain over the base"] if shares else []
     return "; ".join([*clear, *unclear])
 
 
-def _changes(candidates: Mapping[str, Scores], name: str, scales: Scales) -> Iterator[tuple[str, str]]:
+def _changes(
+    candidates: Mapping[str, Scores], name: str, suite: SuiteConfig, scales: Scales
+) -> Iterator[tuple[str, str]]:
     """Yield each objective with the difference to the base and its paired standard error, in words."""
     for key, scale in scales.gains.items():
         change, stderr = candidates[name][key].value - candidates[BASE][key].value, scale.stderrs[name]
-        if all(0 <= scores[key].value <= 1 for scores in candidates.values()):
+        if suite.objectives[key].are_shares(scores[key].value for scores in candidates.values()):
             yield key, f"{100 * change:+.1f} ± {100 * stderr:.1f} points".replace("-", "−")
         else:
             yield key, f"{signed(change)} ± {number(stderr)}"

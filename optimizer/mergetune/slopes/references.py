@@ -175,6 +175,10 @@ class _TaskReferences:
         self.remark = ""
 
     def find(self, indices: Sequence[int], replies: Sequence[pd.DataFrame]) -> list[Reference]:
+        scorer = self._bound.config.scorer
+        if scorer is not None and scorer.asks == "seconds":
+            self.why_none = "its items score times, and no text"
+            return []
         asked = self._evaluator.requests(self._lm, {self._name: indices})[self._name]
         if self._task.OUTPUT_TYPE == "generate_until":
             return self._replies(asked, replies)

@@ -13,6 +13,7 @@ from mergetune.evaluation.scorers.exact import ExactScorer
 from mergetune.evaluation.scorers.json_answer import JsonScorer
 from mergetune.evaluation.scorers.json_schema import JsonSchemaScorer
 from mergetune.evaluation.scorers.judge import JudgeScorer
+from mergetune.evaluation.scorers.latency import LatencyScorer
 from mergetune.evaluation.scorers.numeric import NumericScorer
 from mergetune.evaluation.scorers.python_function import PythonScorer
 from mergetune.evaluation.scorers.refusal import RefusalScorer
@@ -33,6 +34,7 @@ __all__ = [
     "JsonSchemaScorer",
     "JsonScorer",
     "JudgeScorer",
+    "LatencyScorer",
     "NumericScorer",
     "PythonScorer",
     "RefusalScorer",
@@ -68,6 +70,7 @@ Scorer = Annotated[
     | JsonScorer
     | ChoiceScorer
     | ReplyTokensScorer
+    | LatencyScorer
     | NumericScorer
     | JsonSchemaScorer
     | SimilarityScorer

@@ -28,8 +28,8 @@ class BaseScorer(Strict):
     Attributes:
         needs: what an item needs, for the docs.
         scores: what an item scores, for the docs.
-        asks: what a model is asked for: a reply, the number of its tokens, or the log-likelihoods of the
-            item's choices, of which the target text is then one.
+        asks: what a model is asked for: a reply, the number of its tokens, the seconds that it takes, or the
+            log-likelihoods of the item's choices, of which the target text is then one.
         higher_is_better: which direction a score has unless the suite says it.
         modules: modules beside the scorer's own whose code makes its scores, for the digest of rules.
         answers_are_replies: whether an item's answer is a reply, or else says how to score one; examples then
@@ -42,7 +42,7 @@ class BaseScorer(Strict):
 
     needs: ClassVar[str]
     scores: ClassVar[str]
-    asks: ClassVar[Literal["reply", "tokens", "likelihoods"]] = "reply"
+    asks: ClassVar[Literal["reply", "tokens", "seconds", "likelihoods"]] = "reply"
     higher_is_better: ClassVar[bool] = True
     modules: ClassVar[tuple[ModuleType, ...]] = ()
     answers_are_replies: ClassVar[bool] = True
@@ -77,12 +77,12 @@ class BaseScorer(Strict):
 
     @abstractmethod
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
-        """Return the score of each item, in [0, 1], by what a model replied to it.
+        """Return the score of each item, in [0, 1] unless it is a cost, by what a model replied to it.
 
         Args:
             items: items that `check_item` takes.
-            replies: a text for each of them, or a number of tokens or, where the scorer asks for
-                log-likelihoods, (n_choices,) of these, in nats.
+            replies: what the scorer asks for of each of them: a text, a number of tokens, seconds, or
+                (n_choices,) log-likelihoods, in nats.
 
         Raises:
             MergetuneError: an item cannot be scored.
