@@ -102,8 +102,9 @@ def smooth(
             continue
         smoothers[score_name] = found
         values = found.apply(score_means(own.scores, own.tasks))
-        for name, value, stderr in zip(found.names, values, found.stderr, strict=True):
-            scores[name][score_name] = Score(float(value), float(stderr), len(own.scores))
+        sizes = np.isfinite(own.scores).sum(axis=0)
+        for name, value, stderr, size in zip(found.names, values, found.stderr, sizes, strict=True):
+            scores[name][score_name] = Score(float(value), float(stderr), int(size))
     return Smoothing(scores, smoothers, notes)
 
 
@@ -134,7 +135,7 @@ def fit_smoother(points: Floats, joined: ItemScores, seed: int = 0) -> Smoother 
     if loo_log_density(gram, centred, noise) <= loo_log_density(rough_kernel(points), centred, noise):
         return "the coefficients do not help to predict it"
     found = posterior(gram, noise)
-    limits = float(joined.scores.min()), float(joined.scores.max())
+    limits = float(np.nanmin(joined.scores)), float(np.nanmax(joined.scores))
     return Smoother(joined.names, found.weights, scale * np.sqrt(np.diag(found.covariance)), limits)
 
 

@@ -55,7 +55,8 @@ class GainScale:
     def of(cls, items: ItemScores, base: str, experts: Sequence[str]) -> GainScale:
         """Return the scale of one objective, from what was measured."""
         column = items.scores[:, items.names.index(base)]
-        spread = float(np.ptp(items.of([base, *experts]).scores)) or 1.0
+        known = items.of([base, *experts]).scores
+        spread = float(np.nanmax(known) - np.nanmin(known)) or 1.0
         n_differ = (np.abs(items.scores - column[:, None]) > ROUNDING * spread).sum(axis=0)
         least = np.where(n_differ < FEW, spread / len(items.scores), 0.0)
         stderrs = np.maximum(paired_stderrs(items.scores, column, items.tasks), least)

@@ -23,6 +23,7 @@ from mergetune.stats.resampling import (
     Seed,
     bootstrap_scores,
     checked,
+    completed,
     influences,
     stratum_means,
     stratum_of,
@@ -94,15 +95,15 @@ def paired_stderrs(scores: Floats, baseline: Floats, strata: Labels | None = Non
     """Return the standard errors of `paired_difference` for many models at once, (n_models,).
 
     Args:
-        scores: (n_items, n_models).
-        baseline: scores of the same items, (n_items,).
+        scores: (n_items, n_models), NaN where a model has no value; only pairs count that have both.
+        baseline: scores of the same items, (n_items,), likewise.
         strata: the task of each item.
 
     Raises:
-        ValueError: shapes differ, or a score is not finite.
+        ValueError: shapes differ, a score is infinite, or a stratum has no pair.
     """
-    difference = checked(scores, 2) - checked(baseline, 1)[:, None]
-    return np.asarray(np.sqrt(_variances(difference, stratum_of(strata, len(difference))).sum(axis=0)))
+    difference, stratum = scores - baseline[:, None], stratum_of(strata, len(baseline))
+    return np.asarray(np.sqrt(_variances(completed(difference, stratum), stratum).sum(axis=0)))
 
 
 def bca_interval(

@@ -4,6 +4,8 @@ The words of every function here:
 
 - Scores of several models stand in the same order of items, and greater is better: negate what is to be
   minimized. A score is the mean over its tasks of the mean over their items.
+- NaN among the scores of several models, (n_items, n_candidates), is an item that one of them has no value
+  of, as where a judge gave no verdict: a mean is over the items that the model has a value of (`completed`).
 - `strata`, (n_items,): the task of each item; without them there is one stratum.
 - `level` is two-sided.
 """
@@ -47,7 +49,7 @@ class ItemScores:
     """
 
     names: tuple[str, ...]
-    scores: Floats  # (n_items, n_candidates)
+    scores: Floats  # (n_items, n_candidates), NaN where a candidate has no value
     tasks: Labels  # (n_items,) the strata
     is_mean: bool = True
 
@@ -126,10 +128,10 @@ def bootstrap_scores(
         The scores of each resample, (n_resamples, n_candidates).
 
     Raises:
-        ValueError: shapes differ, or a score is not finite.
+        ValueError: shapes differ, a score is infinite, or a candidate has no value in a stratum.
     """
-    rng, scores = np.random.default_rng(seed), checked(scores, 2)
-    stratum = stratum_of(strata, len(scores))
+    rng, stratum = np.random.default_rng(seed), stratum_of(strata, len(scores))
+    scores = completed(scores, stratum)
     sizes = np.bincount(stratum)
     resampled = np.zeros((n_resamples, scores.shape[1]))
     for i, size in enumerate(sizes.tolist()):
@@ -162,8 +164,8 @@ def bootstrap_parts(
 
 def score_means(scores: Floats, strata: Labels | None = None) -> Floats:
     """Return the scores of candidates, (n_candidates,), from (n_items, n_candidates)."""
-    scores = checked(scores, 2)
-    return np.asarray(stratum_means(scores, stratum_of(strata, len(scores))).mean(axis=0))
+    stratum = stratum_of(strata, len(scores))
+    return np.asarray(stratum_means(completed(scores, stratum), stratum).mean(axis=0))
 
 
 def score_covariance(scores: Floats, strata: Labels | None = None) -> Floats:
@@ -176,12 +178,11 @@ def score_covariance(scores: Floats, strata: Labels | None = None) -> Floats:
         strata: the task of each item.
 
     Raises:
-        ValueError: shapes differ, or a score is not finite.
+        ValueError: shapes differ, a score is infinite, or a candidate has no value in a stratum.
     """
-    scores = checked(scores, 2)
     stratum = stratum_of(strata, len(scores))
     sizes = np.bincount(stratum)[stratum].astype(np.float64)  # (n_items,)
-    found = influences(scores, stratum)
+    found = influences(completed(scores, stratum), stratum)
     found *= np.sqrt(sizes / np.maximum(sizes - 1, 1))[:, None]  # a stratum of one item has influence 0
     return np.asarray(found.T @ found)
 
@@ -234,6 +235,26 @@ def stratum_of(strata: Labels | None, n_items: int) -> Indices:
     if np.shape(strata) != (n_items,):
         raise ValueError(f"strata must label {n_items} items, but have shape {np.shape(strata)}.")
     return np.unique(np.asarray(strata), return_inverse=True)[1]
+
+
+def completed(scores: Floats, stratum: Indices) -> Floats:
+    """Return scores of several models, (n_items, n_candidates), with numbers where there is no value.
+
+    These are linear scores (see `aggregations`) of the mean over the items that have a value: their own mean
+    is that mean, and their spread gives its standard error. An item without a value stands at the mean of
+    its stratum, and the others are further from it by as much as there are fewer of them.
+
+    Raises:
+        ValueError: a score is infinite, or a candidate has no value in a stratum.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    given = ~np.isnan(scores)
+    if scores.ndim == 2 and not given.all():
+        shares = stratum_means(given.astype(np.float64), stratum)[stratum]
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN again, and refused
+            means = stratum_means(np.where(given, scores, 0.0), stratum)[stratum] / shares
+        scores = np.where(given, means + (scores - means) / shares, means)
+    return checked(scores, 2)
 
 
 def influences(scores: Floats, stratum: Indices) -> Floats:
