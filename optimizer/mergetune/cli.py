@@ -494,6 +494,8 @@ def check(
         checked = api.check_measurements(
             measured[0], measured[1], suite, split=split, alpha=alpha, training=texts
         )
+        for warning in checked.check.warnings:
+            _remark(f"warning: {warning}")
     elif candidate is None or baseline is None:
         raise MergetuneError("Name CANDIDATE and --baseline, or give two measurements with --from.")
     else:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from helpers import mergetune
+from judged import Body, data_of, says
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.call_formats import write_calls
 from mergetune.evaluation.evaluate import Evaluator
@@ -35,7 +36,6 @@ from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import SuiteConfig, read_suite
 from plain_server import plain_server
 
-Body = dict[str, Any]
 RUBRIC = "Score how friendly the reply is."
 FORM = graded(("score",), (1, 5))
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Chad": "N'Djamena", "Peru": "Lima"}
@@ -67,19 +67,6 @@ def scorer_of(folder: Path, url: str, items: Sequence[Body] = (), **options: Any
     scorer = read_suite(write_suite(folder, url, items, **options)).config.objectives["tone"].tasks[0].scorer
     assert isinstance(scorer, JudgeScorer)
     return scorer
-
-
-def data_of(body: Body) -> Body:
-    """Return the data of a question, as who takes the prompt's form at its word reads them."""
-    begin, data, end = body["messages"][1]["content"].split("\n")
-    assert begin == end
-    assert begin in body["messages"][0]["content"]
-    found: Body = json.loads(data)
-    return found
-
-
-def says(**verdict: Any) -> tuple[int, Body]:
-    return 200, {"choices": [{"message": {"content": json.dumps({"reason": "So.", **verdict})}}]}
 
 
 def by_length(body: Body) -> tuple[int, Body]:
@@ -301,28 +288,21 @@ def test_a_server_keeps_its_own_settings_where_the_suite_says_so(tmp_path: Path)
     assert seen[0].keys() - seen[1].keys() == {"temperature", "top_p", "max_tokens"}
 
 
-def test_what_is_no_verdict_is_asked_for_again_and_then_an_error(tmp_path: Path) -> None:
+def test_what_is_no_verdict_is_asked_for_again(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def answer(body: Body) -> tuple[int, Any]:
         seen.append(body["messages"])
-        if data_of(body)["reply"] == "fine" and len(seen) > 1:
+        if len(seen) > 1:
             return says(score=5)
         return 200, {"choices": [{"message": {"content": "Five stars!"}}]}
 
     with plain_server(answer) as url:
-        scorer = scorer_of(tmp_path, url)
-        assert scorer.score([Item(prompt="x")], ["fine"]) == [1]
-        assert seen[1][:2] == seen[0]
-        assert seen[1][2] == {"role": "assistant", "content": "Five stars!"}
-        assert "no JSON object" in seen[1][3]["content"]
-        seen.clear()
-        with pytest.raises(
-            MergetuneError, match=r"`plain`: .* the item 'Greet me\.'.* 'Five stars!'"
-        ) as error:
-            scorer.score([Item(prompt="Greet me.")], ["bad"])
-        assert len(seen) == 3
-        assert not isinstance(error.value, TrialError)  # it is not the candidate's fault
+        assert scorer_of(tmp_path, url).score([Item(prompt="x")], ["fine"]) == [1]
+    assert len(seen) == 2
+    assert seen[1][:2] == seen[0]
+    assert seen[1][2] == {"role": "assistant", "content": "Five stars!"}
+    assert "no JSON object" in seen[1][3]["content"]
 
 
 # What is kept.

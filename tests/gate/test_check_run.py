@@ -16,15 +16,18 @@ import yaml
 from sacrebleu.metrics.chrf import CHRF
 
 from helpers import fine_tune, mergetune
+from judged import question, silent_on, write_judged_suite
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
-from mergetune.evaluation.suite import Suite
+from mergetune.evaluation.suite import Suite, read_suite
 from mergetune.files.library import shared_folder
+from mergetune.gate.outputs import as_markdown
 from mergetune.gate.run import Checked, CheckOptions, check_models, check_stored
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
+from plain_server import plain_server
 from studies import write_suite
 
 ENGINE = EngineConfig(kind="transformers")
@@ -317,3 +320,46 @@ def test_the_workflow_calls_check_as_it_is() -> None:
     (shown,) = [step for step in steps if "summary.md" in step.get("run", "")]
     assert "hashFiles('check/summary.md') != ''" in shown["if"]  # an error leaves none
     assert workflow["permissions"] == {"contents": "read", "checks": "write"}
+
+
+def test_a_judge_without_a_verdict_on_one_reply_does_not_keep_the_gate_from_its_verdict(
+    tiny_base: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGETUNE_CACHE", str(tmp_path / "cache"))
+    with plain_server(silent_on(question(7))) as url:
+        judged = read_suite(write_judged_suite(tmp_path / "suite", url, 40))
+        said: list[str] = []
+        whole = checked(damaged, tiny_base, judged, tmp_path / "store", said)
+        early = checked(damaged, tiny_base, judged, tmp_path / "store", is_fast=True)
+    both = whole.candidate.merge(whole.baseline, on=ITEM_KEYS, suffixes=("", "_baseline"))
+    (row,) = whole.check.rows
+    differences = (both["score"] - both["score_baseline"]).dropna()
+    assert row.n_items == len(differences) == 39
+    assert row.difference == pytest.approx(differences.mean())
+    assert row.verdict in ("pass", "fail", "inconclusive")
+    assert len(early.check.rows) == 1
+    for found in (whole, early):
+        (warning,) = found.check.warnings
+        assert "`tone:items.jsonl`: the judge gave no verdict on 2 replies" in warning
+        assert "'Question 7?'" in warning
+        assert "no verdict on 2 replies" in as_markdown(found.check)
+    assert sum("the judge gave no verdict on 1 reply (40 items were scored)" in line for line in said) == 3
+    for name, frame in (("candidate", whole.candidate), ("baseline", whole.baseline)):
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    files = [tmp_path / f"{name}.parquet" for name in ("candidate", "baseline")]
+    stored = check_stored(files[0], files[1], judged, CheckOptions()).check
+    assert stored.warnings == tuple(
+        text.replace(str(damaged), str(files[0])) for text in whole.check.warnings
+    )
+    assert stored.rows[0].difference == row.difference
+    done = mergetune("check", "--suite", judged.path, "--from", files[0], "--from", files[1])
+    assert "warning: `tone:items.jsonl`: the judge gave no verdict on 2" in " ".join(done.stderr.split())
+
+
+def test_a_measurement_of_an_earlier_version_counts_no_missing_verdicts(
+    tiny_base: Path, suite: Suite, tmp_path: Path
+) -> None:
+    found = checked(tiny_base, tiny_base, suite, tmp_path / "store", has_noise_floor=False)
+    file = tmp_path / "baseline.parquet"
+    found.baseline.drop(columns="unjudged").to_parquet(file)
+    assert check_stored(file, file, suite, CheckOptions()).check.verdict == "pass"

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.report import ReportData, gather, write_report
 from mergetune.report.charts import points
@@ -728,16 +728,18 @@ def test_how_far_a_judge_agrees_with_people_stands_beside_its_score(
     assert ("<li>persona: The judge <code>big &lt;judge&gt;</code> agrees too little" in page) == is_low
 
 
-def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan], RunDir]) -> None:
-    run = simulate(Plan(n_trials=3, n_items=40))
+def slice_by_language(run: RunDir, languages: pd.Series[str]) -> None:
     record = json.loads((run.path / "record.json").read_text())
     record["suite_config"]["slices"] = ["language"]
     (run.path / "record.json").write_text(json.dumps(record))
-    items = run.items()
-    german = items["item"].str.endswith(("0", "1", "2"))
-    values = german.map({True: "de", False: "en"})
-    items["slices"] = [json.dumps({"language": each}) for each in values]
-    items.to_parquet(run.path / "items.parquet")
+    values = [json.dumps({"language": each}) for each in languages]
+    run.items().assign(slices=values).to_parquet(run.path / "items.parquet")
+
+
+def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan], RunDir]) -> None:
+    run = simulate(Plan(n_trials=3, n_items=40))
+    german = run.items()["item"].str.endswith(("0", "1", "2"))
+    slice_by_language(run, german.map({True: "de", False: "en"}))
     data = gather(RunDir(run.path))
     assert [one.name for one in data.slices] == ["language: en", "language: de"]
     split = data.verdict.split
@@ -750,3 +752,22 @@ def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan]
     page = render(data)
     assert "Scores by slice" in page
     assert "language: de" in page
+
+
+def test_a_slice_without_any_verdict_for_a_candidate_has_no_score_of_it(
+    simulate: Callable[[Plan], RunDir],
+) -> None:
+    run = simulate(Plan(n_trials=3, n_items=40))
+    items = run.items()
+    rare = items[(items["split"] == "holdout") & (items["score_name"] == "persona")]["item"].iloc[0]
+    slice_by_language(run, (items["item"] == rare).map({True: "is", False: "en"}))
+    base = run.measurement("base", "holdout")
+    assert base is not None
+    without = base.assign(score=base["score"].where(base["item"] != rare))
+    run.write_measurement("base", "holdout", Measurement(without, 0.0))
+    data = gather(RunDir(run.path))
+    found = data.slices[1]
+    assert found.name == "language: is"
+    assert "persona" not in found.scores["base"]
+    assert found.scores["expert-tools"]["persona"].n_items == found.n_items("persona") == 1
+    assert "<tr><th>language: is</th><td>1</td>" in render(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -315,6 +316,15 @@ def test_items_without_an_answer_take_the_best_reply_if_it_is_good(folder: Path)
     assert set(decoded(found)) == said, "ties go to the model that is better on the whole"
     assert len(found.items) == 9
     assert not found.missing
+
+
+def test_a_reply_that_a_judge_gave_no_verdict_on_is_none_to_learn(folder: Path) -> None:
+    ready = evaluator(folder, cheer=task("regex"))
+    first = replies(ready, "cheer:regex.jsonl", [(math.nan, "Well?"), (1.0, "Yes! Now?")])
+    second = replies(ready, "cheer:regex.jsonl", [(0.8, "Go! Go?"), (math.nan, "Hm?")])
+    found = find_references(ready, model(), replies=[first, second])
+    assert set(decoded(found)) == {"Yes! Now?<|im_end|>", "Go! Go?<|im_end|>"}
+    assert len(found.items) == 12
 
 
 def test_a_reply_that_scores_no_better_than_the_answer_comes_first(folder: Path) -> None:

@@ -20,6 +20,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import fine_tune
+from judged import silent_on, write_judged_suite
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Evaluator
@@ -32,6 +33,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import merge_recipe
 from mergetune.weights.checkpoint import Checkpoint
+from plain_server import plain_server
 from studies import run, write_study
 
 
@@ -489,3 +491,30 @@ def test_a_baseline_that_kills_the_process_twice_is_an_error_that_names_it(
     run_until_killed(study, out, times=2)
     with pytest.raises(MergetuneError, match=r"baseline `expert-a` cannot be measured: begun 2 times"):
         run(study, out)
+
+
+def test_a_judge_without_a_verdict_on_one_item_does_not_end_the_night(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGETUNE_CACHE", str(tmp_path / "cache"))
+    study, folder = study_of(tmp_path / "study", models), tmp_path / "study"
+    suite: dict[str, Any] = {"n_items": 60, "holdout": 0.4}
+    items = Evaluator(read_suite(write_judged_suite(folder, "http://127.0.0.1:1", **suite))).items()
+    silent = items.drop_duplicates("split")["prompt"]
+    assert len(silent) == 2, "one in each split, as many as may be"
+    with plain_server(silent_on(*silent)) as url:
+        write_judged_suite(folder, url, **suite)
+        said = " ".join(run(study, tmp_path / "run").split())
+    found = RunDir(tmp_path / "run")
+    for candidate in found.candidates():
+        frame = found.measurement(candidate.name, "search")
+        assert candidate.state == "complete"
+        assert frame is not None
+        assert frame["score"].isna().sum() == 1
+        what = f"search.{candidate.name}: `tone:items.jsonl`"
+        assert f"warning: {what}: the judge gave no verdict on 1 reply" in said
+    n_measured = len(list((found.path / "candidates").glob("*.parquet")))
+    page = (found.path / "report" / "index.html").read_text()
+    assert f"the judge gave no verdict on {n_measured} replies" in page
+    assert "of <code>base</code> to &#39;Question" in page
+    assert (found.path / "best" / "model.safetensors").is_file()

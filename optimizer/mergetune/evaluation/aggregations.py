@@ -82,7 +82,8 @@ def linear_scores(items: pd.DataFrame) -> pd.DataFrame:
     """Return a measurement's rows with linear scores; see the module.
 
     `items` has score_name, task, score, aggregation and parts. Each task's rows must be all that its score is
-    taken on. Frames without `parts` hold means of items, and come back as they are.
+    taken on. Frames without `parts` hold means of items, and come back as they are; so do the rows of means,
+    where NaN is an item that is missing because a judge gave no verdict.
     """
     if not not_means(items):
         return items

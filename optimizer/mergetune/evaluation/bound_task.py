@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
 
+UNJUDGED = "unjudged"  # the column that counts an item's replies on which a judge gave no verdict
 _LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
 
@@ -102,6 +103,8 @@ class BoundTask:
     def measured(self, results: Mapping[int, Sequence[Any]]) -> dict[int, Mapping[str, Any]]:
         """Return what the task measures of each document's replies, as its filter left them, by metric.
 
+        Of JSONL items it says, too, on how many replies a judge gave no verdict, if there are any.
+
         Raises:
             MergetuneError: an item cannot be scored.
         """
@@ -109,7 +112,10 @@ class BoundTask:
             with code_eval_allowed(_runs_code(self.task)):
                 return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
         scores = item_scores(self.config, [self.items[i] for i in results], results.values())
-        return {i: {self.metric: score} for i, score in zip(results, scores, strict=True)}
+        return {
+            i: {self.metric: own.value, **({UNJUDGED: own.n_unjudged} if own.n_unjudged else {})}
+            for i, own in zip(results, scores, strict=True)
+        }
 
     def rescored(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Score the replies in rows of an earlier measurement by the scorer that the task has now.
@@ -126,7 +132,8 @@ class BoundTask:
         place = {item: index for index, item in enumerate(self.item_ids)}
         items = [self.items[place[item]] for item in rows["item"]]
         scores = scorer.score(items, rows["response"].astype(str).tolist())
-        return rows.assign(score=scores, parts=None, aggregation="mean", rules=self.rules)
+        unjudged = [int(math.isnan(score)) for score in scores]
+        return rows.assign(score=scores, parts=None, aggregation="mean", unjudged=unjudged, rules=self.rules)
 
     def rows(
         self, requests: Mapping[int, Sequence[Instance]], results: Mapping[int, Sequence[Any]]
@@ -158,12 +165,19 @@ class BoundTask:
         ]
 
     def _scored(self, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row's score and how it goes into the task's."""
+        """Return a row's score and how it goes into the task's.
+
+        An item without any verdict is missing from a mean: its score is NaN. (Where an lm-eval task has
+        no value for an item by design, that is a part of the metric; see `aggregations`.)
+        """
+        n_unjudged = 0 if self.config.scorer is None else measured.get(UNJUDGED, 0)
+        if n_unjudged and math.isnan(measured[self.metric]):
+            return {"score": math.nan, "aggregation": "mean", "parts": None, UNJUDGED: n_unjudged}
         # as in lm-eval, what the task gives no value for is left out of a mean
         is_left_out = self.metric not in measured and self.aggregation.name == "mean"
         aggregation = by_name("nanmean") if is_left_out else self.aggregation
         score, parts = self._value(measured.get(self.metric, math.nan), aggregation)
-        return {"score": score, "aggregation": aggregation.name, "parts": parts}
+        return {"score": score, "aggregation": aggregation.name, "parts": parts, UNJUDGED: n_unjudged}
 
     def _value(self, value: Any, aggregation: Aggregation) -> tuple[float, list[float] | None]:
         """Return the score of one item and its parts; None where the metric is the mean of the scores."""

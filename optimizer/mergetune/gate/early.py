@@ -65,13 +65,13 @@ def measure_until_clear(
                 open_scores.remove(name)
                 looks.pop(name, None)
                 continue
-            if name in to_the_end:
-                continue
-            n_rounds = min(end, *sizes)
             differences = [
                 _gains(measured, baseline, task, [evaluator.tasks[task].item_ids[i] for i in order[task]])
                 for task in tasks[name]
             ]
+            n_rounds = min(map(len, differences))
+            if name in to_the_end or n_rounds == 0:
+                continue
             sign = scores[name].sign
             rounds = np.array([own[:n_rounds] for own in differences])
             looks[name] = look(sign * rounds, scores[name].margin, levels)
@@ -95,7 +95,11 @@ def _shuffled(evaluator: Evaluator, documents: Documents) -> dict[str, list[int]
 def _gains(
     measured: pd.DataFrame, baseline: pd.DataFrame, task: str, items: Sequence[str]
 ) -> Sequence[float]:
-    """Return candidate − baseline of a task's items, as far as they are measured, in the order of `items`."""
+    """Return candidate − baseline of a task's items, as far as they are measured, in the order of `items`.
+
+    Items on which a judge gave no verdict for one of them are left out.
+    """
     own, other = (frame[frame["task"] == task].set_index("item")["score"] for frame in (measured, baseline))
     asked = [item for item in items if item in own.index]
-    return list(own.loc[asked].to_numpy() - other.loc[asked].to_numpy())
+    gains = own.loc[asked].to_numpy() - other.loc[asked].to_numpy()
+    return list(gains[~np.isnan(gains)])

@@ -41,6 +41,7 @@ from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores, not_means, parts_of, settled
 from mergetune.evaluation.evaluate import ITEM_KEYS
 from mergetune.evaluation.judging.agreement import Agreements, low_agreements
+from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 from mergetune.gate.pairs import pairs
 from mergetune.gate.row import (
@@ -162,7 +163,7 @@ def judge(
     joined = _joined(candidate, baseline, suite, looks)
     again = None
     if repeat is not None:
-        again = pairs(_with_linear(repeat), baseline, ("repeated baseline", "baseline"), ())
+        again = _with_values(pairs(_with_linear(repeat), baseline, ("repeated baseline", "baseline"), ()))
     subjects = list(_subjects(joined, again, suite, with_tasks=levels is None))
     pass_alpha, fail_alpha = alpha, alpha / len(subjects)
     if levels is not None:
@@ -190,7 +191,12 @@ def judge(
         suite=suite_name,
         alpha=alpha,
         n_items=len(baseline),
-        warnings=(*warnings, *low_agreements(agreements), *([] if levels is None else _unjudged(joined))),
+        warnings=(
+            *warnings,
+            *low_agreements(agreements),
+            *missing_verdicts(zip(labels, (candidate, baseline), strict=True), lambda: items),
+            *([] if levels is None else _only_by_mean(joined)),
+        ),
         saving=None if levels is None else Saving(len(candidate), len(baseline)),
         agreements=dict(agreements),
     )
@@ -264,6 +270,11 @@ def _with_linear(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(linear=linear_scores(frame)["score"])
 
 
+def _with_values(joined: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the pairs of which a judge gave no verdict on one or both."""
+    return joined.dropna(subset=["linear", "linear_baseline"])
+
+
 def _both(rows: pd.DataFrame) -> tuple[Floats, Floats]:
     return rows["linear"].to_numpy(dtype=float), rows["linear_baseline"].to_numpy(dtype=float)
 
@@ -285,7 +296,7 @@ def _joined(
 ) -> pd.DataFrame:
     """Join the measurements of both models item by item; adds `gain`, greater is better."""
     signs = {name: config.sign for name, config in suite.scores.items()}
-    joined = pairs(candidate, baseline, ("candidate", "baseline"), early)
+    joined = _with_values(pairs(candidate, baseline, ("candidate", "baseline"), early))
     measured = set(joined["score_name"])
     if measured != signs.keys():
         raise MergetuneError(
@@ -324,7 +335,7 @@ def _flips(joined: pd.DataFrame, items: pd.DataFrame) -> tuple[Flip, ...]:
     return tuple(sorted(flips, key=lambda flip: (flip.gain > 0, -abs(flip.gain))))
 
 
-def _unjudged(joined: pd.DataFrame) -> Iterator[str]:
+def _only_by_mean(joined: pd.DataFrame) -> Iterator[str]:
     """Warn of tasks that a gate with early stops does not judge one by one."""
     n_tasks = joined.groupby("score_name", sort=False)["task"].nunique()
     if several := [str(name) for name in n_tasks.index[n_tasks > 1]]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+from pyarrow import parquet
 
 from mergetune.engines.choice import choose_engine
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, StartError
-from mergetune.evaluation.bound_task import BoundTask
+from mergetune.evaluation.bound_task import UNJUDGED, BoundTask
 from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from mergetune.evaluation.leakage import find_leaks, read_training_texts
 from mergetune.evaluation.rules import are_asked_alike
@@ -218,7 +219,9 @@ def _by_its_rules(file: Path, bound: BoundTask, rows: pd.DataFrame) -> pd.DataFr
 def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSplit) -> pd.DataFrame:
     """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
-        found = pd.read_parquet(file, columns=COLUMNS)
+        known = parquet.read_schema(file).names
+        asked = [name for name in COLUMNS if name != UNJUDGED or name in known]  # of earlier versions
+        found = pd.read_parquet(file, columns=asked).reindex(columns=COLUMNS, fill_value=0)
         found = found.astype({**dict.fromkeys(ITEM_KEYS, str), "score": float})
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise MergetuneError(

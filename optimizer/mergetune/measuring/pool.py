@@ -20,6 +20,7 @@ from mergetune.engines.choice import installed_version
 from mergetune.engines.engine import Engine, EngineConfig, EngineKind
 from mergetune.errors import EngineError, MergetuneError, StartError, TrialError
 from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
+from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.machine import clock
 from mergetune.machine.memory import free_memory
 from mergetune.measuring.attempts import MOST_ATTEMPTS, Ledger, Memory
@@ -103,7 +104,7 @@ class PoolOptions:
         begun_with: the kind of engine that earlier measurements were made with, where `kind` is `auto`.
         name: a model's name in the store; by default of all that its replies depend on.
         ledger: where attempts are counted.
-        say: is told which engine runs.
+        say: is told which engine runs, and on which replies a judge gave no verdict.
         on_fault: is told how an engine broke before another attempt is made.
         at_work: is told what is being done.
         interrupted: says whether the user has pressed Ctrl-C, which may come out as any exception.
@@ -308,6 +309,8 @@ class Pool:
                 lost_s = clock.seconds() - began
                 continue
             self._broken_in_a_row = 0
+            for line in missing_verdicts([("", measurement.items)], self.evaluator.items):
+                self._options.say(f"warning: {job.purpose}: {line}")
             cost = Cost(
                 merge_s=loading.merge_s,
                 load_s=loading.load_s,

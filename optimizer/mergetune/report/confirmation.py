@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from mergetune.evaluation.aggregations import linear_scores
-from mergetune.evaluation.evaluate import ITEM_KEYS, Score
+from mergetune.evaluation.evaluate import Score
 from mergetune.evaluation.suite import Split
 from mergetune.report.metric import Metric
+from mergetune.report.verdict import paired
 from mergetune.results.roles import BASE
 from mergetune.results.run_dir import HoldoutUse, RunDir
 from mergetune.results.selection import Choice, Scores
@@ -78,14 +79,14 @@ def measured_noise(run: RunDir, metrics: Sequence[Metric]) -> Noise | None:
     first, second = run.measurement(BASE, "search", responses=False), run.noise()
     if first is None or second is None:
         return None
-    both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_again"))
+    both = paired(second, first)
     variances, shifts = {}, {}
     for metric in metrics:
         rows = both[both["score_name"] == metric.name]
-        again, once, tasks = (rows[name].to_numpy() for name in ("score_again", "score", "task"))
+        again, once, tasks = (rows[name].to_numpy() for name in ("own", "score_other", "task"))
         variances[metric.name] = noise_variance(again, once, tasks)
         shifts[metric.name] = paired_difference(again, once, tasks).estimate
-    return Noise(len(both), int((both["score"] != both["score_again"]).sum()), variances, shifts)
+    return Noise(len(both), int((both["score"] != 0).sum()), variances, shifts)
 
 
 def confirmation(
@@ -157,7 +158,7 @@ def _mean_optimism(
 def _mean_of(read: Read, names: Sequence[str], metric: Metric, split: Split) -> PairedDifference:
     frames = [frame for name in names if (frame := read(name, split)) is not None]
     rows = pd.concat(linear_scores(frame[frame["score_name"] == metric.name]) for frame in frames)
-    items = rows.groupby(["task", "item"])["score"].mean()
+    items = rows.groupby(["task", "item"])["score"].mean().dropna()
     tasks = items.index.get_level_values("task").to_numpy()
     return paired_difference(items.to_numpy(np.float64), np.zeros(len(items)), tasks)
 

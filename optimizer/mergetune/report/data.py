@@ -12,6 +12,8 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
 from mergetune.evaluation.judging.agreement import Agreements, low_agreements
+from mergetune.evaluation.missing_verdicts import missing_verdicts
+from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.insights import (
@@ -101,6 +103,10 @@ class SliceScores:
 
     name: str
     scores: Mapping[str, Scores]
+
+    def n_items(self, score: str) -> int:
+        """Return how many items of a score it has, of the candidate that has a value of most."""
+        return max((own[score].n_items for own in self.scores.values() if score in own), default=0)
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,11 @@ def gather(run: RunDir) -> ReportData:
         recommendation=chosen,
         verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),
         stopped=_stopped(run, candidates),
-        warnings=(*(run.read_json("warnings.json") or ()), *low_agreements(agreements)),
+        warnings=(
+            *(run.read_json("warnings.json") or ()),
+            *low_agreements(agreements),
+            *missing_verdicts(_judged(run, suite, candidates), run.items),
+        ),
         agreements=agreements,
         n_items=_count_items(search, holdout),
         hypervolume=_hypervolume(entries, suite) if choice else (),
@@ -235,6 +245,19 @@ def gather(run: RunDir) -> ReportData:
         holdout_cost=_total([candidate.holdout_cost for candidate in candidates]),
         versions=run.read_json("versions.json") or {},
     )
+
+
+def _judged(
+    run: RunDir, suite: SuiteConfig, candidates: Sequence[Candidate]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield every measurement of a run whose suite has a judge, and the candidate's name."""
+    scorers = [task.scorer for score in suite.scores.values() for task in score.tasks]
+    if not any(isinstance(scorer, JudgeScorer) for scorer in scorers):
+        return
+    for candidate in candidates:
+        for split in _SPLITS:
+            if (frame := run.measurement(candidate.name, split, responses=False)) is not None:
+                yield candidate.name, frame
 
 
 def _slices(read: Read, run: RunDir, entries: Sequence[Entry], split: Split) -> Iterator[SliceScores]:

@@ -59,9 +59,13 @@ class Summary:
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Join two measurements item by item; `score` becomes the difference first − second."""
+    """Join two measurements item by item; `score` becomes the difference first − second.
+
+    Pairs of which a judge gave no verdict on one or both are left out.
+    """
     both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_other"))
-    return both.assign(own=both["score"], score=both["score"] - both["score_other"])
+    both = both.assign(own=both["score"], score=both["score"] - both["score_other"])
+    return both[both["score"].notna()]
 
 
 def difference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class TaskReplies:
         ]
         scores = self._scores(asked, [(turn, option) for turn, _own, option in stated])
         for (_turn, own, option), score in zip(stated, scores, strict=True):
-            if score is not None:
+            if score is not None and not math.isnan(score):
                 own.append((score, option))
         return found
 
@@ -211,7 +212,8 @@ class TaskReplies:
         found: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for frame in sorted(own, key=lambda frame: -frame["score"].mean()):
             for item, score, reply in zip(frame["item"], frame["score"], frame["response"], strict=True):
-                found[item].append((score, reply))
+                if not math.isnan(score):  # a judge gave no verdict
+                    found[item].append((score, reply))
         return found
 
 

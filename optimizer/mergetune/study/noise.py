@@ -27,7 +27,7 @@ def measure_noise(candidates: Candidates) -> None:
     first = run.measurement(BASE, "search")
     assert first is not None  # measured before
     both = first.merge(found.measurement.items, on=ITEM_KEYS, suffixes=("", "_again"), validate="one_to_one")
-    n_differ = int((both["score"].fillna(0) != both["score_again"].fillna(0)).sum())
+    n_differ = int(((both["score"] - both["score_again"]).fillna(0) != 0).sum())
     progress.say(
         f"noise floor: the base once more, {found.cost.total_s:.1f} s; {n_differ} of {len(both)} items differ"
     )

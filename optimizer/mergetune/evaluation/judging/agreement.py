@@ -92,17 +92,19 @@ def judge_quality(
     """Measure a judge's noise and agreement.
 
     Args:
-        repeated: the scores that the judge gave each item, one a repeat: (n_items, n_repeats).
-        judged: its scores of replies that people gave labels: (n_labels,).
+        repeated: the scores that the judge gave each item, one a repeat: (n_items, n_repeats), NaN where it
+            gave none.
+        judged: its scores of replies that people gave labels: (n_labels,); those that are NaN do not count.
         labels: what people gave: (n_labels,), in [0, 1].
         n_steps: the grades, less one, to which scores are rounded before they are compared.
     """
-    grades, wanted = (np.rint(np.asarray(each) * n_steps).astype(int) for each in (judged, labels))
+    is_judged = ~np.isnan(np.asarray(judged, dtype=np.float64))
+    grades, wanted = (np.rint(np.asarray(each)[is_judged] * n_steps).astype(int) for each in (judged, labels))
     return JudgeQuality(
         n_items=len(repeated),
         within_variance=_within_variance(repeated),
-        n_labels=len(labels),
-        agreement=float(np.mean(grades == wanted)) if len(labels) else math.nan,
+        n_labels=len(wanted),
+        agreement=float(np.mean(grades == wanted)) if len(wanted) else math.nan,
         kappa=weighted_kappa(grades, wanted, n_steps + 1),
     )
 
@@ -122,6 +124,6 @@ def weighted_kappa(first: np.ndarray, second: np.ndarray, n_grades: int) -> floa
 
 
 def _within_variance(repeated: Sequence[Sequence[float]]) -> float:
-    if not repeated or len(repeated[0]) < 2:
-        return math.nan
-    return float(np.var(repeated, axis=1, ddof=1).mean())
+    given = [[score for score in own if not math.isnan(score)] for own in repeated]
+    variances = [np.var(own, ddof=1) for own in given if len(own) > 1]
+    return float(np.mean(variances)) if variances else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from mergetune.engines.endpoint import Endpoint
 
 _MOST_TRIES = 3  # at one verdict, where what comes is none
+_MOST_UNJUDGED = 50  # one reply in so many may lack a verdict, and one in any case
 _AT_A_TIME = 64  # questions to an engine, whose verdicts are kept together
 _KEPT = "The verdicts that were given are kept: run the same command again to go on."
+
+Keys = list[list[list[str]]]  # of verdicts, (n_replies, repeats, n_questions)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Judge:
     A server is first reached, or an engine started, when a verdict is missing. The model's name says which
     judge it is, not the server's address, which may change; on this machine its digest does.
 
+    What it gave no verdict on after several tries is not asked again in this process. It is kept nowhere
+    else, so that the next process asks again.
+
     Args:
         settings: the model and how it is asked.
         store: where verdicts are kept.
@@ -73,27 +80,41 @@ class Judge:
         self._endpoint: Endpoint | None = None
         self._takes_schema = True
         self._n_asked = 0
+        self._silent: dict[str, str] = {}  # by key, why there is no verdict
         self._lock = threading.Lock()
 
-    def scores(self, questions: Sequence[Question], repeats: int) -> list[list[float]]:
-        """Return the scores that a judge's verdicts give each question, one for each repeat.
+    def scores(self, asked: Sequence[Sequence[Question]], repeats: int) -> list[list[float]]:
+        """Return the scores that a judge's verdicts give each reply, one for each repeat.
+
+        A score is the mean over the questions about a reply, NaN where one of them has no verdict.
+
+        Args:
+            asked: the questions about each reply of a task, (n_replies, n_questions).
+            repeats: how often each is asked.
 
         Raises:
-            MergetuneError: the judge cannot be used, gives no verdict, or may be asked no more.
+            MergetuneError: the judge cannot be used, may be asked no more, or gives no verdict on more than
+                one reply and more than 2 % of them: then it is unfit, and the others are no fair sample.
         """
-        keys = [[self._key(question, repeat) for repeat in range(repeats)] for question in questions]
+        keys = [[[self._key(each, repeat) for each in own] for repeat in range(repeats)] for own in asked]
         known = self._store.read(self._settings.model)
+        for key in self._silent.keys() & known.keys():  # another process has asked again
+            del self._silent[key]
         missing = {
             key: question
-            for question, own in zip(questions, keys, strict=True)
-            for key in own
-            if key not in known
+            for questions, own in zip(asked, keys, strict=True)
+            for of_repeat in own
+            for key, question in zip(of_repeat, questions, strict=True)
+            if key not in known and key not in self._silent
         }
-        if missing:
-            known |= self._ask(missing)
+        known |= self._ask(missing, keys)
+
+        def score(key: str, question: Question) -> float:
+            return question.form.score(known[key]) if key in known else math.nan
+
         return [
-            [question.form.score(known[key]) for key in own]
-            for question, own in zip(questions, keys, strict=True)
+            [sum(map(score, of_repeat, questions)) / len(questions) for of_repeat in own]
+            for questions, own in zip(asked, keys, strict=True)
         ]
 
     def _key(self, question: Question, repeat: int) -> str:
@@ -101,36 +122,68 @@ class Judge:
         asked = [question.messages, question.form.response_format, self._settings.decoding, repeat]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def _ask(self, missing: Mapping[str, Question]) -> dict[str, Verdict]:
-        """Ask questions; what is wrong then is the judge's, whatever it would be of the model under test."""
+    def _ask(self, missing: Mapping[str, Question], keys: Keys) -> dict[str, Verdict]:
+        """Ask questions; what is wrong then is the judge's, whatever it would be of the model under test.
+
+        As soon as too many replies lack a verdict no more is asked.
+        """
         folder = self._settings.folder
         try:
-            return self._ask_server(missing) if folder is None else self._ask_engine(folder, missing)
+            self._refuse_many_unjudged(keys)
+            if not missing:
+                return {}
+            if folder is None:
+                return self._ask_server(missing, keys)
+            return self._ask_engine(folder, missing, keys)
         except MergetuneError as error:
+            self._silent.clear()  # whoever mends what is wrong and calls again asks again
             raise MergetuneError(f"The judge `{self._settings.name}`: {error} {_KEPT}") from error
 
-    def _ask_server(self, missing: Mapping[str, Question]) -> dict[str, Verdict]:
+    def _refuse_many_unjudged(self, keys: Keys) -> None:
+        """Raise `MergetuneError` where more replies lack a verdict than may; see `scores`."""
+        lacking = [
+            silent
+            for own in keys
+            if all(silent := [self._silent.keys() & set(of_repeat) for of_repeat in own])
+        ]
+        n_allowed = max(1, len(keys) // _MOST_UNJUDGED)
+        if len(lacking) > n_allowed:
+            raise MergetuneError(
+                f"a verdict must be one JSON object, but {_MOST_TRIES} times there was none for "
+                f"{len(lacking)} of {len(keys)} replies, of which {n_allowed} may lack one, such as for "
+                f"{self._silent[min(lacking[0][0])]} Take a judge that follows instructions, or raise "
+                "`max_new_tokens` if it was cut off."
+            )
+
+    def _ask_server(self, missing: Mapping[str, Question], keys: Keys) -> dict[str, Verdict]:
         """Ask several questions at a time, and keep each verdict before the next is asked for."""
         endpoint = self._connected()
+        found: dict[str, Verdict] = {}
 
-        def ask(asked: tuple[str, Question]) -> tuple[str, Verdict]:
+        def ask(asked: tuple[str, Question]) -> None:
             key, question = asked
             verdict = self._verdict(endpoint, question)
             with self._lock:
-                self._store.add(self._settings.model, key, verdict)
-            return key, verdict
+                if isinstance(verdict, str):
+                    self._silent[key] = verdict
+                    self._refuse_many_unjudged(keys)
+                else:
+                    self._store.add(self._settings.model, key, verdict)
+                    found[key] = verdict
 
-        return dict(endpoint.each(ask, list(missing.items())))
+        endpoint.each(ask, list(missing.items()))
+        return found
 
-    def _ask_engine(self, folder: Path, missing: Mapping[str, Question]) -> dict[str, Verdict]:
+    def _ask_engine(self, folder: Path, missing: Mapping[str, Question], keys: Keys) -> dict[str, Verdict]:
         """Ask a model of this machine, whose memory is free again at the end."""
-        given, keys = self._settings, list(missing)
+        given, rest = self._settings, list(missing)
         assert given.temperature is not None  # JudgeScorer.with_files
         assert given.max_new_tokens is not None
         found: dict[str, Verdict] = {}
         with local_judge(folder, given.engine, given.temperature, given.max_new_tokens) as replies:
-            for start in range(0, len(keys), _AT_A_TIME):
-                found |= self._verdicts(replies, {key: missing[key] for key in keys[start:][:_AT_A_TIME]})
+            for start in range(0, len(rest), _AT_A_TIME):
+                found |= self._verdicts(replies, {key: missing[key] for key in rest[start:][:_AT_A_TIME]})
+                self._refuse_many_unjudged(keys)
         return found
 
     def _verdicts(
@@ -139,7 +192,7 @@ class Judge:
         """Return an engine's verdicts and keep them; what it says that is none is asked for again."""
         found: dict[str, Verdict] = {}
         messages = {key: question.messages for key, question in asked.items()}
-        problem = None
+        silent: dict[str, str] = {}
         for _ in range(_MOST_TRIES):
             said = replies([(own, int(key[:8], 16) >> 1) for key, own in messages.items()])
             for key, reply in zip(list(messages), said, strict=True):
@@ -147,14 +200,14 @@ class Judge:
                     found[key] = asked[key].form.read(reply)
                 except ValueError as error:
                     messages[key] = _asked_again(asked[key], reply, error)
-                    problem = _no_verdict(asked[key], reply, error)
+                    silent[key] = _no_verdict(asked[key], reply, error)
                     continue
                 self._store.add(self._settings.model, key, found[key])
                 del messages[key]
             if not messages:
-                return found
-        assert problem is not None
-        raise problem
+                break
+        self._silent |= {key: silent[key] for key in messages}
+        return found
 
     def _connected(self) -> Endpoint:
         from mergetune.engines.endpoint import Endpoint
@@ -176,9 +229,12 @@ class Judge:
             )
         return self._endpoint
 
-    def _verdict(self, endpoint: Endpoint, question: Question) -> Verdict:
-        """Return a judge's verdict; where what it says is none, it is told so and asked once more."""
-        messages = question.messages
+    def _verdict(self, endpoint: Endpoint, question: Question) -> Verdict | str:
+        """Return a judge's verdict, or else why there is none.
+
+        Where what it says is none, it is told so and asked once more.
+        """
+        messages, problem = question.messages, ""
         for _ in range(_MOST_TRIES):
             reply = self._reply(endpoint, messages, question.form.response_format)
             try:
@@ -186,7 +242,7 @@ class Judge:
             except ValueError as error:
                 messages = _asked_again(question, reply, error)
                 problem = _no_verdict(question, reply, error)
-        raise problem
+        return problem
 
     def _reply(
         self, endpoint: Endpoint, messages: Sequence[Mapping[str, str]], response_format: dict[str, Any]
@@ -224,12 +280,8 @@ def _asked_again(question: Question, reply: str, reason: ValueError) -> tuple[Ma
     return (*question.messages, *added)
 
 
-def _no_verdict(question: Question, reply: str, reason: ValueError) -> MergetuneError:
-    return MergetuneError(
-        f"a verdict must be one JSON object, but {_MOST_TRIES} times there was none for the item "
-        f"{question.about[:80]!r}: {reason}. The last reply was {reply[:300]!r}. Take a judge that "
-        "follows instructions, or raise `max_new_tokens` if it was cut off."
-    )
+def _no_verdict(question: Question, reply: str, reason: ValueError) -> str:
+    return f"the item {question.about[:80]!r}: {reason}. The last reply was {reply[:300]!r}."
 
 
 @functools.cache

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 Verdict = dict[str, Any]  # a value by key, and the judge's `reason`
 
@@ -94,6 +98,13 @@ def _without_thoughts(text: str) -> str:
     if not end and thoughts.startswith("<think>"):
         raise ValueError("its thoughts do not end")
     return rest if end else text
+
+
+def mean_of_given(scores: ArrayLike) -> float:
+    """Return the mean of the scores that are given, NaN being none; NaN where there is none."""
+    every = np.asarray(scores, dtype=np.float64)
+    given = every[~np.isnan(every)]
+    return float(given.mean()) if given.size else math.nan
 
 
 def graded(keys: tuple[str, ...], scale: tuple[int, int]) -> VerdictForm:

@@ -31,7 +31,7 @@ from mergetune.evaluation.judging.reply_files import (
     read_references,
 )
 from mergetune.evaluation.judging.verdict_store import default_store
-from mergetune.evaluation.judging.verdicts import graded, preferred
+from mergetune.evaluation.judging.verdicts import graded, mean_of_given, preferred
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, read_text
@@ -60,8 +60,9 @@ class JudgeScorer(BaseScorer):
     a reply gets a whole number of the `scale`, one for each of the `criteria` if there are any; the ends
     count 0 and 1. `pairwise` asks instead which is better, the reply or a reference, in both orders.
 
-    Each verdict is asked for `repeats` times and an item's score is the mean. `labels` are replies to items
-    that people gave scores; a judge that agrees too little with them is warned of.
+    Each verdict is asked for `repeats` times and a reply's score is the mean of those that are given, NaN
+    where there is none. `labels` are replies to items that people gave scores; a judge that agrees too little
+    with them is warned of.
 
     The options that no verdict depends on, such as `url`, are no part of the rules or of a study's record:
     they may change when a study goes on.
@@ -178,10 +179,10 @@ class JudgeScorer(BaseScorer):
         return None if item.target else super().wanted_reply(item)
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
-        """See `BaseScorer.score`; a server that cannot be used or gives no verdict is an error."""
+        """See `BaseScorer.score`; a judge that cannot be used or gives too few verdicts is an error."""
         if self.labels and self._agreement is None:
             self._agreement = self._compared()
-        return [sum(own) / len(own) for own in self._repeated(items, replies)]
+        return [mean_of_given(own) for own in self._repeated(items, replies)]
 
     @property
     def agreement(self) -> Agreement | None:
@@ -199,18 +200,16 @@ class JudgeScorer(BaseScorer):
         judged = self._repeated([each.item for each in labels], [each.reply for each in labels])
         return judge_quality(
             self._repeated(items, replies),
-            [sum(own) / len(own) for own in judged],
+            [mean_of_given(own) for own in judged],
             [each.score for each in labels],
             2 if self.pairwise else self.scale[1] - self.scale[0],
         )
 
     def _repeated(self, items: Sequence[Item], replies: Sequence[str]) -> list[list[float]]:
-        """Return the scores of each item, one a repeat: (n_items, repeats)."""
+        """Return the scores of each item, one a repeat: (n_items, repeats); NaN: no verdict."""
         references = self._references(items)
         asked = [self._questions(*each) for each in zip(items, replies, references, strict=True)]
-        scores = iter(self._judge.scores([each for own in asked for each in own], self.repeats))
-        by_order = [[next(scores) for _ in own] for own in asked]  # (n_items, n_orders, repeats)
-        return [[sum(each) / len(each) for each in zip(*own, strict=True)] for own in by_order]
+        return self._judge.scores(asked, self.repeats)
 
     def _questions(self, item: Item, reply: str, reference: str) -> list[Question]:
         """Return what is asked of one reply: how good it is, or which is better, in both orders."""
@@ -239,9 +238,11 @@ class JudgeScorer(BaseScorer):
     def _judge(self) -> Judge:
         return judge_of(self._settings, default_store().folder)
 
-    def _compared(self) -> Agreement:
-        """Compare the judge with people, and warn where it agrees too little."""
+    def _compared(self) -> Agreement | None:
+        """Compare the judge with people, and warn where it agrees too little; None without a verdict."""
         found = self.quality([], [])
+        if not found.n_labels:
+            return None
         kappa = None if math.isnan(found.kappa) else found.kappa
         own = Agreement(self._settings.name, found.n_labels, found.agreement, kappa)
         if own.is_low:

@@ -79,6 +79,8 @@ class BaseScorer(Strict):
     def score(self, items: Sequence[Item], replies: Sequence[Any]) -> list[float]:
         """Return the score of each item, in [0, 1] unless it is a cost, by what a model replied to it.
 
+        It is NaN where a judge gave no verdict.
+
         Args:
             items: items that `check_item` takes.
             replies: what the scorer asks for of each of them: a text, a number of tokens, seconds, or
