@@ -88,7 +88,7 @@ def test_lengths_are_known_where_a_template_here_takes_the_conversation(tiny_bas
         for template in (None, writes_all):
             lm = served_lm(url, None, str(tiny_base), 1, None, template)
             prompt = lm.apply_chat_template([FIRST], tools=[TIME])
-            settings = {"max_gen_toks": lm.max_length, "until": []}
+            settings: dict[str, Any] = {"max_gen_toks": lm.max_length, "until": []}
             excess.append(lm.excess_tokens(Instance("generate_until", {}, (prompt, settings), 0)))
     assert excess[0] == 0
     assert excess[1] > 0

@@ -24,6 +24,7 @@ from mergetune.engines.start import start_engine
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import KNOWN, linear_scores
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator, Measurement
+from mergetune.evaluation.rules import are_asked_alike
 from mergetune.evaluation.suite import read_suite
 from mergetune.stats.resampling import bootstrap_parts, join_items
 
@@ -403,6 +404,20 @@ def test_rules_change_with_what_scores_and_with_nothing_else(tmp_path: Path) -> 
     assert make(second, task).rules != rules
     assert make(first, {"o": {"lm_eval": "own", "metric": "hit"}}).rules != rules
     assert make(first, task, truncate="left").rules != rules
+
+
+def test_only_replies_are_taken_for_replies_to_score_anew(tmp_path: Path) -> None:
+    choices = {"choices": ["0", "1"], "answer": 0}
+    write_lines(tmp_path / "pick.jsonl", [{"prompt": f"say {i}", **choices} for i in range(4)])
+    write_lines(tmp_path / "say.jsonl", [{"prompt": f"say {i}", "answer": str(i)} for i in range(4)])
+    files = {"choice": "pick.jsonl"}
+    scorers = ("choice", "exact", "contains", "reply_tokens", "latency")
+    tasks = [{"items": files.get(kind, "say.jsonl"), "scorer": kind} for kind in scorers]
+    bound = [next(iter(make(tmp_path, {"o": task}).tasks.values())) for task in tasks]
+    alike = {
+        kind for kind, own in zip(scorers, bound, strict=True) if are_asked_alike(own.rules, bound[1].rules)
+    }
+    assert alike == {"exact", "contains", "reply_tokens"}
 
 
 def test_linear_scores_keep_the_mean_and_the_rows(tmp_path: Path, engine: Engine) -> None:

@@ -43,8 +43,7 @@ def rules_digest(task: Task, config: TaskConfig, suite: SuiteConfig, metric: str
     }
     scorer = config.scorer
     if scorer is not None:
-        if scorer.asks == "seconds":  # which are no replies to score anew
-            asked["asks"] = scorer.asks
+        asked["asks"] = "reply" if scorer.asks == "tokens" else scorer.asks
         scored = [scorer.model_dump(mode="json"), scorer_code(type(scorer)), _digest_of(scorer.files), metric]
         return f"{_digest(asked)}-{_digest(scored)}"
     settings = task.config.to_dict(keep_callable=True)
