@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,17 @@ from mergetune.merging.inputs import Inputs, open_inputs
 # A machine under load is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported: engines call it as they end."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let all of it be freed, without which libraries of C++ speak of leaks as the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

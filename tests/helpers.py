@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,9 +193,30 @@ def plain_loop(
     return replies, likeliest
 
 
+@functools.cache
+def _command_server() -> subprocess.Popen[str]:
+    """Start what forks a process for each call of the command line; it ends with this process."""
+    command = [sys.executable, "-P", Path(__file__).with_name("command_server.py")]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def mergetune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mergetune.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    """Call the command line in a process of its own."""
+    words, server = [*map(str, arguments)], _command_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, name) for name in ("stdout", "stderr")}
+        for file in files.values():
+            file.touch()
+        call = {"arguments": words, "folder": str(cwd or Path.cwd()), "environment": dict(os.environ)}
+        print(
+            json.dumps(call | {name: str(file) for name, file in files.items()}),
+            file=server.stdin,
+            flush=True,
+        )
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files.values()))
 
 
 def is_alive(pid: int) -> bool:

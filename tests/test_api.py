@@ -29,7 +29,10 @@ def test_importing_it_loads_nothing_heavy() -> None:
         "import sys, mergetune\n"
         "assert {'run_study', 'check'} <= set(dir(mergetune))\n"
         "heavy = {'torch', 'transformers', 'lm_eval', 'optuna', 'pandas', 'pydantic'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "import mergetune.report\n"
+        "heavy = {'torch', 'transformers', 'lm_eval'} & set(sys.modules)\n"
+        "assert not heavy, f'a report needs no {heavy}'"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mergetune.results.run import Run
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.rescore import Rescored
-    from mergetune.weights.vocabulary import VocabularyRule
+    from mergetune.weights.tokenizer_files import VocabularyRule
 
 Say = Callable[[str], object]
 Given = str | Path

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mergetune.engines.engine import EngineKind
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import SoupResult
-    from mergetune.weights.vocabulary import VocabularyRule
+    from mergetune.weights.tokenizer_files import VocabularyRule
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130

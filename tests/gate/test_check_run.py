@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -250,64 +251,70 @@ def test_auto_falls_back_for_both_models(tiny_base: Path, suite: Suite, tmp_path
     assert any("transformers for both, since vLLM did not start" in line for line in said)
 
 
-def run_example(folder: Path, candidate: Path, baseline: Path, suite: str | Path) -> str:
-    """Run the example of a gate in pytest as a user does; returns its last line."""
+def run_example(folder: Path, candidate: Path, baseline: Path, suite: str | Path) -> dict[str, str]:
+    """Run the example of a gate in pytest as a user does; returns what became of each score's test."""
     example = shared_folder("examples") / "check" / "test_merge.py"
     environment = os.environ | {
         **{"CANDIDATE": str(candidate), "BASELINE": str(baseline), "SUITE": str(suite)},
         **{"ENGINE": "transformers", "XDG_CACHE_HOME": str(folder), "PYTEST_ADDOPTS": ""},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", str(example)]
+    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, "-p", "no:cacheprovider", str(example)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
-    return done.stdout.splitlines()[-1]
+    return dict(re.findall(r"\[(\w+)\] ([A-Z]+)", done.stdout))
 
 
-def test_the_pytest_example_judges_each_score(
-    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
-) -> None:
-    assert "1 passed" in run_example(tmp_path, tiny_base, tiny_base, suite.path)
-    assert "1 failed" in run_example(tmp_path, damaged, tiny_base, suite.path)
-    answers = [str(item.answer) for item in suite.items["items.jsonl"]]
-    few = write_suite(tmp_path, answers[:12])
-    assert "1 skipped" in run_example(tmp_path, tiny_base, tiny_base, few.path)
-
-
-def test_the_pytest_example_fails_where_only_a_task_does(
-    tiny_base: Path, damaged: Path, suite: Suite, tmp_path: Path
-) -> None:
-    """What the candidate loses on one task it gains on the other, so that the score stays."""
+@pytest.fixture(scope="module")
+def lost_and_gained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, damaged: Path, suite: Suite
+) -> Path:
+    """Items that the damaged model has lost, and as many that it has gained: of both, its score stays."""
+    folder = tmp_path_factory.mktemp("lost_and_gained")
     evaluator = Evaluator(suite)
     with closing(Pool(open_model(str(damaged)), ENGINE, evaluator, None)) as pool:
         replies = pool.measured(Job("test", evaluator.documents("all"))).measurement.items["response"]
-    tasks = []
-    for name, answers in (
-        ("lost", [item.answer for item in suite.items["items.jsonl"]]),
-        ("gained", replies),
-    ):
+    before = [item.answer for item in suite.items["items.jsonl"]]
+    for name, answers in (("lost", before), ("gained", replies)):
         lines = [
             json.dumps({"prompt": f"Count to {i}.", "answer": answer}) for i, answer in enumerate(answers)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        tasks.append({"items": f"{name}.jsonl", "scorer": "exact", "max_new_tokens": 4})
-    both = write_suite(tmp_path, ["?"], objectives={"counting": {"margin": 0.1, "tasks": tasks}})
-    options = [
-        "--suite",
-        both.path,
-        "--engine",
-        "transformers",
-        "--store",
-        tmp_path / "mergetune/measurements",
-    ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def scores_of(**files: list[str]) -> dict[str, Any]:
+    """Return objectives by name, with a task for each file of items."""
+    how = {"scorer": "exact", "max_new_tokens": 4}
+    return {
+        score: {"margin": 0.1, "tasks": [{"items": f"{name}.jsonl", **how} for name in names]}
+        for score, names in files.items()
+    }
+
+
+def test_the_pytest_example_judges_each_score_and_its_tasks(
+    tiny_base: Path, damaged: Path, lost_and_gained: Path, tmp_path: Path
+) -> None:
+    scores = scores_of(better=["gained"], worse=["lost"], unclear=["items"], even=["lost", "gained"])
+    mixed = write_suite(lost_and_gained, ["?"] * 12, objectives=scores)
+    assert run_example(tmp_path, damaged, tiny_base, mixed.path) == {
+        "better": "PASSED",
+        "worse": "FAILED",
+        "unclear": "SKIPPED",
+        "even": "FAILED",  # one of its tasks has
+    }
+
+
+def test_a_check_fails_where_only_a_task_does(tiny_base: Path, damaged: Path, lost_and_gained: Path) -> None:
+    both = write_suite(lost_and_gained, ["?"], objectives=scores_of(counting=["lost", "gained"]))
+    options = ["--suite", both.path, "--engine", "transformers", "--store", lost_and_gained / "store"]
     done = mergetune("check", damaged, "--baseline", tiny_base, *options, "--json")
     verdicts = {row["name"]: row["verdict"] for row in json.loads(done.stdout)["rows"]}
     assert (done.returncode, verdicts["counting"]) == (1, "pass"), verdicts
-    assert "1 failed" in run_example(tmp_path, damaged, tiny_base, both.path)
 
 
 def test_the_pytest_example_takes_the_name_of_a_preset(tmp_path: Path) -> None:
-    last = run_example(tmp_path, tmp_path / "absent", tmp_path / "absent", "taskmaster_deploy")
-    assert "4 errors" in last  # a test for each score, of models that are not there
+    found = run_example(tmp_path, tmp_path / "absent", tmp_path / "absent", "taskmaster_deploy")
+    assert [*found.values()] == ["ERROR"] * 4  # a test for each score, of models that are not there
 
 
 def test_the_workflow_calls_check_as_it_is() -> None:

@@ -6,43 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers import is_alive, wait_until_gone
 from mergetune.machine.guarded_process import GuardedProcess, last_words
 
-TARGET = f"{__name__}:answer"
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
-
-
-def answer(connection: Connection, settings: dict[str, Any]) -> None:
-    """Start a child that lives for minutes, tell its number, and echo what comes."""
-    child = subprocess.Popen(["sleep", "300"])
-    print("Error: hello from the child")
-    sys.stdout.flush()
-    connection.send((child.pid, settings))
-    while True:
-        connection.send(connection.recv())
-
-
-def share(connection: Connection, _settings: dict[str, Any]) -> None:
-    """Hold 64 MiB of shared memory together with a child, and tell its name and the child's number."""
-    memory = SharedMemory(create=True, size=2**26)
-    child = os.fork()
-    if child == 0:
-        time.sleep(300)
-    connection.send((memory.name, child))
-    time.sleep(300)
+ANSWER, SHARE = "guarded_targets:answer", "guarded_targets:share"
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def test_it_answers_and_takes_its_children_with_it_when_killed(tmp_path: Path) -> None:
-    process = GuardedProcess(TARGET, {"a": 1}, tmp_path / "log", ENVIRONMENT)
+    process = GuardedProcess(ANSWER, {"a": 1}, tmp_path / "log", ENVIRONMENT)
     child, settings = process.connection.recv()
     assert settings == {"a": 1}
     process.connection.send("hello")
@@ -57,7 +33,7 @@ def test_it_answers_and_takes_its_children_with_it_when_killed(tmp_path: Path) -
 
 
 def test_nothing_is_left_when_kill_returns(tmp_path: Path) -> None:
-    process = GuardedProcess(f"{__name__}:share", {}, tmp_path / "log", ENVIRONMENT)
+    process = GuardedProcess(SHARE, {}, tmp_path / "log", ENVIRONMENT)
     name, child = process.connection.recv()
     memory = Path("/dev/shm", name)
     assert memory.stat().st_size == 2**26
@@ -71,7 +47,7 @@ def test_the_memory_shared_goes_with_a_parent_that_was_killed(tmp_path: Path) ->
     program = (
         "import time\nfrom pathlib import Path\n"
         "from mergetune.machine.guarded_process import GuardedProcess\n"
-        f"target, log = {__name__ + ':share'!r}, Path({str(tmp_path / 'log')!r})\n"
+        f"target, log = {SHARE!r}, Path({str(tmp_path / 'log')!r})\n"
         f"process = GuardedProcess(target, {{}}, log, {ENVIRONMENT!r})\n"
         "print(process.pid, *process.connection.recv(), flush=True)\n"
         "time.sleep(300)\n"
@@ -91,13 +67,13 @@ def test_files_of_the_users_folder_do_not_shadow_ours(
     for name in ("optimizer.py", "json.py", "vllm.py"):
         (tmp_path / name).write_text("raise RuntimeError('shadowed')")
     monkeypatch.chdir(tmp_path)
-    process = GuardedProcess(TARGET, {"a": 1}, tmp_path / "log", ENVIRONMENT)
+    process = GuardedProcess(ANSWER, {"a": 1}, tmp_path / "log", ENVIRONMENT)
     assert process.connection.recv()[1] == {"a": 1}
     process.kill()
 
 
 def test_children_are_ended_even_if_the_process_died_before(tmp_path: Path) -> None:
-    process = GuardedProcess(TARGET, {}, tmp_path / "log", ENVIRONMENT)
+    process = GuardedProcess(ANSWER, {}, tmp_path / "log", ENVIRONMENT)
     child, _ = process.connection.recv()
     os.kill(process.pid, signal.SIGKILL)
     process.kill()
@@ -109,7 +85,7 @@ def test_it_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\n"
         "from mergetune.machine.guarded_process import GuardedProcess\n"
-        f"process = GuardedProcess({TARGET!r}, {{}}, Path({str(tmp_path / 'log')!r}), {ENVIRONMENT!r})\n"
+        f"process = GuardedProcess({ANSWER!r}, {{}}, Path({str(tmp_path / 'log')!r}), {ENVIRONMENT!r})\n"
         "print(process.pid, process.connection.recv()[0], flush=True)\n"
         "time.sleep(300)\n"
     )

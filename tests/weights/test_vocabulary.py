@@ -27,7 +27,8 @@ from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
 from mergetune.study.export import merge_recipe, write_merged
 from mergetune.weights.checkpoint import Checkpoint
-from mergetune.weights.vocabulary import MatchedExpert, VocabularyRule
+from mergetune.weights.tokenizer_files import VocabularyRule
+from mergetune.weights.vocabulary import MatchedExpert
 from studies import run, write_study
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

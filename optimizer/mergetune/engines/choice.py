@@ -44,17 +44,23 @@ def choose_engine(
         kind, why = "transformers", f"since {obstacle}"
     else:
         kind, why = "vllm", "which is installed and can run this model"
-    version = installed_version()
-    if kind == "vllm" and version is None:
-        raise MergetuneError(f"The engine must be vLLM, {why}, but it is not installed: {_INSTALL}.")
-    if kind == "vllm" and config.device != "auto" and (obstacle := _obstacle(config, model)) is not None:
-        raise MergetuneError(f"The engine must be vLLM, {why}, but cannot be: {obstacle}.")
-    name = f"vLLM {version}" if kind == "vllm" else "transformers"
+    name = "transformers"
+    if kind == "vllm":
+        version = installed_version()
+        if version is None:
+            raise MergetuneError(f"The engine must be vLLM, {why}, but it is not installed: {_INSTALL}.")
+        if config.device != "auto" and (obstacle := _obstacle(config, model)) is not None:
+            raise MergetuneError(f"The engine must be vLLM, {why}, but cannot be: {obstacle}.")
+        name = f"vLLM {version}"
     return config.model_copy(update={"kind": kind}), f"{name}, {why}"
 
 
+@functools.cache
 def installed_version() -> str | None:
-    """Return the version of the vLLM that is installed, by whichever distribution brought it."""
+    """Return the version of the vLLM that is installed, by whichever distribution brought it.
+
+    Every file of every package is looked at, which takes half a second: once in a process.
+    """
     for distribution in importlib.metadata.packages_distributions().get("vllm", ()):
         return importlib.metadata.version(distribution)
     return None

@@ -64,6 +64,7 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+@functools.cache  # a process has one version of it
 def scorer_code(scorer: type[BaseScorer]) -> str:
     """Return a digest of the code of a scorer, of its `modules`, of what all scorers share, and of items.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
-import torch
 
 from mergetune.errors import MergetuneError
 
@@ -19,6 +18,8 @@ _GIB = 2**30
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory was too small; on a CPU torch raises a plain `RuntimeError` then."""
+    import torch
+
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -27,6 +28,8 @@ def free_memory() -> None:
 
     What an exception's traceback refers to is not free before that exception was handled.
     """
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -67,6 +70,8 @@ def check_room(what: str, needed: int, device: str) -> None:
 
 def free_bytes(device: str) -> int:
     """Return the free memory of a device; what torch keeps for itself counts as free."""
+    import torch
+
     place = torch.device(device)
     if place.type != "cuda":
         return int(psutil.virtual_memory().available)

@@ -20,7 +20,7 @@ from mergetune.weights.adapter import is_adapter
 from mergetune.weights.chat_template import ChatTemplate, choose_template, open_tokenizer
 from mergetune.weights.checkpoint import Checkpoint, answers_digest
 from mergetune.weights.models import find_model
-from mergetune.weights.vocabulary import VocabularyRule
+from mergetune.weights.tokenizer_files import VocabularyRule
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -24,7 +24,8 @@ from mergetune.weights.compatibility import (
 )
 from mergetune.weights.extended_base import extend_base, settled_tokens
 from mergetune.weights.models import find_model, reference_to
-from mergetune.weights.vocabulary import VocabularyRule, match_tokens
+from mergetune.weights.tokenizer_files import VocabularyRule
+from mergetune.weights.vocabulary import match_tokens
 
 
 class ModelPaths(Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shlex
 from pathlib import Path
@@ -149,11 +148,9 @@ def _write_pictures(data: ReportData, folder: Path) -> None:
         return
     picture = found[0] if len(found) == 1 else alt.concat(*found, columns=_COLUMNS)
     slide = themed(picture.properties(background="white", padding=16))
-    image, drawing = io.BytesIO(), io.StringIO()
-    slide.save(image, format="png", scale_factor=2)
-    slide.save(drawing, format="svg")
-    write_bytes(folder / "pareto.png", image.getvalue())
-    write_text(folder / "pareto.svg", drawing.getvalue())
+    spec = slide.to_dict()
+    write_bytes(folder / "pareto.png", vl_convert.vegalite_to_png(spec, scale=2))
+    write_text(folder / "pareto.svg", vl_convert.vegalite_to_svg(spec))
 
 
 def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:

@@ -11,7 +11,7 @@ from mergetune.engines.engine import EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 from mergetune.space.search_space_config import Grain
-from mergetune.weights.vocabulary import VocabularyRule
+from mergetune.weights.tokenizer_files import VocabularyRule
 
 TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
 

@@ -20,7 +20,7 @@ from mergetune.study.plan import Plan
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.checkpoint import FullExpert
 from mergetune.weights.models import check_reference, find_model
-from mergetune.weights.vocabulary import VocabularyRule
+from mergetune.weights.tokenizer_files import VocabularyRule
 from mergetune.weights.writer import check_replaceable
 
 SplitChoice = Literal["search", "holdout", "all"]

@@ -30,13 +30,14 @@ from mergetune.weights.checkpoint import (
 from mergetune.weights.tensor_files import read_json, shortened
 from mergetune.weights.tokenizer_files import (
     VOCABULARY_REMEDY,
+    VocabularyRule,
     has_tokenizer,
     read_added_tokens,
     read_chat_template,
     read_pipeline,
     read_vocabulary,
 )
-from mergetune.weights.vocabulary import VocabularyRule, tokens_of, tokens_of_base
+from mergetune.weights.vocabulary import tokens_of, tokens_of_base
 
 # Keys of config.json that do not change what the weights compute.
 _IGNORED_KEYS = {

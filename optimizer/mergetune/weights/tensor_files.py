@@ -8,15 +8,16 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.files.atomic_files import write_text
 from mergetune.files.library import in_cache
+
+if TYPE_CHECKING:  # reports read no weights
+    from torch import Tensor
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 SINGLE = "model.safetensors"
@@ -61,6 +62,8 @@ class TensorFiles:
         return digest
 
     def _read_digest(self, ordered: Iterable[str]) -> str:
+        import torch
+
         sha = hashlib.sha256()
         for name in ordered:
             view = self._views[name]

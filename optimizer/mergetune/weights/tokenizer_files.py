@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mergetune.weights.tensor_files import read_json
 
+VocabularyRule = Literal["refuse", "base", "mean"]  # what becomes of tokens that experts added
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 VOCABULARY_REMEDY = (
     "If it only adds tokens, set `vocabulary: base` or `vocabulary: mean` in the study file, or --vocabulary."

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from mergetune.errors import MergetuneError
 from mergetune.weights.adapter import LoraExpert
 from mergetune.weights.checkpoint import Checkpoint, Expert, has_token_rows
 from mergetune.weights.tokenizer_files import read_vocabulary
-
-VocabularyRule = Literal["refuse", "base", "mean"]  # what becomes of tokens that experts added
 
 
 @dataclass(frozen=True, eq=False)
