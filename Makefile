@@ -1,7 +1,8 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each does its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports; pip would compile all there is first, which takes two minutes.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # What `make demo` measures with: auto | transformers | vllm.
 ENGINE ?= auto
