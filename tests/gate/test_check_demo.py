@@ -39,20 +39,21 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite(tmp_path_factory.mktemp("deployed"), 60, 125)
 
 
-def write_suite(folder: Path, n_items: int, n_of_guard: int) -> Path:
+def write_suite(folder: Path, n_items: int, n_of_guard: int, margin: float = 0.1) -> Path:
     shipped = shared_folder("evals") / "taskmaster_deploy.yaml"
     suite = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     del suite["objectives"]["joint"]
     for score in suite["objectives"].values():
-        score["tasks"][0]["limit"] = n_items
+        score["margin"], score["tasks"][0]["limit"] = margin, n_items
     suite["guards"]["general"]["tasks"][0]["limit"] = n_of_guard
     shutil.copytree(shipped.parent / "taskmaster", folder / "taskmaster")
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
     return folder / "suite.yaml"
 
 
-def test_the_tuned_merge_passes_against_the_uniform_average(deployed: Path, store: Path) -> None:
-    code, found = check("tuned", "average", deployed, store)
+def test_the_tuned_merge_passes_against_the_uniform_average(store: Path, tmp_path: Path) -> None:
+    """The margin is wide: sums of bfloat16, and with them some calls, differ between processors."""
+    code, found = check("tuned", "average", write_suite(tmp_path, 60, 125, margin=0.2), store)
     assert (code, found["verdict"]) == (0, "pass"), found
     assert {row["name"]: row["improved"] for row in found["rows"]}["persona"]
     assert found["warnings"] == []
