@@ -196,7 +196,7 @@ def plain_loop(
 @functools.cache
 def _command_server() -> subprocess.Popen[str]:
     """Start what forks a process for each call of the command line; it ends with this process."""
-    command = [sys.executable, "-P", Path(__file__).with_name("command_server.py")]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("command_server.py"))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
