@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.suite import ObjectiveConfig, SuiteConfig, TaskConfig
 from mergetune.gate.judge import Check, judge
@@ -148,6 +149,12 @@ def test_the_gate_judges_the_pairs_that_both_have(is_binary: bool) -> None:
         repeat=frames["repeat"].drop(index=list(gaps)),
     ).noise
     assert noise == again
+
+
+def test_a_task_without_a_pair_is_an_error_and_not_left_out() -> None:
+    frames = {"base": measured(1, tuple(range(40, 52))), "m": measured(3, tuple(range(52, 65)))}
+    with pytest.raises(MergetuneError, match="a verdict for both models, but `u` has none"):
+        checked(frames)
 
 
 def test_few_items_that_differ_are_counted_among_the_pairs_that_both_have() -> None:

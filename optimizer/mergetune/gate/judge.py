@@ -271,8 +271,18 @@ def _with_linear(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_values(joined: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the pairs of which a judge gave no verdict on one or both."""
-    return joined.dropna(subset=["linear", "linear_baseline"])
+    """Leave out the pairs of which a judge gave no verdict on one or both.
+
+    Raises:
+        MergetuneError: a task has no other.
+    """
+    found = joined.dropna(subset=["linear", "linear_baseline"])
+    if lost := set(joined["task"]) - set(found["task"]):
+        raise MergetuneError(
+            f"A task needs items on which the judge gave a verdict for both models, but `{min(lost)}` has "
+            "none. Give it more items, or measure again."
+        )
+    return found
 
 
 def _both(rows: pd.DataFrame) -> tuple[Floats, Floats]:
