@@ -1,7 +1,9 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each does its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles what it imports; pip would compile all there is first, which takes two minutes.
+# Python compiles what it imports, and keeps it; pip would compile all there is first, which takes two
+# minutes. Where the environment forbids keeping it, each process would compile all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # What `make demo` measures with: auto | transformers | vllm.
