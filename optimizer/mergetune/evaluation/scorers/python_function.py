@@ -9,9 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+)
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr
@@ -137,15 +144,25 @@ def _loaded(file: Path) -> _Loaded:
     return known
 
 
+class _FromSource(SourceFileLoader):
+    """Compiles what a file holds now: Python's own cache is stale after a change within the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(path), path)
+        return code
+
+
 def _load(file: Path) -> _Loaded:
-    spec = importlib.util.spec_from_file_location(f"mergetune_scoring_{file.stem}", file)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
+    name = f"mergetune_scoring_{file.stem}"
+    loader = _FromSource(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
+    assert spec is not None  # it has a loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         with _importing_from(file.parent) as imported:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a user's code raises
         raise MergetuneError(f"{file}: cannot be loaded: {_place(error, file.parent)}") from error
     files = (file, *sorted(imported))
@@ -159,12 +176,23 @@ def _importing_from(folder: Path) -> Iterator[set[Path]]:
     They are forgotten at the end, for another folder may have modules of these names.
     """
     imported: set[Path] = set()
+    find = FileFinder.path_hook((ExtensionFileLoader, EXTENSION_SUFFIXES), (_FromSource, SOURCE_SUFFIXES))
+
+    def find_within(path: str) -> Any:
+        if folder not in (Path(path), *Path(path).parents):
+            raise ImportError
+        return find(path)
+
     sys.path.insert(0, str(folder))
+    sys.path_hooks.insert(0, find_within)
+    sys.path_importer_cache.clear()
     before = set(sys.modules)
     try:
         yield imported
     finally:
         sys.path.remove(str(folder))
+        sys.path_hooks.remove(find_within)
+        sys.path_importer_cache.clear()
         for name in sys.modules.keys() - before:
             file = Path(getattr(sys.modules[name], "__file__", None) or "/")
             if folder in file.parents:
