@@ -345,6 +345,33 @@ def test_a_point_without_a_recipe_is_not_asked_for_again(
     assert "trial-0001" not in run(study, tmp_path / "run")
 
 
+@pytest.mark.parametrize("sampler", ["auto", "RandomSampler", "TPESampler"])
+def test_no_recipe_is_measured_twice_and_a_search_without_others_ends(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], sampler: str
+) -> None:
+    reach = {"low": 0.0, "high": 1.5, "step": 0.5}
+    space = {"description": "test", "method": "task_arithmetic", "lambda": reach, "groups": [{"name": "all"}]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    changes = {"search_space": str(tmp_path / "space.yaml"), "budget": {"trials": 12}, "sampler": sampler}
+    study = write_study(tmp_path / "study", tiny_base, {"a": tiny_experts["a"]}, **changes)
+    printed = run(study, tmp_path / "run")
+    assert printed.count("what the sampler proposes was all measured before") == 1
+    candidates = RunDir(tmp_path / "run").candidates()
+    assert {found.params["lambda.all.a"] for found in candidates if found.params} == {0, 0.5, 1, 1.5}
+    trials = [found for found in candidates if not found.is_baseline]
+    assert len(trials) == 1  # the others are baselines
+    assert "trial-0002" not in run(study, tmp_path / "run")
+
+
+def test_a_search_whose_scores_do_not_depend_on_the_coefficients_ends(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = write_study(tmp_path / "study", tiny_base, {"a": tiny_base}, budget={"trials": 30})
+    assert "no score depends on the coefficients" in run(study, tmp_path / "run")
+    trials = [found for found in RunDir(tmp_path / "run").candidates() if not found.is_baseline]
+    assert len(trials) < 12
+
+
 def test_with_nothing_to_search_no_trial_is_measured_where_none_is_allowed(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
 ) -> None:

@@ -89,6 +89,10 @@ class Candidates:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
         self._known = {candidate.name: candidate for candidate in run.candidates()}
+        self._by_recipe: dict[str, str] = {}  # names by the recipe's digest
+        for candidate in self.all:
+            if candidate.name in self.scores or candidate.state == "failed":
+                self._by_recipe.setdefault(candidate.recipe.digest, candidate.name)
         self._proposed: dict[str, tuple[Proposal, float]] = {}  # by the job's purpose; when it was begun
         self._n_sent = 0
         self._agreements = run.agreements()
@@ -140,10 +144,16 @@ class Candidates:
         is_failed = known is not None and known.state == "failed" and not proposal.is_baseline
         return known if proposal.name in self.scores or is_failed else None
 
+    def twin(self, proposal: Proposal) -> str | None:
+        """Return the name of another candidate of the same recipe, measured, failed or proposed."""
+        name = self._by_recipe.get(proposal.recipe.digest)
+        return None if name == proposal.name else name
+
     def propose(self, proposal: Proposal) -> None:
         """Give a candidate to the pool; `next` returns it, measured."""
         job = Job(f"search.{proposal.name}", self.evaluator.documents("search"), proposal.recipe)
         self._proposed[job.purpose] = (proposal, clock.seconds())
+        self._by_recipe.setdefault(proposal.recipe.digest, proposal.name)
         self.pool.submit(job)
 
     def next(self) -> Candidate:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import optuna
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 from rich.console import Console
 
 from mergetune.engines.engine import EngineKind
@@ -42,6 +42,7 @@ from mergetune.study.plan import Plan
 from mergetune.study.search import (
     CANDIDATE,
     REFUSED,
+    REPEATED,
     Observation,
     Outcome,
     catch_up,
@@ -49,6 +50,7 @@ from mergetune.study.search import (
     n_startup,
     open_search,
     outcome,
+    random_point,
     refused,
     tell,
     try_sampler,
@@ -56,6 +58,10 @@ from mergetune.study.search import (
 from mergetune.study.slopes import take_slopes
 from mergetune.study.soup import measure_greedy_soup
 from mergetune.study.warm_start import Searched, check_warm_start, start_search
+
+# So often a sampler is asked for a point that was not measured before, and so often one is drawn at random.
+_N_ASKED, _N_DRAWN = 5, 100
+_N_FLAT = 10  # points with the same scores say that no score depends on the coefficients
 
 
 def run_study(
@@ -206,8 +212,13 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
             number = due.popleft()
             n_front = len(selection.front(candidates.scores, candidates.evaluator.suite.config))
             candidates.progress.at_work(line.text(number, n_front))
-            trial = search.ask(dict(space.distributions))
-            proposal = _proposal(candidates, searched, trial, roles.trial_name(number))
+            name = roles.trial_name(number)
+            found = _next_trial(search, searched, candidates, asked, name, seed)
+            if found is None:
+                candidates.progress.say("The search ends: what the sampler proposes was all measured before.")
+                due.clear()
+                continue
+            trial, proposal = found
             if proposal is not None and (candidate := candidates.known(proposal)) is None:
                 candidates.propose(proposal)
                 asked[proposal.name] = trial
@@ -221,6 +232,50 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
         if not tell(search, trial, _outcome(candidates, candidate)):
             candidates.progress.say("The sampler has proposed every point that there is.")
             due.clear()
+        if due and _is_flat(searched, candidates):
+            candidates.progress.say(
+                "The search ends: no score depends on the coefficients; all its points have the same scores."
+            )
+            due.clear()
+
+
+def _next_trial(
+    search: optuna.Study,
+    searched: Searched,
+    candidates: Candidates,
+    asked: Collection[str],
+    name: str,
+    seed: int,
+) -> tuple[Trial, Proposal | None] | None:
+    """Ask for a trial whose recipe was not measured before; None where there is no other.
+
+    The sampler is told what a known recipe is worth, and asked for another. Where it goes on proposing what
+    is known, points drawn at random take its place. A trial without a proposal is of a point that has no
+    recipe.
+    """
+    distributions = dict(searched.space.distributions)
+    for attempt in range(_N_ASKED + _N_DRAWN):
+        if attempt >= _N_ASKED:
+            search.enqueue_trial(random_point(distributions, seed + len(search.get_trials(deepcopy=False))))
+        trial = search.ask(distributions)
+        proposal = _proposal(candidates, searched, trial, name)
+        if proposal is None or (twin := candidates.twin(proposal)) is None:
+            trial.set_user_attr(CANDIDATE, name)
+            return trial, proposal
+        trial.set_user_attr(REPEATED, twin)
+        if twin in asked:  # what it is worth is not known yet
+            search.tell(trial, state=TrialState.FAIL)
+        elif not tell(search, trial, _outcome(candidates, candidates.run.candidate(twin))):
+            return None
+    return None
+
+
+def _is_flat(searched: Searched, candidates: Candidates) -> bool:
+    """Say whether many points of the space have all the same scores."""
+    names = [each.name for each in candidates.all if searched.point(each) is not None]
+    scores = [candidates.scores[name] for name in names if name in candidates.scores]
+    values = {tuple(score.value for score in own.values()) for own in scores}
+    return len(scores) >= _N_FLAT and len(values) == 1
 
 
 def _enqueue_design(
@@ -247,7 +302,6 @@ def _known(searched: Searched, candidates: Candidates) -> list[Observation]:
 
 def _proposal(candidates: Candidates, searched: Searched, trial: Trial, name: str) -> Proposal | None:
     """Return a trial's point as a candidate; None where it has no recipe, such as where shares sum to 0."""
-    trial.set_user_attr(CANDIDATE, name)
     try:
         recipe = searched.space.recipe(trial.params)
     except TrialError as error:

@@ -23,8 +23,9 @@ from mergetune.results.selection import Scores
 
 _NAME = "mergetune"  # of the Optuna study in its file
 
-# User attributes of a trial: the name of its candidate, and why there is none where its point has no recipe.
-CANDIDATE, REFUSED = "candidate", "refused"
+# User attributes of a trial: the name of its candidate, why there is none where its point has no recipe, and
+# the name of the candidate that has the same recipe and was measured before.
+CANDIDATE, REFUSED, REPEATED = "candidate", "refused", "repeated"
 
 # The constraint that a point which cannot be measured breaks, and every other keeps. Samplers learn from it
 # where they ignore a failed trial, which leaves such a region as promising as before; Optuna's GP wants the
@@ -181,6 +182,12 @@ def open_search(
     )
 
 
+def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> dict[str, Any]:
+    """Draw a point of a space at random."""
+    search = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    return search.ask(dict(distributions)).params
+
+
 def tell(search: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> bool:
     """Tell what became of a trial; returns False where that was the last of a grid."""
     for name, excess in outcome.constraints.items():
@@ -219,7 +226,7 @@ def catch_up(
         distributions: of the space to search.
         failure: what to tell of points that have no recipe.
     """
-    before = search.get_trials()
+    before = [trial for trial in search.get_trials() if REPEATED not in trial.user_attrs]
     no_recipe = [trial for trial in before if REFUSED in trial.user_attrs]
     wanted = {each.name: each for each in known}
     wanted |= {
