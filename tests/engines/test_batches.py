@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mergetune.engines.batches import common_length, plan_batches
+from mergetune.engines.batches import common_length, joined_batches, plan_batches
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=14)
 
@@ -56,3 +56,12 @@ def test_texts_of_like_lengths_are_put_together_where_padding_costs_more_than_a_
     texts = [[number] * length for number, length in enumerate([400] * 3 + [10] * 30)]
     assert [len(batch) for batch in plan_batches(texts, 50, overhead=1_000)] == [3, 30]
     assert [len(batch) for batch in plan_batches(texts, 50, overhead=100_000)] == [33]
+
+
+def test_batches_are_joined_where_padding_costs_less_than_a_step() -> None:
+    texts = [[1] * length for length in (9, 9, 8, 5, 5, 2)]
+    batches = [[0, 1], [2], [3, 4], [5]]
+    assert joined_batches(texts, batches, 6, overhead=100) == [batches]
+    assert joined_batches(texts, batches, 4, overhead=100) == [batches[:2], batches[2:]]
+    assert joined_batches(texts, batches, 6, overhead=7) == [[[0, 1], [2]], [[3, 4], [5]]]
+    assert joined_batches(texts, batches, 6, overhead=-1) == [[batch] for batch in batches]

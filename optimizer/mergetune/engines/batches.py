@@ -30,6 +30,33 @@ def plan_batches(texts: Sequence[Text], batch_size: int, overhead: float) -> lis
     return sorted(plan.batches, key=lambda batch: max(len(texts[number]) for number in batch), reverse=True)
 
 
+def joined_batches(
+    texts: Sequence[Text], batches: Sequence[list[int]], batch_size: int, overhead: float
+) -> list[list[list[int]]]:
+    """Join batches whose replies are generated together: the numbers of the texts in each batch of each.
+
+    Shorter texts are padded to the longest, which costs each step so many tokens; each step less saves
+    `overhead`.
+
+    Args:
+        texts: tokens of each.
+        batches: of their numbers, those with the longest texts first.
+        batch_size: the most texts of batches joined.
+        overhead: what a step costs beside the tokens that it looks back at, in these.
+    """
+    joined: list[list[list[int]]] = []
+    for batch in batches:
+        length = max(len(texts[number]) for number in batch)
+        if joined:
+            longest = max(len(texts[number]) for number in joined[-1][0])
+            n_texts = sum(map(len, joined[-1])) + len(batch)
+            if n_texts <= batch_size and len(batch) * (longest - length) <= overhead:
+                joined[-1].append(batch)
+                continue
+        joined.append([batch])
+    return joined
+
+
 def common_length(texts: Sequence[Text]) -> int:
     """Return how many tokens all texts begin with alike."""
     first, last = min(texts, key=list), max(texts, key=list)  # what these share, all between them share

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -71,6 +72,31 @@ def cache_of_beginning(
     model.base_model(input_ids=beginning, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(texts))
     return cache, length
+
+
+def has_cache(model: Any) -> bool:
+    """Say whether a model's memory is one key and value for each token, in all its layers."""
+    return _new_cache(model) is not None
+
+
+def joined_caches(model: Any, caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Return one cache for the rows of several, whose tokens all end together: the shorter begin later.
+
+    Those given are emptied.
+    """
+    joined, length = _new_cache(model), max(cache.get_seq_length() for cache in caches)
+    assert joined is not None  # there are caches
+    for layer in joined.layers:
+        own = [cache.layers.pop(0) for cache in caches]
+        layer.update(
+            *(_stacked([getattr(each, kind) for each in own], length) for kind in ("keys", "values"))
+        )
+    return joined
+
+
+def _stacked(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Return the rows of all parts, (n_rows, n_heads, n_tokens, n_dims) each, zeros before the shorter."""
+    return torch.cat([pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts])
 
 
 def _new_cache(model: Any) -> DynamicCache | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,10 +24,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from mergetune.engines.batches import plan_batches
+from mergetune.engines.batches import joined_batches, plan_batches
 from mergetune.engines.completions import Choosing, Generation, Scored, Scoring
 from mergetune.engines.grouped_attention import use_grouped_attention
-from mergetune.engines.key_value_cache import cache_of_beginning
+from mergetune.engines.key_value_cache import cache_of_beginning, has_cache, joined_caches
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.machine.memory import free_memory, is_out_of_memory
 
@@ -40,7 +43,9 @@ _WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "typical_p": TypicalLogitsWarper,
 }
 # How many tokens of prompts cost as much as a pass beside its tokens: its weights are read, and Python works.
-_PASS, _GPU_PASS = 64, 512
+_PASS, _GPU_PASS = 128, 512
+# How many tokens that a step looks back at cost as much as the step beside them.
+_STEP = 20_000
 _PAD = 0  # any token: what stands in its places is never looked at
 
 
@@ -59,6 +64,8 @@ class TransformersCompleter:
         use_grouped_attention(model)
         self.model = model
         self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._has_cache = has_cache(model)
+        self._takes_places = "position_ids" in signature(model.base_model.forward).parameters
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Generation]) -> list[str]:
@@ -70,44 +77,56 @@ class TransformersCompleter:
             groups[repr(kind)].append(number)
         replies: dict[int, str] = {}
         for numbers in groups.values():
-            n_passes = 1 + requests[numbers[0]].max_new_tokens
-            replies |= self._in_batches(numbers, requests, self._replies, n_passes)
+            n_steps = requests[numbers[0]].max_new_tokens
+            replies |= self._in_batches(numbers, requests, self._replies, n_steps)
         return [replies[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def score(self, requests: Sequence[Scoring]) -> list[Scored]:
         """See `Completer.score`."""
-        found = self._in_batches(range(len(requests)), requests, self._scored)
+        found = self._in_batches(range(len(requests)), requests, lambda parts: self._scored(*parts))
         return [found[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def choose(self, requests: Sequence[Choosing]) -> list[Scored]:
         """See `Completer.choose`."""
-        found = self._in_batches(range(len(requests)), requests, self._chosen)
+        found = self._in_batches(range(len(requests)), requests, lambda parts: self._chosen(*parts))
         return [found[number] for number in range(len(requests))]
 
     def _in_batches(
         self,
         numbers: Iterable[int],
         requests: Sequence[Asked],
-        answer: Callable[[list[Asked]], list[Answer]],
-        n_passes: int = 1,
+        answer: Callable[[list[list[Asked]]], list[Answer]],
+        n_steps: int = 0,
     ) -> dict[int, Answer]:
         """Answer requests by their numbers, the longest first: what does not fit in memory shows at once.
 
-        A batch that does not fit is halved, and so are those after it. Each takes so many passes.
+        What does not fit is halved, and so is all after it.
+
+        Args:
+            numbers: of the requests.
+            requests: those and others.
+            answer: answers batches that begin alike each.
+            n_steps: how many tokens are generated; where there is a cache, several batches do that together.
 
         Raises:
             TrialError: not even one request fits.
         """
-        overhead = n_passes * (_PASS if self.model.device.type == "cpu" else _GPU_PASS)
+        joins = n_steps > 0 and self._has_cache
+        overhead = _PASS if self.model.device.type == "cpu" else _GPU_PASS
+        overhead *= 1 if joins else 1 + n_steps
         left = list(numbers)
         found: dict[int, Answer] = {}
         while left:
-            plan = plan_batches([requests[number].tokens for number in left], self._batch_size, overhead)
-            for batch in [[left[place] for place in places] for places in plan]:
+            texts = [requests[number].tokens for number in left]
+            plan = plan_batches(texts, self._batch_size, overhead)
+            joined = joined_batches(texts, plan, self._batch_size, _STEP if joins else -1)
+            for parts in [[[left[place] for place in part] for part in parts] for parts in joined]:
+                batch = [number for part in parts for number in part]
                 try:
-                    found |= zip(batch, answer([requests[number] for number in batch]), strict=True)
+                    answers = answer([[requests[number] for number in part] for part in parts])
+                    found |= zip(batch, answers, strict=True)
                     continue
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -165,18 +184,16 @@ class TransformersCompleter:
         logits: Tensor = self.model(tokens.to(self.model.device), **known).logits
         return logits, start
 
-    def _replies(self, requests: Sequence[Generation]) -> list[str]:
-        """Reply to requests that differ in nothing but their prompts and seeds.
+    def _replies(self, parts: Sequence[Sequence[Generation]]) -> list[str]:
+        """Reply to requests that differ in nothing but their prompts and seeds; each part begins alike.
 
         When half of the replies have ended, the others go on alone, unless they depend on settings that count
         from where they go on.
         """
+        requests = [request for part in parts for request in part]
         first = requests[0]
-        prompts = [request.tokens for request in requests]
-        length = max(map(len, prompts))
-        cache, start = cache_of_beginning(self.model, prompts, min(map(len, prompts)) - 1)
-        rows = [_padded(prompt, start, length) for prompt in prompts]
-        tokens, mask = (torch.tensor(each, device=self.model.device) for each in zip(*rows, strict=True))
+        length = max(len(request.tokens) for request in requests)
+        tokens, mask, cache = self._read(parts, length)
         drawing = _drawing(requests, self.model.device)
         replies: dict[int, list[int]] = {}
         may_leave = cache is not None and first.sampling.keys() <= {*_WARPERS, "seed"}
@@ -204,6 +221,40 @@ class TransformersCompleter:
                 for each in drawing:
                     each.keep(left)
         return [self._text(replies[row], first) for row in range(len(requests))]
+
+    def _read(
+        self, parts: Sequence[Sequence[Generation]], length: int
+    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """Return the prompts' tokens and their mask, (n_rows, length), and a cache of all but the last token.
+
+        There is no cache where the model has none, see `has_cache`.
+        """
+        tokens: list[Tensor] = []
+        masks: list[Tensor] = []
+        caches: list[DynamicCache] = []
+        for part in parts:
+            prompts = [request.tokens for request in part]
+            cache, start = cache_of_beginning(self.model, prompts, min(map(len, prompts)) - 1)
+            own_length = max(map(len, prompts))
+            rows = [_padded(prompt, start, own_length) for prompt in prompts]
+            own, mask = (torch.tensor(each, device=self.model.device) for each in zip(*rows, strict=True))
+            if cache is not None:
+                self._extend(cache, own[:, start:-1], mask[:, :-1])
+                caches.append(cache)
+            tokens.append(pad(own, (length - own_length, 0), value=_PAD))
+            masks.append(pad(mask, (length - own_length, 0)))
+        cache = caches[0] if len(caches) == 1 else joined_caches(self.model, caches) if caches else None
+        return torch.cat(tokens), torch.cat(masks), cache
+
+    def _extend(self, cache: DynamicCache, tokens: Tensor, mask: Tensor) -> None:
+        """Add tokens, (n_rows, n_new), to a cache; `mask`, (n_rows, n_tokens), is also of those in it."""
+        n_new = tokens.shape[1]
+        if n_new:
+            places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -n_new:]
+            given = {"position_ids": places} if self._takes_places else {}
+            self.model.base_model(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **given
+            )
 
     def _text(self, tokens: Sequence[int], request: Generation) -> str:
         """Return a reply up to the first token that ends it."""
