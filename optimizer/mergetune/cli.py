@@ -136,8 +136,19 @@ def run(
         Path | None, typer.Option(help="The run directory. Default: runs/STUDY in this folder.")
     ] = None,
     cache: Cache = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be measured and about how long it takes; write nothing."
+        ),
+    ] = False,
 ) -> None:
     """Run a study, or go on with it: baselines, search, holdout, report and merged model."""
+    if dry_run:
+        from mergetune.study.dry_run import describe_study
+
+        describe_study(study, _out, cache=cache)
+        return
     _run(study, out or Path("runs") / study.stem, None, cache)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import fine_tune
@@ -31,6 +33,7 @@ from mergetune.measuring.reply_store import default_store
 from mergetune.results import selection
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
+from mergetune.study.dry_run import describe_study
 from mergetune.study.export import merge_recipe
 from mergetune.weights.checkpoint import Checkpoint
 from plain_server import plain_server
@@ -316,12 +319,27 @@ def test_what_a_killed_run_left_half_written_is_swept_and_broken_files_are_measu
 def test_the_budget_of_hours_ends_the_search(tmp_path: Path, models: dict[str, Path]) -> None:
     study = study_of(tmp_path, models, budget={"trials": 1000, "hours": 0.0006}, sampler="RandomSampler")
     printed = run(study, tmp_path / "run")
-    assert "The budget of 0.0006 hours is spent" in printed
+    assert "The search ended when the budget of 0.0006 hours was spent." in printed
     assert (tmp_path / "run" / "best").is_dir()
     before = RunDir(tmp_path / "run").candidates()
-    assert "The budget of 0.0006 hours is spent" in run(study, tmp_path / "run")
+    assert "The search ended when the budget of 0.0006 hours was spent." in run(study, tmp_path / "run")
     assert RunDir(tmp_path / "run").candidates() == before
     assert len(RunDir(tmp_path / "run").holdout_uses()) == 1
+
+
+def test_the_search_ends_when_its_items_are_spent_or_its_target_is_reached(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    study = study_of(tmp_path, models, budget={"trials": 9, "items": 190})  # 23 for each of 7 baselines
+    assert "The search ended when 207 items were measured, of 190 in the budget." in run(
+        study, tmp_path / "a"
+    )
+    reached = {"trials": 9, "target": {"words": 0.0}}
+    study = study_of(tmp_path, models, budget=reached)
+    assert "The search ended when `average-0.5` reached the target." in run(study, tmp_path / "b")
+    study = study_of(tmp_path, models, budget={"target": {"calm": 0.0}})
+    with pytest.raises(MergetuneError, match="must name objectives of the suite, parity, words, but got"):
+        run(study, tmp_path / "c")
 
 
 def test_a_point_without_a_recipe_is_not_asked_for_again(
@@ -339,7 +357,7 @@ def test_a_point_without_a_recipe_is_not_asked_for_again(
     )
     printed = run(study, tmp_path / "run")
     assert "trial-0001 failed: " in printed
-    assert "The sampler has proposed every point that there is." in printed
+    assert "The search ended when the sampler had proposed every point that there is." in printed
     budget = yaml.safe_load(study.read_text()) | {"budget": {"trials": 1}}
     study.write_text(yaml.safe_dump(budget))
     assert "trial-0001" not in run(study, tmp_path / "run")
@@ -355,7 +373,7 @@ def test_no_recipe_is_measured_twice_and_a_search_without_others_ends(
     changes = {"search_space": str(tmp_path / "space.yaml"), "budget": {"trials": 12}, "sampler": sampler}
     study = write_study(tmp_path / "study", tiny_base, {"a": tiny_experts["a"]}, **changes)
     printed = run(study, tmp_path / "run")
-    assert printed.count("what the sampler proposes was all measured before") == 1
+    assert printed.count("The search ended when all that the sampler proposed was measured before.") == 1
     candidates = RunDir(tmp_path / "run").candidates()
     assert {found.params["lambda.all.a"] for found in candidates if found.params} == {0, 0.5, 1, 1.5}
     trials = [found for found in candidates if not found.is_baseline]
@@ -367,7 +385,7 @@ def test_a_search_whose_scores_do_not_depend_on_the_coefficients_ends(
     tmp_path: Path, tiny_base: Path
 ) -> None:
     study = write_study(tmp_path / "study", tiny_base, {"a": tiny_base}, budget={"trials": 30})
-    assert "no score depends on the coefficients" in run(study, tmp_path / "run")
+    assert "no score was seen to depend on the coefficients" in run(study, tmp_path / "run")
     trials = [found for found in RunDir(tmp_path / "run").candidates() if not found.is_baseline]
     assert len(trials) < 12
 
@@ -545,3 +563,17 @@ def test_a_judge_without_a_verdict_on_one_item_does_not_end_the_night(
     assert f"the judge gave no verdict on {n_measured} replies" in page
     assert "of <code>base</code> to &#39;Question" in page
     assert (found.path / "best" / "model.safetensors").is_file()
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    study = study_of(tmp_path, models, budget={"trials": 7, "hours": 2}, warm_start="auto")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    printed = io.StringIO()
+    describe_study(study, Console(file=printed, width=200))
+    rows = dict(line.split(maxsplit=1) for line in printed.getvalue().splitlines() if line)
+    assert "task_arithmetic: 2 coefficients in 1 layer groups" in printed.getvalue()
+    assert rows["baselines"].startswith("7 models, and the base twice: ")
+    assert "up to 7 trials after slopes for up to 3 evaluations, within 2 hours: " in rows["trials"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

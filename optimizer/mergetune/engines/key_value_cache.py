@@ -86,7 +86,8 @@ def joined_caches(model: Any, caches: Sequence[DynamicCache]) -> DynamicCache:
     """
     joined, length = _new_cache(model), max(cache.get_seq_length() for cache in caches)
     assert joined is not None  # there are caches
-    for layer in joined.layers:
+    layers: list[Any] = joined.layers
+    for layer in layers:
         own = [cache.layers.pop(0) for cache in caches]
         layer.update(
             *(_stacked([getattr(each, kind) for each in own], length) for kind in ("keys", "values"))

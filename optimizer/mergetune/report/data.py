@@ -220,7 +220,7 @@ def gather(run: RunDir) -> ReportData:
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
         verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),
-        stopped=_stopped(run, candidates),
+        stopped=(run.read_json("search.json") or {}).get("ended", ""),
         warnings=(
             *(run.read_json("warnings.json") or ()),
             *low_agreements(agreements),
@@ -341,15 +341,6 @@ def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
         return (), None
     changed = model.get("changed")
     return model["tensors"], changed if changed is None else {e: frozenset(own) for e, own in changed.items()}
-
-
-def _stopped(run: RunDir, candidates: Sequence[Candidate]) -> str:
-    """Say why the search stopped; empty where it need not have."""
-    budget = run.study.budget
-    numbers = filter(None, (roles.trial_number(candidate.name) for candidate in candidates))
-    if 0 < budget.trials <= max(numbers, default=0):
-        return "all trials were done"
-    return f"the budget of {budget.hours:g} hours was spent" if run.spent_s() >= budget.hours * 3600 else ""
 
 
 def _depth(

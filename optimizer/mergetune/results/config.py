@@ -17,10 +17,19 @@ TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guard
 
 
 class Budget(Strict):
-    """When the search ends: after so many trials (baselines not counted) or so many hours of measuring."""
+    """When the search ends: as soon as one of these is spent or reached.
+
+    Attributes:
+        trials: candidates of the search, baselines not counted.
+        hours: of measuring, see docs/study.md.
+        items: measured on the search split, once for each candidate, baselines included.
+        target: scores by objective; a merge that reaches all of them and keeps every guard is enough.
+    """
 
     trials: int = Field(40, ge=0)
     hours: float = Field(8.0, gt=0)
+    items: int | None = Field(None, gt=0)
+    target: dict[str, float] = Field(default_factory=dict)
 
 
 class SamplerConfig(Strict):

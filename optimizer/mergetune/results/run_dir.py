@@ -13,6 +13,7 @@ candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-it
 attempts/         WHAT.json: how often something was begun that has not come to its end
 replies/          what each candidate replied, by the digest of its recipe and of the request
 coordinates.json  what the numbers of a candidate's point stand for
+search.json       why the search ended
 warm_start.json   the points that slopes led to, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge

@@ -121,6 +121,12 @@ def guard_units(references: Mapping[str, Scores], suite: SuiteConfig) -> dict[st
     return units
 
 
+def reaches(scores: Scores, target: Mapping[str, float], suite: SuiteConfig) -> bool:
+    """Say whether scores are as good as a target's in all its objectives."""
+    wanted = {name: suite.objectives[name].sign * value for name, value in target.items()}
+    return all(suite.objectives[name].sign * scores[name].value >= value for name, value in wanted.items())
+
+
 def relative_violations(
     scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig
 ) -> dict[str, float]:
@@ -131,7 +137,8 @@ def relative_violations(
     }
 
 
-def _keeps_guards(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> bool:
+def keeps_guards(scores: Scores, references: Mapping[str, Scores], suite: SuiteConfig) -> bool:
+    """Say whether no guard is broken; arguments as of `guard_violations`."""
     return all(excess <= 0 for excess in guard_violations(scores, references, suite).values())
 
 
@@ -147,7 +154,7 @@ def objective_points(candidates: Mapping[str, Scores], suite: SuiteConfig) -> pa
 
 def front(candidates: Mapping[str, Scores], suite: SuiteConfig) -> list[str]:
     """Return the names of the non-dominated candidates among those that keep every guard."""
-    kept = {name: scores for name, scores in candidates.items() if _keeps_guards(scores, candidates, suite)}
+    kept = {name: scores for name, scores in candidates.items() if keeps_guards(scores, candidates, suite)}
     names = list(kept)
     return [names[i] for i in pareto.front(objective_points(kept, suite))] if kept else []
 
@@ -199,7 +206,7 @@ def recommend(
     if not merges or BASE not in candidates:
         return None
     best = names[int(_choose(_signed(candidates, suite.scores), names, suite, scales))]
-    kept = [name for name in merges if _keeps_guards(candidates[name], candidates, suite)]
+    kept = [name for name in merges if keeps_guards(candidates[name], candidates, suite)]
     by = "By smoothed scores, " if measured else ""
     if best in kept:
         text = f"{by}of the {len(kept)} merges that keep every guard, its worst loss is the smallest: "
@@ -356,7 +363,7 @@ class Choice:
         More than five objectives take long, and so have fewer resamples.
         """
         names, signed = self.front.names, _signed(self.measured, suite.scores)
-        kept = np.array([_keeps_guards(self.measured[name], self.measured, suite) for name in names])
+        kept = np.array([keeps_guards(self.measured[name], self.measured, suite) for name in names])
         base = names.index(BASE)
 
         def above(points: Floats) -> Floats:

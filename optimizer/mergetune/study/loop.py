@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import Trial, TrialState
 from rich.console import Console
 
@@ -61,6 +62,7 @@ from mergetune.study.warm_start import Searched, check_warm_start, start_search
 
 # So often a sampler is asked for a point that was not measured before, and so often one is drawn at random.
 _N_ASKED, _N_DRAWN = 5, 100
+_SEARCH = "search.json"
 _N_FLAT = 10  # points with the same scores say that no score depends on the coefficients
 
 
@@ -202,10 +204,12 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
         _enqueue_design(search, plan, space, known)
     line = StudyLine(first, len(due))
     asked: dict[str, Trial] = {}  # by the candidate's name
+    ended = "all trials were done"
+    run.write_json(_SEARCH, {"ended": ""})
     while due or asked:
         interrupts.check()
-        if due and spent_s >= _hours_s(plan):
-            candidates.progress.say(f"The budget of {plan.config.budget.hours} hours is spent.")
+        if due and (reason := _why_over(plan, searched, candidates, spent_s)):
+            ended = reason
             due.clear()
         candidate: Candidate | None = None
         if due and candidates.pool.has_room:
@@ -215,7 +219,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
             name = roles.trial_name(number)
             found = _next_trial(search, searched, candidates, asked, name, seed)
             if found is None:
-                candidates.progress.say("The search ends: what the sampler proposes was all measured before.")
+                ended = "all that the sampler proposed was measured before"
                 due.clear()
                 continue
             trial, proposal = found
@@ -230,13 +234,29 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
         else:
             break
         if not tell(search, trial, _outcome(candidates, candidate)):
-            candidates.progress.say("The sampler has proposed every point that there is.")
+            ended = "the sampler had proposed every point that there is"
             due.clear()
-        if due and _is_flat(searched, candidates):
-            candidates.progress.say(
-                "The search ends: no score depends on the coefficients; all its points have the same scores."
-            )
-            due.clear()
+    if n_allowed:
+        candidates.progress.say(f"The search ended when {ended}.")
+        run.write_json(_SEARCH, {"ended": ended})
+
+
+def _why_over(plan: Plan, searched: Searched, candidates: Candidates, spent_s: float) -> str:
+    """Say why a search needs no further trial; nothing where it does."""
+    budget, suite = plan.config.budget, candidates.evaluator.suite.config
+    if spent_s >= _hours_s(plan):
+        return f"the budget of {budget.hours:g} hours was spent"
+    if budget.items is not None:
+        n_items = sum(candidate.cost.n_items for candidate in candidates.all)
+        if n_items >= budget.items:
+            return f"{n_items} items were measured, of {budget.items} in the budget"
+    if budget.target:
+        merges = {name: scores for name, scores in candidates.scores.items() if roles.is_merge(name)}
+        for name, scores in merges.items():
+            kept = selection.keeps_guards(scores, candidates.scores, suite)
+            if kept and selection.reaches(scores, budget.target, suite):
+                return f"`{name}` reached the target"
+    return "no score was seen to depend on the coefficients" if _is_flat(searched, candidates) else ""
 
 
 def _next_trial(
@@ -253,7 +273,7 @@ def _next_trial(
     is known, points drawn at random take its place. A trial without a proposal is of a point that has no
     recipe.
     """
-    distributions = dict(searched.space.distributions)
+    distributions: dict[str, BaseDistribution] = dict(searched.space.distributions)
     for attempt in range(_N_ASKED + _N_DRAWN):
         if attempt >= _N_ASKED:
             search.enqueue_trial(random_point(distributions, seed + len(search.get_trials(deepcopy=False))))

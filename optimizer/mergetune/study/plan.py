@@ -67,6 +67,13 @@ class Plan:
                 f"{study_file}: `warm_start.grain: {config.warm_start.grain}` needs a search space of layer "
                 f"groups, but `{config.search_space}` has anchors. Take another one, or leave `grain` out."
             )
+        for name in config.budget.target:
+            if name not in suite.config.objectives:
+                objectives = ", ".join(suite.config.objectives)
+                raise MergetuneError(
+                    f"{study_file}: `budget.target` must name objectives of the suite, {objectives}, but got "
+                    f"`{name}`."
+                )
         for name, guard in suite.config.guards.items():
             if guard.reference not in {"base", *config.experts}:
                 raise MergetuneError(
