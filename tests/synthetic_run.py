@@ -87,7 +87,7 @@ def write_run(path: Path, plan: Plan = Plan()) -> RunDir:
 def _confirm(run: RunDir, plan: Plan, points: Mapping[str, Lambdas]) -> None:
     """Measure on the holdout what a study measures there."""
     choice = choose(run)
-    chosen = choice.finalists(plan.n_finalists) if choice else ()
+    chosen = choice.finalists(plan.n_finalists, run.study.suite_config) if choice else ()
     at = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
     for _ in range(plan.n_holdout_uses):
         run.add_holdout_use(HoldoutUse(at=at, finalists=chosen, n_candidates=len(run.candidates())))

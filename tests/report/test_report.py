@@ -73,7 +73,7 @@ def test_the_front_and_the_recommendation_are_those_of_the_selection(
     choice = selection.choose(finished)
     assert choice is not None
     assert data.recommendation == choice.recommendation
-    assert {entry.name for entry in data.entries if entry.finalist} == set(choice.finalists(3))
+    assert {entry.name for entry in data.entries if entry.finalist} == set(choice.finalists(3, suite))
     for entry in data.entries:
         assert entry.probability == choice.front.probability[entry.name]
         assert entry.smoothed == choice.smoothing.scores[entry.name]

@@ -269,6 +269,18 @@ def _choose(
     signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConfig, scales: Scales
 ) -> Indices:
     """Return the merge that `recommend` chooses, (...), by signed scores, (..., n_candidates) each."""
+    excess, losses = _excess_and_losses(signed, names, suite, scales)
+    order = np.lexsort((np.sum(losses, axis=0), np.max(losses, axis=0), excess), axis=-1)
+    return np.asarray(order[..., 0])
+
+
+def _excess_and_losses(
+    signed: Mapping[str, Floats], names: Sequence[str], suite: SuiteConfig, scales: Scales
+) -> tuple[Floats, list[Floats]]:
+    """Return by how much guards are broken at most, infinite for no merge, and each objective's loss.
+
+    All are (..., n_candidates), as the signed scores are.
+    """
     experts = [name for name in names if is_expert(name)]
     columns, base = [names.index(name) for name in experts], names.index(BASE)
     losses = []
@@ -283,8 +295,7 @@ def _choose(
     ]
     excess = np.max([np.zeros_like(losses[0]), *worse], axis=0)
     excess[..., [i for i, name in enumerate(names) if not is_merge(name)]] = np.inf
-    order = np.lexsort((np.sum(losses, axis=0), np.max(losses, axis=0), excess), axis=-1)
-    return np.asarray(order[..., 0])
+    return excess, losses
 
 
 def noisy_front(items: Mapping[str, ItemScores], suite: SuiteConfig, seed: int = 0) -> NoisyFront:
@@ -318,17 +329,21 @@ class Choice:
     front: NoisyFront
     recommendation: Recommendation | None
 
-    def finalists(self, k: int) -> tuple[str, ...]:
+    def finalists(self, k: int, suite: SuiteConfig) -> tuple[str, ...]:
         """Return up to k merges to confirm on the holdout split.
 
-        The recommended one comes first, then those that are most probably on the front; one that differs
-        from an earlier finalist by less than a standard error in every objective is left out, as is one
-        that is hardly ever on the front. The base and the experts alone are no finalists.
+        The recommended one comes first, then those that one would least regret to have taken: by the mean
+        over resamples of the items of the worst loss and of what guards are broken by, in their units. One
+        that differs from an earlier finalist by less than a standard error in every objective is left out,
+        as is one that is hardly ever on the front. The base and the experts alone are no finalists.
         """
         if self.recommendation is None:
             return ()
+        names = self.front.names
+        excess, losses = _excess_and_losses(self._resampled(suite), names, suite, self.scales)
+        regret = dict(zip(names, (excess + np.max(losses, axis=0)).mean(axis=0).tolist(), strict=True))
         found = [self.recommendation.name]
-        for name in sorted(self.front.names, key=lambda name: -self.front.probability[name]):
+        for name in sorted(names, key=regret.__getitem__):
             plausible = self.front.probability[name] >= PLAUSIBLE and is_merge(name)
             if plausible and not any(self.front.alike(name, other) for other in found):
                 found.append(name)
@@ -340,20 +355,23 @@ class Choice:
         The merge is chosen anew in each resample, by the same rule and with the smoothing of the fit; its
         score there is compared with its score on all items (Efron & Tibshirani 1993, section 17.6).
         """
-        names = self.front.names
-        chosen_by = {}
-        for key, scores in self.front.resampled.items():
-            chosen_by[key] = scores.copy()
-            if smoother := self.smoothing.smoothers.get(key):
-                columns = [names.index(name) for name in smoother.names]
-                sign = suite.scores[key].sign
-                chosen_by[key][:, columns] = sign * smoother.apply(sign * scores[:, columns])
-        chosen = _choose(chosen_by, names, suite, self.scales)
+        chosen = _choose(self._resampled(suite), self.front.names, suite, self.scales)
         measured = _signed(self.measured, suite.scores)
         return [
             self.front.resampled[key][np.arange(len(chosen)), chosen] - measured[key][chosen]
             for key in suite.objectives
         ]
+
+    def _resampled(self, suite: SuiteConfig) -> dict[str, Floats]:
+        """Return the scores to choose by in each resample, signed: (n_resamples, n_candidates) each."""
+        names, found = self.front.names, {}
+        for key, scores in self.front.resampled.items():
+            found[key] = scores.copy()
+            if smoother := self.smoothing.smoothers.get(key):
+                columns = [names.index(name) for name in smoother.names]
+                sign = suite.scores[key].sign
+                found[key][:, columns] = sign * smoother.apply(sign * scores[:, columns])
+        return found
 
     def hypervolume(self, suite: SuiteConfig) -> Hypervolume:
         """Return the hypervolume above the base's scores, with its interval, of those that keep the guards.

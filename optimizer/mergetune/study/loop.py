@@ -126,7 +126,8 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 run.write_coordinates({**space.coordinates, **searched.space.coordinates})
                 _search(plan, searched, candidates, interrupts)
                 choice = selection.choose(run)
-                finalists = choice.finalists(plan.config.finalists) if choice else ()
+                suite = plan.suite.config
+                finalists = choice.finalists(plan.config.finalists, suite) if choice else ()
                 unsearched = selection.best_baseline(run, choice) if choice else None
                 _confirm(candidates, finalists, {uniform_name(len(inputs.experts)), soup, unsearched})
                 if plan.config.warm_start.kind != "none" and choice and choice.recommendation:

@@ -19,7 +19,10 @@ from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.study.candidates import write_facts
 from mergetune.study.plan import Plan
 
-_AS_THEY_ARE = ("coordinates.json", "warm_start.json", "versions.json", "seconds.json", "holdout.json")
+_AS_THEY_ARE = (
+    *("coordinates.json", "warm_start.json", "search.json"),
+    *("versions.json", "seconds.json", "holdout.json"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""What a search is worth: the true front that each method would report, against what it costs.
+
+    export OMP_NUM_THREADS=1 TQDM_DISABLE=1
+    python benchmarks/search.py --folder DIR [--problems uneven small-12] [--seeds 2 3 4 5 6] [--json FILE]
+
+Problems, each with models of its own for every seed (`small_skills.py`):
+
+- `uneven`: two experts, one trained much longer than the other, 8 lambdas in 4 slices of the depth. Every
+  plain average loses the first skill: its score is a cliff over most of the box.
+- `small-12`, `small-24`: three experts and objectives, 12 and 24 lambdas.
+
+Methods are studies of their own, all with the same baselines: random points, NSGA-II, TPE, CMA-ES on the mean
+of all skills (as mergekit-evolve searches), Optuna's Gaussian process (`gp`), and points that slopes lead to
+and the Gaussian process after them (`slopes`), as a study does by default.
+
+Costs are full evaluations after the baselines: one for each candidate, and a descent's forward passes (a
+backward pass counts as two). At each cost, what is on the front by search scores was measured on the holdout
+split, which no search saw; the hypervolume above the base is given as a share of the best known, the largest
+of any method at any cost and of all together. `ffe_90` and `ffe_95` are the least costs at which the share is
+0.90 and 0.95, `optimism` by how much search scores overstate the last front's hypervolume. Figures are
+medians over seeds, with quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import small_skills
+from gradient import CONSOLE, Models, Trace, common_front, confirm, hypervolume, search_space
+from mergetune.files.yaml_io import write_yaml
+from mergetune.results import roles, selection
+from mergetune.results.config import StudyConfig
+from mergetune.results.run_dir import RunDir
+from mergetune.study.loop import run_study
+from mergetune.study.rescore import rescore
+
+COSTS = (3, 6, 12, 20, 30)  # full evaluations after the baselines
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"sampler": "RandomSampler"},
+    "nsga2": {"sampler": {"kind": "NSGAIISampler", "population_size": 10}},
+    "tpe": {"sampler": "TPESampler"},
+    "cma-es": {"sampler": "CmaEsSampler"},
+    "gp": {"sampler": "GPSampler"},
+    "slopes": {"sampler": "GPSampler", "warm_start": "gradient"},
+}
+OF_THE_MEAN = {"cma-es"}  # methods that search one objective
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Which experts there are, and into how many slices the depth is cut."""
+
+    experts: str
+    n_groups: int
+
+
+PROBLEMS = {
+    "uneven": Problem("uneven", 4),
+    "small-12": Problem("even", 4),
+    "small-24": Problem("even", 8),
+}
+
+
+def models_of(problem: Problem, folder: Path, seed: int) -> Models:
+    """Train a problem's models of one seed, unless they are there."""
+    own = folder.resolve() / f"{problem.experts}-{seed}"
+    small_skills.write_models(own, seed, problem.experts)
+    skills = small_skills.EXPERTS[problem.experts]
+    suite = yaml.safe_load((own / "suite.yaml").read_text(encoding="utf-8"))
+    tasks = [task for objective in suite["objectives"].values() for task in objective["tasks"]]
+    mean = {**suite, "objectives": {"mean": {"tasks": tasks}}}
+    (own / "mean.yaml").write_text(yaml.safe_dump(mean, sort_keys=False), encoding="utf-8")
+    experts = {skill: str(own / skill) for skill in skills}
+    return Models(
+        own, str(own / "base"), experts, str(own / "suite.yaml"), small_skills.N_LAYERS, (seed,), 200
+    )
+
+
+def run_method(models: Models, problem: Problem, method: str, seed: int, n_trials: int) -> Trace:
+    """Run a study of one method, or go on with it."""
+    space = models.folder / f"space-{problem.n_groups}.yaml"
+    write_yaml(space, search_space(models.n_layers, problem.n_groups))
+    suite = str(models.folder / "mean.yaml") if method in OF_THE_MEAN else models.suite
+    study = {
+        "base": models.base,
+        "experts": models.experts,
+        "search_space": str(space),
+        "suite": suite,
+        "engine": {"kind": "transformers", "batch_size": models.batch_size},
+        "budget": {"trials": n_trials, "hours": 24},
+        "allow_flat_objectives": True,
+        "warm_start": "none",
+        "seed": seed,
+        **METHODS[method],
+    }
+    name = f"{problem.n_groups}-{method}"
+    file, out = models.folder / f"study-{name}.yaml", models.folder / "runs" / name
+    write_yaml(file, StudyConfig.model_validate(study))
+    CONSOLE.print(file, style="bold")
+    run_study(file, out, CONSOLE)
+    if suite == models.suite:
+        return Trace(method, seed, RunDir(out))
+    by_skill = out.with_name(f"{out.name}-by-skill")
+    rescore(RunDir(out), models.suite, by_skill)
+    return Trace(method, seed, RunDir(by_skill))
+
+
+def prefix(trace: Trace, cost: float) -> Mapping[str, selection.Scores]:
+    """Return what a study had measured on the search split when it had spent so much."""
+    return {name: scores for name, scores in trace.search.items() if trace.costs[name] <= cost}
+
+
+def volumes(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
+    """Return of each method the figures of one seed, all judged by the best that is known."""
+    suite, costs = traces[0].suite, range(max(COSTS) + 1)
+    common = common_front(traces)
+    fronts = {
+        trace: {cost: selection.front(prefix(trace, cost), suite) for cost in costs} for trace in traces
+    }
+    holdout = {}
+    for trace in traces:
+        also = {name for own, name in common if own is trace}
+        holdout[trace] = confirm(trace.run, also.union(*fronts[trace].values(), {roles.BASE}))
+    base = holdout[traces[0]][roles.BASE]
+
+    def volume(trace: Trace, names: Sequence[str]) -> float:
+        return hypervolume([holdout[trace][name] for name in names], base, suite)
+
+    curves = {trace: [volume(trace, fronts[trace][cost]) for cost in costs] for trace in traces}
+    together = hypervolume([holdout[trace][name] for trace, name in common], base, suite)
+    best = max(together, *(max(curve) for curve in curves.values())) or 1.0
+    found = {}
+    for trace, curve in curves.items():
+        shares = [value / best for value in curve]
+        last = [trace.search[name] for name in fronts[trace][max(COSTS)]]
+        reported = hypervolume(last, trace.search[roles.BASE], suite)
+        found[trace.arm] = {
+            **{f"ffe_{share}": _first(shares, share / 100) for share in (90, 95)},
+            **{f"hv_at_{cost}": shares[cost] for cost in COSTS},
+            "optimism": reported / (curve[-1] or math.nan) - 1,
+        }
+    return found
+
+
+def _first(shares: Sequence[float], wanted: float) -> float:
+    """Return the least cost at which a share is reached."""
+    return next((float(cost) for cost, share in enumerate(shares) if share >= wanted), math.inf)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the quartiles of a figure over seeds; some may be infinite."""
+    return [float(each) for each in np.quantile(values, (0.25, 0.5, 0.75), method="nearest")]
+
+
+def table(name: str, rows: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+    """Lay out one problem: a row for each method, a column for each figure."""
+    figures = list(next(iter(rows.values())))
+    shown = Table(name, *figures)
+    for method, own in rows.items():
+        shown.add_row(method, *("{1:.2f} ({0:.2f}–{2:.2f})".format(*own[figure]) for figure in figures))
+    return shown
+
+
+def main() -> None:
+    """Run the benchmark and print a table for each problem; `--json` writes the medians."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="keeps models and runs")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2, 12)))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    medians: dict[str, dict[str, dict[str, float]]] = {}
+    for name in arguments.problems:
+        problem, every = PROBLEMS[name], []
+        for seed in arguments.seeds:
+            models = models_of(problem, arguments.folder, seed)
+            traces = [run_method(models, problem, each, seed, max(COSTS)) for each in arguments.methods]
+            every.append(volumes(traces))
+        rows = {
+            method: {figure: quartiles([own[method][figure] for own in every]) for figure in every[0][method]}
+            for method in arguments.methods
+        }
+        Console(width=max(130, Console().width)).print(table(name, rows))
+        medians[name] = {
+            method: {key: values[1] for key, values in own.items()} for method, own in rows.items()
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(medians, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
