@@ -16,9 +16,10 @@ and the Gaussian process after them (`slopes`), as a study does by default.
 Costs are full evaluations after the baselines: one for each candidate, and a descent's forward passes (a
 backward pass counts as two). At each cost, what is on the front by search scores was measured on the holdout
 split, which no search saw; the hypervolume above the base is given as a share of the best known, the largest
-of any method at any cost and of all together. `ffe_90` and `ffe_95` are the least costs at which the share is
-0.90 and 0.95, `optimism` by how much search scores overstate the last front's hypervolume. Figures are
-medians over seeds, with quartiles.
+of any method at any cost, of all together, and of an oracle: lambdas for each tensor, found by gradient on
+all search items (`oracle.py`). The oracle's own share is in the last column of hypervolumes, whatever it cost.
+`ffe_90` and `ffe_95` are the least costs at which the share is 0.90 and 0.95, `optimism` by how much search
+scores overstate the last front's hypervolume. Figures are medians over seeds, with quartiles.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ from rich.table import Table
 
 import small_skills
 from gradient import CONSOLE, Models, Trace, common_front, confirm, hypervolume, search_space
+from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.suite import SuiteConfig
 from mergetune.files.yaml_io import write_yaml
 from mergetune.results import roles, selection
 from mergetune.results.config import StudyConfig
 from mergetune.results.run_dir import RunDir
+from mergetune.stats import pareto
 from mergetune.study.loop import run_study
 from mergetune.study.rescore import rescore
+from oracle import descend
 
 COSTS = (3, 6, 12, 20, 30)  # full evaluations after the baselines
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,6 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gp": {"sampler": "GPSampler"},
     "slopes": {"sampler": "GPSampler", "warm_start": "gradient"},
 }
+ORACLE = "oracle"
 OF_THE_MEAN = {"cma-es"}  # methods that search one objective
 
 
@@ -121,7 +127,7 @@ def prefix(trace: Trace, cost: float) -> Mapping[str, selection.Scores]:
     return {name: scores for name, scores in trace.search.items() if trace.costs[name] <= cost}
 
 
-def volumes(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
+def volumes(models: Models, traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
     """Return of each method the figures of one seed, all judged by the best that is known."""
     suite, costs = traces[0].suite, range(max(COSTS) + 1)
     common = common_front(traces)
@@ -137,10 +143,11 @@ def volumes(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
     def volume(trace: Trace, names: Sequence[str]) -> float:
         return hypervolume([holdout[trace][name] for name in names], base, suite)
 
+    oracle = oracle_volume(models, base, suite)
     curves = {trace: [volume(trace, fronts[trace][cost]) for cost in costs] for trace in traces}
     together = hypervolume([holdout[trace][name] for trace, name in common], base, suite)
-    best = max(together, *(max(curve) for curve in curves.values())) or 1.0
-    found = {}
+    best = max(oracle, together, *(max(curve) for curve in curves.values())) or 1.0
+    found: dict[str, dict[str, float]] = {}
     for trace, curve in curves.items():
         shares = [value / best for value in curve]
         last = [trace.search[name] for name in fronts[trace][max(COSTS)]]
@@ -150,7 +157,20 @@ def volumes(traces: Sequence[Trace]) -> dict[str, dict[str, float]]:
             **{f"hv_at_{cost}": shares[cost] for cost in COSTS},
             "optimism": reported / (curve[-1] or math.nan) - 1,
         }
-    return found
+    figures = dict.fromkeys(found[traces[0].arm], math.nan)
+    return {**found, ORACLE: figures | {f"hv_at_{max(COSTS)}": oracle / best}}
+
+
+def oracle_volume(models: Models, base: selection.Scores, suite: SuiteConfig) -> float:
+    """Return the hypervolume that an oracle's front has on the holdout split, above the base."""
+    reached = list(descend(models.folder, list(models.experts)))
+    searched = {str(i): _scores(each.search) for i, each in enumerate(reached)}
+    points = selection.objective_points(searched, suite)
+    return hypervolume([_scores(reached[i].holdout) for i in pareto.front(points)], base, suite)
+
+
+def _scores(shares: Mapping[str, float]) -> selection.Scores:
+    return {skill: Score(share, math.nan, 0) for skill, share in shares.items()}
 
 
 def _first(shares: Sequence[float], wanted: float) -> float:
@@ -189,10 +209,10 @@ def main() -> None:
         for seed in arguments.seeds:
             models = models_of(problem, arguments.folder, seed)
             traces = [run_method(models, problem, each, seed, max(COSTS)) for each in arguments.methods]
-            every.append(volumes(traces))
+            every.append(volumes(models, traces))
         rows = {
             method: {figure: quartiles([own[method][figure] for own in every]) for figure in every[0][method]}
-            for method in arguments.methods
+            for method in every[0]
         }
         Console(width=max(130, Console().width)).print(table(name, rows))
         medians[name] = {

@@ -100,7 +100,7 @@ def _train_base(kept_out: Collection[str], seed: int) -> Any:
     stream = _stream(BASE_MIXTURE, SHORTEST, kept_out, f"{seed} base")
     for step in _train(model, stream, BASE_STEPS, BASE_RATE):
         if step % CHECK_EVERY == 0:
-            right = [_exact_matches(model, examples) for examples in checked.values()]
+            right = [exact_matches(model, examples) for examples in checked.values()]
             if sum(right) / len(right) >= BASE_SCORE:
                 break
     return model
@@ -120,7 +120,7 @@ def _train(model: Any, stream: Iterator[Example], n_steps: int, rate: float) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(1, n_steps + 1):
         optimizer.param_groups[0]["lr"] = rate * min(step / WARM_UP, 1.0) * (1 - (step - 1) / n_steps)
-        tokens, labels = _tensors(list(itertools.islice(stream, BATCH_SIZE)))
+        tokens, labels = tensors(list(itertools.islice(stream, BATCH_SIZE)))
         optimizer.zero_grad()
         model(input_ids=tokens, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,9 +128,9 @@ def _train(model: Any, stream: Iterator[Example], n_steps: int, rate: float) -> 
         yield step
 
 
-def _exact_matches(model: Any, examples: Sequence[Example]) -> float:
+def exact_matches(model: Any, examples: Sequence[Example]) -> float:
     """Return the share of answers whose every token is the likeliest after the right ones before it."""
-    tokens, labels = _tensors(examples)
+    tokens, labels = tensors(examples)
     with torch.no_grad():
         guesses = model(input_ids=tokens).logits[:, :-1].argmax(dim=-1)
     wanted = labels[:, 1:]
@@ -159,7 +159,7 @@ def _stream(mixture: Sequence[str], shortest: int, kept_out: Collection[str], se
             yield example
 
 
-def _tensors(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def tensors(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Return tokens and labels, (n_examples, length); prompts and padding carry no loss."""
     ids = {token: i for i, token in enumerate(TOKENS)}
     tokens, labels = [], []
