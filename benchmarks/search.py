@@ -11,13 +11,14 @@ Problems, each with models of its own for every seed (`small_skills.py`):
 
 Methods are studies of their own, all with the same baselines: random points, NSGA-II, TPE, CMA-ES on the mean
 of all skills (as mergekit-evolve searches), Optuna's Gaussian process (`gp`), and points that slopes lead to
-and the Gaussian process after them (`slopes`), as a study does by default.
+and the Gaussian process after them: as a study does by default (`slopes`), and with a lambda for each tensor
+and expert in the descent (`slopes-tensors`).
 
 Costs are full evaluations after the baselines: one for each candidate, and a descent's forward passes (a
 backward pass counts as two). At each cost, what is on the front by search scores was measured on the holdout
 split, which no search saw; the hypervolume above the base is given as a share of the best known, the largest
 of any method at any cost, of all together, and of an oracle: lambdas for each tensor, found by gradient on
-all search items (`oracle.py`). The oracle's own share is in the last column of hypervolumes, whatever it cost.
+all search items (`oracle.py`), whose own share is in the last column of hypervolumes, whatever it cost.
 `ffe_90` and `ffe_95` are the least costs at which the share is 0.90 and 0.95, `optimism` by how much search
 scores overstate the last front's hypervolume. Figures are medians over seeds, with quartiles.
 """
@@ -58,6 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cma-es": {"sampler": "CmaEsSampler"},
     "gp": {"sampler": "GPSampler"},
     "slopes": {"sampler": "GPSampler", "warm_start": "gradient"},
+    "slopes-tensors": {"sampler": "GPSampler", "warm_start": {"kind": "gradient", "grain": "tensors"}},
 }
 ORACLE = "oracle"
 OF_THE_MEAN = {"cma-es"}  # methods that search one objective

@@ -262,12 +262,13 @@ COARSE = SearchSpaceConfig.model_validate(
 )
 
 
-@pytest.mark.parametrize("grain", ["layers", "attention_mlp"])
+@pytest.mark.parametrize("grain", ["layers", "attention_mlp", "tensors"])
 def test_a_finer_space_takes_each_tensor_once(inputs: Inputs, grain: Any) -> None:
     space = finer(COARSE, grain, inputs.base.names)
     groups = bound(space, inputs).groups
     assert set(assign_groups(groups, inputs.base.names)) == set(inputs.base.names)
-    assert len(groups) == {"layers": 3, "attention_mlp": 5}[grain]
+    n_tensors = len(inputs.base.names)
+    assert len(groups) == {"layers": 3, "attention_mlp": 5, "tensors": n_tensors}[grain]
     assert finer(COARSE, "search_space", inputs.base.names) == COARSE
 
 

@@ -23,7 +23,10 @@ from mergetune.space.recipe import (
     single_layers,
 )
 
-Grain = Literal["search_space", "layers", "attention_mlp"]  # of the groups that slopes are followed in
+# Of the groups that slopes are followed in.
+Grain = Literal["search_space", "layers", "attention_mlp", "tensors"]
+
+_MOST_TENSORS = 2000  # each of which may be a group of its own
 
 
 class Range(Strict):
@@ -157,10 +160,14 @@ def read_search_space(path: Path) -> SearchSpaceConfig:
 
 
 def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
-    """Return a search space of layer groups with smaller ones, each within one of them and of its ranges."""
+    """Return a search space of layer groups with smaller ones, each within one of them and of its ranges.
+
+    Raises:
+        MergetuneError: there are too many tensors for a group each.
+    """
     if grain == "search_space":
         return config
-    pieces = single_layers(tensor_names)
+    pieces = _single_tensors(tensor_names) if grain == "tensors" else single_layers(tensor_names)
     if grain == "attention_mlp":
         pieces = [part for piece in pieces for part in _attention_and_others(piece)]
     piece_of = assign_groups(pieces, tensor_names)
@@ -181,6 +188,15 @@ def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) 
         own = group.model_copy(update={"name": f"vision-{group.name}", "roles": ("vision",)})
         found.append(SpaceGroup.model_validate({**own.model_dump(exclude_none=True), **ranges[group.name]}))
     return config.model_copy(update={"groups": tuple(found)})
+
+
+def _single_tensors(tensor_names: Sequence[str]) -> list[LayerGroup]:
+    if len(tensor_names) > _MOST_TENSORS:
+        raise MergetuneError(
+            f"`grain: tensors` takes models of up to {_MOST_TENSORS} tensors, but this one has "
+            f"{len(tensor_names)}. Take `grain: attention_mlp`, or `layers`."
+        )
+    return [LayerGroup(name=name.replace(".", "-"), match=f"^{re.escape(name)}$") for name in tensor_names]
 
 
 def _attention_and_others(piece: LayerGroup) -> list[LayerGroup]:
