@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let all of it be freed, without which libraries of C++ speak of leaks as the process ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Leave the environment as it was: a cache that one test names is none of the next one's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
