@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2, 12)))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    medians: dict[str, dict[str, dict[str, float]]] = {}
+    medians: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in arguments.problems:
         problem, every = PROBLEMS[name], []
         for seed in arguments.seeds:
@@ -216,9 +216,10 @@ def main() -> None:
             method: {figure: quartiles([own[method][figure] for own in every]) for figure in every[0][method]}
             for method in every[0]
         }
-        Console(width=max(130, Console().width)).print(table(name, rows))
+        Console(width=max(200, Console().width)).print(table(name, rows))
         medians[name] = {
-            method: {key: values[1] for key, values in own.items()} for method, own in rows.items()
+            method: {key: values[1] if math.isfinite(values[1]) else None for key, values in own.items()}
+            for method, own in rows.items()
         }
     if arguments.json:
         arguments.json.write_text(json.dumps(medians, indent=1) + "\n", encoding="utf-8")
