@@ -125,18 +125,24 @@ def _items(evaluator: Evaluator, split: Split) -> str:
 
 
 def _probe(config: EngineConfig, inputs: Inputs, evaluator: Evaluator) -> tuple[EngineConfig, Costs]:
-    """Measure one batch of every task on the base; returns the engine's settled configuration, too."""
+    """Measure one batch of every task on the base; returns the engine's settled configuration, too.
+
+    Each task alone says what it costs beside the others, and all at a time what they cost together.
+    """
     base = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
     search = evaluator.documents("search")
     with closing(Pool(base, config, evaluator, None)) as pool:
-        settled, seconds = pool.start(), dict[str, float]()
+        settled = pool.start()
         n_probed = settled.batch_size or _PROBED
-        for name, documents in search.items():
-            some = documents[:n_probed]
-            if some:
-                found = pool.measured(Job("probe", {name: some}))
-                seconds[name] = found.cost.evaluate_s / len(some)
+        some = {name: documents[:n_probed] for name, documents in search.items() if documents}
+        alone = {name: _seconds(pool, {name: own}) for name, own in some.items()}
+        together = _seconds(pool, some) / (sum(alone.values()) or 1.0)
+    seconds = {name: together * alone[name] / len(own) for name, own in some.items()}
     return settled, Costs(_foreseen(seconds, search), _foreseen(seconds, evaluator.documents("holdout")))
+
+
+def _seconds(pool: Pool, documents: Documents) -> float:
+    return pool.measured(Job("probe", documents)).cost.evaluate_s
 
 
 def _foreseen(seconds: Mapping[str, float], documents: Documents) -> float:
