@@ -83,11 +83,14 @@ class Models:
     batch_size: int
 
 
-def small_models(folder: Path, seed: int) -> Models:
-    """Train the models of one seed, unless they are there; the studies have the same seed."""
-    own = folder.resolve() / f"small-{seed}"
-    small_skills.write_models(own, seed)
-    experts = {skill: str(own / skill) for skill in small_skills.SKILLS}
+def small_models(folder: Path, seed: int, kind: str = "even") -> Models:
+    """Train the models of one seed, unless they are there; the studies have the same seed.
+
+    `kind` is of `small_skills.EXPERTS`.
+    """
+    own = folder.resolve() / (f"small-{seed}" if kind == "even" else f"{kind}-{seed}")
+    small_skills.write_models(own, seed, kind)
+    experts = {skill: str(own / skill) for skill in small_skills.EXPERTS[kind]}
     suite = str(own / "suite.yaml")
     return Models(own, str(own / "base"), experts, suite, small_skills.N_LAYERS, (seed,), batch_size=200)
 
@@ -203,6 +206,11 @@ def common_front(traces: Sequence[Trace]) -> list[tuple[Trace, str]]:
 def run_arm(models: Models, n_groups: int, arm: str, seed: int, n_trials: int) -> Trace:
     """Run a study, or go on with it."""
     name = f"{n_groups * len(models.experts)}-{arm}-{seed}"
+    return Trace(arm, seed, run_on(models, name, n_groups, n_trials, seed, warm_start=ARMS[arm]))
+
+
+def run_on(models: Models, name: str, n_groups: int, n_trials: int, seed: int, **changes: Any) -> RunDir:
+    """Run a study of these models, or go on with it; `changes` are keys of its file."""
     space = models.folder / f"space-{n_groups}.yaml"
     write_yaml(space, search_space(models.n_layers, n_groups))
     study = {
@@ -212,14 +220,14 @@ def run_arm(models: Models, n_groups: int, arm: str, seed: int, n_trials: int) -
         "suite": models.suite,
         "engine": {"kind": "transformers", "batch_size": models.batch_size},
         "budget": {"trials": n_trials, "hours": 24},
-        "warm_start": ARMS[arm],
         "seed": seed,
+        **changes,
     }
     file, out = models.folder / f"study-{name}.yaml", models.folder / "runs" / name
     write_yaml(file, StudyConfig.model_validate(study))
     CONSOLE.print(file, style="bold")
     run_study(file, out, CONSOLE)
-    return Trace(arm, seed, RunDir(out))
+    return RunDir(out)
 
 
 def confirm(run: RunDir, names: Iterable[str]) -> dict[str, dict[str, Score]]:

@@ -38,16 +38,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-import small_skills
-from gradient import CONSOLE, Models, Trace, common_front, confirm, hypervolume, search_space
+from gradient import Models, Trace, common_front, confirm, hypervolume, run_on, small_models
 from mergetune.evaluation.evaluate import Score
 from mergetune.evaluation.suite import SuiteConfig
-from mergetune.files.yaml_io import write_yaml
 from mergetune.results import roles, selection
-from mergetune.results.config import StudyConfig
 from mergetune.results.run_dir import RunDir
 from mergetune.stats import pareto
-from mergetune.study.loop import run_study
 from mergetune.study.rescore import rescore
 from oracle import descend
 
@@ -80,48 +76,26 @@ PROBLEMS = {
 }
 
 
-def models_of(problem: Problem, folder: Path, seed: int) -> Models:
-    """Train a problem's models of one seed, unless they are there."""
-    own = folder.resolve() / f"{problem.experts}-{seed}"
-    small_skills.write_models(own, seed, problem.experts)
-    skills = small_skills.EXPERTS[problem.experts]
-    suite = yaml.safe_load((own / "suite.yaml").read_text(encoding="utf-8"))
-    tasks = [task for objective in suite["objectives"].values() for task in objective["tasks"]]
-    mean = {**suite, "objectives": {"mean": {"tasks": tasks}}}
-    (own / "mean.yaml").write_text(yaml.safe_dump(mean, sort_keys=False), encoding="utf-8")
-    experts = {skill: str(own / skill) for skill in skills}
-    return Models(
-        own, str(own / "base"), experts, str(own / "suite.yaml"), small_skills.N_LAYERS, (seed,), 200
-    )
-
-
 def run_method(models: Models, problem: Problem, method: str, seed: int, n_trials: int) -> Trace:
     """Run a study of one method, or go on with it."""
-    space = models.folder / f"space-{problem.n_groups}.yaml"
-    write_yaml(space, search_space(models.n_layers, problem.n_groups))
-    suite = str(models.folder / "mean.yaml") if method in OF_THE_MEAN else models.suite
-    study = {
-        "base": models.base,
-        "experts": models.experts,
-        "search_space": str(space),
-        "suite": suite,
-        "engine": {"kind": "transformers", "batch_size": models.batch_size},
-        "budget": {"trials": n_trials, "hours": 24},
-        "allow_flat_objectives": True,
-        "warm_start": "none",
-        "seed": seed,
-        **METHODS[method],
-    }
-    name = f"{problem.n_groups}-{method}"
-    file, out = models.folder / f"study-{name}.yaml", models.folder / "runs" / name
-    write_yaml(file, StudyConfig.model_validate(study))
-    CONSOLE.print(file, style="bold")
-    run_study(file, out, CONSOLE)
-    if suite == models.suite:
-        return Trace(method, seed, RunDir(out))
-    by_skill = out.with_name(f"{out.name}-by-skill")
-    rescore(RunDir(out), models.suite, by_skill)
+    name, changes = f"{problem.n_groups}-{method}", {"allow_flat_objectives": True, "warm_start": "none"}
+    if method in OF_THE_MEAN:
+        changes["suite"] = str(write_mean(models))
+    run = run_on(models, name, problem.n_groups, n_trials, seed, **{**changes, **METHODS[method]})
+    if method not in OF_THE_MEAN:
+        return Trace(method, seed, run)
+    by_skill = run.path.with_name(f"{name}-by-skill")
+    rescore(run, models.suite, by_skill)
     return Trace(method, seed, RunDir(by_skill))
+
+
+def write_mean(models: Models) -> Path:
+    """Write the suite whose only objective is the mean of all skills."""
+    suite = yaml.safe_load(Path(models.suite).read_text(encoding="utf-8"))
+    tasks = [task for objective in suite["objectives"].values() for task in objective["tasks"]]
+    file, mean = models.folder / "mean.yaml", {**suite, "objectives": {"mean": {"tasks": tasks}}}
+    file.write_text(yaml.safe_dump(mean, sort_keys=False), encoding="utf-8")
+    return file
 
 
 def prefix(trace: Trace, cost: float) -> Mapping[str, selection.Scores]:
@@ -209,7 +183,7 @@ def main() -> None:
     for name in arguments.problems:
         problem, every = PROBLEMS[name], []
         for seed in arguments.seeds:
-            models = models_of(problem, arguments.folder, seed)
+            models = small_models(arguments.folder, seed, problem.experts)
             traces = [run_method(models, problem, each, seed, max(COSTS)) for each in arguments.methods]
             every.append(volumes(models, traces))
         rows = {
