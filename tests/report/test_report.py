@@ -21,7 +21,7 @@ from mergetune.report.charts import points
 from mergetune.report.insights import MIN_TRIALS, Influence, coordinate_name
 from mergetune.report.labels import Label, place_labels
 from mergetune.report.metric import Metric
-from mergetune.report.page import duration, render, ticks
+from mergetune.report.page import render, ticks
 from mergetune.report.study_charts import hypervolume, importance
 from mergetune.report.style import FRONT, PERHAPS, mark_of
 from mergetune.report.verdict import Summary, summarize
@@ -31,6 +31,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.stats import pareto
+from mergetune.stats.number_text import duration
 from mergetune.weights.models import find_model
 from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 

@@ -43,6 +43,11 @@ class LocalModel:
     recipe: MergeRecipe | None = None
     chat: ChatTemplate | None = None
 
+    @classmethod
+    def base_of(cls, inputs: Inputs) -> LocalModel:
+        """Return the base of a merge, which its recipes are merged into."""
+        return cls(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that its answers depend on: weights, configuration, tokenizer, chat template."""

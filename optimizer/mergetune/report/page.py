@@ -20,6 +20,7 @@ from mergetune.report.data import Entry, ReportData, gather
 from mergetune.report.insights import MIN_TRIALS
 from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
 from mergetune.space.recipe import MergeRecipe, Source
+from mergetune.stats.number_text import duration
 from mergetune.theme import themed
 from mergetune.weights.models import short_name
 
@@ -62,16 +63,6 @@ def render(data: ReportData) -> str:
 def ticks(text: str) -> Markup:
     """Escape a text and set what stands between backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def duration(seconds: float) -> str:
-    """Write a time as one reads it: `4.2 s`, `3 min 20 s`, `7 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def candidate_table(data: ReportData) -> pd.DataFrame:

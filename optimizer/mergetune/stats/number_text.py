@@ -19,3 +19,13 @@ def number(value: float) -> str:
 def signed(value: float) -> str:
     """Write a difference with its sign: `+0.021`."""
     return f"+{number(value)}" if value > 0 else number(value)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as one reads it: `4.2 s`, `3 min 20 s`, `7 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

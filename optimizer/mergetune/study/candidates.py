@@ -107,7 +107,7 @@ class Candidates:
             at_work=progress.at_work,
             interrupted=interrupted,
         )
-        base = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
+        base = LocalModel.base_of(inputs)
         self._replies = ReplyStore(run.path / "replies")
         self.pool = Pool(base, engine, evaluator, self._replies, options)
         kind = self.pool.start().kind

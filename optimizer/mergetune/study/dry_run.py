@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs
 from mergetune.slopes.descent import DescentConfig
 from mergetune.space.search_space import SearchSpace
+from mergetune.stats.number_text import duration
 from mergetune.study.baselines import baselines
+from mergetune.study.loop import open_spaces
 from mergetune.study.plan import Plan
 
 _PROBED = 32  # items of a task, where the engine has no batch size
@@ -58,15 +60,9 @@ def describe_study(
     with Progress(console) as progress:
         progress.at_work(f"opening {plan.config.base} and {len(plan.config.experts)} experts")
         inputs = plan.open_inputs(None, progress.at_work)
-        space = SearchSpace(
-            plan.space,
-            inputs.base_source,
-            inputs.expert_sources,
-            inputs.changed,
-            inputs.base.names,
-            seed=plan.config.seed,
-        )
         evaluator = Evaluator(plan.suite)
+        plan = replace(plan, suite=evaluator.suite)
+        space, _ = open_spaces(plan, inputs)
         progress.at_work("measuring one batch of every task on the base")
         config, costs = _probe(plan.config.engine, inputs, evaluator)
         for warning in (*inputs.warnings, *evaluator.warnings):
@@ -102,17 +98,23 @@ def _rows(
     n_first = len(listed) + 1  # the base once more
     slopes = DescentConfig().full_evaluations if plan.config.warm_start.kind != "none" else 0.0
     n_confirmed = plan.config.finalists + len(inputs.expert_sources) + 3  # base, average, best baseline
-    yield "baselines", f"{len(listed)} models, and the base twice: {_time(n_first * costs.search_s)}"
+    yield "baselines", f"{len(listed)} models, and the base twice: {duration(n_first * costs.search_s)}"
     n_trials = budget.trials if n_free else min(budget.trials, 1)
+    if budget.items is not None:
+        n_paid_for = -(-budget.items // evaluator.count("search")) - len(listed)
+        n_trials = min(n_trials, max(n_paid_for, 0))
     search_s = min(
         (n_trials + slopes) * costs.search_s, max(budget.hours * 3600 - n_first * costs.search_s, 0)
     )
     follows = f" after slopes for up to {slopes:g} evaluations" if slopes else ""
-    yield "trials", f"up to {n_trials} trials{follows}, within {budget.hours:g} hours: {_time(search_s)}"
+    yield "trials", f"up to {n_trials} trials{follows}, within {budget.hours:g} hours: {duration(search_s)}"
     holdout_s = n_confirmed * costs.holdout_s if evaluator.count("holdout") else 0.0
-    yield "confirmation", f"up to {n_confirmed} models on the holdout split: {_time(holdout_s)}"
+    yield "confirmation", f"up to {n_confirmed} models on the holdout split: {duration(holdout_s)}"
     total = n_first * costs.search_s + search_s + holdout_s
-    yield "in all", f"{_time(total)}, by one batch of every task: {_time(costs.search_s)} a candidate"
+    yield (
+        "in all",
+        f"{duration(total)}, {duration(costs.search_s)} a candidate, without the slopes at the end",
+    )
 
 
 def _items(evaluator: Evaluator, split: Split) -> str:
@@ -129,7 +131,7 @@ def _probe(config: EngineConfig, inputs: Inputs, evaluator: Evaluator) -> tuple[
 
     Each task alone says what it costs beside the others, and all at a time what they cost together.
     """
-    base = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat)
+    base = LocalModel.base_of(inputs)
     search = evaluator.documents("search")
     with closing(Pool(base, config, evaluator, None)) as pool:
         settled = pool.start()
@@ -147,9 +149,3 @@ def _seconds(pool: Pool, documents: Documents) -> float:
 
 def _foreseen(seconds: Mapping[str, float], documents: Documents) -> float:
     return sum(seconds.get(name, 0.0) * len(own) for name, own in documents.items())
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

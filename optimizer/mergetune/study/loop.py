@@ -89,13 +89,10 @@ def run_study(
 
 
 def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
-    space = _bound(plan.space, inputs, plan.config.seed)
-    finer_space = finer(plan.space, plan.config.warm_start.grain, inputs.base.names)
-    fine = _bound(finer_space, inputs, plan.config.seed)
     progress.at_work("reading the suite's items")
     evaluator = Evaluator(plan.suite)
     plan = replace(plan, suite=evaluator.suite)
-    _check_search(plan, space, fine, inputs)
+    space, fine = open_spaces(plan, inputs)
     leaks = leakage_warnings(evaluator, plan.training_texts())
     with (
         run.claim(plan.record(inputs, evaluator.rules)),
@@ -121,7 +118,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 _check_objectives(plan, candidates)
                 soup = measure_greedy_soup(candidates, space, inputs)
                 measure_noise(candidates)
-                n_trials = plan.config.budget.trials if run.spent_s() < _hours_s(plan) else 0
+                n_trials = 0 if _why_spent(plan, candidates, run.spent_s()) else plan.config.budget.trials
                 searched = start_search(candidates, plan.config.warm_start, space, fine, n_trials)
                 run.write_coordinates({**space.coordinates, **searched.space.coordinates})
                 _search(plan, searched, candidates, interrupts)
@@ -146,21 +143,31 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
     return report
 
 
-def _bound(config: SearchSpaceConfig, inputs: Inputs, seed: int) -> SearchSpace:
-    return SearchSpace(
-        config, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names, seed=seed
-    )
+def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
+    """Return the search space of a study, and the one that slopes are followed in.
 
+    Args:
+        plan: the study, of its suite as the evaluator has settled it.
+        inputs: what is merged.
 
-def _check_search(plan: Plan, space: SearchSpace, fine: SearchSpace, inputs: Inputs) -> None:
-    """Raise `MergetuneError` now where the warm start or the sampler could only fail later."""
+    Raises:
+        MergetuneError: a space does not fit the models, or the warm start or the sampler could only fail
+            later.
+    """
+
+    def bound(config: SearchSpaceConfig) -> SearchSpace:
+        sources, names = (inputs.base_source, inputs.expert_sources), inputs.base.names
+        return SearchSpace(config, *sources, inputs.changed, names, seed=plan.config.seed)
+
     warm_start, directions = plan.config.warm_start, _directions(plan)
+    space, fine = bound(plan.space), bound(finer(plan.space, warm_start.grain, inputs.base.names))
     check_warm_start(warm_start, fine)
     try_sampler(plan.config.sampler, directions, space.distributions)
     if warm_start.kind != "none" and warm_start.grain != "search_space" and fine.smooth_shares():
         points = [dict.fromkeys(fine.distributions, 0.0)] * most_points(len(directions))
         around = FrontSpace(fine, points, space.groups, inputs.base.names)
         try_sampler(plan.config.sampler, directions, around.distributions)
+    return space, fine
 
 
 def _check_objectives(plan: Plan, candidates: Candidates) -> None:
@@ -200,7 +207,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # no free coefficient: one suffices
     first = _last_number(names) + 1
     due = deque(range(first, first + max(n_allowed - len(names), 0)))
-    if due and spent_s < _hours_s(plan):  # else the space may be another than that of the trials to come
+    if due and not _why_spent(plan, candidates, spent_s):  # else the space may be another than theirs
         search = catch_up(search, storage, known, space.distributions, _outcome(candidates, None))
         _enqueue_design(search, plan, space, known)
     line = StudyLine(first, len(due))
@@ -209,7 +216,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     run.write_json(_SEARCH, {"ended": ""})
     while due or asked:
         interrupts.check()
-        if due and (reason := _why_over(plan, searched, candidates, spent_s)):
+        if due and (reason := _why_spent(plan, candidates, spent_s) or _why_flat(searched, candidates)):
             ended = reason
             due.clear()
         candidate: Candidate | None = None
@@ -242,10 +249,13 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
         run.write_json(_SEARCH, {"ended": ended})
 
 
-def _why_over(plan: Plan, searched: Searched, candidates: Candidates, spent_s: float) -> str:
-    """Say why a search needs no further trial; nothing where it does."""
+def _why_spent(plan: Plan, candidates: Candidates, spent_s: float) -> str:
+    """Say which part of the budget is spent or reached; nothing where none is.
+
+    `spent_s` counts as `RunDir.spent_s` does. Trials are not looked at.
+    """
     budget, suite = plan.config.budget, candidates.evaluator.suite.config
-    if spent_s >= _hours_s(plan):
+    if spent_s >= budget.hours * 3600:
         return f"the budget of {budget.hours:g} hours was spent"
     if budget.items is not None:
         n_items = sum(candidate.cost.n_items for candidate in candidates.all)
@@ -257,7 +267,7 @@ def _why_over(plan: Plan, searched: Searched, candidates: Candidates, spent_s: f
             kept = selection.keeps_guards(scores, candidates.scores, suite)
             if kept and selection.reaches(scores, budget.target, suite):
                 return f"`{name}` reached the target"
-    return "no score was seen to depend on the coefficients" if _is_flat(searched, candidates) else ""
+    return ""
 
 
 def _next_trial(
@@ -275,9 +285,7 @@ def _next_trial(
     recipe.
     """
     distributions: dict[str, BaseDistribution] = dict(searched.space.distributions)
-    for attempt in range(_N_ASKED + _N_DRAWN):
-        if attempt >= _N_ASKED:
-            search.enqueue_trial(random_point(distributions, seed + len(search.get_trials(deepcopy=False))))
+    for n_left in reversed(range(_N_ASKED + _N_DRAWN)):
         trial = search.ask(distributions)
         proposal = _proposal(candidates, searched, trial, name)
         if proposal is None or (twin := candidates.twin(proposal)) is None:
@@ -288,15 +296,19 @@ def _next_trial(
             search.tell(trial, state=TrialState.FAIL)
         elif not tell(search, trial, _outcome(candidates, candidates.run.candidate(twin))):
             return None
+        if 0 < n_left <= _N_DRAWN:
+            search.enqueue_trial(random_point(distributions, seed + trial.number + 1))
     return None
 
 
-def _is_flat(searched: Searched, candidates: Candidates) -> bool:
-    """Say whether many points of the space have all the same scores."""
+def _why_flat(searched: Searched, candidates: Candidates) -> str:
+    """Say that many points of the space have all the same scores; nothing where they have not."""
     names = [each.name for each in candidates.all if searched.point(each) is not None]
     scores = [candidates.scores[name] for name in names if name in candidates.scores]
-    values = {tuple(score.value for score in own.values()) for own in scores}
-    return len(scores) >= _N_FLAT and len(values) == 1
+    values = ([score.value for score in own.values()] for own in scores)
+    first = next(values, None)
+    is_flat = len(scores) >= _N_FLAT and all(own == first for own in values)
+    return "no score was seen to depend on the coefficients" if is_flat else ""
 
 
 def _enqueue_design(
@@ -340,11 +352,6 @@ def _trial_names(known: Sequence[Candidate], refused: Collection[str]) -> list[s
 def _last_number(names: Sequence[str]) -> int:
     """Return the number of the last trial, which may be greater than how many there are."""
     return max([len(names), *filter(None, map(roles.trial_number, names))])
-
-
-def _hours_s(plan: Plan) -> float:
-    """Return the seconds that may go into what `RunDir.spent_s` counts."""
-    return plan.config.budget.hours * 3600
 
 
 def _confirm(candidates: Candidates, finalists: tuple[str, ...], averages: Collection[str | None]) -> None:

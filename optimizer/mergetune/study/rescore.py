@@ -56,7 +56,7 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
     inputs = plan.open_inputs(out, say)
     evaluator = Evaluator(plan.suite)
     plan = replace(plan, suite=evaluator.suite)
-    renderer = LocalModel(str(inputs.base.folder), inputs.base.folder, inputs, chat=inputs.chat).prompts()
+    renderer = LocalModel.base_of(inputs).prompts()
     store = ReplyStore(run.path / "replies")
 
     def lm(candidate: Candidate, repeat: int = 0) -> StoredLM:
