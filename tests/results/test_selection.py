@@ -299,7 +299,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def regrets_of(choice: selection.Choice, config: SuiteConfig) -> dict[str, float]:
-    """Return each merge's mean over resamples of its worst loss, and of its excess over guards, one by one."""
+    """Return each merge's mean, over resamples one by one, of its worst loss and its excess over guards."""
     names, found = choice.front.names, dict[str, list[float]]()
     values = {}
     for key, signed in choice.front.resampled.items():

@@ -334,6 +334,10 @@ def test_the_search_ends_when_its_items_are_spent_or_its_target_is_reached(
     assert "The search ended when 207 items were measured, of 190 in the budget." in run(
         study, tmp_path / "a"
     )
+    study = study_of(tmp_path, models, budget={"trials": 9, "items": 150}, warm_start="gradient")
+    printed = run(study, tmp_path / "spent")
+    assert "The search ended when 161 items were measured, of 150 in the budget." in printed
+    assert "gradient-1" not in printed  # nor are slopes followed
     reached = {"trials": 9, "target": {"words": 0.0}}
     study = study_of(tmp_path, models, budget=reached)
     assert "The search ended when `average-0.5` reached the target." in run(study, tmp_path / "b")
