@@ -1,11 +1,12 @@
-"""Small Llamas with one skill each, trained from scratch on a CPU: a base, three experts and their suite.
+"""Small Llamas with one skill each, trained from scratch on a CPU: a base, experts and their suite.
 
     OMP_NUM_THREADS=1 TQDM_DISABLE=1 python benchmarks/small_skills.py FOLDER [--seed 0] [--experts uneven]
 
-Each skill answers a string of letters: `reverse` turns it round, `sort` puts it in order, and `shift` moves
-each letter on by its place. The base learns a mixture of them on strings of many lengths, until it answers a
-part of the longest right; each expert goes on with its own skill on the longest alone, all weights free, and
-forgets much of the others. Everything follows from the seed, and what FOLDER has already is kept.
+Each skill answers a string of letters: `reverse` turns it round, `sort` puts it in order, `shift` moves each
+letter on by its place, and `swap` changes places in pairs. The base learns a mixture of them on strings of
+many lengths, until it answers a part of the longest right; each expert goes on with its own skill on the
+longest alone, all weights free, and forgets much of the others. Everything follows from the seed, and what
+FOLDER has already is kept.
 
 The `uneven` experts are two, one trained much longer than the other: their task vectors' norms are as 1 to 4,
 and every plain average loses the first skill.
@@ -34,7 +35,7 @@ N_ITEMS = 280  # of each skill in the suite
 HOLDOUT = 0.78  # of them; the search has about 60
 N_LAYERS = 8
 
-BASE_MIXTURE = ("reverse", "reverse", "sort", "shift", "shift")  # sorting is learnt first
+N_TIMES = {"reverse": 2, "shift": 2}  # in the base's mixture, else once: sorting is learnt first
 BASE_SCORE = 0.3  # mean over the skills at which the base's training ends
 BASE_STEPS, BASE_RATE = 1000, 2e-3  # at most so many
 BATCH_SIZE = 80
@@ -46,6 +47,10 @@ IGNORED = -100  # label of what carries no loss
 Example = tuple[str, str]  # prompt and answer
 
 
+def _swap(letters: str) -> str:
+    return "".join(letters[i ^ 1] for i in range(len(letters) & ~1)) + letters[len(letters) & ~1 :]
+
+
 def _shift(letters: str) -> str:
     return "".join(LETTERS[(LETTERS.index(each) + i) % len(LETTERS)] for i, each in enumerate(letters))
 
@@ -54,6 +59,7 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "shift": _shift,
+    "swap": _swap,
 }
 
 
@@ -64,8 +70,10 @@ class Training(NamedTuple):
     rate: float
 
 
+THREE = ("reverse", "sort", "shift")
 EXPERTS = {
-    "even": dict.fromkeys(SKILLS, Training(80, 5e-4)),
+    "even": dict.fromkeys(THREE, Training(80, 5e-4)),
+    "four": dict.fromkeys(SKILLS, Training(80, 5e-4)),
     "uneven": {"shift": Training(80, 5e-4), "reverse": Training(500, 1e-3)},
 }
 PAD, END = "<pad>", "<end>"
@@ -85,19 +93,21 @@ def write_models(folder: Path, seed: int, experts: str = "even") -> None:
     _write_suite(folder, {skill: items[skill] for skill in EXPERTS[experts]})
     kept_out = {prompt for examples in items.values() for prompt, _ in examples}
     if not (folder / "base").is_dir():
-        _save(_train_base(kept_out, seed), folder / "base")
+        learned = SKILLS if experts == "four" else THREE
+        _save(_train_base(list(learned), kept_out, seed), folder / "base")
     for skill, training in EXPERTS[experts].items():
         if not (folder / skill).is_dir():
             _save(_train_expert(folder / "base", skill, training, kept_out, seed), folder / skill)
 
 
-def _train_base(kept_out: Collection[str], seed: int) -> Any:
-    """Train a new model on the mixture until it is as good as it shall be."""
+def _train_base(skills: Sequence[str], kept_out: Collection[str], seed: int) -> Any:
+    """Train a new model on a mixture of skills until it is as good as it shall be."""
     torch.manual_seed(seed)
     auto: Any = AutoModelForCausalLM  # `from_config` has no types
     model = auto.from_config(_config())
-    checked = {skill: _distinct(skill, N_CHECKED, f"{seed} checked") for skill in SKILLS}
-    stream = _stream(BASE_MIXTURE, SHORTEST, kept_out, f"{seed} base")
+    checked = {skill: _distinct(skill, N_CHECKED, f"{seed} checked") for skill in skills}
+    mixture = [skill for skill in skills for _ in range(N_TIMES.get(skill, 1))]
+    stream = _stream(mixture, SHORTEST, kept_out, f"{seed} base")
     for step in _train(model, stream, BASE_STEPS, BASE_RATE):
         if step % CHECK_EVERY == 0:
             right = [exact_matches(model, examples) for examples in checked.values()]

@@ -148,8 +148,8 @@ def test_after_slopes_that_do_not_fit_the_study_goes_on_and_nothing_of_them_is_h
     lent: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def exhausted(ground: Any, *_args: Any, **_options: Any) -> None:
-        lent.append(weakref.ref(ground.engine.model))
+    def exhausted(engine: TransformersEngine, *_: Any) -> None:
+        lent.append(weakref.ref(engine.model))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     class Other(TransformersEngine):
@@ -161,7 +161,7 @@ def test_after_slopes_that_do_not_fit_the_study_goes_on_and_nothing_of_them_is_h
         base, inputs, *_ = rest
         return Other(config, base, inputs.merger, inputs.chat), config
 
-    monkeypatch.setattr(warm_start, "descend", exhausted)
+    monkeypatch.setattr(warm_start, "learn_laws", exhausted)
     monkeypatch.setattr(model_under_test, "start_chosen", start)
     is_lent = "mergetune.engines.transformers_engine.TransformersEngine"
     monkeypatch.setattr(is_lent, type("TransformersEngine", (TransformersEngine,), {}))

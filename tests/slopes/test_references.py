@@ -388,17 +388,19 @@ def test_losses_are_those_of_lm_eval(folder: Path, engine: TransformersEngine) -
     assert own == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_sample_is_spread_over_tasks_and_parts_share_nothing(folder: Path) -> None:
+def test_samples_and_batches_are_spread_over_tasks(folder: Path) -> None:
     ready = evaluator(folder, mixed=[task("exact"), task("json")], parity=task("choice"))
     found = find_references(ready, model())
     sample = found.sample(8)
     assert sample == find_references(ready, model()).sample(8)
     assert [each.task for each in sample.by_score["mixed"]].count("mixed:json.jsonl") == 4
-    apart, rest = sample.parts(2)
-    assert {name: len(own) for name, own in apart.by_score.items()} == {"mixed": 2, "parity": 2}
-    ids = [{(each.task, each.item) for each in part.items} for part in (apart, rest)]
-    assert not ids[0] & ids[1]
-    assert len(ids[0] | ids[1]) == len(sample.items)
+    batches = found.cut(4)
+    for batch in batches:
+        assert [each.task for each in batch.by_score["mixed"]].count("mixed:json.jsonl") == 2
+        assert len(batch.by_score["parity"]) == 4
+    taken = {(each.task, each.item) for batch in batches for each in batch.items}
+    assert taken == {(each.task, each.item) for each in found.items}
+    assert found.only("mixed").joined(found.only("parity")).by_score == found.by_score
 
 
 def test_references_ask_as_the_evaluation_does(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,31 @@ import optuna
 import pytest
 import yaml
 
-from mergetune.errors import MergetuneError
+from mergetune.errors import MergetuneError, TrialError
+from mergetune.measuring.pool import Pool
 from mergetune.merging.inputs import Inputs
-from mergetune.results import roles
-from mergetune.results.run_dir import RunDir
+from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.results.smoothing import search_points
 from mergetune.slopes import descent, gradients
 from mergetune.space.front_space import FrontSpace
-from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
+from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
+from mergetune.study import warm_start
 from studies import run, write_study
 
 
 def study_of(folder: Path, base: Path, experts: dict[str, Path], **changes: Any) -> Path:
-    return write_study(folder, base, experts, **{"warm_start": "auto", "budget": {"trials": 4}, **changes})
+    return write_study(folder, base, experts, **{"warm_start": "auto", "budget": {"trials": 9}, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Descents that end soon."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(warm_start, "_PATIENCE", 2)
+        patched.setattr(warm_start, "_N_EMPHASIZED", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +49,39 @@ def finished(
     return RunDir(folder / "run"), printed
 
 
-def test_points_of_slopes_are_measured_first_and_told_to_the_sampler(finished: tuple[RunDir, str]) -> None:
+def of_role(run: RunDir, role: str) -> list[Candidate]:
+    return [candidate for candidate in run.candidates() if candidate.role == role]
+
+
+def test_points_of_slopes_are_measured_first_and_the_sampler_goes_on_around_them(
+    finished: tuple[RunDir, str],
+) -> None:
     found, printed = finished
-    start = found.warm_start()
+    start, record = found.warm_start(), found.warm_start_record()
     assert start is not None
-    assert start.points
-    trials = [candidate for candidate in found.candidates() if not candidate.is_baseline]
-    first = trials[: len(start.points)]
-    assert [candidate.name for candidate in first] == [f"gradient-{i + 1}" for i in range(len(first))]
-    assert [candidate.params for candidate in first] == list(start.points)
-    assert len(trials) == 4
-    assert trials[-1].name == "trial-0004"
-    assert f"warm start: {len(first)} points by slopes" in printed
-    assert start.full_evaluations > 0
-    assert start.seconds > 0
+    assert record is not None
+    by_slopes, trials = of_role(found, "slopes"), of_role(found, "trial")
+    n_found = len(by_slopes)
+    assert [each.name for each in by_slopes] == [f"gradient-{i + 1}" for i in range(n_found)]
+    assert [each.name for each in trials] == [f"trial-{i:04d}" for i in range(n_found + 1, 10)]
+    assert [each["trajectory"] for each in record["checkpoints"][-3:]] == ["", "parity", "words"]
+    assert f"warm start: {n_found} points by slopes for the cost of" in printed
+    assert 0 < start.seconds < found.spent_s()
+    assert len(start.points) == 3
+    tensors = {key.split(".")[1] for key in start.points[0]}
+    assert len(tensors) == len(json.loads((found.path / "model.json").read_text())["tensors"])
+    for candidate in trials:
+        assert candidate.space == "front"
+        assert candidate.params is not None
+        assert candidate.params.keys() == {"toward.1", "toward.2", "times.all.a", "times.all.b"}
+    study = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{found.path / 'study.db'}")
+    told = {trial.user_attrs.get("candidate"): trial.params for trial in study.trials}
+    assert {candidate.name for candidate in trials} <= told.keys()
+    corners = [name for name in told if name and name.startswith("gradient")]
+    assert len(corners) == 3
+    assert {told[name]["times.all.a"] for name in corners} == {1.0}
     page = " ".join((found.path / "report" / "index.html").read_text().split())
-    assert f"slopes of the losses were followed to {len(first)} point" in page
+    assert f"the slopes of the losses were followed to {n_found} points" in page
     frame = found.sensitivity()
     assert frame is not None
     assert set(frame["point"]) == {"base", "average", "recommended"}
@@ -69,7 +97,7 @@ def test_the_holdout_is_not_seen_by_the_descent(
     found, _ = finished
     items = found.items()
     held_out = set(items[items["split"] == "holdout"]["prompt"])
-    study = study_of(tmp_path, tiny_base, tiny_experts)
+    study = study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 2})
     n_changed = 0
     for file in tmp_path.glob("*.jsonl"):  # other answers to the same questions, where they are held out
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -80,61 +108,82 @@ def test_the_holdout_is_not_seen_by_the_descent(
         file.write_text("\n".join(json.dumps(row) for row in rows))
     run(study, tmp_path / "run")
     assert n_changed == len(held_out) < len(items["prompt"].unique())
-    again, before = RunDir(tmp_path / "run").warm_start(), found.warm_start()
+    again, before = RunDir(tmp_path / "run").warm_start_record(), found.warm_start_record()
     assert again is not None
     assert before is not None
-    assert again.points == before.points
+    assert again["checkpoints"] == before["checkpoints"][:2]
 
 
-@pytest.fixture(scope="module")
-def finished_finer(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_experts: dict[str, Path]
-) -> RunDir:
-    folder = tmp_path_factory.mktemp("finer")
-    warm_start = {"kind": "gradient", "grain": "layers"}
-    run(study_of(folder, tiny_base, tiny_experts, warm_start=warm_start), folder / "run")
-    return RunDir(folder / "run")
+def recipes(run: RunDir) -> dict[str, tuple[str, dict[str, float] | None]]:
+    return {each.name: (each.recipe.digest, each.params) for each in run.candidates()}
 
 
-def test_a_finer_grain_searches_around_what_it_found(finished_finer: RunDir, tmp_path: Path) -> None:
-    found = finished_finer
-    start = found.warm_start()
-    assert start is not None
-    assert {key.split(".")[1] for key in start.points[0]} == {"outside", "layer0", "layer1"}
-    trials = [candidate for candidate in found.candidates() if not candidate.is_baseline]
-    towards = {f"toward.{i}" for i in range(1, len(start.points))}
-    for candidate in trials:
-        assert candidate.params is not None
-        assert candidate.params.keys() == towards | {"times.all.a", "times.all.b"}
-    spaces = {c.name: (c.space, c.params is not None) for c in found.candidates()}
-    assert spaces["average-0.5"] == ("search_space", True)  # a baseline keeps its own point
-    assert {spaces[candidate.name] for candidate in trials} == {("front", True)}
+def test_a_study_cut_anywhere_goes_on_to_the_same_points(
+    finished: tuple[RunDir, str], tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    """Ended after a checkpoint, and a longer budget; ended before a checkpoint was measured; lost files."""
+    whole, study = finished[0], study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 1})
+    cut = RunDir(tmp_path / "run")
+    run(study, cut.path)
+    assert [each.name for each in cut.candidates() if not each.is_baseline] == ["gradient-1"]
+    for file in (cut.path / "candidates").glob("gradient-1*"):
+        file.unlink()
+    longer = yaml.safe_load(study.read_text()) | {"budget": {"trials": 9}}
+    study.write_text(yaml.safe_dump(longer))
+    run(study, cut.path)
+    assert recipes(cut) == recipes(whole)
+    for file in (cut.path / "candidates").glob("gradient-2.*"):
+        file.unlink()
+    run(study, cut.path)
+    lost = cut.candidate("gradient-2")
+    assert lost is not None
+    assert lost.recipe == whole.candidate("gradient-2").recipe  # type: ignore[union-attr]
+
+
+def test_slopes_may_be_followed_in_the_search_space_itself(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
+) -> None:
+    study = study_of(tmp_path, tiny_base, tiny_experts, warm_start={"grain": "search_space"})
+    run(study, tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    for each in (*of_role(found, "slopes"), *of_role(found, "trial")):
+        assert each.space == "search_space"
+        assert each.params is not None
+        assert each.params.keys() == {"lambda.all.a", "lambda.all.b"}
     smoothed = search_points(found.candidates())
-    assert set(smoothed.index) == {candidate.name for candidate in trials}
-    study = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{found.path / 'study.db'}")
-    told = {trial.user_attrs.get("candidate") for trial in study.trials}
-    assert {candidate.name for candidate in trials} <= told
-    for candidate, point in zip(trials, start.points, strict=False):
-        lambdas = {
-            f"lambda.{group.name}.{expert}": value
-            for group in candidate.recipe.groups
-            for expert, value in group.per_expert("lambda").items()
-        }
-        assert lambdas == pytest.approx(point)
-    shutil.copytree(found.path, tmp_path / "longer")
-    longer = yaml.safe_load((found.path / "study.yaml").read_text()) | {"budget": {"trials": 5}}
-    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
-    assert "trial-0005" in run(tmp_path / "longer.yaml", tmp_path / "longer")
+    assert {"average-0.5", "gradient-1"} <= set(smoothed.index)
 
 
 def test_before_the_first_trial_the_sampler_is_told_nothing(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
 ) -> None:
     """The space around the points is not known then, and baselines in another one would confuse it."""
-    changes: dict[str, Any] = {"warm_start": {"grain": "layers"}, "budget": {"trials": 0}}
-    run(study_of(tmp_path, tiny_base, tiny_experts, **changes), tmp_path / "run")
+    run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 0}), tmp_path / "run")
     found = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
     assert found.trials == []
+    assert RunDir(tmp_path / "run").warm_start() is None
+
+
+def test_other_engines_make_room_for_several_checkpoints_at_once(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM does, which takes long to start."""
+    lent: list[int] = []
+    plain = Pool.transformers
+
+    def transformers(pool: Pool) -> Any:
+        lent.append(1)
+        pool.config = pool.config.model_copy(update={"kind": "vllm"})
+        return plain(pool)
+
+    monkeypatch.setattr(warm_start, "_AT_ONCE", 3)
+    monkeypatch.setattr(Pool, "transformers", transformers)
+    monkeypatch.setattr(Pool, "start", lambda pool: pool.config.model_copy(update={"kind": "vllm"}))
+    run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 2}), tmp_path / "run")
+    record = RunDir(tmp_path / "run").warm_start_record()
+    assert record is not None
+    assert len(record["checkpoints"]) == 1 + 3  # the first before the kind is known
+    assert len(of_role(RunDir(tmp_path / "run"), "slopes")) == 2
 
 
 def test_where_it_cannot_be_done_the_search_begins_without_and_says_why(
@@ -162,26 +211,33 @@ def test_a_sampler_that_could_not_search_around_the_points_is_refused_at_once(
         tiny_base,
         tiny_experts,
         sampler={"kind": "GridSampler", "search_space": {key: [0.5, 1.0] for key in keys}},
-        warm_start={"grain": "layers"},
     )
     with pytest.raises(MergetuneError, match="GridSampler cannot search this study"):
         run(study, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_points_that_are_all_worse_than_the_start_are_said_to_be(
+def test_slopes_that_break_off_leave_what_they_led_to(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "_CLEARLY", -math.inf)
-    printed = run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 1}), tmp_path / "run")
-    words = "Every point that the slopes led to was clearly worse than the start on items kept apart."
-    assert words in " ".join(printed.split())
+    def take_steps(*given: Any) -> Any:
+        found = plain(*given)
+        if found.trajectory.n_steps > 5:
+            raise TrialError("the slopes of `words` must be finite, but got nan")
+        return found
+
+    plain = descent.take_steps
+    monkeypatch.setattr(warm_start, "take_steps", take_steps)
+    printed = run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 2}), tmp_path / "run")
+    words = "the slopes of `words` must be finite, but got nan"
+    assert f"warm start: ended; {words}" in printed
     found = RunDir(tmp_path / "run")
     start = found.warm_start()
     assert start is not None
-    assert start.full_evaluations > 0
-    assert [each.name for each in found.candidates() if not each.is_baseline] == ["trial-0001"]
-    assert words in " ".join((found.path / "report" / "index.html").read_text().split())
+    assert len(start.points) == 1
+    names = [each.name for each in found.candidates() if not each.is_baseline]
+    assert names == ["gradient-1", "trial-0002"]
+    assert "must be finite, but got nan" in (found.path / "report" / "index.html").read_text()
 
 
 def test_slopes_that_overflow_cost_neither_report_nor_model(
@@ -198,53 +254,6 @@ def test_slopes_that_overflow_cost_neither_report_nor_model(
     assert not (tmp_path / "run" / "sensitivity.parquet").exists()
 
 
-def test_a_study_cut_before_its_first_point_goes_on_around_it(finished_finer: RunDir, tmp_path: Path) -> None:
-    """With a finer grain, what the sampler is told depends on what was found, not on when it was cut."""
-    cut = RunDir(tmp_path / "cut")
-    shutil.copytree(finished_finer.path, cut.path)
-    for file in (cut.path / "candidates").glob("*"):
-        if roles.role_of(file.name) in roles.SEARCHED:
-            file.unlink()
-    (cut.path / "study.db").unlink()
-    average = cut.candidate("average-0.5")
-    assert average is not None
-    params = {"lambda.all.a": 0.5, "lambda.all.b": 0.5}  # as before the points were found
-    cut.write_candidate(average.model_copy(update={"params": params}), None)
-    run(cut.path / "study.yaml", cut.path)
-    whole, again = (
-        {each.name: (each.recipe.digest, each.params) for each in one.candidates()}
-        for one in (finished_finer, cut)
-    )
-    assert list(again) == list(whole)
-    points = [name for name in whole if not name.startswith("trial-")]
-    assert any(roles.role_of(name) == "slopes" for name in points)
-    assert [again[name] for name in points] == [whole[name] for name in points]
-
-
-def test_points_that_are_lost_are_measured_again_and_no_more_than_the_budget_allows(
-    finished: tuple[RunDir, str], tmp_path: Path
-) -> None:
-    found, _ = finished
-    shutil.copytree(found.path, tmp_path / "run")
-    for file in (tmp_path / "run" / "candidates").glob("trial-*"):
-        file.unlink()
-    for file in (tmp_path / "run" / "candidates").glob("gradient-2.*"):
-        file.unlink()
-    shorter = yaml.safe_load((tmp_path / "run" / "study.yaml").read_text()) | {"budget": {"trials": 2}}
-    (tmp_path / "shorter.yaml").write_text(yaml.safe_dump(shorter))
-    run(tmp_path / "shorter.yaml", tmp_path / "run")
-    again, before = RunDir(tmp_path / "run").candidate("gradient-2"), found.candidate("gradient-2")
-    assert again is not None
-    assert before is not None
-    assert again.recipe == before.recipe
-    run(
-        study_of(tmp_path / "one", Path(shorter["base"]), shorter["experts"], budget={"trials": 1}),
-        tmp_path / "a",
-    )
-    names = [each.name for each in RunDir(tmp_path / "a").candidates() if not each.is_baseline]
-    assert names == ["gradient-1"]
-
-
 def test_a_finer_grain_needs_layer_groups(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path]
 ) -> None:
@@ -257,9 +266,12 @@ def bound(config: SearchSpaceConfig, inputs: Inputs) -> SearchSpace:
     return SearchSpace(config, inputs.base_source, inputs.expert_sources, inputs.changed, inputs.base.names)
 
 
-COARSE = SearchSpaceConfig.model_validate(
-    {"description": "test", "method": "task_arithmetic", "groups": [{"name": "all"}]}
-)
+COARSE_TEXT: dict[str, Any] = {
+    "description": "test",
+    "method": "task_arithmetic",
+    "groups": [{"name": "all"}],
+}
+COARSE = SearchSpaceConfig.model_validate(COARSE_TEXT)
 
 
 @pytest.mark.parametrize("grain", ["layers", "attention_mlp", "tensors"])
@@ -303,7 +315,7 @@ def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
         assert fine.distributions[f"lambda.{group.name}.a"] == wanted
     assert len(fine.groups) == n_groups
     origin = {key: 0.5 for key in fine.distributions}
-    around = FrontSpace(fine, [origin], coarse.groups, inputs.base.names)
+    around = FrontSpace(fine, [origin], coarse, inputs.base.names)
     recipe = around.recipe({**around.corner(0), "times.attention.a": 1.5})
     moved = {group.name for group in recipe.groups if group.per_expert("lambda")["a"] == 0.75}
     assert moved == {of_fine[name].name for name, group in of_coarse.items() if group.name == "attention"}
@@ -312,7 +324,7 @@ def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
 def test_what_lies_at_a_corner_is_found_there_and_nothing_else(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
     points = [dict.fromkeys(fine.distributions, 0.5), dict.fromkeys(fine.distributions, 0.9)]
-    space = FrontSpace(fine, points, bound(COARSE, inputs).groups, inputs.base.names)
+    space = FrontSpace(fine, points, bound(COARSE, inputs), inputs.base.names)
     for value, toward in ((0.4, 0.0), (0.75, 0.0), (1.2, 1.0)):
         wanted = dict.fromkeys(fine.distributions, value)
         place = space.place(wanted)
@@ -327,7 +339,7 @@ def test_what_lies_at_a_corner_is_found_there_and_nothing_else(inputs: Inputs) -
 def test_the_design_around_the_points_is_the_same_at_every_start(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
     points = [dict.fromkeys(fine.distributions, value) for value in (0.5, 0.9, 0.2)]
-    space = FrontSpace(fine, points, bound(COARSE, inputs).groups, inputs.base.names)
+    space = FrontSpace(fine, points, bound(COARSE, inputs), inputs.base.names)
     found = space.design(7, seed=0)
     assert found == space.design(7, seed=0)
     assert space.design(0, seed=0) == []
@@ -337,14 +349,43 @@ def test_the_design_around_the_points_is_the_same_at_every_start(inputs: Inputs)
         assert all(0.75 <= value <= 1.25 for key, value in params.items() if key.startswith("times"))
 
 
+def test_densities_are_searched_around_the_points(inputs: Inputs) -> None:
+    """They have no slopes; without this, nothing would move them in single tensors."""
+    density = {"low": 0.1, "high": 1.0, "step": 0.1}
+    groups = [
+        {"name": "first", "match": r"layers\.0\."},
+        {"name": "rest", "match": r"^(?!.*layers\.0\.)", "density": density},
+    ]
+    config = COARSE.model_validate({**COARSE_TEXT, "method": "ties", "density": 0.4, "groups": groups})
+    coarse, fine = bound(config, inputs), bound(finer(config, "tensors", inputs.base.names), inputs)
+    origin = {key: 0.4 for key in fine.distributions}
+    space = FrontSpace(fine, [origin, {**origin, "lambda.lm_head-weight.a": 1.0}], coarse, inputs.base.names)
+    assert set(space.distributions) == {
+        *("toward.1", "times.first.a", "times.first.b", "times.rest.a", "times.rest.b"),
+        *("density.rest.a", "density.rest.b"),
+    }
+    params = {**space.corner(0), "density.rest.b": 0.7}
+    assert space.corner(0)["density.rest.b"] == 0.4
+    densities = {group.name: group.per_expert("density") for group in space.recipe(params).groups}
+    of_coarse, of_fine = (assign_groups(each.groups, inputs.base.names) for each in (coarse, fine))
+    for name, group in of_fine.items():
+        is_moved = of_coarse[name].name == "rest"
+        assert densities[group.name] == {"a": 0.4, "b": 0.7 if is_moved else 0.4}
+    wanted = {**origin, **{key: 0.7 for key in origin if key.startswith("density") and key.endswith(".b")}}
+    assert space.place(wanted) == params
+    for found in space.design(8, seed=0):
+        assert all(space.distributions[key]._contains(value) for key, value in found.items())
+
+
 def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
     origin = {key: 0.4 for key in fine.distributions}
     points = [origin, {**origin, "lambda.layer0.a": 1.0}, {**origin, "lambda.layer1.b": 1.8}]
-    coarse = [
-        LayerGroup(name="first", match=r"layers\.0\."),
-        LayerGroup(name="rest", match=r"^(?!.*layers\.0\.)"),
+    groups = [
+        {"name": "first", "match": r"layers\.0\."},
+        {"name": "rest", "match": r"^(?!.*layers\.0\.)"},
     ]
+    coarse = bound(COARSE.model_validate({**COARSE_TEXT, "groups": groups}), inputs)
     space = FrontSpace(fine, points, coarse, inputs.base.names)
     assert list(space.distributions) == [
         *("toward.1", "toward.2"),

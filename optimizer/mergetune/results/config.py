@@ -49,12 +49,13 @@ class WarmStartConfig(Strict):
     """Where the search starts: at the baselines, or also at points that the slopes of losses lead to.
 
     `auto` follows the slopes where that can be done. `grain` is how finely: the coefficients of the search
-    space, or a layer group for each layer, for attention and MLP of each layer, or for each tensor; the study
-    then searches around the points found, in the search space's layer groups.
+    space, or a layer group for each layer, for attention and MLP of each layer, or for each tensor (`auto`,
+    unless there are very many); the sampler then searches around the points found, in the search space's
+    layer groups.
     """
 
     kind: Literal["auto", "gradient", "none"] = "auto"
-    grain: Grain = "search_space"
+    grain: Grain = "auto"
 
 
 class StudyConfig(Strict):

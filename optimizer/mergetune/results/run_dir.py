@@ -14,7 +14,7 @@ attempts/         WHAT.json: how often something was begun that has not come to 
 replies/          what each candidate replied, by the digest of its recipe and of the request
 coordinates.json  what the numbers of a candidate's point stand for
 search.json       why the search ended
-warm_start.json   the points that slopes led to, and what that cost
+warm_start.json   where slopes led to, where they go on, and what that cost
 noise.parquet     the base measured once more on the search split
 sensitivity.parquet  the slopes of every score at the base, the average and the recommended merge
 seconds.json      what the second measurement of the base and those slopes took
@@ -188,15 +188,20 @@ class Attempts(Strict):
 class WarmStart(Strict):
     """What following the slopes led to, and what it cost.
 
-    `points` are points of the space descended in; where there are none, `reason` says why.
-    `full_evaluations` counts forward passes of one text, a backward pass as two, in evaluations of the
-    search split.
+    `points` are points of the space descended in, settled at the end, that a sampler searches around;
+    `reason` says why slopes were not followed, or not further. `full_evaluations` counts forward passes of
+    one text, a backward pass as two, in evaluations of the search split.
     """
 
     points: tuple[dict[str, float], ...] = ()
     reason: str | None = None
     full_evaluations: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Say whether no more slopes are followed."""
+        return bool(self.points) or self.reason is not None
 
 
 class HoldoutUse(Strict):
@@ -335,15 +340,22 @@ class RunDir:
             known = self.read_json("coordinates.json") or {}
             return {key: Coordinate.model_validate(each) for key, each in known.items()}
 
-    def write_warm_start(self, found: WarmStart) -> None:
-        """Keep what following the slopes led to."""
-        self.write_json("warm_start.json", found.model_dump(mode="json"))
+    def write_warm_start(self, record: WarmStart) -> None:
+        """Keep what following the slopes led to, and all else that the record holds to go on from."""
+        self.write_json("warm_start.json", record.model_dump(mode="json"))
+
+    def warm_start_record(self) -> dict[str, Any] | None:
+        """Return what `write_warm_start` kept, None before slopes were followed."""
+        with readable(self.path / "warm_start.json"):
+            found: dict[str, Any] | None = self.read_json("warm_start.json")
+            return found
 
     def warm_start(self) -> WarmStart | None:
         """Return what following the slopes led to, None before that was tried."""
         with readable(self.path / "warm_start.json"):
-            found = self.read_json("warm_start.json")
-            return None if found is None else WarmStart.model_validate(found)
+            found = self.warm_start_record()
+            own = {name: value for name, value in (found or {}).items() if name in WarmStart.model_fields}
+            return None if found is None else WarmStart.model_validate(own)
 
     def attempts(self, what: str, of: str = "") -> Attempts:
         """Return the attempts at something that were begun and came to no end.

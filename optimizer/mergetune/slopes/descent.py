@@ -1,70 +1,40 @@
-"""Descent: a few steps to where slopes lead, and the points along the predicted front."""
+"""Descent: steps along the slopes of what a merge loses, in as many coefficients as there are."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mergetune.engines.transformers_engine import TransformersEngine
-from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import SuiteConfig
+from mergetune.files.yaml_io import Strict
 from mergetune.merging.merger import Merger
 from mergetune.results.roles import reference_name
 from mergetune.results.selection import Scores
-from mergetune.slopes.gradients import count_passes, slopes
-from mergetune.slopes.losses import MAX_TOKENS, mean_losses
+from mergetune.slopes.gradients import Slopes, count_passes, slopes
+from mergetune.slopes.losses import MAX_TOKENS, losses_by_task, mean_losses, mean_of_tasks
 from mergetune.slopes.references import References
 from mergetune.slopes.score_link import TINY, ScoreLink, fit_link
-from mergetune.slopes.surrogate import SeenSlopes, SeenValues, Surrogate, minimized
 from mergetune.space.recipe import MergeRecipe
 from mergetune.space.search_space import SearchSpace, nearest_in
 from mergetune.stats.gains import clear_gains, loss_rate
 
 Params = dict[str, float]  # a point of the search space
-Losses = Mapping[str, float]
 Weights = Mapping[str, float]  # of the objectives
 
-_CLEARLY = math.log(2)  # worse than the start on held-out items, which are few
+_RATE, _SLOWER = 0.1, 20  # of Adam: the rate falls as 1 / √(1 + steps / 20); a lambda's natural unit is 1
+_N_ITEMS = 4  # of each score that a step looks at, at most
+_FEWEST, _MOST = 5, 20  # steps from one checkpoint to the next
+_AVERAGED = 5  # the last steps, whose mean a checkpoint is
+_N_LEARNED = 8  # items of each objective that tell what its loss is worth
+_N_GUARDED = 64  # items of each guard that are followed, at most
 _SURE = 0.05  # nats, ε below: losses of a guard that are smaller differ by little
-_ROUGH = 1.0  # how far off log-odds are where no score tells them
-_UNEVEN = 0.5  # how far off the log of a guard's loss over its reference's is on a few items
-
-
-@dataclass(frozen=True)
-class DescentConfig:
-    """How far and how carefully to descend; nothing here depends on the models.
-
-    A lambda's natural unit is 1, one whole expert: so one reach fits all.
-
-    Attributes:
-        full_evaluations: the most that it may cost, in evaluations of the search split; it settles how many
-            items of each score a step looks at, and with few items how many steps there are.
-        fewest: the fewest items of each score that a step looks at.
-        most: the most.
-        held_out: the most items of each score that tell whether a point is worse than the start, fewer where
-            these would cost more than half of it all; never descended on.
-        first_steps: steps with the objectives' own weights.
-        next_steps: steps with each other weighting.
-        reach: how far a step may change a coefficient.
-        caution: standard deviations by which a loss that was not seen is taken to be worse than expected.
-        emphasis: how many times more one objective counts than by its own weight, in its own weighting.
-    """
-
-    full_evaluations: float = 3.0
-    fewest: int = 2
-    most: int = 16
-    held_out: int = 4
-    first_steps: int = 3
-    next_steps: int = 2
-    reach: float = 0.5
-    caution: float = 1.0
-    emphasis: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,354 +45,287 @@ class MeasuredModel:
     scores: Scores
 
 
+class Laws(Strict):
+    """What losses are worth, learned from models measured before.
+
+    Attributes:
+        links: of each objective, from its loss to the odds that its gain is lost.
+        allowed: of each guard, by task and item, what its reference loses there.
+        n_passes: what learning them cost, in forward passes of one text.
+    """
+
+    links: dict[str, ScoreLink]
+    allowed: dict[str, dict[str, dict[str, float]]]
+    n_passes: int
+
+
+class Trajectory(Strict):
+    """A descent under way, as it is kept: where it is, and Adam's moments there.
+
+    Attributes:
+        weights: of the objectives, by name.
+        params: a point of the search space.
+        mean: of the slopes, in the order of `Problem.keys`; empty before the first step.
+        square: the mean of their squares.
+        n_steps: how many steps were taken.
+    """
+
+    weights: dict[str, float]
+    params: Params
+    mean: tuple[float, ...] = ()
+    square: tuple[float, ...] = ()
+    n_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where some steps led to.
+
+    Attributes:
+        trajectory: the descent, to go on from.
+        params: a point of the search space: the mean over the last steps, which is less noisy than their end
+            (Polyak and Juditsky 1992).
+        n_passes: what the steps cost, in forward passes of one text.
+    """
+
+    trajectory: Trajectory
+    params: Params
+    n_passes: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a descent goes over.
 
     Attributes:
-        engine: the model that candidates are loaded into.
         merger: the models that are merged.
         space: what may change, and within which ranges.
         references: what to say to items of the search split.
         suite: the suite's file.
-        known: models measured before, by candidate name: the base, the experts, and merges; their losses tell
-            what a loss is worth.
-        scored: points of the space with the scores measured there.
         n_texts: the texts of all items of the search split: what one full evaluation costs, in forward passes
             of one text.
-        max_tokens: the most tokens in one batch.
     """
 
-    engine: TransformersEngine
     merger: Merger
     space: SearchSpace
     references: References
     suite: SuiteConfig
-    known: Mapping[str, MeasuredModel]
-    scored: Sequence[tuple[Params, Scores]]
     n_texts: int
-    max_tokens: int = MAX_TOKENS
+
+    @cached_property
+    def objectives(self) -> list[str]:
+        """The objectives that have references."""
+        return [name for name in self.suite.objectives if name in self.references.by_score]
+
+    @cached_property
+    def guards(self) -> list[str]:
+        """The guards that have references."""
+        return [name for name in self.suite.guards if name in self.references.by_score]
+
+    @cached_property
+    def learned(self) -> References:
+        """The items that tell what an objective's loss is worth."""
+        return self.references.only(*self.objectives).sample(_N_LEARNED)
+
+    @cached_property
+    def guarded(self) -> References:
+        """The items of guards that are followed."""
+        return self.references.only(*self.guards).sample(_N_GUARDED)
+
+    @cached_property
+    def batches(self) -> list[References]:
+        """The items of each step, by turns; of a small split, which is not to be run many times, fewer."""
+        items = self.references.only(*self.objectives).joined(self.guarded)
+        for n_items in range(_N_ITEMS, 0, -1):
+            found = items.cut(n_items)
+            if _FEWEST * _cost(found[0]) <= self.n_texts:
+                break
+        return found
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps lead to a checkpoint: neither few nor many, for about the cost of measuring it."""
+        return min(max(round(self.n_texts / _cost(self.batches[0])), _FEWEST), _MOST)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The coefficients that can change and have slopes."""
+        return list(dict.fromkeys(share.key for share in self.space.smooth_shares()))
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest values of these coefficients, (n_keys,) each."""
+        ranges = [self.space.distributions[key] for key in self.keys]
+        low, high = ([getattr(each, end) for each in ranges] for end in ("low", "high"))
+        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+    def gradients(self, found: Slopes, recipe: MergeRecipe) -> dict[str, Tensor]:
+        """Return the slopes of each score's loss in the coefficients, in the order of `keys`."""
+        gradients = {}
+        for name, own in found.by_group(recipe.groups).groupby("score_name"):
+            places = zip(own["group"], own["parameter"], own["expert"], strict=True)
+            known = dict(zip(places, own["slope"], strict=True))
+            slope = dict.fromkeys(self.keys, 0.0)
+            for share in self.space.smooth_shares():
+                place = (share.group, share.parameter, share.expert)
+                slope[share.key] += share.weight * known.get(place, 0.0)
+            gradients[str(name)] = torch.tensor(list(slope.values()), dtype=torch.float64)
+        return gradients
+
+    def nearest(self, params: Mapping[str, float], values: Tensor) -> Params:
+        """Return the point of the space that lies nearest where these coefficients have these values."""
+        ranges = self.space.distributions
+        moved = zip(self.keys, values.tolist(), strict=True)
+        return {**params, **{key: nearest_in(ranges[key], value) for key, value in moved}}
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where a descent came to, with the losses there on the held-out items."""
-
-    params: Params
-    losses: Losses
+def _cost(items: References) -> int:
+    """Return what a step costs, in forward passes of one text."""
+    return sum(count_passes(own, MAX_TOKENS) for own in items.by_score.values())
 
 
-@dataclass(frozen=True)
-class Descent:
-    """Points that are not clearly worse than the start, each for its own weighting, and what they cost.
-
-    Attributes:
-        points: the points, that of the objectives' own weights first if it is among them.
-        n_passes: the cost in forward passes of one text.
-        full_evaluations: the cost in evaluations of the search split.
-    """
-
-    points: tuple[Point, ...]
-    n_passes: int
-    full_evaluations: float
-
-
-def most_points(n_objectives: int) -> int:
-    """Return how many points a descent finds at most: one for each weighting of the objectives."""
-    return 1 + n_objectives if n_objectives > 1 else 1
-
-
-def descend(
+def learn_laws(
+    engine: TransformersEngine,
     problem: Problem,
-    start: Params,
-    config: DescentConfig = DescentConfig(),
-    on_step: Callable[[int, int], None] = lambda _step, _of: None,
-) -> Descent:
-    """Follow the slopes from a point of the search space to points along the front.
-
-    What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ are the odds that an objective's gain is not kept, and eⱼ a
-    guard's excess, max(0, (Lⱼ + ε) / (L'ⱼ + ε) − 1) with L'ⱼ for what its reference loses on the same items,
-    and ε = 0.05 nats: a smooth maximum, and so near to the rule by which a study recommends.
-
-    A surrogate of log o for each objective knows it from the scores of points that were measured before, and
-    its slope, at each step, from some items: log o = s log(L / h), a law learned from models whose losses and
-    scores are known. Another one knows log((L + ε) / (L' + ε)) of each guard. The next step goes where they
-    expect the least, within reach of the last and of the best one. The objectives' own weights come first,
-    then by turns weightings that emphasize one objective; at the end every weighting has its point, wherever
-    the surrogates expect it. Densities stay as at the start. What is not paid for is left out: the last steps
-    first, which emphasize an objective.
+    known: Mapping[str, MeasuredModel],
+    max_tokens: int = MAX_TOKENS,
+) -> Laws:
+    """Learn from models measured before what losses are worth.
 
     Args:
-        problem: the models, the search space and the items.
-        start: a point of the space.
-        config: how far and how carefully.
-        on_step: told after each step which one it was, of how many.
+        engine: the model that they are loaded into.
+        problem: the items.
+        known: the models, by candidate name: the base, the experts, and merges.
+        max_tokens: the most tokens in one batch.
 
     Raises:
-        MergetuneError: the method has no slopes, or a single step would cost more than `config` allows.
+        TrialError: a weight or a loss became infinite or NaN.
+    """
+    losses: list[dict[str, float]] = []
+    allowed: dict[str, dict[str, dict[str, float]]] = {}
+    n_passes = 0
+    for name, model in known.items():
+        engine.load(model.recipe)
+        losses.append(mean_losses(engine.model, problem.learned, max_tokens))
+        referred = [each for each in problem.guards if reference_name(problem.suite.guards[each]) == name]
+        items = problem.guarded.only(*referred)
+        allowed |= losses_by_task(engine.model, items, max_tokens)
+        n_passes += problem.learned.n_texts + items.n_texts
+    links = {
+        name: fit_link([own[name] for own in losses], _kept_shares(name, problem.suite, known))
+        for name in problem.objectives
+    }
+    return Laws(links=links, allowed=allowed, n_passes=n_passes)
+
+
+def _kept_shares(name: str, suite: SuiteConfig, known: Mapping[str, MeasuredModel]) -> list[float]:
+    """Return the share that each model keeps of the gain between the worst and the best known.
+
+    The less sure the gain is (see `gains`), the more of it is kept by all: there is little to lose.
+    """
+    sign, scores = suite.objectives[name].sign, [each.scores[name] for each in known.values()]
+    worst, *_, best = sorted(scores, key=lambda score: sign * score.value)
+    gain = np.array([sign * (best.value - worst.value)])
+    clear = clear_gains(np.array([math.hypot(worst.stderr, best.stderr)]), 1.0)
+    rate = loss_rate(gain, gain / clear, math.inf)[0]
+    return [float(np.clip(1 - sign * (best.value - score.value) * rate, 0, 1)) for score in scores]
+
+
+def take_steps(
+    engine: TransformersEngine,
+    problem: Problem,
+    laws: Laws,
+    trajectory: Trajectory,
+    n_steps: int,
+    on_step: Callable[[int], None] = lambda _step: None,
+    max_tokens: int = MAX_TOKENS,
+) -> Checkpoint:
+    """Go on along the slopes.
+
+    What is to fall is log(Σ wₖ oₖ + Σ eⱼ). oₖ are the odds that an objective's gain is not kept, by its law
+    of the loss, and eⱼ a guard's excess, max(0, (Lⱼ + ε) / (L'ⱼ + ε) − 1) with L'ⱼ for what its reference
+    loses on the same items, and ε = 0.05 nats: a smooth maximum, and so near to the rule by which a study
+    recommends. Each step takes some items of every score and moves all coefficients by Adam (Kingma and Ba
+    2015), within their ranges. Densities stay.
+
+    Args:
+        engine: the model that candidates are loaded into.
+        problem: the models, the search space and the items.
+        laws: what losses are worth.
+        trajectory: where the descent is.
+        n_steps: how many steps to take.
+        on_step: told which step is being taken, from 1.
+        max_tokens: the most tokens in one batch.
+
+    Raises:
+        MergetuneError: the method has no slopes.
         TrialError: a weight, a loss or a slope became infinite or NaN.
     """
-    return _DescentRun(problem, config, on_step).run(start)
-
-
-class _Seen:
-    """What is known of one score's value over the coefficients, and the surrogate that this teaches."""
-
-    def __init__(self) -> None:
-        self._values: list[tuple[Tensor, float, float]] = []
-        self._slopes: list[tuple[Tensor, Tensor]] = []
-        self._surrogate: Surrogate | None = None
-
-    def add_value(self, point: Tensor, value: float, noise: float) -> None:
-        self._values.append((point, value, noise))
-
-    def add_slope(self, point: Tensor, slope: Tensor) -> None:
-        self._slopes.append((point, slope))
-
-    def learn(self) -> None:
-        """Teach the surrogate all that was added."""
-        points, values, noises = zip(*self._values, strict=True)
-        self._surrogate = Surrogate(
-            SeenValues(torch.stack(points), torch.tensor(values).double(), torch.tensor(noises).double()),
-            SeenSlopes(*map(torch.stack, zip(*self._slopes, strict=True))),
-            self._surrogate.hyperparameters if self._surrogate else None,
-        )
-
-    def posterior(self, point: Tensor, caution: float) -> Tensor:
-        """Return the value at a point, cautiously."""
-        assert self._surrogate is not None  # a step was taken
-        return self._surrogate.upper(point, caution)
-
-
-class _DescentRun:
-    """One descent under way."""
-
-    def __init__(self, problem: Problem, config: DescentConfig, on_step: Callable[[int, int], None]) -> None:
-        self._problem, self._config, self._on_step = problem, config, on_step
-        self._shares = problem.space.smooth_shares()
-        self._keys = list(dict.fromkeys(share.key for share in self._shares))
-        ranges = [problem.space.distributions[key] for key in self._keys]
-        self._low = torch.tensor([each.low for each in ranges]).double()
-        self._high = torch.tensor([each.high for each in ranges]).double()
-        objectives, guards = problem.suite.objectives, problem.suite.guards
-        with_references = problem.references.by_score
-        self._objectives = [name for name in objectives if name in with_references]
-        self._guards = [name for name in guards if name in with_references]
-        self._seen = {name: _Seen() for name in (*self._objectives, *self._guards)}
-        self._weightings = self._all_weightings()
-        own, *others = self._weightings
-        schedule = [own] * config.first_steps + others * config.next_steps
-        plan = _plan(problem, config, len(schedule), len(self._weightings))
-        self._schedule, self._held_out = schedule[: plan.n_steps], plan.held_out
-        self._n_passes = 0
-        self._links, self._held_out_allowed = self._learn()
-        self._batches = itertools.cycle([(batch, self._allowed(batch)) for batch in plan.batches])
-
-    def run(self, start: Params) -> Descent:
-        begin = self._measured(start)
-        self._recall(begin)
-        at = self._point(start)
-        visited: list[Tensor] = []
-        for step, weights in enumerate(self._schedule, start=1):
-            if visited:
-                at = self._minimizer(
-                    weights, [visited[-1], self._incumbent(visited, weights)], self._config.reach
-                )
-            self._look({**start, **self._named(at)}, at)
-            visited.append(at)
-            self._on_step(step, len(self._schedule))
-        origin = {**start, **self._nearest(self._point(start))}
-        kept: dict[str, Point] = {}
-        for weights in self._weightings:
-            least = self._minimizer(weights, [self._incumbent(visited, weights)])
-            end = self._measured({**start, **self._nearest(least)})
-            if (
-                end.params != origin
-                and self._held_out_value(end, weights) < self._held_out_value(begin, weights) + _CLEARLY
-            ):
-                kept[str(end.params)] = end
-        return Descent(tuple(kept.values()), self._n_passes, self._n_passes / self._problem.n_texts)
-
-    def _all_weightings(self) -> list[Weights]:
-        """Return the objectives' own weights, and those that emphasize one of several."""
-        own = {name: self._problem.suite.objectives[name].weight for name in self._objectives}
-        others = self._objectives if len(self._objectives) > 1 else []
-        return [own, *({**own, name: own[name] * self._config.emphasis} for name in others)]
-
-    def _learn(self) -> tuple[dict[str, ScoreLink], Losses]:
-        """Learn from models measured before what an objective's loss is worth, and what a guard may lose."""
-        known = self._problem.known
-        losses = {name: self._losses(each.recipe, self._held_out) for name, each in known.items()}
-        links = {}
-        for name in self._objectives:
-            shares = [self._kept_share(name, each.scores) for each in known.values()]
-            links[name] = fit_link([own[name] for own in losses.values()], shares)
-        guards = self._problem.suite.guards
-        return links, {name: losses[reference_name(guards[name])][name] for name in self._guards}
-
-    def _kept_share(self, name: str, scores: Scores) -> float:
-        """Return the share that scores keep of the gain between the worst and the best known.
-
-        The less sure the gain is (see `gains`), the more of it is kept by all: there is little to lose.
-        """
-        sign = self._problem.suite.objectives[name].sign
-        known = sorted(
-            (each.scores[name] for each in self._problem.known.values()), key=lambda s: sign * s.value
-        )
-        gain = np.array([sign * (known[-1].value - known[0].value)])
-        clear = clear_gains(np.array([math.hypot(known[0].stderr, known[-1].stderr)]), 1.0)
-        lost = sign * (known[-1].value - scores[name].value) * loss_rate(gain, gain / clear, math.inf)
-        return float(np.clip(1 - lost, 0, 1)[0])
-
-    def _recall(self, begin: Point) -> None:
-        """Learn from the scores of points measured before that differ from the start in nothing else."""
-        fixed = {key: value for key, value in begin.params.items() if key not in self._keys}
-        is_scored = any(params == begin.params for params, _ in self._problem.scored)
-        for name in self._objectives:
-            for params, scores in self._problem.scored:
-                if fixed.items() <= params.items():
-                    n_items, share = scores[name].n_items, self._kept_share(name, scores)
-                    kept = (share * n_items + 0.5) / (n_items + 1)  # never none and never all
-                    noise = ((n_items + 1) * kept * (1 - kept)) ** -0.5
-                    self._seen[name].add_value(self._point(params), math.log(1 / kept - 1), noise)
-            if not is_scored:
-                log_odds = self._links[name].log_odds(begin.losses[name])
-                self._seen[name].add_value(self._point(begin.params), log_odds, _ROUGH)
-
-    def _allowed(self, items: References) -> Losses:
-        """Return what each guard's reference loses on these items."""
-        guards = self._problem.suite.guards
-        allowed: dict[str, float] = {}
-        for name in self._guards:
-            reference = self._problem.known[reference_name(guards[name])]
-            allowed |= self._losses(reference.recipe, items.only(name))
-        return allowed
-
-    def _look(self, params: Params, at: Tensor) -> None:
-        """Learn from the losses and slopes at a point, on the next items."""
-        recipe, (items, allowed) = self._problem.space.recipe(params), next(self._batches)
-        found = slopes(
-            self._problem.engine, self._problem.merger, recipe, items, max_tokens=self._problem.max_tokens
-        )
-        self._n_passes += sum(found.n_passes.values())
-        table = found.by_group(recipe.groups)
-        for name, seen in self._seen.items():
-            loss = found.losses[name]
-            own = table[table["score_name"] == name].set_index(["group", "parameter", "expert"])["slope"]
-            slope = dict.fromkeys(self._keys, 0.0)
-            for share in self._shares:
-                slope[share.key] += share.weight * own.get((share.group, share.parameter, share.expert), 0.0)
-            if name in allowed:
-                seen.add_value(at, _excess(loss, allowed[name]), _UNEVEN)
-                factor = 1 / (loss + _SURE)
-            else:
-                factor = self._links[name].log_odds_slope(loss)
-            seen.add_slope(at, factor * torch.tensor(list(slope.values())).double())
-            seen.learn()
-
-    def _minimizer(self, weights: Weights, begins: Sequence[Tensor], reach: float = math.inf) -> Tensor:
-        """Return where the least is expected, cautiously, within reach of one of these points."""
-
-        def acquisition(at: Tensor) -> Tensor:
-            return self._scalarized(self._posterior(at, self._config.caution), weights)
-
-        found = [
-            minimized(
-                acquisition,
-                begin,
-                (begin - reach).clamp(min=self._low),
-                (begin + reach).clamp(max=self._high),
-            )
-            for begin in begins
-        ]
-        return min(found, key=lambda each: each[0])[1]
-
-    def _incumbent(self, points: Sequence[Tensor], weights: Weights) -> Tensor:
-        """Return the point where the least is expected."""
-        return min(points, key=lambda point: float(self._scalarized(self._posterior(point, 0.0), weights)))
-
-    def _posterior(self, at: Tensor, caution: float) -> dict[str, Tensor]:
-        return {name: seen.posterior(at, caution) for name, seen in self._seen.items()}
-
-    def _held_out_value(self, end: Point, weights: Weights) -> float:
-        """Return the scalarized objective at a point, on the held-out items."""
-        values = {name: self._links[name].log_odds(end.losses[name]) for name in self._objectives}
-        values |= {name: _excess(end.losses[name], self._held_out_allowed[name]) for name in self._guards}
-        return float(self._scalarized({name: torch.tensor(value) for name, value in values.items()}, weights))
-
-    def _scalarized(self, values: Mapping[str, Tensor], weights: Weights) -> Tensor:
-        """Return the scalarized objective: the log of weighted odds and of what guards lose beyond theirs."""
-        total = torch.tensor(TINY).double()
-        for name, weight in weights.items():
-            total = total + weight / sum(weights.values()) * values[name].exp()
-        for name in self._guards:
-            total = total + torch.expm1(values[name]).clamp(min=0)
-        return total.log()
-
-    def _point(self, params: Params) -> Tensor:
-        return torch.tensor([params[key] for key in self._keys]).double()
-
-    def _measured(self, params: Params) -> Point:
-        return Point(params, self._losses(self._problem.space.recipe(params), self._held_out))
-
-    def _named(self, values: Tensor) -> Params:
-        return dict(zip(self._keys, values.tolist(), strict=True))
-
-    def _nearest(self, values: Tensor) -> Params:
-        """Return the point of the space that lies nearest."""
-        distributions = self._problem.space.distributions
-        return {key: nearest_in(distributions[key], value) for key, value in self._named(values).items()}
-
-    def _losses(self, recipe: MergeRecipe, items: References) -> Losses:
-        self._problem.engine.load(recipe)
-        self._n_passes += items.n_texts
-        return mean_losses(self._problem.engine.model, items, self._problem.max_tokens)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The held-out items, and how many steps there are over batches of the others, taken by turns."""
-
-    held_out: References
-    batches: list[References]
-    n_steps: int
-
-
-def _plan(problem: Problem, config: DescentConfig, n_steps: int, n_ends: int) -> _Plan:
-    """Return the steps that are paid for, with as many items each as that allows.
-
-    Raises:
-        MergetuneError: not a single step is paid for.
-    """
-    n_measured = len(problem.known) + 1 + n_ends  # the known models, the start and the ends
-    allowed = config.full_evaluations * problem.n_texts
-    for n_held_out in range(config.held_out, 0, -1):
-        held_out, rest = problem.references.parts(n_held_out)
-        spent = n_measured * held_out.n_texts
-        if spent <= allowed / 2:
-            break
-    fewer = [(config.fewest, count) for count in range(n_steps - 1, 0, -1)]
-    for size, count in [*((size, n_steps) for size in range(config.most, config.fewest - 1, -1)), *fewer]:
-        batches = rest.cut(size)[:count]
-        cost = spent + _cost_of_steps(batches, count, problem)
-        if cost <= allowed:
-            return _Plan(held_out, batches, count)
-    raise MergetuneError(
-        f"Slopes may cost up to {config.full_evaluations:g} evaluations of the search split, but on so few "
-        f"items the shortest descent costs {cost / problem.n_texts:.1f}. Give more items of each score, or "
-        "search without slopes."
+    begin = [trajectory.params[key] for key in problem.keys]
+    point = torch.tensor(begin, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([point])
+    if trajectory.n_steps:
+        adam.state[point] = {
+            "step": torch.tensor(float(trajectory.n_steps)),
+            "exp_avg": torch.tensor(trajectory.mean, dtype=torch.float64),
+            "exp_avg_sq": torch.tensor(trajectory.square, dtype=torch.float64),
+        }
+    n_passes, visited = 0, []
+    for step in range(1, n_steps + 1):
+        on_step(step)
+        n_before = trajectory.n_steps + step - 1
+        items = problem.batches[n_before % len(problem.batches)]
+        moved = zip(problem.keys, point.tolist(), strict=True)
+        recipe = problem.space.recipe({**trajectory.params, **dict(moved)})
+        found = slopes(engine, problem.merger, recipe, items, max_tokens=max_tokens)
+        n_passes += sum(found.n_passes.values())
+        point.grad = _gradient(problem, laws, trajectory.weights, found, items, recipe)
+        adam.param_groups[0]["lr"] = _RATE / math.sqrt(1 + n_before / _SLOWER)
+        adam.step()
+        with torch.no_grad():
+            point.clamp_(*problem.ends)
+        visited.append(point.detach().clone())
+    moments = adam.state[point]
+    end = trajectory.model_copy(
+        update={
+            "params": {**trajectory.params, **dict(zip(problem.keys, point.tolist(), strict=True))},
+            "mean": tuple(moments["exp_avg"].tolist()),
+            "square": tuple(moments["exp_avg_sq"].tolist()),
+            "n_steps": trajectory.n_steps + n_steps,
+        }
     )
+    mean = torch.stack(visited[-_AVERAGED:]).mean(0)
+    return Checkpoint(end, problem.nearest(trajectory.params, mean), n_passes)
 
 
-def _cost_of_steps(batches: Sequence[References], n_steps: int, problem: Problem) -> int:
-    """Return what steps cost, and the losses of the guards' references, in forward passes of one text."""
-    of_slopes = [
-        sum(count_passes(own, problem.max_tokens) for own in batch.by_score.values()) for batch in batches
-    ]
-    of_guards = sum(batch.only(name).n_texts for batch in batches for name in problem.suite.guards)
-    return sum(of_slopes[i % len(of_slopes)] for i in range(n_steps)) + of_guards
+def _gradient(
+    problem: Problem, laws: Laws, weights: Weights, found: Slopes, items: References, recipe: MergeRecipe
+) -> Tensor:
+    """Return the slope of what is to fall, in the coefficients."""
+    total, slope = TINY, torch.zeros(len(problem.keys), dtype=torch.float64)
+    gradients = problem.gradients(found, recipe)
+    for name, weight in weights.items():
+        loss, link = found.losses[name], laws.links[name]
+        odds = weight / sum(weights.values()) * math.exp(link.log_odds(loss))
+        total += odds
+        slope += odds * link.log_odds_slope(loss) * gradients[name]
+    for name in problem.guards:
+        allowed = _allowed(laws.allowed[name], items.only(name)) + _SURE
+        excess = (found.losses[name] + _SURE) / allowed - 1
+        if excess > 0:
+            total += excess
+            slope += gradients[name] / allowed
+    return slope / total
 
 
-def _excess(loss: float, allowed: float) -> float:
-    """Return the log of a guard's loss over its reference's."""
-    return math.log((loss + _SURE) / (allowed + _SURE))
+def _allowed(losses: Mapping[str, Mapping[str, float]], items: References) -> float:
+    """Return what a guard's reference loses on these items."""
+    by_task: dict[str, dict[str, float]] = {}
+    for each in items.items:
+        by_task.setdefault(each.task, {})[each.item] = losses[each.task][each.item]
+    return mean_of_tasks(by_task.values())
+
+
+def emphasized(own: Weights, name: str, factor: float = 10.0) -> dict[str, float]:
+    """Return weights with one objective that counts so many times more."""
+    return {**own, name: own[name] * factor}

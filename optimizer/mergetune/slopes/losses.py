@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,20 +64,42 @@ def _unlikelihood(paid: Tensor) -> Tensor:
     return math.log1p(_SURE) - (_SURE - torch.expm1(-paid)).log()
 
 
+def losses_by_task(
+    model: Any, references: References, max_tokens: int = MAX_TOKENS
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return each item's loss, in nats, by score, task and item.
+
+    Raises:
+        TrialError: a loss is infinite or NaN.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with torch.no_grad():
+        for score_name, own in references.by_score.items():
+            tasks: dict[str, dict[str, float]] = {}
+            for batch, _ in batches(own, max_tokens):
+                for reference, loss in zip(batch, item_losses(model, batch).tolist(), strict=True):
+                    tasks.setdefault(reference.task, {})[reference.item] = loss
+            check_finite(
+                f"the loss of `{score_name}`", [loss for task in tasks.values() for loss in task.values()]
+            )
+            found[score_name] = tasks
+    return found
+
+
 def mean_losses(model: Any, references: References, max_tokens: int = MAX_TOKENS) -> dict[str, float]:
     """Return each score's loss: the mean over its tasks of the mean over their items, as the score is.
 
     Raises:
         TrialError: a loss is infinite or NaN.
     """
-    totals = dict.fromkeys(references.by_score, 0.0)
-    with torch.no_grad():
-        for score_name, own in references.by_score.items():
-            for batch, weights in batches(own, max_tokens):
-                losses = item_losses(model, batch)
-                totals[score_name] += float(losses @ losses.new_tensor(weights))
-            check_finite(f"the loss of `{score_name}`", [totals[score_name]])
-    return totals
+    by_task = losses_by_task(model, references, max_tokens)
+    return {name: mean_of_tasks(own.values()) for name, own in by_task.items()}
+
+
+def mean_of_tasks(tasks: Iterable[Mapping[str, float]]) -> float:
+    """Return the mean over tasks of the mean over their items."""
+    means = [sum(items.values()) / len(items) for items in tasks]
+    return sum(means) / len(means)
 
 
 def batches(

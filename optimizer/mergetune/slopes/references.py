@@ -90,20 +90,12 @@ class References:
         chosen = [each for own in self.by_score.values() for each in _alternating(own)[:n_items]]
         return replace(self, items=tuple(chosen))
 
-    def parts(self, n_items: int) -> tuple[References, References]:
-        """Return up to this many of each score's references, half of them at most, and the others."""
-        first: list[Reference] = []
-        rest: list[Reference] = []
-        for own in self.by_score.values():
-            ordered = _alternating(own)
-            size = min(n_items, max(len(own) // 2, 1))
-            first += ordered[:size]
-            rest += ordered[size:] or ordered  # the only one is in both
-        return replace(self, items=tuple(first)), replace(self, items=tuple(rest))
-
     def cut(self, n_items: int) -> list[References]:
-        """Cut them into batches with this many of each score; a score with fewer begins anew."""
-        own = list(self.by_score.values())
+        """Cut them into batches with this many of each score, spread over its tasks.
+
+        A score with fewer begins anew.
+        """
+        own = [_alternating(each) for each in self.by_score.values()]
         return [
             replace(
                 self,
@@ -114,9 +106,13 @@ class References:
             for begin in range(0, max(map(len, own)), n_items)
         ]
 
-    def only(self, score_name: str) -> References:
-        """Return the references of one score."""
-        return replace(self, items=tuple(each for each in self.items if each.score_name == score_name))
+    def only(self, *score_names: str) -> References:
+        """Return the references of these scores."""
+        return replace(self, items=tuple(each for each in self.items if each.score_name in score_names))
+
+    def joined(self, other: References) -> References:
+        """Return these references and others."""
+        return replace(self, items=(*self.items, *other.items))
 
 
 def find_references(

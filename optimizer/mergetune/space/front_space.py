@@ -9,7 +9,8 @@ from optuna.distributions import FloatDistribution
 from scipy.stats import qmc
 
 from mergetune.space.coordinates import Coordinate
-from mergetune.space.recipe import LayerGroup, MergeRecipe, assign_groups
+from mergetune.space.method_table import SMOOTH
+from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.space.search_space import SearchSpace, nearest_in
 
 _TIMES = (0.5, 1.5)  # range of the multipliers
@@ -19,13 +20,13 @@ class FrontSpace:
     """Points of a fine search space, mixed, and multiplied in coarse layer groups.
 
     The first point is the origin. For each other one `toward.N` ∈ [0, 1] leads to it, the ways added up;
-    then `times.GROUP.EXPERT` multiplies the smooth coefficients of a coarse layer group. All other
-    coefficients are the origin's.
+    then `times.GROUP.EXPERT` multiplies the smooth coefficients of a coarse layer group. Coefficients without
+    slopes, such as densities, are those of the coarse space.
 
     Args:
         fine: the space of the points, each of whose layer groups lies within a coarse one.
-        points: points of it, the origin first.
-        coarse: layer groups that take each tensor once.
+        points: points of it, the origin first; they differ in smooth coefficients alone.
+        coarse: the same in coarser layer groups.
         tensor_names: the base's tensors.
     """
 
@@ -33,17 +34,22 @@ class FrontSpace:
         self,
         fine: SearchSpace,
         points: Sequence[Mapping[str, float]],
-        coarse: Sequence[LayerGroup],
+        coarse: SearchSpace,
         tensor_names: Sequence[str],
     ) -> None:
         self._fine, self._origin, self._others = fine, points[0], points[1:]
-        multipliers = _multipliers(fine, coarse, tensor_names)
+        place = _coarse_groups(fine, coarse, tensor_names)
+        multipliers = _multipliers(fine, place)
+        held = _held(fine, place)
         self._multipliers = {key: each.key for key, each in multipliers.items()}
+        self._held = {key: each.key for key, each in held.items()}
         self._towards = [Coordinate(parameter="toward", point=i) for i in range(1, len(points))]
-        self.coordinates = {each.key: each for each in (*self._towards, *multipliers.values())}
+        every = (*self._towards, *multipliers.values(), *held.values())
+        self.coordinates = {each.key: each for each in every}
         self.distributions: dict[str, FloatDistribution] = {
-            key: FloatDistribution(*((0, 1) if each.parameter == "toward" else _TIMES))
-            for key, each in self.coordinates.items()
+            **{each.key: FloatDistribution(0, 1) for each in self._towards},
+            **{key: FloatDistribution(*_TIMES) for key in self._multipliers.values()},
+            **{key: coarse.distributions[key] for key in self._held.values()},
         }
 
     def recipe(self, params: Mapping[str, float]) -> MergeRecipe:
@@ -53,21 +59,27 @@ class FrontSpace:
     def corner(self, number: int) -> dict[str, float]:
         """Return where a point of the descent lies: 0 is the origin."""
         towards = {each.key: float(each.point == number) for each in self._towards}
-        return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0)}
+        held = {place: self._origin[key] for key, place in self._held.items()}
+        return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0), **held}
 
     def design(self, n_points: int, seed: int) -> list[dict[str, float]]:
-        """Return points that fill the space near the corners evenly: mixtures of them, moderately multiplied.
+        """Return points that fill the space near the corners evenly: mixtures of them, moderately changed.
 
-        A mixture's shares sum to 1, and the multipliers stay in the middle half of their ranges: a scrambled
-        Sobol sequence (Owen 1998), whose first coordinates, sorted, cut [0, 1] into the shares.
+        A mixture's shares sum to 1, and everything else goes at most half of the way from the corners to the
+        ends of its range: a scrambled Sobol sequence (Owen 1998), whose first coordinates, sorted, cut [0, 1]
+        into the shares.
         """
-        n_others, (low, high) = len(self._others), _TIMES
-        sobol = qmc.Sobol(len(self.distributions), seed=seed)
+        n_others, sobol = len(self._others), qmc.Sobol(len(self.distributions), seed=seed)
         found = []
         for row in sobol.random_base2(max(n_points - 1, 0).bit_length())[:n_points]:
+            params = dict(zip(self.distributions, row.tolist(), strict=True))
             shares = np.diff(np.sort(row[:n_others]), prepend=0.0)
-            factors = 1 + (high - low) / 2 * (row[n_others:] - 0.5)
-            found.append(dict(zip(self.distributions, [*shares.tolist(), *factors.tolist()], strict=True)))
+            params |= {each.key: float(share) for each, share in zip(self._towards, shares, strict=True)}
+            for key, middle in list(self.corner(0).items())[n_others:]:
+                ends = self.distributions[key]
+                drawn = ends.low + params[key] * (ends.high - ends.low)
+                params[key] = nearest_in(ends, (middle + drawn) / 2)
+            found.append(params)
         return found
 
     def place(self, fine_point: Mapping[str, float]) -> dict[str, float] | None:
@@ -77,7 +89,8 @@ class FrontSpace:
         """
         for number in range(1 + len(self._others)):
             corner = self.corner(number)
-            params = corner | self._factors(self._fine_point(corner), fine_point)
+            held = {place: fine_point[key] for key, place in self._held.items()}
+            params = corner | self._factors(self._fine_point(corner), fine_point) | held
             ranges = self.distributions.items()
             is_inside = all(each.low <= params[key] <= each.high for key, each in ranges)
             if is_inside and self._fine_point(params) == fine_point:
@@ -91,6 +104,7 @@ class FrontSpace:
                 found[key] += params[toward.key] * (value - self._origin[key])
         for key, multiplier in self._multipliers.items():
             found[key] *= params[multiplier]
+        found |= {key: params[place] for key, place in self._held.items()}
         return {key: nearest_in(self._fine.distributions[key], value) for key, value in found.items()}
 
     def _factors(self, begin: Mapping[str, float], end: Mapping[str, float]) -> dict[str, float]:
@@ -102,12 +116,14 @@ class FrontSpace:
         return factors
 
 
-def _multipliers(
-    fine: SearchSpace, coarse: Sequence[LayerGroup], tensor_names: Sequence[str]
-) -> dict[str, Coordinate]:
+def _coarse_groups(fine: SearchSpace, coarse: SearchSpace, tensor_names: Sequence[str]) -> dict[str, str]:
+    """Return the name of the coarse layer group that each fine one lies in."""
+    coarse_of, fine_of = (assign_groups(each.groups, tensor_names) for each in (coarse, fine))
+    return {group.name: coarse_of[name].name for name, group in fine_of.items()}
+
+
+def _multipliers(fine: SearchSpace, place: Mapping[str, str]) -> dict[str, Coordinate]:
     """Return each smooth coefficient's multiplier: that of the coarse group that its layer group is in."""
-    coarse_of, fine_of = assign_groups(coarse, tensor_names), assign_groups(fine.groups, tensor_names)
-    place = {group.name: coarse_of[name].name for name, group in fine_of.items()}
     experts: dict[str, set[str]] = {}
     places: dict[str, str] = {}
     for share in fine.smooth_shares():
@@ -116,6 +132,15 @@ def _multipliers(
     return {
         key: Coordinate(parameter="times", group=places[key], expert=_only(own))
         for key, own in experts.items()
+    }
+
+
+def _held(fine: SearchSpace, place: Mapping[str, str]) -> dict[str, Coordinate]:
+    """Return for each coefficient without a slope the one of the coarse group that it follows."""
+    return {
+        key: each.model_copy(update={"group": place[each.group]})
+        for key, each in fine.coordinates.items()
+        if each.parameter not in SMOOTH
     }
 
 

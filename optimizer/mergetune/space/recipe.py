@@ -261,11 +261,17 @@ def assign_groups(groups: Iterable[G], names: Iterable[str]) -> dict[str, G]:
     Raises:
         MergetuneError: a tensor falls into no group or into several; the tensors are named.
     """
-    groups = list(groups)
+    names = list(names)
+    patterns = {f"^{re.escape(name)}$" for name in names}
+    of_one: dict[str | None, list[G]] = {}  # by the pattern: of single tensors there may be thousands
+    others: list[G] = []
+    for group in groups:
+        (of_one.setdefault(group.match, []) if group.match in patterns else others).append(group)
     assigned: dict[str, G] = {}
     orphans: list[str] = []
     for name in names:
-        takers = [group for group in groups if group.takes(name)]
+        asked = (*others, *of_one.get(f"^{re.escape(name)}$", ()))
+        takers = [group for group in asked if group.takes(name)]
         if len(takers) > 1:
             raise MergetuneError(
                 f"Every tensor must fall into exactly one layer group, but `{name}` falls into "

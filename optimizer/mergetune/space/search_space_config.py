@@ -24,7 +24,7 @@ from mergetune.space.recipe import (
 )
 
 # Of the groups that slopes are followed in.
-Grain = Literal["search_space", "layers", "attention_mlp", "tensors"]
+Grain = Literal["auto", "search_space", "layers", "attention_mlp", "tensors"]
 
 _MOST_TENSORS = 2000  # each of which may be a group of its own
 
@@ -162,9 +162,15 @@ def read_search_space(path: Path) -> SearchSpaceConfig:
 def finer(config: SearchSpaceConfig, grain: Grain, tensor_names: Sequence[str]) -> SearchSpaceConfig:
     """Return a search space of layer groups with smaller ones, each within one of them and of its ranges.
 
+    `auto` is a group for each tensor; for attention and MLP of each layer in models of very many tensors, and
+    the space as it is where it has anchors.
+
     Raises:
         MergetuneError: there are too many tensors for a group each.
     """
+    if grain == "auto":
+        grain = "tensors" if len(tensor_names) <= _MOST_TENSORS else "attention_mlp"
+        grain = "search_space" if config.anchors is not None else grain
     if grain == "search_space":
         return config
     pieces = _single_tensors(tensor_names) if grain == "tensors" else single_layers(tensor_names)

@@ -21,7 +21,6 @@ from mergetune.measuring.model_under_test import LocalModel
 from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs
-from mergetune.slopes.descent import DescentConfig
 from mergetune.space.search_space import SearchSpace
 from mergetune.stats.number_text import duration
 from mergetune.study.baselines import baselines
@@ -96,24 +95,23 @@ def _rows(
     )
     listed = baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
     n_first = len(listed) + 1  # the base once more
-    slopes = DescentConfig().full_evaluations if plan.config.warm_start.kind != "none" else 0.0
     n_confirmed = plan.config.finalists + len(inputs.expert_sources) + 3  # base, average, best baseline
     yield "baselines", f"{len(listed)} models, and the base twice: {duration(n_first * costs.search_s)}"
     n_trials = budget.trials if n_free else min(budget.trials, 1)
     if budget.items is not None:
         n_paid_for = -(-budget.items // evaluator.count("search")) - len(listed)
         n_trials = min(n_trials, max(n_paid_for, 0))
-    search_s = min(
-        (n_trials + slopes) * costs.search_s, max(budget.hours * 3600 - n_first * costs.search_s, 0)
+    search_s = min(n_trials * costs.search_s, max(budget.hours * 3600 - n_first * costs.search_s, 0))
+    slopes = (
+        "" if plan.config.warm_start.kind == "none" else "; what slopes lead to costs up to twice as much"
     )
-    follows = f" after slopes for up to {slopes:g} evaluations" if slopes else ""
-    yield "trials", f"up to {n_trials} trials{follows}, within {budget.hours:g} hours: {duration(search_s)}"
+    yield "trials", f"up to {n_trials} trials, within {budget.hours:g} hours: {duration(search_s)}{slopes}"
     holdout_s = n_confirmed * costs.holdout_s if evaluator.count("holdout") else 0.0
     yield "confirmation", f"up to {n_confirmed} models on the holdout split: {duration(holdout_s)}"
     total = n_first * costs.search_s + search_s + holdout_s
     yield (
         "in all",
-        f"{duration(total)}, {duration(costs.search_s)} a candidate, without the slopes at the end",
+        f"{duration(total)}, {duration(costs.search_s)} a candidate, without the time that slopes take",
     )
 
 

@@ -31,7 +31,6 @@ from mergetune.results.flat_objectives import flat_objectives
 from mergetune.results.roles import uniform_name
 from mergetune.results.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from mergetune.results.selection import Recommendation
-from mergetune.slopes.descent import most_points
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
@@ -58,7 +57,7 @@ from mergetune.study.search import (
 )
 from mergetune.study.slopes import take_slopes
 from mergetune.study.soup import measure_greedy_soup
-from mergetune.study.warm_start import Searched, check_warm_start, start_search
+from mergetune.study.warm_start import Searched, WarmStarter, check_warm_start
 
 # So often a sampler is asked for a point that was not measured before, and so often one is drawn at random.
 _N_ASKED, _N_DRAWN = 5, 100
@@ -118,8 +117,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 _check_objectives(plan, candidates)
                 soup = measure_greedy_soup(candidates, space, inputs)
                 measure_noise(candidates)
-                n_trials = 0 if _why_spent(plan, candidates, run.spent_s()) else plan.config.budget.trials
-                searched = start_search(candidates, plan.config.warm_start, space, fine, n_trials)
+                searched = _follow_slopes(plan, candidates, space, fine)
                 run.write_coordinates({**space.coordinates, **searched.space.coordinates})
                 _search(plan, searched, candidates, interrupts)
                 choice = selection.choose(run)
@@ -163,11 +161,23 @@ def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
     space, fine = bound(plan.space), bound(finer(plan.space, warm_start.grain, inputs.base.names))
     check_warm_start(warm_start, fine)
     try_sampler(plan.config.sampler, directions, space.distributions)
-    if warm_start.kind != "none" and warm_start.grain != "search_space" and fine.smooth_shares():
-        points = [dict.fromkeys(fine.distributions, 0.0)] * most_points(len(directions))
-        around = FrontSpace(fine, points, space.groups, inputs.base.names)
+    if warm_start.kind != "none" and fine.config != space.config and fine.smooth_shares():
+        points = [{key: each.low for key, each in fine.distributions.items()}] * (1 + len(directions))
+        around = FrontSpace(fine, points, space, inputs.base.names)
         try_sampler(plan.config.sampler, directions, around.distributions)
     return space, fine
+
+
+def _follow_slopes(plan: Plan, candidates: Candidates, space: SearchSpace, fine: SearchSpace) -> Searched:
+    """Follow slopes as long as that pays; returns the space that the sampler searches."""
+
+    def why_spent() -> str:
+        n_measured = sum(not each.is_baseline for each in candidates.all)
+        if n_measured >= plan.config.budget.trials:
+            return "all trials were done"
+        return _why_spent(plan, candidates, candidates.run.spent_s())
+
+    return WarmStarter(candidates, plan.config.warm_start, space, fine, why_spent).run()
 
 
 def _check_objectives(plan: Plan, candidates: Candidates) -> None:

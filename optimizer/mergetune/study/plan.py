@@ -62,7 +62,7 @@ class Plan:
                 raise MergetuneError(
                     f"{path}: there is no such file. Give `training_data` as paths relative to {folder}."
                 )
-        if config.warm_start.grain != "search_space" and space.anchors is not None:
+        if config.warm_start.grain not in ("auto", "search_space") and space.anchors is not None:
             raise MergetuneError(
                 f"{study_file}: `warm_start.grain: {config.warm_start.grain}` needs a search space of layer "
                 f"groups, but `{config.search_space}` has anchors. Take another one, or leave `grain` out."
