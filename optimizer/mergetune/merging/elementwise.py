@@ -96,14 +96,23 @@ def merged_entries(
     Autograd follows numbers that are tensors, with what is kept and which sign is elected held fixed.
     """
     start = wide(base)
-    parts = []
-    for i, source in enumerate(sources):
-        vector = source.to(start.dtype) if are_vectors[i] else source.to(start.dtype) - start
-        parts.append(_kept(vector, i, keep, numbers) * numbers.lambdas[i])
+    kept = kept_vectors(start, sources, are_vectors, keep, numbers)
+    parts = [vector * weight for vector, weight in zip(kept, numbers.lambdas, strict=True)]
     if combine == "sum":
         merged = numbers.base_weight * start
         return merged + (_sum(parts) + 0.0) if parts else merged + 0.0
     return start + (_consensus(parts, combine, numbers.lambdas) + 0.0)
+
+
+def kept_vectors(
+    start: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool], keep: Keep, numbers: Numbers
+) -> list[Tensor]:
+    """Return task vectors without the entries that a rule drops, in the precision of `start`, the base."""
+    vectors = (
+        source.to(start.dtype) if is_vector else source.to(start.dtype) - start
+        for source, is_vector in zip(sources, are_vectors, strict=True)
+    )
+    return [_kept(vector, i, keep, numbers) for i, vector in enumerate(vectors)]
 
 
 def wide(tensor: Tensor) -> Tensor:
