@@ -659,7 +659,7 @@ def test_importance_charts_share_their_scale_and_name_coefficients_in_words(data
             "density.layers.0-9.tools",
             "density of tools in layers.0-9",
         ),
-        (Coordinate(parameter="toward", point=2), "toward.2", "toward gradient-3"),
+        (Coordinate(parameter="toward", point="gradient-3"), "toward.gradient-3", "toward gradient-3"),
         (
             Coordinate(parameter="times", group="early", expert="tools"),
             "times.early.tools",

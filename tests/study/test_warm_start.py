@@ -68,12 +68,15 @@ def test_points_of_slopes_are_measured_first_and_the_sampler_goes_on_around_them
     assert f"warm start: {n_found} points by slopes for the cost of" in printed
     assert 0 < start.seconds < found.spent_s()
     assert len(start.points) == 3
-    tensors = {key.split(".")[1] for key in start.points[0]}
+    best, *others = start.points
+    assert others == [f"gradient-{n_found - 1}", f"gradient-{n_found}"]
+    tensors = {key.split(".")[1] for key in start.points[best]}
     assert len(tensors) == len(json.loads((found.path / "model.json").read_text())["tensors"])
     for candidate in trials:
         assert candidate.space == "front"
         assert candidate.params is not None
-        assert candidate.params.keys() == {"toward.1", "toward.2", "times.all.a", "times.all.b"}
+        towards = {f"toward.{name}" for name in others}
+        assert candidate.params.keys() == towards | {"times.all.a", "times.all.b"}
     study = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{found.path / 'study.db'}")
     told = {trial.user_attrs.get("candidate"): trial.params for trial in study.trials}
     assert {candidate.name for candidate in trials} <= told.keys()
@@ -85,8 +88,8 @@ def test_points_of_slopes_are_measured_first_and_the_sampler_goes_on_around_them
     frame = found.sensitivity()
     assert frame is not None
     assert set(frame["point"]) == {"base", "average", "recommended"}
-    best = MergeRecipe.read(found.path / "best" / "recipe.yaml")
-    assert best.digest in set(frame["digest"])
+    chosen = MergeRecipe.read(found.path / "best" / "recipe.yaml")
+    assert chosen.digest in set(frame["digest"])
     assert "<h2>Sensitivity</h2>" in page
     assert "warm start" not in run(found.path.parent / "study.yaml", found.path)  # it was done
 
@@ -315,21 +318,21 @@ def test_a_layer_that_groups_cut_across_keeps_the_ranges_of_each(
         assert fine.distributions[f"lambda.{group.name}.a"] == wanted
     assert len(fine.groups) == n_groups
     origin = {key: 0.5 for key in fine.distributions}
-    around = FrontSpace(fine, [origin], coarse, inputs.base.names)
-    recipe = around.recipe({**around.corner(0), "times.attention.a": 1.5})
+    around = FrontSpace(fine, {"p": origin}, coarse, inputs.base.names)
+    recipe = around.recipe({**around.corner("p"), "times.attention.a": 1.5})
     moved = {group.name for group in recipe.groups if group.per_expert("lambda")["a"] == 0.75}
     assert moved == {of_fine[name].name for name, group in of_coarse.items() if group.name == "attention"}
 
 
 def test_what_lies_at_a_corner_is_found_there_and_nothing_else(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
-    points = [dict.fromkeys(fine.distributions, 0.5), dict.fromkeys(fine.distributions, 0.9)]
+    points = {name: dict.fromkeys(fine.distributions, value) for name, value in (("p", 0.5), ("q", 0.9))}
     space = FrontSpace(fine, points, bound(COARSE, inputs), inputs.base.names)
     for value, toward in ((0.4, 0.0), (0.75, 0.0), (1.2, 1.0)):
         wanted = dict.fromkeys(fine.distributions, value)
         place = space.place(wanted)
         assert place is not None
-        assert place["toward.1"] == toward
+        assert place["toward.q"] == toward
         assert space.recipe(place) == fine.recipe(wanted)
     uneven = {key: 0.4 + 0.1 * ("layer0" in key) for key in fine.distributions}
     for outside in (dict.fromkeys(fine.distributions, 0.0), dict.fromkeys(fine.distributions, 1.5), uneven):
@@ -338,14 +341,15 @@ def test_what_lies_at_a_corner_is_found_there_and_nothing_else(inputs: Inputs) -
 
 def test_the_design_around_the_points_is_the_same_at_every_start(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
-    points = [dict.fromkeys(fine.distributions, value) for value in (0.5, 0.9, 0.2)]
+    values = {"p": 0.5, "q": 0.9, "r": 0.2}
+    points = {name: dict.fromkeys(fine.distributions, value) for name, value in values.items()}
     space = FrontSpace(fine, points, bound(COARSE, inputs), inputs.base.names)
     found = space.design(7, seed=0)
     assert found == space.design(7, seed=0)
     assert space.design(0, seed=0) == []
     assert len({tuple(params.values()) for params in found}) == 7
     for params in found:
-        assert params["toward.1"] + params["toward.2"] <= 1
+        assert params["toward.q"] + params["toward.r"] <= 1
         assert all(0.75 <= value <= 1.25 for key, value in params.items() if key.startswith("times"))
 
 
@@ -359,13 +363,14 @@ def test_densities_are_searched_around_the_points(inputs: Inputs) -> None:
     config = COARSE.model_validate({**COARSE_TEXT, "method": "ties", "density": 0.4, "groups": groups})
     coarse, fine = bound(config, inputs), bound(finer(config, "tensors", inputs.base.names), inputs)
     origin = {key: 0.4 for key in fine.distributions}
-    space = FrontSpace(fine, [origin, {**origin, "lambda.lm_head-weight.a": 1.0}], coarse, inputs.base.names)
+    points = {"p": origin, "q": {**origin, "lambda.lm_head-weight.a": 1.0}}
+    space = FrontSpace(fine, points, coarse, inputs.base.names)
     assert set(space.distributions) == {
-        *("toward.1", "times.first.a", "times.first.b", "times.rest.a", "times.rest.b"),
+        *("toward.q", "times.first.a", "times.first.b", "times.rest.a", "times.rest.b"),
         *("density.rest.a", "density.rest.b"),
     }
-    params = {**space.corner(0), "density.rest.b": 0.7}
-    assert space.corner(0)["density.rest.b"] == 0.4
+    params = {**space.corner("p"), "density.rest.b": 0.7}
+    assert space.corner("q")["density.rest.b"] == 0.4
     densities = {group.name: group.per_expert("density") for group in space.recipe(params).groups}
     of_coarse, of_fine = (assign_groups(each.groups, inputs.base.names) for each in (coarse, fine))
     for name, group in of_fine.items():
@@ -380,7 +385,11 @@ def test_densities_are_searched_around_the_points(inputs: Inputs) -> None:
 def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> None:
     fine = bound(finer(COARSE, "layers", inputs.base.names), inputs)
     origin = {key: 0.4 for key in fine.distributions}
-    points = [origin, {**origin, "lambda.layer0.a": 1.0}, {**origin, "lambda.layer1.b": 1.8}]
+    points = {
+        "p": origin,
+        "q": {**origin, "lambda.layer0.a": 1.0},
+        "r": {**origin, "lambda.layer1.b": 1.8},
+    }
     groups = [
         {"name": "first", "match": r"layers\.0\."},
         {"name": "rest", "match": r"^(?!.*layers\.0\.)"},
@@ -388,12 +397,18 @@ def test_points_are_mixed_and_multiplied_within_their_ranges(inputs: Inputs) -> 
     coarse = bound(COARSE.model_validate({**COARSE_TEXT, "groups": groups}), inputs)
     space = FrontSpace(fine, points, coarse, inputs.base.names)
     assert list(space.distributions) == [
-        *("toward.1", "toward.2"),
+        *("toward.q", "toward.r"),
         *("times.rest.a", "times.rest.b", "times.first.a", "times.first.b"),
     ]
-    for number, point in enumerate(points):
-        assert space.recipe(space.corner(number)) == fine.recipe(point)
-    params = {**space.corner(0), "toward.1": 0.5, "toward.2": 1.0, "times.first.a": 1.5, "times.rest.b": 1.5}
+    for name, point in points.items():
+        assert space.recipe(space.corner(name)) == fine.recipe(point)
+    params = {
+        **space.corner("p"),
+        "toward.q": 0.5,
+        "toward.r": 1.0,
+        "times.first.a": 1.5,
+        "times.rest.b": 1.5,
+    }
     expected = {**origin, "lambda.layer0.a": 0.7 * 1.5, "lambda.layer1.b": 2.0, "lambda.outside.b": 0.4 * 1.5}
     found, wanted = space.recipe(params), fine.recipe(expected)
     for one, other in zip(found.groups, wanted.groups, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import optuna
 import pandas as pd
@@ -14,7 +15,6 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from mergetune.evaluation.evaluate import Score
 from mergetune.report.metric import Metric
 from mergetune.report.verdict import paired
-from mergetune.results.roles import slopes_name
 from mergetune.results.run_dir import Candidate, searched
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
@@ -129,8 +129,9 @@ def recipe_lines(
 ) -> dict[str, tuple[str, ...]]:
     """Write each recipe's coefficients, a line per layer group: `early: tools 0.70, persona 0.30`.
 
-    Where the groups are many (a group per layer, between anchors) the point of the search space
-    says the same in fewer words. Coefficients without effect are left out; see `coefficients`.
+    Where the groups are many (a group for each layer or tensor) the point of the search space says the same
+    in fewer words, or else the range of each coefficient. Coefficients without effect are left out; see
+    `coefficients`.
     """
     found: dict[str, tuple[str, ...]] = {}
     layouts: dict[tuple[str, ...], list[list[str]]] = {}  # the tensors of each group, by the selectors
@@ -144,7 +145,8 @@ def recipe_lines(
         selectors = tuple(repr((g.layers, g.roles, g.match)) for g in recipe.groups)
         if selectors not in layouts:
             layouts[selectors] = _group_tensors(recipe.groups, tensors)
-        found[candidate.name] = _group_lines(recipe, layouts[selectors], changed)
+        write = _range_lines if len(recipe.groups) > _MANY_GROUPS else _group_lines
+        found[candidate.name] = write(recipe, layouts[selectors], changed)
     return found
 
 
@@ -152,6 +154,22 @@ def _group_tensors(groups: Sequence[RecipeGroup], tensors: Sequence[str]) -> lis
     """Return the tensors of each layer group."""
     group_of = assign_groups(groups, tensors)
     return [[name for name, taker in group_of.items() if taker is group] for group in groups]
+
+
+def _range_lines(
+    recipe: MergeRecipe, own_tensors: Sequence[Sequence[str]], changed: Changed | None
+) -> tuple[str, ...]:
+    """Write `tools 0.31 to 2.00, mean 1.42, in 210 groups`."""
+    every: dict[str, list[float]] = {}
+    for group, own in zip(recipe.groups, own_tensors, strict=True):
+        for parameter, values in coefficients(recipe, group, own, changed).items():
+            for expert, value in values.items():
+                name = expert if parameter == "lambda" else f"{parameter} {expert}"
+                every.setdefault(name.strip(), []).append(value)
+    return tuple(
+        f"{name} {min(values):.2f} to {max(values):.2f}, mean {fmean(values):.2f}, in {len(values)} groups"
+        for name, values in every.items()
+    )
 
 
 def _group_lines(
@@ -185,8 +203,8 @@ def coordinate_name(key: str, coordinates: Mapping[str, Coordinate]) -> str:
     found = coordinates.get(key)
     if found is None:
         return key
-    if found.point is not None:  # see FrontSpace; the first point of the descent is the origin
-        return f"toward {slopes_name(found.point + 1)}"
+    if found.point is not None:
+        return f"toward {found.point}"
     what = "factor" if found.parameter == "times" else found.parameter
     if found.expert:
         what = found.expert if found.parameter == "lambda" else f"{what} of {found.expert}"

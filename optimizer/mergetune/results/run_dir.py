@@ -188,12 +188,12 @@ class Attempts(Strict):
 class WarmStart(Strict):
     """What following the slopes led to, and what it cost.
 
-    `points` are points of the space descended in, settled at the end, that a sampler searches around;
-    `reason` says why slopes were not followed, or not further. `full_evaluations` counts forward passes of
-    one text, a backward pass as two, in evaluations of the search split.
+    `points` are points of the space descended in, by candidate, settled at the end, that a sampler searches
+    around, the best first; `reason` says why slopes were not followed, or not further. `full_evaluations`
+    counts forward passes of one text, a backward pass as two, in evaluations of the search split.
     """
 
-    points: tuple[dict[str, float], ...] = ()
+    points: dict[str, dict[str, float]] = Field(default_factory=dict)
     reason: str | None = None
     full_evaluations: float = 0.0
     seconds: float = 0.0

@@ -13,16 +13,15 @@ class Coordinate(Strict):
             `toward` for how far a point lies on the way to one that they led to.
         group: the layer group or anchor; empty for `toward`.
         expert: whose coefficient it is; empty where it is one for all.
-        point: the number of the point that `toward` leads to, from 0.
+        point: the candidate that `toward` leads to.
     """
 
     parameter: str
     group: str = ""
     expert: str = ""
-    point: int | None = None
+    point: str | None = None
 
     @property
     def key(self) -> str:
         """The number's name in Optuna and in a candidate's `params`."""
-        point = "" if self.point is None else str(self.point)
-        return ".".join(filter(None, (self.parameter, self.group, self.expert, point)))
+        return ".".join(filter(None, (self.parameter, self.group, self.expert, self.point)))

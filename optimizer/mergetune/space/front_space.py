@@ -19,13 +19,13 @@ _TIMES = (0.5, 1.5)  # range of the multipliers
 class FrontSpace:
     """Points of a fine search space, mixed, and multiplied in coarse layer groups.
 
-    The first point is the origin. For each other one `toward.N` ∈ [0, 1] leads to it, the ways added up;
+    The first point is the origin. For each other one `toward.NAME` ∈ [0, 1] leads to it, the ways added up;
     then `times.GROUP.EXPERT` multiplies the smooth coefficients of a coarse layer group. Coefficients without
     slopes, such as densities, are those of the coarse space.
 
     Args:
         fine: the space of the points, each of whose layer groups lies within a coarse one.
-        points: points of it, the origin first; they differ in smooth coefficients alone.
+        points: points of it by name, the origin first; they differ in smooth coefficients alone.
         coarse: the same in coarser layer groups.
         tensor_names: the base's tensors.
     """
@@ -33,17 +33,19 @@ class FrontSpace:
     def __init__(
         self,
         fine: SearchSpace,
-        points: Sequence[Mapping[str, float]],
+        points: Mapping[str, Mapping[str, float]],
         coarse: SearchSpace,
         tensor_names: Sequence[str],
     ) -> None:
-        self._fine, self._origin, self._others = fine, points[0], points[1:]
+        self._fine, self._points = fine, points
+        origin, *others = points
+        self._origin = points[origin]
         place = _coarse_groups(fine, coarse, tensor_names)
         multipliers = _multipliers(fine, place)
         held = _held(fine, place)
         self._multipliers = {key: each.key for key, each in multipliers.items()}
         self._held = {key: each.key for key, each in held.items()}
-        self._towards = [Coordinate(parameter="toward", point=i) for i in range(1, len(points))]
+        self._towards = [Coordinate(parameter="toward", point=name) for name in others]
         every = (*self._towards, *multipliers.values(), *held.values())
         self.coordinates = {each.key: each for each in every}
         self.distributions: dict[str, FloatDistribution] = {
@@ -56,9 +58,9 @@ class FrontSpace:
         """Return the recipe at a point of the space; see `SearchSpace.recipe`."""
         return self._fine.recipe(self._fine_point(params))
 
-    def corner(self, number: int) -> dict[str, float]:
-        """Return where a point of the descent lies: 0 is the origin."""
-        towards = {each.key: float(each.point == number) for each in self._towards}
+    def corner(self, name: str) -> dict[str, float]:
+        """Return where one of the points lies."""
+        towards = {each.key: float(each.point == name) for each in self._towards}
         held = {place: self._origin[key] for key, place in self._held.items()}
         return {**towards, **dict.fromkeys(self._multipliers.values(), 1.0), **held}
 
@@ -69,13 +71,14 @@ class FrontSpace:
         ends of its range: a scrambled Sobol sequence (Owen 1998), whose first coordinates, sorted, cut [0, 1]
         into the shares.
         """
-        n_others, sobol = len(self._others), qmc.Sobol(len(self.distributions), seed=seed)
+        n_others, sobol = len(self._towards), qmc.Sobol(len(self.distributions), seed=seed)
+        middles = list(self.corner(next(iter(self._points))).items())[n_others:]
         found = []
         for row in sobol.random_base2(max(n_points - 1, 0).bit_length())[:n_points]:
             params = dict(zip(self.distributions, row.tolist(), strict=True))
             shares = np.diff(np.sort(row[:n_others]), prepend=0.0)
             params |= {each.key: float(share) for each, share in zip(self._towards, shares, strict=True)}
-            for key, middle in list(self.corner(0).items())[n_others:]:
+            for key, middle in middles:
                 ends = self.distributions[key]
                 drawn = ends.low + params[key] * (ends.high - ends.low)
                 params[key] = nearest_in(ends, (middle + drawn) / 2)
@@ -87,8 +90,8 @@ class FrontSpace:
 
         None where it lies at none. Nothing between the corners is looked at.
         """
-        for number in range(1 + len(self._others)):
-            corner = self.corner(number)
+        for name in self._points:
+            corner = self.corner(name)
             held = {place: fine_point[key] for key, place in self._held.items()}
             params = corner | self._factors(self._fine_point(corner), fine_point) | held
             ranges = self.distributions.items()
@@ -99,8 +102,9 @@ class FrontSpace:
 
     def _fine_point(self, params: Mapping[str, float]) -> dict[str, float]:
         found = dict(self._origin)
-        for toward, other in zip(self._towards, self._others, strict=True):
-            for key, value in other.items():
+        for toward in self._towards:
+            assert toward.point is not None  # see above
+            for key, value in self._points[toward.point].items():
                 found[key] += params[toward.key] * (value - self._origin[key])
         for key, multiplier in self._multipliers.items():
             found[key] *= params[multiplier]

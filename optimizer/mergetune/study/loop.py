@@ -162,7 +162,8 @@ def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
     check_warm_start(warm_start, fine)
     try_sampler(plan.config.sampler, directions, space.distributions)
     if warm_start.kind != "none" and fine.config != space.config and fine.smooth_shares():
-        points = [{key: each.low for key, each in fine.distributions.items()}] * (1 + len(directions))
+        low = {key: each.low for key, each in fine.distributions.items()}
+        points = {roles.slopes_name(number): low for number in range(1 + len(directions))}
         around = FrontSpace(fine, points, space, inputs.base.names)
         try_sampler(plan.config.sampler, directions, around.distributions)
     return space, fine

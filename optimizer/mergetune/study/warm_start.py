@@ -145,10 +145,7 @@ class WarmStarter:
         around = FrontSpace(self._fine, points, self._space, inputs.base.names)
         listed = {name: around.place(params) for name, params in self._baselines().items()}
         places = {name: place for name, place in listed.items() if place is not None}
-        corners = [str(params) for params in points]
-        for each in self._record.checkpoints:
-            if str(each.params) in corners:
-                places[each.name] = around.corner(corners.index(str(each.params)))
+        places |= {name: around.corner(name) for name in points}
         return Searched(around, "front", places)
 
     def _measure(self) -> None:
@@ -268,8 +265,7 @@ class WarmStarter:
         best = self._best()
         origin = next((each for each in checkpoints if each.name == best), of_own[-1])
         last = {each.trajectory: each for each in checkpoints if each.trajectory != _OWN}
-        others = [each.params for each in last.values() if each is not origin]
-        self._keep(points=(origin.params, *others))
+        self._keep(points={each.name: each.params for each in (origin, *last.values())})
         self._candidates.progress.say(
             f"warm start: {len(checkpoints)} points by slopes for the cost of "
             f"{self._record.full_evaluations:.1f} full evaluations, {self._record.seconds:.1f} s"
