@@ -88,7 +88,7 @@ def is_worse(
     suite: SuiteConfig,
     alpha: float,
 ) -> bool:
-    """Say whether a candidate is surely worse than a rival in every objective, on these items of each task."""
+    """Say whether a candidate is surely worse than a rival in every objective, by these items of tasks."""
     for name, objective in suite.objectives.items():
         tasks = [keys for keys in taken if keys and keys[0][0] == name]
         n_rounds = min(map(len, tasks))

@@ -199,7 +199,7 @@ def run_on(models: Models, name: str, n_groups: int, n_trials: int, seed: int, *
         "search_space": str(space),
         "suite": models.suite,
         "engine": {"kind": "transformers", "batch_size": models.batch_size},
-        "budget": {"trials": n_trials, "hours": 24},
+        "budget": {"trials": n_trials, "hours": 24, "patience": max(n_trials, 1)},
         "seed": seed,
         **changes,
     }

@@ -338,6 +338,19 @@ def test_the_search_ends_when_its_items_are_spent_or_its_target_is_reached(
     printed = run(study, tmp_path / "spent")
     assert "The search ended when 161 items were measured, of 150 in the budget." in printed
     assert "gradient-1" not in printed  # nor are slopes followed
+    study = study_of(tmp_path, models, budget={"trials": 30, "patience": 3})
+    printed = run(study, tmp_path / "patient")
+    assert "The search ended when 3 candidates in a row had brought no better merge." in printed
+    found = RunDir(tmp_path / "patient")
+    best = selection.recommend(
+        found.all_scores("search"),
+        found.study.suite_config,
+        selection.scales_of(found, found.all_scores("search")),
+    )
+    assert best is not None
+    searched = [each.name for each in found.candidates() if not each.is_baseline]
+    n_until = searched.index(best.name) + 1 if best.name in searched else 0
+    assert len(searched) == n_until + 3
     reached = {"trials": 9, "target": {"words": 0.0}}
     study = study_of(tmp_path, models, budget=reached)
     assert "The search ended when `average-0.5` reached the target." in run(study, tmp_path / "b")
@@ -580,5 +593,5 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert "task_arithmetic: 2 coefficients in 1 layer groups" in printed.getvalue()
     assert rows["baselines"].startswith("7 models, and the base twice: ")
     assert "up to 7 trials, within 2 hours: " in rows["trials"]
-    assert rows["trials"].endswith("; slopes may cost as much again")
+    assert rows["trials"].endswith("; what slopes lead to costs up to twice as much")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -181,13 +181,8 @@ def _share(gain: Gain, objective: ObjectiveConfig, score: Score) -> float:
     return 1 - float(gain.loss(np.array([objective.sign * score.value]))[0])
 
 
-def recommend(
-    candidates: Mapping[str, Scores],
-    suite: SuiteConfig,
-    scales: Scales,
-    measured: Mapping[str, Scores] | None = None,
-) -> Recommendation | None:
-    """Choose one merge: guards kept, then the least worst weighted loss against the experts.
+def best_merge(candidates: Mapping[str, Scores], suite: SuiteConfig, scales: Scales) -> str | None:
+    """Return the merge with the least worst weighted loss against the experts, of those that keep the guards.
 
     The loss of an objective is 1 minus the share kept of the best expert's gain (see `gains` for gains
     that noise may have made), times the objective's weight (a weighted Chebyshev distance to the ideal
@@ -198,14 +193,32 @@ def recommend(
     Args:
         candidates: the scores to choose by, smoothed or measured, by candidate name.
         suite: the suite's file.
+        scales: of the base and the experts, and of others if they are at hand.
+    """
+    names = list(candidates)
+    if BASE not in candidates or not any(map(is_merge, names)):
+        return None
+    return names[int(_choose(_signed(candidates, suite.scores), names, suite, scales))]
+
+
+def recommend(
+    candidates: Mapping[str, Scores],
+    suite: SuiteConfig,
+    scales: Scales,
+    measured: Mapping[str, Scores] | None = None,
+) -> Recommendation | None:
+    """Choose one merge as `best_merge` does, and say why. None where no merge was measured.
+
+    Args:
+        candidates: the scores to choose by, smoothed or measured, by candidate name.
+        suite: the suite's file.
         scales: of the scores as measured.
         measured: where `candidates` are smoothed, the scores as measured, for the reason's words.
     """
-    names = list(candidates)
-    merges = [name for name in names if is_merge(name)]
-    if not merges or BASE not in candidates:
+    best = best_merge(candidates, suite, scales)
+    if best is None:
         return None
-    best = names[int(_choose(_signed(candidates, suite.scores), names, suite, scales))]
+    merges = [name for name in candidates if is_merge(name)]
     kept = [name for name in merges if keeps_guards(candidates[name], candidates, suite)]
     by = "By smoothed scores, " if measured else ""
     if best in kept:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from mergetune.measuring.pool import Failed, Job, Measured, Pool, PoolOptions, r
 from mergetune.measuring.progress import Progress, candidate_line
 from mergetune.measuring.reply_store import ReplyStore, default_store
 from mergetune.merging.inputs import Inputs
-from mergetune.results.roles import SEARCHED, Role
+from mergetune.results import selection
+from mergetune.results.roles import SEARCHED, Role, is_merge
 from mergetune.results.run_dir import Candidate, Cost, RunDir, SpaceKind
+from mergetune.results.selection import Scales
 from mergetune.space.recipe import MergeRecipe, count_layers
 
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
@@ -123,6 +126,23 @@ class Candidates:
     def all(self) -> list[Candidate]:
         """The candidates in the order measured."""
         return list(self._known.values())
+
+    @property
+    def best(self) -> str:
+        """The merge that would be recommended by the scores as measured; empty where none was measured."""
+        return selection.best_merge(self.scores, self.evaluator.suite.config, self._scales) or ""
+
+    @cached_property
+    def _scales(self) -> Scales:
+        """What makes scores comparable: the base's and the experts', which are measured first."""
+        return selection.scales_of(self.run, [name for name in self.scores if not is_merge(name)])
+
+    @property
+    def n_since_best(self) -> int:
+        """How many candidates of the search were measured after that one, or failed."""
+        names = [each.name for each in self.all if not each.is_baseline]
+        best = self.best
+        return len(names) - (names.index(best) + 1 if best in names else 0)
 
     def measure(self, proposal: Proposal) -> Candidate:
         """Merge, load and score one candidate on the search split, unless that was done before.

@@ -268,6 +268,8 @@ def _why_spent(plan: Plan, candidates: Candidates, spent_s: float) -> str:
     budget, suite = plan.config.budget, candidates.evaluator.suite.config
     if spent_s >= budget.hours * 3600:
         return f"the budget of {budget.hours:g} hours was spent"
+    if candidates.n_since_best >= budget.patience:
+        return f"{budget.patience} candidates in a row had brought no better merge"
     if budget.items is not None:
         n_items = sum(candidate.cost.n_items for candidate in candidates.all)
         if n_items >= budget.items:

@@ -165,7 +165,7 @@ class WarmStarter:
             return _OWN if self._can_begin() else None
         taken = [each.trajectory for each in self._record.checkpoints]
         names = [each.name for each in self._record.checkpoints]
-        best = self._best()
+        best = self._candidates.best
         n_since = taken[names.index(best) + 1 if best in names else 0 :].count(_OWN)
         if n_since < _PATIENCE:
             return _OWN
@@ -262,7 +262,7 @@ class WarmStarter:
         if not checkpoints:
             return
         of_own = [each for each in checkpoints if each.trajectory == _OWN]
-        best = self._best()
+        best = self._candidates.best
         origin = next((each for each in checkpoints if each.name == best), of_own[-1])
         last = {each.trajectory: each for each in checkpoints if each.trajectory != _OWN}
         self._keep(points={each.name: each.params for each in (origin, *last.values())})
@@ -270,13 +270,6 @@ class WarmStarter:
             f"warm start: {len(checkpoints)} points by slopes for the cost of "
             f"{self._record.full_evaluations:.1f} full evaluations, {self._record.seconds:.1f} s"
         )
-
-    def _best(self) -> str:
-        """Return the candidate that would be recommended by what was measured."""
-        candidates = self._candidates
-        scales = selection.scales_of(candidates.run, candidates.scores)
-        best = selection.recommend(candidates.scores, candidates.evaluator.suite.config, scales)
-        return best.name if best else ""
 
     def _keep(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
