@@ -156,6 +156,17 @@ def test_the_second_base_and_the_final_slopes_count_as_spent(run: RunDir) -> Non
     assert RunDir(run.path).spent_s() == pytest.approx(before + 12.0)
 
 
+def test_points_of_slopes_of_an_earlier_version_are_named(run: RunDir) -> None:
+    points = [{"lambda.all.a": 0.5}, {"lambda.all.a": 0.7}]
+    run.write_json(
+        "warm_start.json", {"points": points, "reason": None, "full_evaluations": 2.9, "seconds": 1.0}
+    )
+    found = run.warm_start()
+    assert found is not None
+    assert found.points == {"gradient-1": points[0], "gradient-2": points[1]}
+    assert found.is_over
+
+
 def test_a_point_of_an_earlier_version_is_read_as_one_of_its_space(run: RunDir) -> None:
     own = run.candidates()[0].model_dump(mode="json", by_alias=True)
     del own["space"]

@@ -220,6 +220,23 @@ def test_a_sampler_that_could_not_search_around_the_points_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_steps_that_lead_nowhere_new_are_not_measured_again(
+    tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[Any] = []
+
+    def take_steps(*given: Any) -> Any:
+        first.append(first[0] if first else plain(*given))
+        return first[0]
+
+    plain = descent.take_steps
+    monkeypatch.setattr(warm_start, "take_steps", take_steps)
+    run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 3}), tmp_path / "run")
+    found = RunDir(tmp_path / "run")
+    assert [each.name for each in of_role(found, "slopes")] == ["gradient-1"]
+    assert len(of_role(found, "trial")) == 2
+
+
 def test_slopes_that_break_off_leave_what_they_led_to(
     tmp_path: Path, tiny_base: Path, tiny_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.files.atomic_files import TEMPORARY, write_parquet, write_text
 from mergetune.files.yaml_io import Strict, write_yaml
 from mergetune.results.config import StudyConfig
-from mergetune.results.roles import SEARCHED, Role, role_of
+from mergetune.results.roles import SEARCHED, Role, role_of, slopes_name
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.models import reference_to
@@ -197,6 +197,15 @@ class WarmStart(Strict):
     reason: str | None = None
     full_evaluations: float = 0.0
     seconds: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, data: object) -> object:
+        """Name the points by their candidates, which earlier versions listed in their order."""
+        if not isinstance(data, dict) or not isinstance(data.get("points"), list):
+            return data
+        points = {slopes_name(number): point for number, point in enumerate(data["points"], start=1)}
+        return {**data, "points": points}
 
     @property
     def is_over(self) -> bool:

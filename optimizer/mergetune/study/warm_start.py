@@ -17,7 +17,7 @@ from mergetune.measuring.attempts import attempt
 from mergetune.results import roles, selection
 from mergetune.results.config import WarmStartConfig
 from mergetune.results.roles import uniform_name
-from mergetune.results.run_dir import Candidate, SpaceKind, WarmStart
+from mergetune.results.run_dir import Candidate, SpaceKind, WarmStart, readable
 from mergetune.slopes.descent import (
     Checkpoint,
     Laws,
@@ -117,8 +117,8 @@ class WarmStarter:
         self._space, self._fine = space, fine
         self._is_own = fine.config == space.config
         self._problem: Problem | None = None
-        known = candidates.run.warm_start_record()
-        self._record = _Record() if known is None else _Record.model_validate(known)
+        with readable(candidates.run.path / "warm_start.json"):
+            self._record = _Record.model_validate(candidates.run.warm_start_record() or {})
 
     def run(self) -> Searched:
         """Go on with the descent until it ends; returns the space that a sampler searches from there.
@@ -154,7 +154,7 @@ class WarmStarter:
             recipe = self._fine.recipe(each.params)
             params = each.params if self._is_own else None
             proposal = Proposal("slopes", each.name, recipe, params)
-            if self._candidates.known(proposal) is None:
+            if self._candidates.known(proposal) is None and self._candidates.twin(proposal) is None:
                 if self._why_spent():
                     return
                 self._candidates.measure(proposal)
