@@ -117,6 +117,7 @@ class WarmStarter:
         self._space, self._fine = space, fine
         self._is_own = fine.config == space.config
         self._problem: Problem | None = None
+        self._done: set[str] = set()  # checkpoints that need not be measured any more
         with readable(candidates.run.path / "warm_start.json"):
             self._record = _Record.model_validate(candidates.run.warm_start_record() or {})
 
@@ -151,13 +152,15 @@ class WarmStarter:
     def _measure(self) -> None:
         """Measure the checkpoints that are not yet, as far as the budget goes."""
         for each in self._record.checkpoints:
-            recipe = self._fine.recipe(each.params)
+            if each.name in self._done:
+                continue
             params = each.params if self._is_own else None
-            proposal = Proposal("slopes", each.name, recipe, params)
+            proposal = Proposal("slopes", each.name, self._fine.recipe(each.params), params)
             if self._candidates.known(proposal) is None and self._candidates.twin(proposal) is None:
                 if self._why_spent():
                     return
                 self._candidates.measure(proposal)
+            self._done.add(each.name)
 
     def _next(self) -> str | None:
         """Return the trajectory to go on with; None where there is nothing more to gain."""
