@@ -61,7 +61,10 @@ def test_an_error_is_one_message_and_debug_gives_the_traceback(tmp_path: Path) -
         ({"serach_space": "x"}, ["study.yaml", "`serach_space`: unknown key", "Did you mean `search_space`"]),
         ({"engine": {"kind": "transformer"}}, ["`engine.kind`", "'transformer'"]),
         ({"engine": "vlm"}, ["`engine`: must be 'auto', 'transformers' or 'vllm', but got 'vlm'"]),
-        ({"budget": 40}, ["`budget`: must be `key: value` pairs (trials, hours, items, target), but got 40"]),
+        (
+            {"budget": 40},
+            ["`budget`: must be `key: value` pairs (trials, hours, items, patience, target), but got 40"],
+        ),
         ({"engine": {"batchsize": 3}}, ["`engine.batchsize`: unknown key", "Did you mean `batch_size`"]),
         (
             {"search_space": "task_aritmetic"},

@@ -317,7 +317,9 @@ def test_what_a_killed_run_left_half_written_is_swept_and_broken_files_are_measu
 
 
 def test_the_budget_of_hours_ends_the_search(tmp_path: Path, models: dict[str, Path]) -> None:
-    study = study_of(tmp_path, models, budget={"trials": 1000, "hours": 0.0006}, sampler="RandomSampler")
+    study = study_of(
+        tmp_path, models, budget={"trials": 1000, "hours": 0.0006, "patience": 1000}, sampler="RandomSampler"
+    )
     printed = run(study, tmp_path / "run")
     assert "The search ended when the budget of 0.0006 hours was spent." in printed
     assert (tmp_path / "run" / "best").is_dir()

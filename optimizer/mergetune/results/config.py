@@ -21,16 +21,16 @@ class Budget(Strict):
 
     Attributes:
         trials: candidates of the search, baselines not counted.
-        patience: so many candidates in a row that brought no better merge, by the rule that recommends one.
         hours: of measuring, see docs/study.md.
         items: measured on the search split, once for each candidate, baselines included.
+        patience: so many candidates in a row that brought no better merge, by the rule that recommends one.
         target: scores by objective; a merge that reaches all of them and keeps every guard is enough.
     """
 
     trials: int = Field(40, ge=0)
-    patience: int = Field(20, ge=1)
     hours: float = Field(8.0, gt=0)
     items: int | None = Field(None, gt=0)
+    patience: int = Field(20, ge=1)
     target: dict[str, float] = Field(default_factory=dict)
 
 
