@@ -22,6 +22,7 @@ from mergetune.files.library import presets
 from mergetune.files.yaml_io import Strict, validate
 from mergetune.results.config import StudyConfig
 from mergetune.space.method_table import METHODS, MethodName
+from mergetune.space.recipe import MergeRecipe
 from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
 from test_layout import ROOMS
 
@@ -217,3 +218,21 @@ def test_the_site_is_built_and_every_link_leads_somewhere(tmp_path: Path) -> Non
         for link in re.findall(r'<(?:a|img|link|script)\b[^>]*? (?:href|src)="([^":#?]+)["#?]', html):
             assert (page.parent / link).exists(), f"{page}: {link}"
         assert not re.search(r'<(?:img|link|script)\b[^>]*? (?:href|src)="(?:https?:)?//', html)
+
+
+def test_the_report_of_the_demo_names_no_folder_of_the_machine_that_made_it() -> None:
+    """Its recipes can be merged in a clone: they name the experts relative to their own file."""
+    example = ROOT / "reports" / "example"
+    recipes = sorted((example / "recipes").glob("*.yaml"))
+    assert recipes
+    for file in recipes:
+        recipe = MergeRecipe.read(file)
+        for name, source in recipe.experts.items():
+            given = yaml.safe_load(file.read_text(encoding="utf-8"))["experts"][name]["path"]
+            assert not Path(given).is_absolute(), file
+            assert (file.parent / given).is_dir(), file
+            assert source.digest
+    page = (example / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r"<code>([^<]*)</code>", page)
+    assert shown
+    assert [text for text in shown if re.search(r"(^|\s)/\w", text)] == []
