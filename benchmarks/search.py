@@ -298,9 +298,9 @@ def volumes(models: Models, traces: Sequence[Trace]) -> dict[str, dict[str, floa
 def recommended(trace: Trace) -> str:
     """Return the candidate that search scores recommend at the largest cost."""
     search = prefix(trace, max(COSTS))
-    found = selection.recommend(search, trace.suite, selection.scales_of(trace.run, search))
+    found = selection.best_merge(search, trace.suite, selection.scales_of(trace.run, search))
     assert found is not None  # averages are measured first
-    return found.name
+    return found
 
 
 def worst_skill(trace: Trace) -> float:

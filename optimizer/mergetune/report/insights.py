@@ -164,8 +164,7 @@ def _range_lines(
     for group, own in zip(recipe.groups, own_tensors, strict=True):
         for parameter, values in coefficients(recipe, group, own, changed).items():
             for expert, value in values.items():
-                name = expert if parameter == "lambda" else f"{parameter} {expert}"
-                every.setdefault(name.strip(), []).append(value)
+                every.setdefault(_coefficient_name(parameter, expert), []).append(value)
     return tuple(
         f"{name} {min(values):.2f} to {max(values):.2f}, mean {fmean(values):.2f}, in {len(values)} groups"
         for name, values in every.items()
@@ -178,7 +177,7 @@ def _group_lines(
     lines: dict[str, list[str]] = {}
     for group, own in zip(recipe.groups, own_tensors, strict=True):
         named = [
-            f"{'' if parameter == 'lambda' else parameter + ' '}{expert} {value:.2f}"
+            f"{_coefficient_name(parameter, expert)} {value:.2f}"
             for parameter, values in coefficients(recipe, group, own, changed).items()
             for expert, value in values.items()
         ]
@@ -187,6 +186,11 @@ def _group_lines(
     if len(lines) == 1:
         return tuple(lines)
     return tuple(f"{', '.join(names)}: {line}" for line, names in lines.items())
+
+
+def _coefficient_name(parameter: str, expert: str) -> str:
+    """Write `tools` for an expert's lambda, and `density tools` for another coefficient."""
+    return expert if parameter == "lambda" else f"{parameter} {expert}"
 
 
 def unchanged_roles(tensors: Sequence[str], changed: Changed | None) -> tuple[str, ...]:

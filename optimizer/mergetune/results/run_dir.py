@@ -44,7 +44,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from filelock import FileLock, Timeout
 from pyarrow import parquet
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from mergetune.engines.engine import EngineKind
 from mergetune.errors import MergetuneError
@@ -190,8 +190,11 @@ class WarmStart(Strict):
 
     `points` are points of the space descended in, by candidate, settled at the end, that a sampler searches
     around, the best first; `reason` says why slopes were not followed, or not further. `full_evaluations`
-    counts forward passes of one text, a backward pass as two, in evaluations of the search split.
+    counts forward passes of one text, a backward pass as two, in evaluations of the search split. The file
+    also holds what the descent goes on from.
     """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     points: dict[str, dict[str, float]] = Field(default_factory=dict)
     reason: str | None = None
@@ -361,10 +364,9 @@ class RunDir:
 
     def warm_start(self) -> WarmStart | None:
         """Return what following the slopes led to, None before that was tried."""
+        found = self.warm_start_record()
         with readable(self.path / "warm_start.json"):
-            found = self.warm_start_record()
-            own = {name: value for name, value in (found or {}).items() if name in WarmStart.model_fields}
-            return None if found is None else WarmStart.model_validate(own)
+            return None if found is None else WarmStart.model_validate(found)
 
     def attempts(self, what: str, of: str = "") -> Attempts:
         """Return the attempts at something that were begun and came to no end.
@@ -404,14 +406,18 @@ class RunDir:
         known = self._seconds()
         self.write_json("seconds.json", {**known, what: known.get(what, 0.0) + seconds})
 
-    def spent_s(self) -> float:
+    def spent_s(self, candidates: Iterable[Candidate] | None = None) -> float:
         """Return the seconds that went into measuring and following slopes, before the search and after it.
 
         Failed candidates, the base's second measurement and the final slopes are among them; the holdout is
         not. Only what is on disk counts, so that a study that goes on ends where it would have ended.
+
+        Args:
+            candidates: the run's, where they are at hand; by default they are read.
         """
         start = self.warm_start()
-        measured = sum(candidate.cost.total_s for candidate in self.candidates())
+        known = self.candidates() if candidates is None else candidates
+        measured = sum(candidate.cost.total_s for candidate in known)
         return measured + (start.seconds if start else 0.0) + sum(self._seconds().values())
 
     def write_noise(self, measurement: Measurement) -> None:

@@ -437,5 +437,4 @@ def best_baseline(run: RunDir, choice: Choice) -> str | None:
     """Return the merge that would be recommended had there been no search, by the same scores and rule."""
     baselines = {candidate.name for candidate in run.candidates() if candidate.is_baseline}
     scores = {name: own for name, own in choice.smoothing.scores.items() if name in baselines}
-    found = recommend(scores, run.study.suite_config, choice.scales)
-    return found.name if found else None
+    return best_merge(scores, run.study.suite_config, choice.scales)

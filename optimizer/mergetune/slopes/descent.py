@@ -22,7 +22,7 @@ from mergetune.slopes.losses import MAX_TOKENS, losses_by_task, mean_losses, mea
 from mergetune.slopes.references import References
 from mergetune.slopes.score_link import TINY, ScoreLink, fit_link
 from mergetune.space.recipe import MergeRecipe
-from mergetune.space.search_space import SearchSpace, nearest_in
+from mergetune.space.search_space import SearchSpace, Share, nearest_in
 from mergetune.stats.gains import clear_gains, loss_rate
 
 Params = dict[str, float]  # a point of the search space
@@ -115,12 +115,14 @@ class Problem:
     @cached_property
     def objectives(self) -> list[str]:
         """The objectives that have references."""
-        return [name for name in self.suite.objectives if name in self.references.by_score]
+        with_references = self.references.by_score
+        return [name for name in self.suite.objectives if name in with_references]
 
     @cached_property
     def guards(self) -> list[str]:
         """The guards that have references."""
-        return [name for name in self.suite.guards if name in self.references.by_score]
+        with_references = self.references.by_score
+        return [name for name in self.suite.guards if name in with_references]
 
     @cached_property
     def learned(self) -> References:
@@ -148,9 +150,14 @@ class Problem:
         return min(max(round(self.n_texts / _cost(self.batches[0])), _FEWEST), _MOST)
 
     @cached_property
+    def shares(self) -> list[Share]:
+        """How the smooth coefficients of recipes are made of those that can change."""
+        return self.space.smooth_shares()
+
+    @cached_property
     def keys(self) -> list[str]:
         """The coefficients that can change and have slopes."""
-        return list(dict.fromkeys(share.key for share in self.space.smooth_shares()))
+        return list(dict.fromkeys(share.key for share in self.shares))
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +173,7 @@ class Problem:
             places = zip(own["group"], own["parameter"], own["expert"], strict=True)
             known = dict(zip(places, own["slope"], strict=True))
             slope = dict.fromkeys(self.keys, 0.0)
-            for share in self.space.smooth_shares():
+            for share in self.shares:
                 place = (share.group, share.parameter, share.expert)
                 slope[share.key] += share.weight * known.get(place, 0.0)
             gradients[str(name)] = torch.tensor(list(slope.values()), dtype=torch.float64)

@@ -130,12 +130,17 @@ class Candidates:
     @property
     def best(self) -> str:
         """The merge that would be recommended by the scores as measured; empty where none was measured."""
-        return selection.best_merge(self.scores, self.evaluator.suite.config, self._scales) or ""
+        return selection.best_merge(self.scores, self.evaluator.suite.config, self.scales) or ""
 
     @cached_property
-    def _scales(self) -> Scales:
+    def scales(self) -> Scales:
         """What makes scores comparable: the base's and the experts', which are measured first."""
         return selection.scales_of(self.run, [name for name in self.scores if not is_merge(name)])
+
+    @property
+    def spent_s(self) -> float:
+        """See `RunDir.spent_s`."""
+        return self.run.spent_s(self._known.values())
 
     @property
     def n_since_best(self) -> int:

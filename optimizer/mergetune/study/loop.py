@@ -176,7 +176,7 @@ def _follow_slopes(plan: Plan, candidates: Candidates, space: SearchSpace, fine:
         n_measured = sum(not each.is_baseline for each in candidates.all)
         if n_measured >= plan.config.budget.trials:
             return "all trials were done"
-        return _why_spent(plan, candidates, candidates.run.spent_s())
+        return _why_spent(plan, candidates)
 
     return WarmStarter(candidates, plan.config.warm_start, space, fine, why_spent).run()
 
@@ -214,11 +214,11 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
     storage = run.path / "study.db"
     search = open_search(storage, _directions(plan), sampler)
-    names, spent_s = _trial_names(candidates.all, refused(search)), run.spent_s()
+    names = _trial_names(candidates.all, refused(search))
     n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # no free coefficient: one suffices
     first = _last_number(names) + 1
     due = deque(range(first, first + max(n_allowed - len(names), 0)))
-    if due and not _why_spent(plan, candidates, spent_s):  # else the space may be another than theirs
+    if due and not _why_spent(plan, candidates):  # else the space may be another than theirs
         search = catch_up(search, storage, known, space.distributions, _outcome(candidates, None))
         _enqueue_design(search, plan, space, known)
     line = StudyLine(first, len(due))
@@ -227,7 +227,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     run.write_json(_SEARCH, {"ended": ""})
     while due or asked:
         interrupts.check()
-        if due and (reason := _why_spent(plan, candidates, spent_s) or _why_flat(searched, candidates)):
+        if due and (reason := _why_spent(plan, candidates) or _why_flat(searched, candidates)):
             ended = reason
             due.clear()
         candidate: Candidate | None = None
@@ -248,7 +248,6 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
                 continue
         elif asked:
             candidate = candidates.next()
-            spent_s += candidate.cost.total_s
             trial = asked.pop(candidate.name)
         else:
             break
@@ -260,13 +259,10 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
         run.write_json(_SEARCH, {"ended": ended})
 
 
-def _why_spent(plan: Plan, candidates: Candidates, spent_s: float) -> str:
-    """Say which part of the budget is spent or reached; nothing where none is.
-
-    `spent_s` counts as `RunDir.spent_s` does. Trials are not looked at.
-    """
+def _why_spent(plan: Plan, candidates: Candidates) -> str:
+    """Say which part of the budget is spent or reached, trials apart; nothing where none is."""
     budget, suite = plan.config.budget, candidates.evaluator.suite.config
-    if spent_s >= budget.hours * 3600:
+    if candidates.spent_s >= budget.hours * 3600:
         return f"the budget of {budget.hours:g} hours was spent"
     if candidates.n_since_best >= budget.patience:
         return f"{budget.patience} candidates in a row had brought no better merge"

@@ -318,9 +318,8 @@ def _start(candidates: Candidates, space: SearchSpace, points: Mapping[str, Para
     """Return the best merge of these and its point; else the middle of all ranges."""
     anchors = {name: own for name, own in candidates.scores.items() if not roles.is_merge(name)}
     merges = {name: candidates.scores[name] for name in points if roles.is_merge(name)}
-    scales = selection.scales_of(candidates.run, anchors | merges)
-    best = selection.recommend(anchors | merges, candidates.evaluator.suite.config, scales)
+    best = selection.best_merge(anchors | merges, candidates.evaluator.suite.config, candidates.scales)
     if best is not None:
-        return best.name, points[best.name]
+        return best, points[best]
     middle = {key: (each.low + each.high) / 2 for key, each in space.distributions.items()}
     return "", {key: nearest_in(space.distributions[key], value) for key, value in middle.items()}
