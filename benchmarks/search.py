@@ -94,10 +94,11 @@ class Models:
     batch_size: int
 
 
-def small_models(folder: Path, seed: int, kind: str) -> Models:
-    """Train the models of one seed, unless they are there; `kind` is of `small_skills.EXPERTS`."""
-    own = folder.resolve() / f"{kind}-{seed}"
-    small_skills.write_models(own, seed, kind)
+def small_models(folder: Path, seed: int, kind: str, n_search: int) -> Models:
+    """Train the models of one seed, unless they are there; see `small_skills.write_models`."""
+    more = "" if n_search == small_skills.N_SEARCH else f"-{n_search}"
+    own = folder.resolve() / f"{kind}-{seed}{more}"
+    small_skills.write_models(own, seed, kind, n_search)
     experts = {skill: str(own / skill) for skill in small_skills.EXPERTS[kind]}
     suite = str(own / "suite.yaml")
     return Models(own, str(own / "base"), experts, suite, small_skills.N_LAYERS, batch_size=200)
@@ -201,6 +202,7 @@ def run_on(models: Models, name: str, n_groups: int, n_trials: int, seed: int, *
         "engine": {"kind": "transformers", "batch_size": models.batch_size},
         "budget": {"trials": n_trials, "hours": 24, "patience": max(n_trials, 1)},
         "seed": seed,
+        "elimination": 0.0,  # a candidate costs one full evaluation
         **changes,
     }
     file, out = models.folder / f"study-{name}.yaml", models.folder / "runs" / name
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2, 12)))
+    parser.add_argument("--items", type=int, default=small_skills.N_SEARCH, help="of a skill, in the search")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     medians: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -360,7 +363,7 @@ def main() -> None:
             models = (
                 smollm2_models(arguments.folder)
                 if is_large
-                else small_models(arguments.folder, seed, problem.models)
+                else small_models(arguments.folder, seed, problem.models, arguments.items)
             )
             traces = [run_method(models, problem, each, seed, max(COSTS)) for each in arguments.methods]
             every.append(volumes(models, traces))

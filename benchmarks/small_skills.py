@@ -31,8 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 LETTERS = "abcdefghij"
 SHORTEST, LONGEST = 2, 6  # letters; the suite has the longest strings alone
-N_ITEMS = 280  # of each skill in the suite
-HOLDOUT = 0.78  # of them; the search has about 60
+N_SEARCH, N_HOLDOUT = 62, 218  # items of each skill in the suite's splits, or nearly so
 N_LAYERS = 8
 
 N_TIMES = {"reverse": 2, "shift": 2}  # in the base's mixture, else once: sorting is learnt first
@@ -80,17 +79,18 @@ PAD, END = "<pad>", "<end>"
 TOKENS = (PAD, END, *SKILLS, *LETTERS, " ", ":")
 
 
-def write_models(folder: Path, seed: int, experts: str = "even") -> None:
+def write_models(folder: Path, seed: int, experts: str = "even", n_search: int = N_SEARCH) -> None:
     """Write `base`, an expert for each skill by the skill's name, and `suite.yaml` with its items.
 
     Args:
         folder: where to.
         seed: all follows from it.
         experts: which of `EXPERTS`.
+        n_search: items of each skill in the search split.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    items = {skill: _distinct(skill, N_ITEMS, f"{seed} items") for skill in SKILLS}
-    _write_suite(folder, {skill: items[skill] for skill in EXPERTS[experts]})
+    items = {skill: _distinct(skill, n_search + N_HOLDOUT, f"{seed} items") for skill in SKILLS}
+    _write_suite(folder, {skill: items[skill] for skill in EXPERTS[experts]}, n_search)
     kept_out = {prompt for examples in items.values() for prompt, _ in examples}
     if not (folder / "base").is_dir():
         learned = SKILLS if experts == "four" else THREE
@@ -221,7 +221,7 @@ def _save(model: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _write_suite(folder: Path, items: Mapping[str, Sequence[Example]]) -> None:
+def _write_suite(folder: Path, items: Mapping[str, Sequence[Example]], n_search: int) -> None:
     for skill, examples in items.items():
         lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in examples]
         (folder / f"{skill}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -229,7 +229,7 @@ def _write_suite(folder: Path, items: Mapping[str, Sequence[Example]]) -> None:
     suite = {
         "description": "Skills on strings of letters.",
         "chat_template": False,
-        "holdout": HOLDOUT,
+        "holdout": round(N_HOLDOUT / (n_search + N_HOLDOUT), 2),
         "objectives": {skill: {"tasks": [task]} for skill, task in tasks.items()},
     }
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")

@@ -190,15 +190,12 @@ def test_optuna_hears_that_a_guard_met_exactly_is_kept_and_by_how_many_margins_a
         file = tmp_path / "suite.yaml"
         file.write_text(file.read_text().replace("margin: 0.5", "margin: 0.1"))
         candidates.evaluator = Evaluator(read_suite(file))
-        tried = Candidate(name="trial", number=1, role="trial", recipe=at(half, 0.5))
         rest = {"words": Score(0.5, 0.1, 20), "parity": Score(0.5, 0.1, 20)}
         for n_items in (20, 100):
             for right in range(n_items // 2, n_items + 1):
                 candidates.scores["base"] = rest | {"calm": Score(right / n_items, 0.05, n_items)}
                 for lost, met in ((n_items // 10, True), (n_items // 10 + 1, False)):
-                    candidates.scores["trial"] = rest | {
-                        "calm": Score((right - lost) / n_items, 0.05, n_items)
-                    }
+                    tried = rest | {"calm": Score((right - lost) / n_items, 0.05, n_items)}
                     told = outcome(tried, candidates.scores, candidates.evaluator.suite.config)
                     constraints = told.constraints
                     assert told.values == (0.5, 0.5)

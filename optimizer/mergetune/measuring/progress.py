@@ -44,11 +44,12 @@ class Progress:
 
 
 def candidate_line(name: str, scores: Mapping[str, Score] | None, seconds: float, reason: str) -> str:
-    """Return the line of one measured candidate."""
+    """Return the line of one candidate; `reason` says why it was dropped or, without scores, failed."""
     if scores is None:
         return f"{name:<16} failed: {reason}"
+    dropped = f"dropped: {reason}  " if reason else ""
     shown = "  ".join(f"{key} {number(score.value)}±{number(score.stderr)}" for key, score in scores.items())
-    return f"{name:<16} {shown}  {seconds:.1f} s"
+    return f"{name:<16} {dropped}{shown}  {seconds:.1f} s"
 
 
 class StudyLine:

@@ -117,6 +117,7 @@ class ReportData:
     study: StudyRecord
     metrics: tuple[Metric, ...]
     entries: tuple[Entry, ...]
+    dropped: tuple[Candidate, ...]
     failed: tuple[Candidate, ...]
     recommendation: Recommendation | None
     verdict: Summary
@@ -217,6 +218,7 @@ def gather(run: RunDir) -> ReportData:
         study=run.study,
         metrics=metrics,
         entries=entries,
+        dropped=tuple(c for c in candidates if c.state == "dropped"),
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
         verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),

@@ -66,9 +66,9 @@ def ticks(text: str) -> Markup:
 
 
 def candidate_table(data: ReportData) -> pd.DataFrame:
-    """Return a row per candidate, failed ones included: state, scores, cost and parameters."""
+    """Return a row per candidate, also of those dropped or failed: state, scores, cost and parameters."""
     rows = [_row(entry.candidate, entry, data) for entry in data.entries]
-    rows += [_row(candidate, None, data) for candidate in data.failed]
+    rows += [_row(candidate, None, data) for candidate in (*data.dropped, *data.failed)]
     names = {name: None for row in rows for name in row}
     columns = [name for name in names if not name.startswith("param.")]
     columns += [name for name in names if name.startswith("param.")]

@@ -63,6 +63,9 @@ class WarmStartConfig(Strict):
 class StudyConfig(Strict):
     """The file `study.yaml`; see docs/study.md for its keys.
 
+    `elimination` is the error level at which a candidate of the sampler is dropped on part of its items: with
+    that probability at most, all of them would have put it on the front. At 0 none is dropped.
+
     `finalists` is how many merges, fixed before anything is looked at, are measured on the holdout
     split at the end.
 
@@ -94,6 +97,7 @@ class StudyConfig(Strict):
     budget: Budget = Budget()
     sampler: Annotated[SamplerConfig, KindAlone] = SamplerConfig()
     warm_start: Annotated[WarmStartConfig, KindAlone] = WarmStartConfig()
+    elimination: float = Field(0.05, ge=0, lt=0.5)
     finalists: int = Field(3, ge=1)
     cache: str | None = None
     allow_flat_objectives: bool = False

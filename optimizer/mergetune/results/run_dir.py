@@ -9,7 +9,8 @@ study.db          Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 judges.json       how far the judges of the suite agree with people's labels
 sent.parquet      what models were sent of each item, as the chat template wrote it
-candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores
+candidates/       NAME.json: recipe, state, cost; NAME.SPLIT.parquet: its per-item scores;
+                  NAME.part.parquet: those of a candidate that was dropped on part of the search split
 attempts/         WHAT.json: how often something was begun that has not come to its end
 replies/          what each candidate replied, by the digest of its recipe and of the request
 coordinates.json  what the numbers of a candidate's point stand for
@@ -64,6 +65,7 @@ _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
 _FREE = {
     "budget",
+    "elimination",
     "finalists",
     "training_data",
     "allow_flat_objectives",
@@ -73,6 +75,7 @@ _FREE = {
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
 
+Kept = Split | Literal["part"]  # of the search split, where a candidate was dropped
 SpaceKind = Literal["search_space", "front"]  # the study's own, or the one around the points of a warm start
 
 
@@ -119,6 +122,7 @@ class Candidate(Strict):
 
     `number` counts the candidates in the order measured; `params` is its point in the space that `space`
     names, None if the recipe lies outside. `faults` says how the engine broke before it could be measured.
+    A candidate is `dropped` on part of its items where all of them would not put it on the front.
     """
 
     name: str
@@ -127,7 +131,7 @@ class Candidate(Strict):
     recipe: MergeRecipe
     params: dict[str, float] | None = None
     space: SpaceKind = "search_space"
-    state: Literal["complete", "failed"] = "complete"
+    state: Literal["complete", "dropped", "failed"] = "complete"
     reason: str | None = None
     faults: tuple[str, ...] = ()
     cost: Cost = Field(default_factory=Cost)
@@ -316,11 +320,11 @@ class RunDir:
         file = self._file(name, "json")
         return _read_candidate(file) if file.is_file() else None
 
-    def write_measurement(self, name: str, split: Split, measurement: Measurement) -> None:
+    def write_measurement(self, name: str, split: Kept, measurement: Measurement) -> None:
         """Keep the per-item scores of a candidate on one split."""
         write_parquet(self._file(name, f"{split}.parquet"), measurement.items)
 
-    def measurement(self, name: str, split: Split, responses: bool = True) -> pd.DataFrame | None:
+    def measurement(self, name: str, split: Kept, responses: bool = True) -> pd.DataFrame | None:
         """Return the per-item scores of a candidate on one split, None where it was not measured.
 
         Without `responses`, what the model said is left on disk: most of a file, and most of its table.
@@ -332,12 +336,12 @@ class RunDir:
         """Say whether a candidate was measured on one split."""
         return self._file(name, f"{split}.parquet").is_file()
 
-    def scores(self, name: str, split: Split) -> dict[str, Score] | None:
+    def scores(self, name: str, split: Kept) -> dict[str, Score] | None:
         """Return the scores of a candidate on one split, None where it was not measured."""
         items = self.measurement(name, split, responses=False)
         return None if items is None else Measurement(items, 0.0).scores()
 
-    def all_scores(self, split: Split) -> dict[str, dict[str, Score]]:
+    def all_scores(self, split: Kept) -> dict[str, dict[str, Score]]:
         """Return the scores of every candidate measured on a split, in the candidates' order."""
         found = {candidate.name: self.scores(candidate.name, split) for candidate in self.candidates()}
         return {name: scores for name, scores in found.items() if scores is not None}

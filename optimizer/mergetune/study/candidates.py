@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from mergetune.engines.choice import installed_version
 from mergetune.engines.engine import EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.evaluate import Evaluator, Measurement
+from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
 from mergetune.evaluation.suite import Split
 from mergetune.machine import clock
 from mergetune.measuring.model_under_test import LocalModel, open_model
@@ -24,8 +25,9 @@ from mergetune.merging.inputs import Inputs
 from mergetune.results import selection
 from mergetune.results.roles import SEARCHED, Role, is_merge
 from mergetune.results.run_dir import Candidate, Cost, RunDir, SpaceKind
-from mergetune.results.selection import Scales
+from mergetune.results.selection import Scales, Scores
 from mergetune.space.recipe import MergeRecipe, count_layers
+from mergetune.study.elimination import Elimination
 
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
 
@@ -65,6 +67,30 @@ class Proposal:
         return self.role not in SEARCHED
 
 
+@dataclass
+class _Begun:
+    """A candidate under way.
+
+    Attributes:
+        proposal: what it is.
+        at: when it was begun.
+        parts: the documents of each look that is to come, the last being all.
+        rivals: whom it has to bear comparison with.
+    """
+
+    proposal: Proposal
+    at: float
+    parts: deque[Documents]
+    rivals: tuple[str, ...]
+    cost: Cost = field(default_factory=Cost)
+    faults: tuple[str, ...] = ()
+
+    def add(self, found: Measured) -> None:
+        """Add what a part cost; it holds the items of those before."""
+        self.cost = self.cost.plus(found.cost).model_copy(update={"n_items": found.cost.n_items})
+        self.faults = (*self.faults, *found.faults)
+
+
 class Candidates:
     """The models of a study: each is measured once, and what it scored is kept.
 
@@ -75,6 +101,7 @@ class Candidates:
         run: where all is kept.
         progress: is told what is done.
         interrupted: says whether the user has pressed Ctrl-C, which may come out as any exception.
+        elimination: the error level at which trials are dropped on part of their items; 0: none is.
 
     Raises:
         MergetuneError: the engine cannot be started.
@@ -88,15 +115,18 @@ class Candidates:
         run: RunDir,
         progress: Progress,
         interrupted: Callable[[], bool] = lambda: False,
+        elimination: float = 0.0,
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
+        self._dropped = run.all_scores("part")
+        self._elimination = Elimination(evaluator, run, elimination)
         self._known = {candidate.name: candidate for candidate in run.candidates()}
         self._by_recipe: dict[str, str] = {}  # names by the recipe's digest
         for candidate in self.all:
-            if candidate.name in self.scores or candidate.state == "failed":
+            if candidate.name in self.scores or candidate.state != "complete":
                 self._by_recipe.setdefault(candidate.recipe.digest, candidate.name)
-        self._proposed: dict[str, tuple[Proposal, float]] = {}  # by the job's purpose; when it was begun
+        self._proposed: dict[str, _Begun] = {}  # by the job's purpose
         self._n_sent = 0
         self._agreements = run.agreements()
         known = run.versions()
@@ -166,26 +196,52 @@ class Candidates:
     def known(self, proposal: Proposal) -> Candidate | None:
         """Return a candidate that was measured before, or failed; None where it is to be measured."""
         known = self._known.get(proposal.name)  # perhaps from the holdout split alone
-        is_failed = known is not None and known.state == "failed" and not proposal.is_baseline
-        return known if proposal.name in self.scores or is_failed else None
+        is_over = known is not None and known.state != "complete" and not proposal.is_baseline
+        return known if proposal.name in self.scores or is_over else None
+
+    def told(self, name: str) -> Scores | None:
+        """Return what a sampler is told that a candidate scored, if need be on part of its items."""
+        return self.scores.get(name, self._dropped.get(name))
 
     def twin(self, proposal: Proposal) -> str | None:
-        """Return the name of another candidate of the same recipe, measured, failed or proposed."""
+        """Return the name of another candidate of the same recipe, measured, dropped, failed or proposed."""
         name = self._by_recipe.get(proposal.recipe.digest)
         return None if name == proposal.name else name
 
     def propose(self, proposal: Proposal) -> None:
         """Give a candidate to the pool; `next` returns it, measured."""
-        job = Job(f"search.{proposal.name}", self.evaluator.documents("search"), proposal.recipe)
-        self._proposed[job.purpose] = (proposal, clock.seconds())
+        parts, rivals = [self.evaluator.documents("search")], tuple[str, ...]()
+        if proposal.role == "trial":
+            parts, rivals = self._elimination.parts(), self._elimination.rivals(self.scores)
+        begun = _Begun(proposal, clock.seconds(), deque(parts), rivals)
         self._by_recipe.setdefault(proposal.recipe.digest, proposal.name)
+        self._measure_further(begun)
+
+    def _measure_further(self, begun: _Begun) -> None:
+        """Give the next part of a candidate's items to the pool."""
+        job = Job(f"search.{begun.proposal.name}", begun.parts.popleft(), begun.proposal.recipe)
+        self._proposed[job.purpose] = begun
         self.pool.submit(job)
 
     def next(self) -> Candidate:
-        """Return a proposed candidate, measured or failed; see `measure`."""
-        found = self.pool.next()
-        what = found.job.purpose
-        proposal, began = self._proposed.pop(what)
+        """Return a proposed candidate, measured, dropped or failed; see `measure`."""
+        while True:
+            found = self.pool.next()
+            what = found.job.purpose
+            begun = self._proposed.pop(what)
+            if isinstance(found, Failed):
+                return self._settle(begun, found, "")
+            begun.add(found)
+            items = found.measurement.items
+            why_dropped = self._elimination.why_dropped(items, begun.rivals) if begun.parts else ""
+            if why_dropped or not begun.parts:
+                return self._settle(begun, found, why_dropped)
+            self.run.forget_attempts(what)
+            self._measure_further(begun)
+
+    def _settle(self, begun: _Begun, found: Measured | Failed, why_dropped: str) -> Candidate:
+        """Write down what became of a candidate."""
+        proposal, what = begun.proposal, found.job.purpose
         known = self._known.get(proposal.name)
         fields: dict[str, Any] = {
             "name": proposal.name,
@@ -204,12 +260,20 @@ class Candidates:
                 f"{self.run.path / 'run.log'} has more."
             )
         if isinstance(found, Failed):
-            cost = Cost(lost_s=clock.seconds() - began)
+            cost = Cost(lost_s=clock.seconds() - begun.at)
             kept = self._keep({**fields, "state": "failed", "reason": found.reason, "cost": cost}, None)
             line = candidate_line(proposal.name, None, 0.0, found.reason)
         else:
-            kept = self._keep({**fields, "cost": found.cost, "faults": found.faults}, found.measurement)
-            line = candidate_line(proposal.name, self.scores[proposal.name], kept.cost.total_s, "")
+            fields |= {"cost": begun.cost, "faults": begun.faults}
+            if why_dropped:
+                self.run.write_measurement(proposal.name, "part", found.measurement)
+                self._dropped[proposal.name] = found.measurement.scores()
+                kept = self._keep({**fields, "state": "dropped", "reason": why_dropped}, None)
+            else:
+                kept = self._keep(fields, found.measurement)
+            line = candidate_line(
+                proposal.name, self.told(proposal.name), kept.cost.total_s, kept.reason or ""
+            )
             self._keep_asked()
         self.run.forget_attempts(what)
         self.progress.say(line)

@@ -105,7 +105,13 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         for warning in (*run.set_aside_broken(), *inputs.warnings, *evaluator.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")
         candidates = Candidates(
-            plan.config.engine, inputs, evaluator, run, progress, lambda: interrupts.requested
+            plan.config.engine,
+            inputs,
+            evaluator,
+            run,
+            progress,
+            lambda: interrupts.requested,
+            plan.config.elimination,
         )
         with closing(candidates):
             try:
@@ -199,7 +205,8 @@ def _check_objectives(plan: Plan, candidates: Candidates) -> None:
 
 
 def _outcome(candidates: Candidates, candidate: Candidate | None) -> Outcome:
-    return outcome(candidate, candidates.scores, candidates.evaluator.suite.config)
+    own = None if candidate is None else candidates.told(candidate.name)
+    return outcome(own, candidates.scores, candidates.evaluator.suite.config)
 
 
 def _directions(plan: Plan) -> list[Direction]:

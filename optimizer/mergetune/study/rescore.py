@@ -37,7 +37,8 @@ class Rescored:
 def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = lambda _: None) -> Rescored:
     """Score the replies kept in a run directory by another suite, into a new run directory.
 
-    Items that some measured candidate has no reply to are left out, for scores are compared item by item. The
+    Items that some measured candidate has no reply to are left out, for scores are compared item by item, and
+    so are candidates that were dropped on part of their items, by scores that no longer count. The
     new directory is a run of its own, which `run` can go on with.
 
     Args:
@@ -49,7 +50,7 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
     Raises:
         MergetuneError: the suite does not fit the run, or no item of a task has replies of all candidates.
     """
-    candidates = run.candidates()
+    candidates = [candidate for candidate in run.candidates() if candidate.state != "dropped"]
     if not any(each.state == "complete" for each in candidates):
         raise MergetuneError(f"{run.path}: must hold measured candidates to score anew, but there is none.")
     plan = Plan.read_of_run(run, find("evals", suite, Path()))

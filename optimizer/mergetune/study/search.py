@@ -18,7 +18,6 @@ from mergetune.evaluation.suite import Direction, SuiteConfig
 from mergetune.files.yaml_io import nearest
 from mergetune.results import selection
 from mergetune.results.config import SamplerConfig
-from mergetune.results.run_dir import Candidate
 from mergetune.results.selection import Scores
 
 _NAME = "mergetune"  # of the Optuna study in its file
@@ -88,18 +87,20 @@ def failure(known: Sequence[Outcome], directions: Sequence[Direction]) -> Outcom
     return Outcome(values, {**constraints, FAILED: 1.0})
 
 
-def outcome(candidate: Candidate | None, scores: Mapping[str, Scores], suite: SuiteConfig) -> Outcome:
-    """Return what Optuna is told of a candidate; None stands for a point that has no recipe.
+def outcome(own: Scores | None, scores: Mapping[str, Scores], suite: SuiteConfig) -> Outcome:
+    """Return what Optuna is told of a candidate.
+
+    What a dropped one scored on part of its items is what it would score on all, with a larger error.
 
     Optuna adds the guards' excesses up, so that each is in the unit of `selection.guard_units`.
 
     Args:
-        candidate: measured or failed.
+        own: its scores; None: it failed, or its point has no recipe.
         scores: of all that was measured, by candidate name.
         suite: the suite's file.
     """
-    if candidate is not None and candidate.state == "complete":
-        return _success_of(scores[candidate.name], scores, suite)
+    if own is not None:
+        return _success_of(own, scores, suite)
     directions = [objective.better for objective in suite.objectives.values()]
     return failure([_success_of(own, scores, suite) for own in scores.values()], directions)
 
