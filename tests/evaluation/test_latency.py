@@ -72,6 +72,16 @@ def timed(folder: Path, lm: Any, rows: list[Any] = PROMPTS, **task: Any) -> Meas
     return evaluator(folder, rows, o={**LATENCY, **task}).measure(lm, "search")
 
 
+def fetched(ready: Evaluator, lm: Any, store: ReplyStore) -> Measurement:
+    """Measure with what is in the store, and what is not yet."""
+    kept, documents = StoredLM(lm, store, "model"), ready.documents("search")
+    requests = [
+        each for asked in ready.requests(kept, documents).values() for own in asked.values() for each in own
+    ]
+    kept.fetch(lm, kept.missing(requests))
+    return ready.measure_documents(kept, documents)
+
+
 def test_a_quick_reply_is_better_and_its_seconds_are_on_record(tmp_path: Path, tokenizer: Any) -> None:
     ready = evaluator(tmp_path, o=LATENCY)
     assert ready.suite.config.objectives["o"].better == "minimize"
@@ -86,8 +96,7 @@ def test_times_are_kept_apart_from_replies_and_not_taken_again(tmp_path: Path, s
     store = ReplyStore(tmp_path / "store")
 
     def measured() -> pd.DataFrame:
-        lm = StoredLM(lambda: started.lm, started.lm, store, "model")
-        return ready.measure(lm, "search").items
+        return fetched(ready, started.lm, store).items
 
     first = measured()
     by_score = {str(name): own["score"].tolist() for name, own in first.groupby("score_name")}
@@ -101,7 +110,7 @@ def test_a_greedy_reply_is_timed_as_often_as_it_is_repeated(tmp_path: Path, star
     lm: Any = started.lm
     store = ReplyStore(tmp_path / "store")
     sampling = {"temperature": 0, "repeats": 3}
-    found = timed(tmp_path, StoredLM(lambda: lm, lm, store, "model"), sampling=sampling).items
+    found = fetched(evaluator(tmp_path, o={**LATENCY, "sampling": sampling}), lm, store).items
     seconds: list[Any] = list(store.read("model").values())
     assert len(seconds) == 3 * len(PROMPTS)
     assert len(set(seconds)) > len(PROMPTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,14 @@ def timed(prompt: str) -> Instance:
 
 
 def stored(lm: LM, folder: Path) -> StoredLM:
-    return StoredLM(lambda: lm, lm, ReplyStore(folder), "model")
+    return StoredLM(lm, ReplyStore(folder), "model")
+
+
+def ask_once(lm: LM, folder: Path, requests: list[Instance]) -> None:
+    """Fetch what is not in the store from the model, and put the requests to the store."""
+    kept = stored(lm, folder)
+    kept.fetch(lm, kept.missing(requests))
+    ask(kept, requests)
 
 
 def test_replies_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
@@ -62,10 +71,10 @@ def test_replies_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
     rolling = Instance("loglikelihood_rolling", {}, ("one two",), 0, ("task", 0, 1))
     requests = [generation("one"), likelihood, rolling, timed("one")]
     lm = CountingLM()
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     first = [request.resps for request in requests]
     assert first == [["reply 0"], [(-1.0, False)], [-2.0], [0.375]]
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     assert [request.resps for request in requests] == first
     assert lm.n_asked == 4
 
@@ -84,7 +93,7 @@ def test_a_file_of_an_earlier_version_is_read_and_written_on(tmp_path: Path) -> 
     before.to_parquet(tmp_path / "model.parquet")
     lm = CountingLM()
     for _ in range(2):
-        ask(stored(lm, tmp_path), [*requests, generation("two")])
+        ask_once(lm, tmp_path, [*requests, generation("two")])
         assert [request.resps for request in requests] == [["yes"], [(-1.5, True)], [-2.5]]
     assert lm.n_asked == 1
 
@@ -99,34 +108,35 @@ def test_a_time_belongs_to_the_machine_that_it_was_taken_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, requests = CountingLM(), [generation("one"), timed("one")]
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     assert [stored(lm, tmp_path).knows(request) for request in requests] == [True, False]
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     assert [request.resps for request in requests] == [["reply 0"], [0.25]]
     monkeypatch.undo()
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     assert [request.resps for request in requests] == [["reply 0"], [0.125]]
     assert lm.n_asked == 3
 
 
 def test_times_are_kept_in_parts_for_each_waits_for_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="gone"):
-        ask(stored(CountingLM(breaks_at=2), tmp_path), [timed(f"prompt {n}") for n in range(200)])
+        ask_once(CountingLM(breaks_at=2), tmp_path, [timed(f"prompt {n}") for n in range(200)])
     assert len(ReplyStore(tmp_path).read("model")) == 128
 
 
 def test_a_reply_belongs_to_its_prompt_and_its_decoding(tmp_path: Path) -> None:
     lm = CountingLM()
     for request in (generation("one"), generation("two"), generation("one", until=["."])):
-        ask(stored(lm, tmp_path), [request])
+        ask_once(lm, tmp_path, [request])
     assert lm.n_asked == 3
 
 
 def test_equal_requests_are_asked_once_and_repeats_drawn_as_often(tmp_path: Path) -> None:
-    for lm in (CountingLM(), stored(CountingLM(), tmp_path)):
+    plain: Callable[[list[Instance]], None] = partial(ask, CountingLM())
+    for put in (plain, partial(ask_once, CountingLM(), tmp_path)):
         twice, drawn = [generation("one"), generation("one")], generation("two", repeats=3)
-        ask(lm, [*twice, drawn])
+        put([*twice, drawn])
         assert [request.resps for request in twice] == [["reply 0"]] * 2
         assert drawn.resps == ["reply 1", "reply 2", "reply 3"]
 
@@ -135,9 +145,9 @@ def test_what_was_replied_before_an_error_is_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("mergetune.measuring.reply_store._AT_A_TIME", 4)
     requests = [generation(f"prompt {n}") for n in range(10)]
     with pytest.raises(RuntimeError, match="gone"):
-        ask(stored(CountingLM(breaks_at=2), tmp_path), requests)
+        ask_once(CountingLM(breaks_at=2), tmp_path, requests)
     lm = CountingLM()
-    ask(stored(lm, tmp_path), requests)
+    ask_once(lm, tmp_path, requests)
     assert lm.n_asked == 2
     assert [request.resps[0] for request in requests[:8]] == [f"reply {n}" for n in range(8)]
 
@@ -146,7 +156,7 @@ def test_an_engine_says_how_many_requests_a_lost_process_costs(tmp_path: Path) -
     lm = CountingLM(breaks_at=2)
     lm.requests_at_a_time = 3
     with pytest.raises(RuntimeError, match="gone"):
-        ask(stored(lm, tmp_path), [generation(f"prompt {n}") for n in range(10)])
+        ask_once(lm, tmp_path, [generation(f"prompt {n}") for n in range(10)])
     assert len(ReplyStore(tmp_path).read("model")) == 6
 
 
@@ -158,14 +168,14 @@ def test_a_log_likelihood_that_is_no_number_is_asked_again(tmp_path: Path) -> No
 
     lm = Broken()
     for _ in range(2):
-        ask(stored(lm, tmp_path), [Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))])
+        ask_once(lm, tmp_path, [Instance("loglikelihood", {}, ("one", " two"), 0, ("task", 0, 1))])
     assert lm.n_asked == 2
 
 
 def test_two_that_write_forget_nothing(tmp_path: Path) -> None:
     first, second = stored(CountingLM(), tmp_path), stored(CountingLM(), tmp_path)
-    ask(first, [generation("one")])
-    ask(second, [generation("two")])
+    first.fetch(CountingLM(), first.missing([generation("one")]))
+    second.fetch(CountingLM(), second.missing([generation("two")]))
     assert ReplyStore(tmp_path).read("model").keys() == {
         request_key(generation("one")),
         request_key(generation("two")),

@@ -121,7 +121,7 @@ class CompletionsLM(TokenizerPrompts, ReplyTimes, TemplateLM):  # type: ignore[m
     """A `Completer` as lm-eval sees it; tokens, prompts, lengths and stops are the same in every engine.
 
     Args:
-        completer: what answers the requests.
+        completer: what answers the requests; None: they are only rendered and counted.
         tokenizer: the model's, from transformers.
         max_length: the most tokens that prompt and reply may have together.
         seed: of every reply that is drawn at random, so that it does not depend on the other items.
@@ -137,7 +137,7 @@ class CompletionsLM(TokenizerPrompts, ReplyTimes, TemplateLM):  # type: ignore[m
 
     def __init__(
         self,
-        completer: Completer,
+        completer: Completer | None,
         tokenizer: Any,
         max_length: int,
         seed: int = 0,
@@ -149,9 +149,14 @@ class CompletionsLM(TokenizerPrompts, ReplyTimes, TemplateLM):  # type: ignore[m
         self.max_length = max_length
         self.requests_at_a_time = requests_at_a_time
         self.truncate: Truncate = "refuse"
-        self._completer, self._seed, self.end_tokens = completer, seed, tuple(end_tokens)
+        self._optional_completer, self._seed, self.end_tokens = completer, seed, tuple(end_tokens)
         special = set(tokenizer.all_special_tokens)
         self._says_nothing = special - MARKERS if special & MARKERS else set()
+
+    @property
+    def _completer(self) -> Completer:
+        assert self._optional_completer is not None  # who only renders is not asked
+        return self._optional_completer
 
     @property
     def eot_token_id(self) -> int:

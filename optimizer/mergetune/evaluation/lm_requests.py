@@ -86,17 +86,29 @@ def ask(lm: LM, requests: Iterable[Instance]) -> None:
 
     What stands in the batches depends on the requests alone, so their order should be the suite's.
     """
-    by_kind: dict[str, dict[str, list[Instance]]] = {}
-    for request in requests:
-        request.resps, request.filtered_resps = [], {}
-        by_kind.setdefault(request.request_type, {}).setdefault(request_key(request), []).append(request)
-    for kind, alike in by_kind.items():
-        asked = [same[0] for same in alike.values() for _ in range(same[0].repeats or 1)]
-        replies = iter(getattr(lm, kind)(asked))
-        for same in alike.values():
+    for kind, alike in _alike(requests).items():
+        replies = iter(getattr(lm, kind)(_asked(alike)))
+        for same in alike:
             own = [next(replies) for _ in range(same[0].repeats or 1)]
             for request in same:
-                request.resps = list(own)
+                request.resps, request.filtered_resps = list(own), {}
+
+
+def asked_of(requests: Iterable[Instance]) -> dict[str, list[Instance]]:
+    """Return what `ask` puts to a model, by the kind of request."""
+    return {kind: _asked(alike) for kind, alike in _alike(requests).items()}
+
+
+def _alike(requests: Iterable[Instance]) -> dict[str, list[list[Instance]]]:
+    """Return groups of equal requests, by the kind of request."""
+    by_kind: dict[str, dict[str, list[Instance]]] = {}
+    for request in requests:
+        by_kind.setdefault(request.request_type, {}).setdefault(request_key(request), []).append(request)
+    return {kind: list(alike.values()) for kind, alike in by_kind.items()}
+
+
+def _asked(alike: Iterable[Sequence[Instance]]) -> list[Instance]:
+    return [same[0] for same in alike for _ in range(same[0].repeats or 1)]
 
 
 def spoken(requests: Mapping[int, Sequence[Instance]], suite: SuiteConfig) -> dict[int, list[Instance]]:

@@ -17,7 +17,7 @@ from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.adapter import is_adapter
-from mergetune.weights.chat_template import ChatTemplate, choose_template, open_tokenizer
+from mergetune.weights.chat_template import ChatTemplate, choose_template
 from mergetune.weights.checkpoint import Checkpoint, answers_digest
 from mergetune.weights.models import find_model
 from mergetune.weights.tokenizer_files import VocabularyRule
@@ -25,7 +25,7 @@ from mergetune.weights.tokenizer_files import VocabularyRule
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from mergetune.engines.completions import TokenizerPrompts
+    from mergetune.engines.completions import CompletionsLM
 
 _REQUESTS = 32  # under way at a time, unless told otherwise
 
@@ -55,14 +55,16 @@ class LocalModel:
         recipe = "" if self.recipe is None else self.recipe.digest
         return answers_digest(self.folder, weights, recipe, "" if self.chat is None else repr(self.chat))
 
-    def prompts(self) -> TokenizerPrompts:
-        """Return what renders its prompts, as every engine does; nothing is started for that."""
-        from mergetune.engines.completions import TokenizerPrompts
+    def prompts(self, max_length: int | None = None) -> CompletionsLM:
+        """Return what renders its prompts and counts their tokens, as every engine does; none is started.
 
-        tokenizer = open_tokenizer(self.folder)
-        if self.chat is not None:
-            self.chat.put_into(tokenizer)
-        return TokenizerPrompts(tokenizer)
+        `max_length` is the engine's option.
+        """
+        from mergetune.engines.completions import CompletionsLM
+        from mergetune.engines.model_text import ModelText
+
+        text = ModelText.read(self.folder, max_length, self.chat)
+        return CompletionsLM(None, text.tokenizer, text.max_length)
 
     def start(
         self,

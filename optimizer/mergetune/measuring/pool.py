@@ -1,4 +1,4 @@
-"""The pool: where models are measured, by an engine that lives and is replaced where it breaks."""
+"""The pool: where models are measured, by engines that live and are replaced where they break."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,16 +23,15 @@ from mergetune.errors import EngineError, MergetuneError, StartError, TrialError
 from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.machine import clock
-from mergetune.machine.memory import free_memory
 from mergetune.measuring.attempts import MOST_ATTEMPTS, Ledger, Memory
+from mergetune.measuring.crew import Alone, Done
+from mergetune.measuring.lane import Lane, Loading
 from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
-from mergetune.measuring.reply_store import ReplyStore, StoredLM
+from mergetune.measuring.reply_store import Missing, ReplyStore, StoredLM
 from mergetune.results.run_dir import Cost
 from mergetune.space.recipe import MergeRecipe
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
-
     from mergetune.engines.transformers_engine import TransformersEngine
 
 _FAULTS_IN_A_ROW = 6
@@ -87,12 +87,43 @@ class Failed:
 
 
 @dataclass
-class _Loading:
-    """What it took to get an engine ready for a job, in seconds; `all_s` counts its start, too."""
+class _Piece:
+    """Requests that one lane puts to a model, of a job or of a part of one.
 
-    merge_s: float = 0.0
-    load_s: float = 0.0
-    all_s: float = 0.0
+    Attributes:
+        purpose: names the attempts.
+        missing: what is to be asked.
+        began: when the first attempt did.
+        asked_s: how long the last attempt took, the engine's start, merging and loading left out.
+        lost_s: how long the attempts before took, with the engine's new starts.
+        faults: how they ended.
+    """
+
+    underway: _Underway
+    purpose: str
+    missing: Sequence[Missing]
+    loading: Loading = field(default_factory=Loading)
+    began: float | None = None
+    asked_s: float = 0.0
+    lost_s: float = 0.0
+    faults: tuple[str, ...] = ()
+
+
+@dataclass
+class _Underway:
+    """A job that was begun: its model as lm-eval sees it, and the pieces that are still to be asked."""
+
+    job: Job
+    lm: StoredLM
+    recipe: MergeRecipe | None
+    n_asked: int
+    pieces: list[_Piece] = field(default_factory=list)
+    n_left: int = 0
+
+    @property
+    def of(self) -> str:
+        """The recipe's digest, where the job is about one."""
+        return self.job.recipe.digest if self.job.recipe else ""
 
 
 @dataclass(frozen=True)
@@ -121,20 +152,19 @@ class PoolOptions:
 
 
 class Pool:
-    """Takes jobs and gives measurements; it has one engine, which starts when it is first needed.
+    """Takes jobs and gives measurements; its engines start when they are first needed.
 
-    An engine that breaks is replaced, and the job tried once more. Every attempt is counted before it begins:
-    what ends the process itself is given up after two.
+    Replies are asked for in the lanes, one engine each; all else is done in the thread that the pool is used
+    in. An engine that breaks is replaced, and what it was asked is asked once more. Every attempt is counted
+    before it begins: what ends the process itself is given up after two.
 
     Args:
         model: what is measured, or what recipes are merged into.
-        config: how to start its engine.
+        config: how to start its engines.
         evaluator: the suite.
         store: where replies are kept; None, and a served model, which may change unseen: nowhere.
         options: the rest.
     """
-
-    size = 1
 
     def __init__(
         self,
@@ -145,79 +175,83 @@ class Pool:
         options: PoolOptions | None = None,
     ) -> None:
         self.model, self.config, self.evaluator = model, config, evaluator
-        self.engine: Engine | None = None
         self._options = options or PoolOptions()
         self._store = store if isinstance(model, LocalModel) else None
-        self._waiting: deque[Job] = deque()
-        self._loaded: str | None = None  # the digest of the recipe in the engine
-        self._was_started = False
+        self._lane = Lane(self._start_here, config, self._options.say, self._options.at_work)
+        self._crew: Alone[_Piece] = Alone(self._lane, self._ask)
+        self._underway: list[_Underway] = []
+        self._answered: deque[_Underway] = deque()  # of which no piece is left to be asked
         self._broken_in_a_row = 0
+        self._last_fault = ""
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine in this process, where it runs."""
+        return self._lane.engine
+
+    @property
+    def size(self) -> int:
+        """How many jobs can be under way."""
+        return self._crew.size
 
     @property
     def has_room(self) -> bool:
         """Whether a further job would begin at once."""
-        return len(self._waiting) < self.size
-
-    def submit(self, job: Job) -> None:
-        """Take a job."""
-        self._waiting.append(job)
-
-    def next(self) -> Measured | Failed:
-        """Return what became of a job; see `measure`."""
-        return self.measure(self._waiting.popleft())
+        return len(self._underway) < self.size
 
     def start(self) -> EngineConfig:
-        """Start the engine, unless it was; returns its settled configuration.
+        """Start an engine, unless one was; returns its settled configuration.
 
         Raises:
             StartError: it cannot be started.
         """
-        self._living()
+        self._lane.living()
+        self.config = self._lane.config
         return self.config
 
-    def measured(self, job: Job) -> Measured:
-        """Return a job's measurement.
+    def submit(self, job: Job) -> None:
+        """Take a job; `next` gives what becomes of it.
 
         Raises:
-            MergetuneError: it cannot be done; also as `measure` does.
+            MergetuneError: the user has something to mend.
         """
-        found = self.measure(job)
-        self._options.ledger.forget_attempts(job.purpose)
-        if isinstance(found, Failed):
-            raise MergetuneError(found.reason)
-        return found
+        self._submit(job, n_pieces=1)
 
-    def measure(self, job: Job) -> Measured | Failed:
-        """Do a job, unless that was begun twice before and came to no end.
+    def next(self) -> Measured | Failed:
+        """Return what became of a job.
+
+        A job that was begun twice before and came to no end has failed.
 
         Raises:
             StartError: the engine cannot be started.
             MergetuneError: the user has something to mend, or this process cannot go on.
             OSError: the disk cannot be written.
         """
-        ledger, of = self._options.ledger, job.recipe.digest if job.recipe else ""
-        if (before := ledger.attempts(job.purpose, of)).begun >= MOST_ATTEMPTS:
-            return Failed(job, before.reason)
-        try:
-            return self._measure(job, of)
-        except BaseException as error:
-            if isinstance(error, (MergetuneError, OSError)) and not isinstance(error, TrialError):
-                ledger.forget_attempts(job.purpose)
-                raise
-            if self.ends_all(error):
-                ledger.take_back_attempt(job.purpose, of)
-                raise
-            log.exception("%s failed", job.purpose)
-            reason = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
-            if not isinstance(error, EngineError):  # whose fault is kept
-                ledger.add_fault(job.purpose, of, reason)
-            if _has_lost_gpu():
-                raise MergetuneError(
-                    f"The GPU cannot be used any more in this process, since `{job.purpose}` failed "
-                    f"({reason}). Run the same command again to go on: what was measured is kept, and what "
-                    "fails twice is left out."
-                ) from error
-            return Failed(job, reason)
+        while True:
+            if self._answered:
+                underway = self._answered.popleft()
+                self._underway.remove(underway)
+                return self._scored(underway)
+            if (ended := self._hear(self._crew.next())) is not None:
+                return ended
+
+    def measure(self, job: Job) -> Measured | Failed:
+        """Do a job while no other is under way; see `next`."""
+        self.submit(job)
+        return self.next()
+
+    def measured(self, job: Job) -> Measured:
+        """Return a job's measurement.
+
+        Raises:
+            MergetuneError: it cannot be done; also as `next` does.
+        """
+        self._submit(job, n_pieces=self.size)
+        found = self.next()
+        self._options.ledger.forget_attempts(job.purpose)
+        if isinstance(found, Failed):
+            raise MergetuneError(found.reason)
+        return found
 
     @contextmanager
     def transformers(self) -> Iterator[TransformersEngine]:
@@ -225,12 +259,12 @@ class Pool:
         from mergetune.engines.transformers_engine import TransformersEngine
 
         if isinstance(self.engine, TransformersEngine):
-            self._loaded = None  # whoever borrows it puts other weights in
+            self._lane.forget_loaded()  # whoever borrows it puts other weights in
             yield self.engine
             return
         assert isinstance(self.model, LocalModel)
         assert self.model.inputs is not None  # slopes are those of a merge
-        self.close()
+        self._lane.close()
         shared = self.config.model_dump(include={"dtype", "max_length", "device"})
         config = EngineConfig(kind="transformers", **shared)
         inputs = self.model.inputs
@@ -243,120 +277,157 @@ class Pool:
 
     def close(self) -> None:
         """End the engine; it starts again when it is needed."""
-        if self.engine is not None:
-            self.engine.close()
-        self.engine, self._loaded = None, None
+        self._crew.close()
 
     @cached_property
     def renderer(self) -> Any:
         """What renders prompts, one for all jobs, so that the evaluator renders each once."""
-        assert isinstance(self.model, LocalModel)
-        return self.model.prompts()
+        if isinstance(self.model, LocalModel):
+            return self.model.prompts(self.config.max_length)
+        return self._lane.living().lm
 
-    def _living(self) -> Engine:
-        """Return the engine, started again if it made room."""
-        if self.engine is None:
-            self._options.at_work(f"starting the engine{' again' if self._was_started else ''} …")
-            free_memory()  # of an engine lent meanwhile: only now is an exception gone that may hold it
-            options = self._options
-            say: Callable[[str], object] = (lambda _: None) if self._was_started else options.say
-            try:
-                self.engine, self.config = self.model.start(
-                    self.config, options.folder, options.begun_with, say
-                )
-            except MergetuneError as error:
-                if self._was_started:
-                    raise
-                raise StartError(str(error)) from error
-            self._was_started = True
-        return self.engine
+    def _start_here(self, config: EngineConfig, say: Callable[[str], object]) -> tuple[Engine, EngineConfig]:
+        return self.model.start(config, self._options.folder, self._options.begun_with, say)
 
-    def _ready(self, recipe: MergeRecipe | None, loading: _Loading) -> LM:
-        """Return the model as lm-eval sees it, a recipe merged into it; the time that took is added."""
-        began, engine = clock.seconds(), self._living()
-        if recipe is not None and self._loaded != recipe.digest:
-            self._loaded = None
-            took = engine.load(recipe)
-            self._loaded = recipe.digest
-            loading.merge_s += took.merge_s
-            loading.load_s += took.load_s
-        loading.all_s += clock.seconds() - began
-        return engine.lm
-
-    def _measure(self, job: Job, of: str) -> Measured:
-        """Merge, load and score, once more where the engine breaks; replies are kept as they come."""
-        ledger = self._options.ledger
+    def _submit(self, job: Job, n_pieces: int) -> None:
+        """Take a job; what its model has to be asked is shared out among so many lanes."""
         recipe = job.recipe or (self.model.recipe if isinstance(self.model, LocalModel) else None)
-        faults: tuple[str, ...] = ()
-        began, lost_s = clock.seconds(), 0.0
-        while True:
-            ledger.begin_attempt(job.purpose, of)
-            loading, tried = _Loading(), clock.seconds()
-            try:
-                lm = self._lm(job, recipe, loading)
-                n_asked = self._count_new(lm, job.documents)
-                measurement = self.evaluator.measure_documents(lm, job.documents)
-            except EngineError as fault:
-                log.exception("the engine broke")
-                faults = (*faults, str(fault))
-                ledger.add_fault(job.purpose, of, str(fault))
-                is_last = ledger.attempts(job.purpose, of).begun >= MOST_ATTEMPTS
-                if not is_last:
-                    self._options.on_fault(job, str(fault))
-                self._restart(str(fault))
-                if is_last:
-                    raise
-                lost_s = clock.seconds() - began
-                continue
-            self._broken_in_a_row = 0
-            for line in missing_verdicts([("", measurement.items)], self.evaluator.items):
-                self._options.say(f"warning: {job.purpose}: {line}")
-            cost = Cost(
-                merge_s=loading.merge_s,
-                load_s=loading.load_s,
-                evaluate_s=clock.seconds() - tried - loading.all_s,
-                lost_s=lost_s,
-                n_items=len(measurement.items),
-            )
-            return Measured(job, measurement, cost, faults, n_asked)
+        lm = self._lm(job)
+        requests = self.evaluator.requests(lm, job.documents)
+        own = [each for asked in requests.values() for each in asked.values()]
+        missing = lm.missing([request for each in own for request in each])
+        n_asked = sum(not all(map(lm.knows, each)) for each in own)
+        underway = _Underway(job, lm, recipe, n_asked)
+        self._underway.append(underway)
+        size = math.ceil(len(missing) / n_pieces)
+        for start in range(0, len(missing), size or 1):
+            purpose = job.purpose if size == len(missing) else f"{job.purpose}.{start // size}"
+            underway.pieces.append(_Piece(underway, purpose, missing[start : start + size]))
+        underway.n_left = len(underway.pieces)
+        if not underway.pieces:
+            self._answered.append(underway)
+        for piece in underway.pieces:
+            self._crew.submit(piece)
 
-    def _lm(self, job: Job, recipe: MergeRecipe | None, loading: _Loading) -> LM:
-        """Return the model as lm-eval sees it, between it and the engine the store if there is one."""
+    def _lm(self, job: Job) -> StoredLM:
+        """Return the model of a job as lm-eval sees it, with what is known of its replies."""
         if self._store is None:
-            return self._ready(recipe, loading)
+            return StoredLM(self.renderer, None, "")
         if self.config.kind == "auto":
-            self._living()  # replies are known by the engine that gave them
+            self.start()  # replies are known by the engine that gave them
         name = (self._options.name or self._name)(job)
-        return StoredLM(lambda: self._ready(recipe, loading), self.renderer, self._store, name)
+        return StoredLM(self.renderer, self._store, name)
 
     def _name(self, job: Job) -> str:
         """Return the digest of a model together with what computes its replies."""
         assert isinstance(self.model, LocalModel)
         return reply_name(self.model, self.config, job.repeat)
 
-    def _count_new(self, lm: LM, documents: Documents) -> int:
-        """Count the items for which something has to be asked that the store does not hold."""
-        if not isinstance(lm, StoredLM):
-            return sum(map(len, documents.values()))
-        requests = self.evaluator.requests(lm, documents)
-        items = [own for asked in requests.values() for own in asked.values()]
-        return sum(not all(map(lm.knows, own)) for own in items)
+    def _ask(self, lane: Lane, piece: _Piece) -> None:
+        """Put a piece's requests to its model, in the lane's thread; replies are kept as they come."""
+        underway, ledger = piece.underway, self._options.ledger
+        if (before := ledger.attempts(piece.purpose, underway.of)).begun >= MOST_ATTEMPTS:
+            raise _GivenUpError(before.reason)
+        now = clock.seconds()
+        piece.began = now if piece.began is None else piece.began
+        piece.lost_s, piece.loading = now - piece.began, Loading()
+        ledger.begin_attempt(piece.purpose, underway.of)
+        lm = lane.ready(underway.recipe, piece.loading)
+        underway.lm.fetch(lm, [each for each in piece.missing if not underway.lm.has(each)])
+        piece.asked_s = clock.seconds() - now - piece.loading.all_s
 
-    def _restart(self, reason: str) -> None:
-        """Put a new engine in place of one that broke."""
-        self._broken_in_a_row += 1
-        self.close()
-        if self._broken_in_a_row == _FAULTS_IN_A_ROW:
+    def _hear(self, done: Done[_Piece]) -> Failed | None:
+        """Take note of what a lane has done; returns a job that has failed by it."""
+        piece, error = done.piece, done.error
+        if piece is None:
+            assert error is not None  # why the lane is gone
+            self._underway.clear()
+            if isinstance(error, StartError) or not isinstance(error, MergetuneError):
+                raise error
             raise MergetuneError(
-                f"The engine broke {_FAULTS_IN_A_ROW} times in a row, the last time so: {reason}\n"
+                f"The engine broke ({self._last_fault}) and cannot be started again: {error}"
+            ) from error
+        if error is None:
+            self._broken_in_a_row = 0
+            piece.underway.n_left -= 1
+            if piece.underway.n_left == 0:
+                self._answered.append(piece.underway)
+            return None
+        if isinstance(error, EngineError) and not self.ends_all(error):
+            return self._broken(piece, error)
+        self._underway.remove(piece.underway)
+        return self._failed(piece.underway.job, piece.purpose, error)
+
+    def _broken(self, piece: _Piece, fault: EngineError) -> Failed | None:
+        """Ask what broke an engine once more, unless that was done."""
+        ledger, underway = self._options.ledger, piece.underway
+        log.error("the engine broke", exc_info=fault)
+        self._last_fault = str(fault)
+        self._broken_in_a_row += 1
+        piece.faults = (*piece.faults, str(fault))
+        ledger.add_fault(piece.purpose, underway.of, str(fault))
+        if self._broken_in_a_row == _FAULTS_IN_A_ROW:
+            self._underway.clear()
+            raise MergetuneError(
+                f"The engine broke {_FAULTS_IN_A_ROW} times in a row, the last time so: {fault}\n"
                 "What was measured is kept: mend what is wrong and run the same command again."
             )
+        if ledger.attempts(piece.purpose, underway.of).begun >= MOST_ATTEMPTS:
+            self._underway.remove(underway)
+            return Failed(underway.job, str(fault))
+        self._options.on_fault(underway.job, str(fault))
+        self._crew.submit(piece)
+        return None
+
+    def _scored(self, underway: _Underway) -> Measured | Failed:
+        """Score what was replied to a job's requests."""
+        job, ledger, began = underway.job, self._options.ledger, clock.seconds()
         try:
-            self._living()
-        except EngineError as error:
+            if not underway.pieces:
+                if (before := ledger.attempts(job.purpose, underway.of)).begun >= MOST_ATTEMPTS:
+                    return Failed(job, before.reason)
+                ledger.begin_attempt(job.purpose, underway.of)
+            measurement = self.evaluator.measure_documents(underway.lm, job.documents)
+        except BaseException as error:
+            return self._failed(job, job.purpose, error)
+        for line in missing_verdicts([("", measurement.items)], self.evaluator.items):
+            self._options.say(f"warning: {job.purpose}: {line}")
+        pieces = underway.pieces
+        cost = Cost(
+            merge_s=sum(piece.loading.merge_s for piece in pieces),
+            load_s=sum(piece.loading.load_s for piece in pieces),
+            evaluate_s=sum(piece.asked_s for piece in pieces) + clock.seconds() - began,
+            lost_s=sum(piece.lost_s for piece in pieces),
+            n_items=len(measurement.items),
+        )
+        faults = tuple(fault for piece in pieces for fault in piece.faults)
+        return Measured(job, measurement, cost, faults, underway.n_asked)
+
+    def _failed(self, job: Job, purpose: str, error: BaseException) -> Failed:
+        """Return a job as failed by an error, or raise that where it is more than the job's failure."""
+        ledger, of = self._options.ledger, job.recipe.digest if job.recipe else ""
+        if isinstance(error, _GivenUpError):
+            return Failed(job, str(error))
+        if isinstance(error, (MergetuneError, OSError)) and not isinstance(error, TrialError):
+            ledger.forget_attempts(purpose)
+            raise error
+        if self.ends_all(error):
+            ledger.take_back_attempt(purpose, of)
+            raise error
+        log.error("%s failed", purpose, exc_info=error)
+        reason = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
+        ledger.add_fault(purpose, of, reason)
+        if _has_lost_gpu():
             raise MergetuneError(
-                f"The engine broke ({reason}) and cannot be started again: {error}"
+                f"The GPU cannot be used any more in this process, since `{purpose}` failed "
+                f"({reason}). Run the same command again to go on: what was measured is kept, and what "
+                "fails twice is left out."
             ) from error
+        return Failed(job, reason)
+
+
+class _GivenUpError(TrialError):
+    """What was begun twice before and came to no end; the message says how the attempts ended."""
 
 
 def reply_name(model: LocalModel, config: EngineConfig, repeat: int = 0) -> str:

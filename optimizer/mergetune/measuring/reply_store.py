@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock
 from lm_eval.api.model import LM
 
-from mergetune.evaluation.lm_requests import request_key
+from mergetune.evaluation.lm_requests import asked_of, request_key
 from mergetune.files.atomic_files import write_parquet
 from mergetune.files.library import cache_folder, writable
 from mergetune.machine.hardware import hardware
@@ -23,6 +23,8 @@ from mergetune.results.run_dir import readable
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+    from mergetune.engines.completions import Truncate
 
 # A text; how long it took, in seconds, or the log-likelihood of a text; that of a continuation.
 Reply = str | float | tuple[float, bool]
@@ -74,33 +76,39 @@ def default_store() -> ReplyStore:
     return ReplyStore(writable(cache_folder() / "replies", "--cache"))
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A request that has to be put to a model, and the key that its reply is kept by."""
+
+    key: str
+    request: Instance
+
+
 class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
-    """A model as lm-eval sees it, asked only what the store does not hold.
+    """A model as lm-eval sees it that says what was fetched from an engine, now or ever before.
 
     Args:
-        started: returns the model that replies, and starts it at the first call; None: there is none, and
-            only what is known can be asked.
         renderer: anything with the model's tokenizer and chat template, which is there from the start.
-        store: where replies are kept.
+        store: where replies are kept; None: in memory alone.
         name: the model's name in the store.
     """
 
-    def __init__(self, started: Callable[[], LM] | None, renderer: Any, store: ReplyStore, name: str) -> None:
+    def __init__(self, renderer: Any, store: ReplyStore | None, name: str) -> None:
         super().__init__()
-        self._started, self.renderer, self._store, self._name = started, renderer, store, name
-        self._known = store.read(name)
+        self.renderer, self._store, self._name = renderer, store, name
+        self._known = {} if store is None else store.read(name)
         self._keys: dict[int, tuple[Instance, str]] = {}  # each request's, by its identity
-        self.truncate = "refuse"
+        self.truncate: Truncate = "refuse"
 
     @cached_property
     def _hardware(self) -> str:
         return hardware()
 
     @property
-    def max_length(self) -> int:
-        """The most tokens that prompt and reply may have together."""
-        assert self._started is not None  # nothing is too long where nobody is asked
-        return int(self._started().max_length)
+    def max_length(self) -> int | None:
+        """The most tokens that prompt and reply may have together; None where nothing says it."""
+        found: int | None = self.renderer.max_length
+        return found
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], **options: Any) -> str:
         """Return a conversation as the model's chat template writes it."""
@@ -112,62 +120,79 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
 
     def excess_tokens(self, request: Instance) -> int:
         """Return by how many tokens a request is too long; what was replied to before was not."""
-        if self._started is None or self.knows(request):
-            return 0
-        excess_tokens = getattr(self._started(), "excess_tokens", None)
-        return 0 if excess_tokens is None else int(excess_tokens(request))
+        excess_tokens = getattr(self.renderer, "excess_tokens", None)
+        return 0 if excess_tokens is None or self.knows(request) else int(excess_tokens(request))
+
+    def missing(self, requests: Iterable[Instance]) -> list[Missing]:
+        """Return what has to be fetched before these requests can be put to it, in their order."""
+        return [
+            Missing(key, request)
+            for asked in asked_of(requests).values()
+            for key, request in zip(self._drawn_keys(asked), asked, strict=True)
+            if key not in self._known
+        ]
+
+    def has(self, missing: Missing) -> bool:
+        """Say whether a reply was fetched meanwhile."""
+        return missing.key in self._known
+
+    def fetch(self, lm: LM, missing: Sequence[Missing]) -> None:
+        """Put requests to a model and keep its replies as they come, also where it breaks in between."""
+        unwritten: dict[str, Reply] = {}
+        written = time.monotonic()
+        lm.truncate = self.truncate
+        by_kind: dict[str, list[Missing]] = {}
+        for each in missing:
+            by_kind.setdefault(each.request.request_type, []).append(each)
+        try:
+            for kind, rest in by_kind.items():
+                while rest:
+                    size = getattr(lm, "requests_at_a_time", None) or _AT_A_TIME
+                    size = _TIMED_AT_A_TIME if kind == "reply_seconds" else size
+                    part, rest = rest[:size], rest[size:]
+                    found = getattr(lm, kind)([each.request for each in part])
+                    unwritten |= {each.key: reply for each, reply in zip(part, found, strict=True)}
+                    if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
+                        self._keep(unwritten)
+                        unwritten, written = {}, time.monotonic()
+        finally:
+            self._keep(unwritten)
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[Any]:
-        """Generate replies."""
-        return self._replies("generate_until", requests)
+        """Return replies."""
+        return self._replies(requests)
 
     def reply_seconds(self, requests: list[Instance], **_: Any) -> list[Any]:
-        """Take the times of replies; see `ReplyTimes`."""
-        return self._replies("reply_seconds", requests)
+        """Return the times of replies; see `ReplyTimes`."""
+        return self._replies(requests)
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[Any]:
-        """Score continuations."""
-        return self._replies("loglikelihood", requests)
+        """Return what continuations score."""
+        return self._replies(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[Any]:
-        """Score whole texts."""
-        return self._replies("loglikelihood_rolling", requests)
+        """Return what whole texts score."""
+        return self._replies(requests)
 
-    def _replies(self, kind: str, requests: Sequence[Instance]) -> list[Reply]:
-        draws: Counter[str] = Counter()  # a request that stands several times is drawn as often
+    def _replies(self, requests: Sequence[Instance]) -> list[Reply]:
+        return [self._known[key] for key in self._drawn_keys(requests)]
+
+    def _drawn_keys(self, requests: Sequence[Instance]) -> list[str]:
+        """Return the keys of requests put together; one that stands several times is drawn as often."""
+        draws: Counter[str] = Counter()
         keys = []
         for request in requests:
             key = self._key(request)
             keys.append(f"{key}-{draws[key]}" if draws[key] else key)
             draws[key] += 1
-        replies = dict(self._known)
-        missing = [(key, each) for key, each in zip(keys, requests, strict=True) if key not in replies]
-        unwritten: dict[str, Reply] = {}
-        written = time.monotonic()
-        try:
-            rest = missing
-            while rest:
-                assert self._started is not None  # nothing else is asked of it
-                lm = self._started()
-                lm.truncate = self.truncate
-                size = getattr(lm, "requests_at_a_time", None) or _AT_A_TIME
-                size = _TIMED_AT_A_TIME if kind == "reply_seconds" else size
-                part, rest = rest[:size], rest[size:]
-                found = getattr(lm, kind)([request for _, request in part])
-                unwritten |= {key: reply for (key, _), reply in zip(part, found, strict=True)}
-                replies |= unwritten
-                if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                    self._keep(unwritten)
-                    unwritten, written = {}, time.monotonic()
-        finally:  # what was replied before an error is kept
-            self._keep(unwritten)
-        return [replies[key] for key in keys]
+        return keys
 
     def _keep(self, replies: Mapping[str, Reply]) -> None:
+        """Keep replies; what is not a number is kept in memory alone, for another time it may be one."""
         sound = {key: reply for key, reply in replies.items() if not _is_nan(reply)}
-        if sound:
+        self._known |= replies
+        if sound and self._store is not None:
             self._store.add(self._name, sound)
-            self._known |= sound
 
     def _key(self, request: Instance) -> str:
         """Return the request's key; a prompt that is cut off is another one, a time is this machine's."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mergetune.engines.completions import TokenizerPrompts
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
 from mergetune.evaluation.suite import Split
@@ -57,12 +58,13 @@ def rescore(run: RunDir, suite: str, out: Path, say: Callable[[str], object] = l
     inputs = plan.open_inputs(out, say)
     evaluator = Evaluator(plan.suite)
     plan = replace(plan, suite=evaluator.suite)
-    renderer = LocalModel.base_of(inputs).prompts()
+    # it counts no tokens: what is not asked is not too long
+    renderer = TokenizerPrompts(LocalModel.base_of(inputs).prompts().tokenizer)
     store = ReplyStore(run.path / "replies")
 
     def lm(candidate: Candidate, repeat: int = 0) -> StoredLM:
         digest = candidate.recipe.digest
-        return StoredLM(None, renderer, store, f"{digest}-{repeat}" if repeat else digest)
+        return StoredLM(renderer, store, f"{digest}-{repeat}" if repeat else digest)
 
     def has_measured(candidate: Candidate, split: Split) -> bool:
         return run.holds_measurement(candidate.name, split)
