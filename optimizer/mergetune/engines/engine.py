@@ -27,6 +27,10 @@ class EngineConfig(Strict):
     `batch_size` is how many items are worked on at a time, by default 32 in transformers and as many
     as fit in vLLM.
 
+    `workers` is how many engines work side by side, each on a GPU (or `tensor_parallel_size` of them) or a
+    share of the cores, in a Ray cluster: that at `ray_address` (`auto` finds the one that runs on this
+    machine), or one of this machine alone. Null is one engine in this process, without Ray.
+
     `device` is `auto`, which takes CUDA where there is one, `cpu`, `cuda` or one GPU, such as `cuda:1`; vLLM
     computes on what it was built for. A model that fits no GPU alone is spread over all by transformers.
 
@@ -43,6 +47,8 @@ class EngineConfig(Strict):
     batch_size: int | None = Field(None, gt=0)
 
     device: str = "auto"
+    workers: int | None = Field(None, gt=0)
+    ray_address: str | None = Field(None, min_length=1)
 
     tensor_parallel_size: int = Field(1, gt=0)
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
@@ -66,6 +72,10 @@ class EngineConfig(Strict):
         for name in _OF_VLLM if self.kind == "transformers" else ():
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"`{name}` is no option of `kind: {self.kind}`; leave it out")
+        if self.ray_address is not None and self.workers is None:
+            raise ValueError("`ray_address` needs `workers`: how many engines to start there")
+        if self.workers is not None and ":" in self.device:
+            raise ValueError(f"`device: {self.device}` is one GPU, but `workers` choose theirs; leave it out")
         return self
 
 

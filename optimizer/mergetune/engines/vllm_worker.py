@@ -37,7 +37,7 @@ class MergeWorker:
 
     def mergetune_open(self, paths: str) -> None:
         """Open the models that recipes name."""
-        self.mergetune_merger = ModelPaths.model_validate_json(paths).open()
+        self.mergetune_merger = ModelPaths.model_validate_json(paths).open().merger
 
     def mergetune_load(self, recipe: str, progress: str) -> dict[str, Any]:
         """Merge a recipe into the living model; `progress` is a file that says how far it is.

@@ -24,18 +24,20 @@ from mergetune.evaluation.evaluate import Documents, Evaluator, Measurement
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.machine import clock
 from mergetune.measuring.attempts import MOST_ATTEMPTS, Ledger, Memory
-from mergetune.measuring.crew import Alone, Done
-from mergetune.measuring.lane import Lane, Loading
+from mergetune.measuring.crew import Alone, Done, SideBySide
+from mergetune.measuring.lane import Lane, Loading, Start
 from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
 from mergetune.measuring.reply_store import Missing, ReplyStore, StoredLM
 from mergetune.results.run_dir import Cost
 from mergetune.space.recipe import MergeRecipe
 
 if TYPE_CHECKING:
+    from mergetune.engines.ray_cluster import RayCluster
     from mergetune.engines.transformers_engine import TransformersEngine
 
 _FAULTS_IN_A_ROW = 6
-_HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib"}  # to replies
+# options without effect on replies
+_HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib", "workers", "ray_address"}
 
 log = logging.getLogger("mergetune")
 
@@ -177,8 +179,9 @@ class Pool:
         self.model, self.config, self.evaluator = model, config, evaluator
         self._options = options or PoolOptions()
         self._store = store if isinstance(model, LocalModel) else None
-        self._lane = Lane(self._start_here, config, self._options.say, self._options.at_work)
-        self._crew: Alone[_Piece] = Alone(self._lane, self._ask)
+        self._cluster: RayCluster | None = None
+        self._lanes = [self._lane(self._start_here)]  # or those of the cluster, once it is there
+        self._crew: Alone[_Piece] | SideBySide[_Piece] = Alone(self._lanes[0], self._ask)
         self._underway: list[_Underway] = []
         self._answered: deque[_Underway] = deque()  # of which no piece is left to be asked
         self._broken_in_a_row = 0
@@ -186,8 +189,8 @@ class Pool:
 
     @property
     def engine(self) -> Engine | None:
-        """The engine in this process, where it runs."""
-        return self._lane.engine
+        """The first engine, where it runs."""
+        return self._lanes[0].engine
 
     @property
     def size(self) -> int:
@@ -205,8 +208,22 @@ class Pool:
         Raises:
             StartError: it cannot be started.
         """
-        self._lane.living()
-        self.config = self._lane.config
+        first = self._lanes[0]
+        if self.config.workers is None or self._cluster is not None:
+            first.living()
+            self.config = first.config
+            return self.config
+        self._cluster = self._open_cluster()
+        first = self._lane(self._cluster.start)
+        self._lanes = [first]
+        first.living()  # settles which kind all others are
+        self.config = first.config
+        silent = PoolOptions()
+        self._lanes += [
+            Lane(self._cluster.start, self.config, silent.say, silent.at_work)
+            for _ in range(1, self.config.workers or 1)
+        ]
+        self._crew = SideBySide(self._lanes, self._ask)
         return self.config
 
     def submit(self, job: Job) -> None:
@@ -246,7 +263,7 @@ class Pool:
         Raises:
             MergetuneError: it cannot be done; also as `next` does.
         """
-        self._submit(job, n_pieces=self.size)
+        self._submit(job, n_pieces=self.config.workers or 1)
         found = self.next()
         self._options.ledger.forget_attempts(job.purpose)
         if isinstance(found, Failed):
@@ -259,12 +276,14 @@ class Pool:
         from mergetune.engines.transformers_engine import TransformersEngine
 
         if isinstance(self.engine, TransformersEngine):
-            self._lane.forget_loaded()  # whoever borrows it puts other weights in
+            self._lanes[0].forget_loaded()  # whoever borrows it puts other weights in
             yield self.engine
             return
         assert isinstance(self.model, LocalModel)
         assert self.model.inputs is not None  # slopes are those of a merge
-        self._lane.close()
+        if self._cluster is None or self._cluster.has_gpus:
+            for lane in self._lanes:
+                lane.close()
         shared = self.config.model_dump(include={"dtype", "max_length", "device"})
         config = EngineConfig(kind="transformers", **shared)
         inputs = self.model.inputs
@@ -276,15 +295,32 @@ class Pool:
         return not isinstance(error, Exception) or self._options.interrupted()
 
     def close(self) -> None:
-        """End the engine; it starts again when it is needed."""
+        """End the engines, whatever they are at."""
         self._crew.close()
+        if self._cluster is not None:
+            self._cluster.close()
 
     @cached_property
     def renderer(self) -> Any:
         """What renders prompts, one for all jobs, so that the evaluator renders each once."""
         if isinstance(self.model, LocalModel):
             return self.model.prompts(self.config.max_length)
-        return self._lane.living().lm
+        return self._lanes[0].living().lm
+
+    def _lane(self, start: Start) -> Lane:
+        return Lane(start, self.config, self._options.say, self._options.at_work)
+
+    def _open_cluster(self) -> RayCluster:
+        from mergetune.engines.ray_cluster import HostedModel, RayCluster
+
+        if not isinstance(self.model, LocalModel):
+            raise MergetuneError(
+                f"{self.model.reference}: a server has workers of its own. Leave `workers` out."
+            )
+        paths = None if self.model.inputs is None else self.model.inputs.paths
+        hosted = HostedModel(self.model.folder.resolve(), paths, self.model.chat)
+        self._options.at_work("opening the cluster …")
+        return RayCluster(self.config, hosted, self._options.begun_with)
 
     def _start_here(self, config: EngineConfig, say: Callable[[str], object]) -> tuple[Engine, EngineConfig]:
         return self.model.start(config, self._options.folder, self._options.begun_with, say)
@@ -297,6 +333,9 @@ class Pool:
         own = [each for asked in requests.values() for each in asked.values()]
         missing = lm.missing([request for each in own for request in each])
         n_asked = sum(not all(map(lm.knows, each)) for each in own)
+        if missing and self.config.workers is not None:
+            _check_timeless(missing)
+            self.start()
         underway = _Underway(job, lm, recipe, n_asked)
         self._underway.append(underway)
         size = math.ceil(len(missing) / n_pieces)
@@ -436,6 +475,15 @@ def reply_name(model: LocalModel, config: EngineConfig, repeat: int = 0) -> str:
     settings = config.model_dump(mode="json", exclude=_HARMLESS)
     text = json.dumps([model.digest, settings, library, importlib.metadata.version("torch"), repeat])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_timeless(missing: Sequence[Missing]) -> None:
+    """Raise `MergetuneError` where the time of a reply is asked for: beside others it takes longer."""
+    if any(each.request.request_type == "reply_seconds" for each in missing):
+        raise MergetuneError(
+            "`scorer: latency` needs a machine on which nothing else is under way, but there are `workers`. "
+            "Leave these out, or that task."
+        )
 
 
 def _has_lost_gpu() -> bool:

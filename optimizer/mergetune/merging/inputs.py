@@ -39,13 +39,14 @@ class ModelPaths(Strict):
     vocabulary: VocabularyRule = "refuse"
     extended_base: Path | None = None
 
-    def open(self) -> Merger:
-        """Open models that `open_inputs` checked before, to merge them."""
+    def open(self, chat: ChatTemplate | None = None) -> Inputs:
+        """Open models that `open_inputs` checked before, to merge them; `chat` is that of the inputs."""
         base = given = Checkpoint(self.base)
         if self.extended_base is not None:
             base = Checkpoint(self.extended_base)
         opened = [open_expert(name, path, given) for name, path in self.experts.items()]
-        return Merger(base, _in_rows(opened, base))
+        experts, of = _in_rows(opened, base), self.base if self.extended_base else None
+        return Inputs(base, experts, {}, (), vocabulary=self.vocabulary, given=of, chat=chat)
 
 
 @dataclass(frozen=True)

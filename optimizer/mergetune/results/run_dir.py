@@ -63,14 +63,12 @@ from mergetune.weights.models import reference_to
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
 _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
-_FREE = {
-    "budget",
-    "elimination",
-    "finalists",
-    "training_data",
-    "allow_flat_objectives",
-    "cache",
-}  # may change when a study goes on
+# what may change when a study goes on
+_FREE = dict.fromkeys(
+    ("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache"), True
+)
+
+_WHERE = {"workers", "ray_address"}  # of the engine's options: where it runs, and not how
 
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
 _Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
@@ -548,8 +546,10 @@ class RunDir:
 
     def _check_same(self, study: StudyRecord) -> None:
         """Refuse a study that differs from the one here in more than what no measurement depends on."""
-        old = _flat(self.study.model_dump(mode="json", exclude=_FREE))
-        new = _flat(study.model_dump(mode="json", exclude=_FREE))
+        old, new = (
+            _flat(each.model_dump(mode="json", exclude={**_FREE, "engine": _WHERE}))
+            for each in (self.study, study)
+        )
         changed = [
             f"  {key}: was {old.get(key, 'absent')!r}, is {new.get(key, 'absent')!r}"
             for key in sorted(old.keys() | new.keys())
@@ -559,8 +559,9 @@ class RunDir:
             moved = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
             changed = [f"  the order changed: {now} is where {was} was" for was, now in moved[:1]]
         if changed:
+            free = "`, `".join(sorted(_FREE))
             raise MergetuneError(
-                f"{self.path}: holds another study; only `{'`, `'.join(sorted(_FREE))}` may change when it "
+                f"{self.path}: holds another study; only `{free}` and the workers may change when it "
                 "goes on.\n" + "\n".join(changed) + "\nGive a new run directory, or take the changes back."
             )
 
