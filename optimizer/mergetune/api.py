@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.engines.engine import EngineChanges, EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
 from mergetune.files.library import find, use_cache
 
@@ -45,6 +45,8 @@ class ModelOptions:
     Attributes:
         engine: `auto`, `transformers`, `vllm`, a YAML file with `engine`, or the options themselves.
         batch_size: items at a time, where `engine` does not say it.
+        workers: engines side by side in a Ray cluster; None: one in this process.
+        ray_address: of a Ray cluster that runs already.
         base: the model that an adapter belongs to.
         tokenizer: of a served model, where it is not on this machine.
         api_keys: by host, or host:port, the environment variable with a server's API key.
@@ -61,6 +63,8 @@ class ModelOptions:
     api_keys: Mapping[str, str] = field(default_factory=dict)
     vocabulary: VocabularyRule = "refuse"
     cache: Path | None = None
+    workers: int | None = None
+    ray_address: str | None = None
     say: Say = _quiet
     at_work: Say = _quiet
 
@@ -69,9 +73,10 @@ class ModelOptions:
         """The engine's options; raises `MergetuneError` as `engine_options` does."""
         from mergetune.results.config import engine_options
 
+        changes = EngineChanges(None, self.batch_size, self.workers, self.ray_address)
         if isinstance(self.engine, EngineConfig):
-            return self.engine
-        return engine_options(self.engine, self.batch_size)
+            return changes.put_into(self.engine)
+        return engine_options(self.engine, changes)
 
     def opened(self, model: Given, suite: Suite) -> ModelUnderTest:
         """Open a model for a suite; raises `MergetuneError` as `open_model` does."""
@@ -93,6 +98,8 @@ def run_study(
     out: Given,
     *,
     engine: EngineKind | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     cache: Path | None = None,
     console: Console | None = None,
 ) -> Run:
@@ -102,6 +109,8 @@ def run_study(
         study_file: the study's YAML file.
         out: the run directory.
         engine: takes the place of the study file's `engine.kind`.
+        workers: takes the place of its `engine.workers`.
+        ray_address: takes the place of its `engine.ray_address`.
         cache: takes the place of the study file's `cache`.
         console: where progress goes; by default standard error.
 
@@ -117,7 +126,8 @@ def run_study(
     from mergetune.results.run import Run
     from mergetune.study import loop
 
-    loop.run_study(Path(study_file), Path(out), console or Console(stderr=True), engine, cache)
+    changes = EngineChanges(kind=engine, workers=workers, ray_address=ray_address)
+    loop.run_study(Path(study_file), Path(out), console or Console(stderr=True), changes, cache)
     return Run(Path(out))
 
 

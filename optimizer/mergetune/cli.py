@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.api import ModelOptions
-    from mergetune.engines.engine import EngineKind
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import SoupResult
-    from mergetune.weights.tokenizer_files import VocabularyRule
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -71,6 +69,14 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items at a time; for a server, requests at a time (32).")
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Engines side by side, each on a GPU or a share of the cores, by Ray."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="A Ray cluster that runs already; `auto`: that of this machine.", metavar="ADDRESS"),
+]
 Vocabulary = Annotated[
     Literal["refuse", "base", "mean"],
     typer.Option(help="What becomes of tokens that a model added; mean: they get their models' mean rows."),
@@ -101,6 +107,8 @@ _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "noise_floor": "--noise-floor",
     "engine": "--engine",
     "batch_size": "--batch-size",
+    "workers": "--workers",
+    "ray_address": "--ray-address",
     "cache": "--cache",
     "store": "--store",
 }
@@ -135,6 +143,8 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run directory. Default: runs/STUDY in this folder.")
     ] = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     cache: Cache = None,
     dry_run: Annotated[
         bool,
@@ -145,11 +155,12 @@ def run(
 ) -> None:
     """Run a study, or go on with it: baselines, search, holdout, report and merged model."""
     if dry_run:
+        from mergetune.engines.engine import EngineChanges
         from mergetune.study.dry_run import describe_study
 
-        describe_study(study, _out, cache=cache)
+        describe_study(study, _out, EngineChanges(workers=workers, ray_address=ray_address), cache)
         return
-    _run(study, out or Path("runs") / study.stem, None, cache)
+    _run(study, out or Path("runs") / study.stem, cache, workers=workers, ray_address=ray_address)
 
 
 @app.command()
@@ -158,12 +169,13 @@ def demo(
     engine: Annotated[
         Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it can run.")
     ] = "auto",
+    workers: Workers = None,
     cache: Cache = None,
 ) -> None:
     """Run the example study: two LoRA experts of SmolLM2-135M-Instruct, on this machine's CPU."""
     from mergetune.files.library import shared_folder
 
-    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, engine, cache)
+    _run(shared_folder("examples") / "taskmaster" / "study.yaml", out, cache, engine=engine, workers=workers)
 
 
 @app.command()
@@ -375,6 +387,7 @@ def soup(
     cache: Cache = None,
 ) -> None:
     """Average models with equal weights: all of them or, with --suite, those that do not lower the score."""
+    from mergetune.engines.engine import EngineChanges
     from mergetune.files.library import use_cache
     from mergetune.results.config import engine_options
     from mergetune.results.run_dir import RunDir
@@ -382,7 +395,7 @@ def soup(
     from mergetune.study.soup_plan import SoupPlan
 
     use_cache(cache, _remark)
-    config = engine_options(engine, batch_size)
+    config = engine_options(engine, EngineChanges(batch_size=batch_size))
     plan = SoupPlan.read(out, models, base, last, suite, split, config, vocabulary)
     result = make_soup(plan, RunDir(run or plan.out.parent / f"{plan.out.name}.soup"), _out)
     if result is not None:
@@ -408,6 +421,8 @@ def evaluate(
     ] = "all",
     engine: Engine = "auto",
     batch_size: BatchSize = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     cache: Cache = None,
     out: Annotated[Path | None, typer.Option(help="Write the per-item scores (Parquet).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -423,7 +438,18 @@ def evaluate(
         writable(out.parent, "--out")
         if out.is_dir():
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
-    with _model_options(engine, batch_size, base, tokenizer, api_key, vocabulary, cache) as options:
+    options = api.ModelOptions(
+        engine,
+        batch_size,
+        base,
+        tokenizer,
+        _named_variables(api_key),
+        vocabulary,
+        cache,
+        workers,
+        ray_address,
+    )
+    with _shown(options) as options:
         measurement = api.evaluate(model, suite, split=split, options=options)
     if out is not None:
         write_parquet(out, measurement.items)
@@ -475,6 +501,8 @@ def check(
     ] = None,
     engine: Engine = "auto",
     batch_size: BatchSize = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
     cache: Cache = None,
     store: Annotated[
         Path | None, typer.Option(help="Where replies are kept. Default: `replies` in the cache.")
@@ -514,7 +542,18 @@ def check(
             writable(out, "--out")
         if store is not None:
             writable(store, "--store")
-        with _model_options(engine, batch_size, base, tokenizer, api_key, vocabulary, cache) as options:
+        options = api.ModelOptions(
+            engine,
+            batch_size,
+            base,
+            tokenizer,
+            _named_variables(api_key),
+            vocabulary,
+            cache,
+            workers,
+            ray_address,
+        )
+        with _shown(options) as options:
             checked = api.check(
                 candidate,
                 baseline,
@@ -599,26 +638,16 @@ def presets() -> None:
 
 
 @contextmanager
-def _model_options(
-    engine: str,
-    batch_size: int | None,
-    base: str | None,
-    tokenizer: str | None,
-    api_keys: Sequence[str] | None,
-    vocabulary: VocabularyRule,
-    cache: Path | None,
-) -> Iterator[ModelOptions]:
+def _shown(options: ModelOptions) -> Iterator[ModelOptions]:
     """Return how models are opened and run; while the block runs, show its progress and say how it ended."""
-    from mergetune.api import ModelOptions
+    from dataclasses import replace
+
     from mergetune.measuring.progress import Progress
 
-    named = _named_variables(api_keys)
     with Interrupts() as interrupts:
         try:
             with Progress(_err) as progress:
-                yield ModelOptions(
-                    engine, batch_size, base, tokenizer, named, vocabulary, cache, _remark, progress.at_work
-                )
+                yield replace(options, say=_remark, at_work=progress.at_work)
         except BaseException as error:
             if not interrupts.requested:
                 raise
@@ -650,10 +679,11 @@ def _remark(text: str) -> None:
     _err.print(text, highlight=False, markup=False)
 
 
-def _run(study: Path, out: Path, engine: EngineKind | None, cache: Path | None) -> None:
+def _run(study: Path, out: Path, cache: Path | None, **engine: Any) -> None:
+    """Run a study; `engine` has options that take the place of those in its file."""
     from mergetune import api
 
-    api.run_study(study, out, engine=engine, cache=cache, console=_out)
+    api.run_study(study, out, cache=cache, console=_out, **engine)
     _out.print(f"Report: {out / 'report' / 'index.html'}", highlight=False, markup=False)
     if (out / "best").is_dir():
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)

@@ -424,6 +424,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
     assert on_disk is not None
     assert on_disk.reason == candidate.reason
     wait_until_gone(pids[-1])
+    assert living.measure(Proposal("trial", "trial-0003", recipe_of(living.inputs, 0.2, 0.2))).faults == ()
     pids.append(pid_of(living))
 
     # makes room for slopes, and comes back when it is needed
@@ -431,7 +432,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
         wait_until_gone(pids[-1])
         assert lent.model.device.type in ("cpu", "cuda")
     recipe = MergeRecipe.of_base(living.inputs.base_source, living.inputs.expert_sources)
-    candidate = living.measure(Proposal("trial", "trial-0003", recipe))
+    candidate = living.measure(Proposal("trial", "trial-0004", recipe))
     assert (candidate.state, candidate.faults) == ("complete", ())
     pids.append(pid_of(living))
     living.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergetune.engines.engine import EngineConfig
+from mergetune.engines.engine import EngineChanges, EngineConfig
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import validate
 from mergetune.results.config import StudyConfig, engine_options
@@ -46,13 +46,13 @@ def test_an_expert_may_not_be_called_what_a_study_calls_something_else(name: str
 
 
 def test_engine_names_a_kind_or_a_file_with_all_options(tmp_path: Path) -> None:
-    assert engine_options("vllm", 8) == EngineConfig(kind="vllm", batch_size=8)
+    assert engine_options("vllm", EngineChanges(batch_size=8)) == EngineConfig(kind="vllm", batch_size=8)
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(STUDY | {"engine": {"kind": "vllm", "tensor_parallel_size": 2}}))
     assert engine_options(str(file)) == EngineConfig(kind="vllm", tensor_parallel_size=2)
     file.write_text("engine: {kind: transformers, device: cuda:1, batch_size: 4}")
     assert engine_options(str(file)) == EngineConfig(kind="transformers", device="cuda:1", batch_size=4)
-    assert engine_options(str(file), 8).batch_size == 8
+    assert engine_options(str(file), EngineChanges(batch_size=8)).batch_size == 8
     file.write_text("engine: transformers")
     assert engine_options(str(file)) == EngineConfig(kind="transformers")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from mergetune.files.yaml_io import Strict
+from mergetune.files.yaml_io import Strict, validate
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -83,6 +83,28 @@ _OF_VLLM = (
     *("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager"),
     *("seed", "timeout_s", "arguments"),
 )
+
+
+@dataclass(frozen=True)
+class EngineChanges:
+    """Options given beside a file that has them, too; None leaves those of the file."""
+
+    kind: EngineKind | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    ray_address: str | None = None
+
+    def put_into(self, config: EngineConfig) -> EngineConfig:
+        """Return the options with these in their place.
+
+        Raises:
+            MergetuneError: they do not go together.
+        """
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        return validate({**config.model_dump(), **changes}, EngineConfig, "The engine's options")
+
+
+UNCHANGED = EngineChanges()
 
 
 @dataclass(frozen=True)

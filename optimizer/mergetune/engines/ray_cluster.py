@@ -115,13 +115,13 @@ class RayCluster:
         self._actors: list[Any] = []
         self._is_closed, self._has_said = False, False
         self._changing = threading.Lock()
-        total: Mapping[str, float] = self._ray.cluster_resources()
-        self.has_gpus = total.get("GPU", 0) > 0 and config.device != "cpu"
+        machines = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
+        self.has_gpus = config.device != "cpu" and any(each.get("GPU", 0) for each in machines)
         if self.has_gpus:
             self._needs = {"num_gpus": config.tensor_parallel_size, "num_cpus": 1}
         else:
-            cores = int(total.get("CPU", 1)) // (config.workers or 1)
-            self._needs = {"num_gpus": 0, "num_cpus": max(cores, 1)}
+            cores = [int(each.get("CPU", 0)) for each in machines]
+            self._needs = {"num_gpus": 0, "num_cpus": _cores_each(cores, config.workers or 1)}
 
     def start(self, config: EngineConfig, say: Callable[[str], object]) -> tuple[RayEngine, EngineConfig]:
         """Start an engine in an actor of its own, as soon as the cluster has room for it.
@@ -223,6 +223,14 @@ class _RemoteLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         asked = [request.args for request in requests]
         found: list[Any] = self._call_actor("reply", kind, asked, self.truncate)
         return found
+
+
+def _cores_each(cores: Sequence[int], n_workers: int) -> int:
+    """Return the most cores that each of so many workers can have on machines with these cores; 1 at least."""
+    fitting = (
+        n for n in range(1, max(cores, default=1) + 1) if sum(each // n for each in cores) >= n_workers
+    )
+    return max(fitting, default=1)
 
 
 def _import_ray() -> Any:

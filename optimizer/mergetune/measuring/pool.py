@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mergetune.engines.transformers_engine import TransformersEngine
 
 _FAULTS_IN_A_ROW = 6
+_AT_ONCE = 4  # jobs that are worth a new start of the engines
 # options without effect on replies
 _HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib", "workers", "ray_address"}
 
@@ -201,6 +202,13 @@ class Pool:
     def has_room(self) -> bool:
         """Whether a further job would begin at once."""
         return len(self._underway) < self.size
+
+    @property
+    def n_at_once(self) -> int:
+        """How many jobs should be ready after an engine was lent: more where that cost a new start."""
+        n_workers = self.config.workers or 1
+        makes_room = self._cluster.has_gpus if self._cluster else self.config.kind != "transformers"
+        return max(n_workers, _AT_ONCE) if makes_room else n_workers
 
     def start(self) -> EngineConfig:
         """Start an engine, unless one was; returns its settled configuration.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.engines.engine import UNCHANGED, EngineChanges, EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 from mergetune.space.search_space_config import Grain
@@ -138,22 +138,21 @@ class _EngineFile(Strict):
     engine: Annotated[EngineConfig, KindAlone]
 
 
-def engine_options(given: str, batch_size: int | None = None) -> EngineConfig:
-    """Return the options that `--engine` and `--batch-size` give: a kind, or the `engine` of a file.
+def engine_options(given: str, changes: EngineChanges = UNCHANGED) -> EngineConfig:
+    """Return the options that `--engine` gives, a kind or the `engine` of a file, with others in their place.
 
     Raises:
         MergetuneError: it is neither, or the file's `engine` breaks a rule.
     """
     if given.endswith((".yaml", ".yml")):
-        config = read_yaml(Path(given), _EngineFile).engine
-        return config if batch_size is None else config.model_copy(update={"batch_size": batch_size})
+        return changes.put_into(read_yaml(Path(given), _EngineFile).engine)
     kinds: dict[str, EngineKind] = {kind: kind for kind in get_args(EngineKind)}
     if given not in kinds:
         raise MergetuneError(
             f"--engine must be {', '.join(kinds)} or a YAML file with `engine`, but got `{given}`."
             f"{nearest(given, kinds)}"
         )
-    return EngineConfig(kind=kinds[given], batch_size=batch_size)
+    return changes.put_into(EngineConfig(kind=kinds[given]))
 
 
 def read_study(path: Path) -> StudyConfig:

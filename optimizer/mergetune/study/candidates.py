@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -193,6 +193,16 @@ class Candidates:
         self.propose(proposal)
         return self.next()
 
+    def measure_all(self, proposals: Iterable[Proposal]) -> None:
+        """Measure candidates, as many side by side as the pool has room for; see `measure`."""
+        for proposal in proposals:
+            if self.known(proposal) is None:
+                while not self.pool.has_room:
+                    self.next()
+                self.propose(proposal)
+        while self._proposed:
+            self.next()
+
     def known(self, proposal: Proposal) -> Candidate | None:
         """Return a candidate that was measured before, or failed; None where it is to be measured."""
         known = self._known.get(proposal.name)  # perhaps from the holdout split alone
@@ -281,27 +291,54 @@ class Candidates:
 
     def measure_broken(self) -> None:
         """Measure again whose scores could not be read."""
-        for each in self.all:
-            if each.state == "complete" and each.name not in self.scores:
-                self.measure(Proposal(each.role, each.name, each.recipe, each.params, each.space))
+        self.measure_all(
+            Proposal(each.role, each.name, each.recipe, each.params, each.space)
+            for each in self.all
+            if each.state == "complete" and each.name not in self.scores
+        )
 
     def confirm(self, candidate: Candidate) -> str | None:
         """Score a candidate on the holdout split, unless that was done before; says and returns why not."""
-        name = candidate.name
-        if name in self._known and self.run.holds_measurement(name, "holdout"):
-            return None
-        self.progress.at_work(f"holdout: {name}")
-        found = self.measure_apart(f"holdout.{name}", candidate.recipe, "holdout")
-        if isinstance(found, Failed):
-            self.progress.say(f"holdout: {candidate_line(name, None, 0.0, found.reason)}")
-            return found.reason
-        self.run.write_measurement(name, "holdout", found.measurement)
+        return self.confirm_all([candidate]).get(candidate.name)
+
+    def confirm_all(self, candidates: Iterable[Candidate]) -> dict[str, str]:
+        """Score candidates on the holdout split, as many side by side as the pool has room for.
+
+        What was scored there before is left alone. Says and returns why some cannot be, by name.
+        """
+        reasons: dict[str, str] = {}
+        begun: dict[str, Candidate] = {}  # by the job's purpose
+
+        def take_next() -> None:
+            found = self.pool.next()
+            candidate = begun.pop(found.job.purpose)
+            if isinstance(found, Failed):
+                reasons[candidate.name] = found.reason
+                self.progress.say(f"holdout: {candidate_line(candidate.name, None, 0.0, found.reason)}")
+            else:
+                self._keep_confirmed(candidate, found)
+
+        for candidate in candidates:
+            name = candidate.name
+            if name in self._known and self.run.holds_measurement(name, "holdout"):
+                continue
+            while not self.pool.has_room:
+                take_next()
+            self.progress.at_work(f"holdout: {name}")
+            job = Job(f"holdout.{name}", self.evaluator.documents("holdout"), candidate.recipe)
+            begun[job.purpose] = candidate
+            self.pool.submit(job)
+        while begun:
+            take_next()
+        return reasons
+
+    def _keep_confirmed(self, candidate: Candidate, found: Measured) -> None:
+        self.run.write_measurement(candidate.name, "holdout", found.measurement)
         self._keep_asked()
         self._keep(candidate.model_copy(update={"holdout_cost": found.cost}), None)
-        self.run.forget_attempts(f"holdout.{name}")
-        line = candidate_line(name, found.measurement.scores(), found.cost.total_s, "")
+        self.run.forget_attempts(found.job.purpose)
+        line = candidate_line(candidate.name, found.measurement.scores(), found.cost.total_s, "")
         self.progress.say(f"holdout: {line}")
-        return None
 
     def measure_apart(
         self, what: str, recipe: MergeRecipe, split: Split, repeat: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mergetune.engines.engine import EngineConfig, EngineKind
+from mergetune.engines.engine import UNCHANGED, EngineChanges, EngineConfig
 from mergetune.engines.weight_facts import WeightFacts
 from mergetune.evaluation.evaluate import Documents, Evaluator
 from mergetune.evaluation.suite import Split
@@ -37,9 +37,16 @@ class Costs:
     search_s: float
     holdout_s: float
 
+    def shared(self, n_workers: int) -> Costs:
+        """Return what one costs where so many are measured side by side."""
+        return Costs(self.search_s / n_workers, self.holdout_s / n_workers)
+
 
 def describe_study(
-    study_file: Path, console: Console, engine: EngineKind | None = None, cache: Path | None = None
+    study_file: Path,
+    console: Console,
+    engine: EngineChanges = UNCHANGED,
+    cache: Path | None = None,
 ) -> None:
     """Print what a study would do, what it would measure, and about how long; nothing is written.
 
@@ -48,7 +55,7 @@ def describe_study(
     Args:
         study_file: the study.
         console: where to print.
-        engine: takes the place of the study file's `engine.kind`.
+        engine: takes the place of options in the study file.
         cache: takes the place of its `cache`.
 
     Raises:
@@ -88,15 +95,19 @@ def _rows(
     device = auto if config.device == "auto" else config.device
     weights = WeightFacts.read(inputs.base.folder, config.dtype).nbytes / 2**30
     free = free_bytes(device) / 2**30
+    n_workers = plan.config.engine.workers or 1
+    side_by_side = f"{n_workers} workers side by side; each " if n_workers > 1 else ""
     batch = "" if config.batch_size is None else f", batches of {config.batch_size}"
     yield (
         "engine",
-        f"{config.kind}{batch}; {weights:.1f} GiB of weights, {free:.1f} GiB are free on `{device}`",
+        f"{side_by_side}{config.kind}{batch}; {weights:.1f} GiB of weights, "
+        f"{free:.1f} GiB are free on `{device}`",
     )
     listed = baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
     n_first = len(listed) + 1  # the base once more
     n_confirmed = plan.config.finalists + len(inputs.expert_sources) + 3  # base, average, best baseline
     yield "baselines", f"{len(listed)} models, and the base twice: {duration(n_first * costs.search_s)}"
+    costs = costs.shared(n_workers)
     n_trials = budget.trials if n_free else min(budget.trials, 1)
     if budget.items is not None:
         n_paid_for = -(-budget.items // evaluator.count("search")) - len(listed)
@@ -131,7 +142,8 @@ def _probe(config: EngineConfig, inputs: Inputs, evaluator: Evaluator) -> tuple[
     """
     base = LocalModel.base_of(inputs)
     search = evaluator.documents("search")
-    with closing(Pool(base, config, evaluator, None)) as pool:
+    here = config.model_copy(update={"workers": None, "ray_address": None})
+    with closing(Pool(base, here, evaluator, None)) as pool:
         settled = pool.start()
         n_probed = settled.batch_size or _PROBED
         some = {name: documents[:n_probed] for name, documents in search.items() if documents}

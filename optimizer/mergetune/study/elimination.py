@@ -77,7 +77,7 @@ class Elimination:
 
     def rivals(self, scores: Mapping[str, Scores]) -> tuple[str, ...]:
         """Return whom a candidate that begins now has to bear comparison with, of those measured."""
-        return tuple(selection.front(scores, self._suite))
+        return tuple(selection.front(scores, self._suite)) if self._alpha else ()
 
     def why_dropped(self, measured: pd.DataFrame, rivals: Sequence[str]) -> str:
         """Say why a candidate is not worth its other items; nothing where it may be.

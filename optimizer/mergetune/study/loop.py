@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import Trial, TrialState
 from rich.console import Console
 
-from mergetune.engines.engine import EngineKind
+from mergetune.engines.engine import UNCHANGED, EngineChanges
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.leakage import leakage_warnings
@@ -69,12 +69,12 @@ def run_study(
     study_file: Path,
     out: Path,
     console: Console,
-    engine: EngineKind | None = None,
+    engine: EngineChanges = UNCHANGED,
     cache: Path | None = None,
 ) -> Path:
     """Run a study, or go on with the one in `out`; returns the report's path.
 
-    `engine` takes the place of the study file's `engine.kind`, and `cache` that of its `cache`.
+    `engine` takes the place of options in the study file, and `cache` that of its `cache`.
 
     Raises:
         MergetuneError: something the user has to mend; what was measured stays on disk.
@@ -115,10 +115,10 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         )
         with closing(candidates):
             try:
-                for baseline in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms):
-                    candidates.measure(
-                        Proposal(baseline.role, baseline.name, baseline.recipe, baseline.params)
-                    )
+                candidates.measure_all(
+                    Proposal(each.role, each.name, each.recipe, each.params)
+                    for each in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
+                )
                 candidates.measure_broken()
                 _check_objectives(plan, candidates)
                 soup = measure_greedy_soup(candidates, space, inputs)
@@ -389,9 +389,7 @@ def _confirm(candidates: Candidates, finalists: tuple[str, ...], averages: Colle
         candidates.run.add_holdout_use(use)
     compared = [name for name in candidates.scores if name == roles.BASE or roles.is_expert(name)]
     names = {*compared, *averages, *finalists}
-    for candidate in candidates.all:
-        if candidate.name in names and candidate.state == "complete":
-            candidates.confirm(candidate)
+    candidates.confirm_all(each for each in candidates.all if each.name in names and each.state == "complete")
 
 
 def _write_best(candidates: Candidates, chosen: Recommendation | None) -> None:

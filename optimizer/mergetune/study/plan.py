@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergetune.engines.engine import EngineKind
+from mergetune.engines.engine import UNCHANGED, EngineChanges
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.leakage import read_training_texts
 from mergetune.evaluation.suite import Suite, read_suite
@@ -30,17 +30,16 @@ class Plan:
     suite: Suite
 
     @classmethod
-    def read(cls, study_file: Path, engine: EngineKind | None = None) -> Plan:
+    def read(cls, study_file: Path, engine: EngineChanges = UNCHANGED) -> Plan:
         """Read a study file and check all that can be checked without a model.
 
-        `engine` takes the place of its `engine.kind`.
+        `engine` takes the place of options in the file.
 
         Raises:
             MergetuneError: something is missing, misspelt or does not fit together.
         """
         config = read_study(study_file)
-        if engine is not None:
-            config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": engine})})
+        config = config.model_copy(update={"engine": engine.put_into(config.engine)})
         return cls._checked(config, study_file)
 
     @classmethod

@@ -251,9 +251,8 @@ def _confirm(plan: SoupPlan, candidates: Candidates, soup: Soup) -> None:
     if "holdout" in plan.splits or candidates.evaluator.count("holdout") == 0:
         return
     best, chosen = (average_name(members, list(plan.models)) for members in (soup.members[:1], soup.members))
-    for name in dict.fromkeys([BASE, best, chosen]):
-        if (candidate := candidates.run.candidate(name)) is not None:
-            candidates.confirm(candidate)
+    found = (candidates.run.candidate(name) for name in dict.fromkeys([BASE, best, chosen]))
+    candidates.confirm_all(each for each in found if each is not None)
 
 
 def _write(plan: SoupPlan, inputs: Inputs, run: RunDir, result: SoupResult) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,6 @@ _WARM_START = "warm_start"  # names attempts
 _OWN = ""  # the trajectory of the objectives' own weights; others are named after the objective emphasized
 _PATIENCE = 4  # checkpoints without a better merge that end it
 _N_EMPHASIZED = 2  # checkpoints of each other trajectory
-_AT_ONCE = 4  # checkpoints for which another engine makes room
 
 log = logging.getLogger("mergetune")
 
@@ -151,6 +150,9 @@ class WarmStarter:
 
     def _measure(self) -> None:
         """Measure the checkpoints that are not yet, as far as the budget goes."""
+        self._candidates.measure_all(self._unmeasured())
+
+    def _unmeasured(self) -> Iterator[Proposal]:
         for each in self._record.checkpoints:
             if each.name in self._done:
                 continue
@@ -159,7 +161,7 @@ class WarmStarter:
             if self._candidates.known(proposal) is None and self._candidates.twin(proposal) is None:
                 if self._why_spent():
                     return
-                self._candidates.measure(proposal)
+                yield proposal
             self._done.add(each.name)
 
     def _next(self) -> str | None:
@@ -208,7 +210,7 @@ class WarmStarter:
     def _steps(self, name: str) -> dict[str, object]:
         """Take the steps to the next checkpoints of a trajectory; returns what is new in the record."""
         candidates, record = self._candidates, self._record
-        n_checkpoints = 1 if candidates.pool.config.kind == "transformers" else _AT_ONCE
+        n_checkpoints = candidates.pool.n_at_once
         with candidates.pool.transformers() as engine:
             problem = self._problem = self._problem or self._make_problem(engine)
             laws, start, n_passes = record.laws, record.start, 0
