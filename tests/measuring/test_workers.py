@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ SLOW_S = 0.4  # so that there is a middle of a trial
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes of one core each."""
-    found = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1})
+    found: Any = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1})
     found.add_node(num_cpus=1)
     yield found
     found.shutdown()
@@ -76,9 +76,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
 
 
-def study_of(folder: Path, base: Path, experts: dict[str, Path], **engine: Any) -> Path:
-    options = {"kind": "transformers", **engine}
-    return write_study(folder, base, experts, engine=options, budget={"trials": N_TRIALS}, elimination=0.0)
+def study_of(
+    folder: Path, base: Path, experts: dict[str, Path], n_trials: int = N_TRIALS, **engine: Any
+) -> Path:
+    options, budget = {"kind": "transformers", **engine}, {"trials": n_trials, "patience": n_trials}
+    return write_study(folder, base, experts, engine=options, budget=budget, elimination=0.0)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -93,11 +95,11 @@ def scores(found: RunDir, name: str) -> Any:
     return found.scores(name, "search"), found.scores(name, "holdout")
 
 
-def assert_whole(folder: Path) -> None:
+def assert_whole(folder: Path, n_trials: int = N_TRIALS) -> None:
     """Every trial was measured once, and nothing is in the run that should not be there."""
     found = RunDir(folder)
     trials = [each for each in found.candidates() if each.role == "trial"]
-    assert sorted(each.name for each in trials) == [f"trial-{i:04}" for i in range(1, N_TRIALS + 1)]
+    assert sorted(each.name for each in trials) == [f"trial-{i:04}" for i in range(1, n_trials + 1)]
     assert {each.state for each in trials} == {"complete"}
     assert len({each.number for each in found.candidates()}) == len(found.candidates())
     assert not list((folder / "attempts").glob("*"))
@@ -115,6 +117,26 @@ def in_mid_trial(folder: Path, what: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
+
+
+@contextmanager
+def running(study: Path, out: Path) -> Iterator[None]:
+    """Run a study in a thread, the block beginning in the middle of a trial; only this one starts nodes."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(study, out)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    in_mid_trial(out, lambda: None).join(120)
+    yield
+    thread.join(240)
+    assert errors == []
+    assert not thread.is_alive()
 
 
 def kill_one() -> None:
@@ -164,8 +186,8 @@ def test_a_node_that_is_killed_takes_no_trial_with_it(
 ) -> None:
     doomed = cluster.add_node(num_cpus=1)
     study = study_of(tmp_path, tiny_base, tiny_experts, workers=3, ray_address=cluster.address)
-    in_mid_trial(tmp_path / "run", lambda: cluster.remove_node(doomed, allow_graceful=False))
-    run(study, tmp_path / "run")
+    with running(study, tmp_path / "run"):
+        cluster.remove_node(doomed, allow_graceful=False)
     assert_whole(tmp_path / "run")
 
 
@@ -174,23 +196,17 @@ def test_a_node_that_joins_late_takes_its_share(
     cluster: Cluster, tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path
 ) -> None:
     """Three workers are wanted where two find room; nothing waits for the third."""
-    late: list[Any] = []
-    most: list[int] = []
-
-    def join() -> None:
-        late.append(cluster.add_node(num_cpus=1))
-        while not most or most[-1] < 3:
-            most.append(len(workers(".reply")))
+    study = study_of(tmp_path, tiny_base, tiny_experts, n_trials=50, workers=3, ray_address=cluster.address)
+    most = 0
+    with running(study, tmp_path / "run"):
+        late = cluster.add_node(num_cpus=1)
+        deadline = time.monotonic() + 60
+        while most < 3 and time.monotonic() < deadline:
+            most = max(most, len(workers(".reply")))
             time.sleep(0.02)
-
-    study = study_of(tmp_path, tiny_base, tiny_experts, workers=3, ray_address=cluster.address)
-    in_mid_trial(tmp_path / "run", join)
-    try:
-        run(study, tmp_path / "run")
-    finally:
-        cluster.remove_node(late[0])
-    assert_whole(tmp_path / "run")
-    assert max(most) == 3
+    cluster.remove_node(late)
+    assert_whole(tmp_path / "run", n_trials=50)
+    assert most == 3
 
 
 @pytest.mark.usefixtures("slow")
@@ -220,18 +236,19 @@ def test_a_full_disk_on_one_node_is_its_fault_alone(
         def load(self, recipe: str) -> Any:
             if "FULL" in os.environ:
                 raise OSError(28, "No space left on device")
+            time.sleep(SLOW_S)
             return super().load(recipe)
 
     EngineHost.__module__ = "__main__"
     monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
     full = cluster.add_node(num_cpus=1, env_vars={"FULL": "1"})
-    study = study_of(tmp_path, tiny_base, tiny_experts, workers=3, ray_address=cluster.address)
+    study = study_of(tmp_path, tiny_base, tiny_experts, n_trials=30, workers=3, ray_address=cluster.address)
     try:
         printed = run(study, tmp_path / "run")
     finally:
         cluster.remove_node(full)
     assert "No space left on device" in printed
-    assert_whole(tmp_path / "run")
+    assert_whole(tmp_path / "run", n_trials=30)
 
 
 def test_a_driver_that_is_killed_leaves_nothing_running_and_goes_on(
@@ -275,7 +292,7 @@ def test_a_cluster_that_is_not_there_is_an_error(tiny_base: Path, tmp_path: Path
     pool = Pool(open_model(str(tiny_base)), config, evaluator, None)
     with (
         closing(pool),
-        pytest.raises(MergetuneError, match=r"There must be a Ray cluster at `127\.0\.0\.1:1`"),
+        pytest.raises(MergetuneError, match=r"must be a Ray cluster at `127\.0\.0\.1:1`"),
     ):
         pool.start()
 

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 _INSTALL = "in mergetune's folder: pip install '.[ray]'"
 _STORE_BYTES = 256 * 2**20  # of the shared memory of a cluster on this machine: it carries texts alone
 _SECONDS_TO_PLACE = 20.0  # after which it is said that a worker waits for room
+_SECONDS_TO_REACH = 10.0
+_STARTS = 3  # of one worker, where its machine fails meanwhile
 _VERSIONS_OF = ("mergetune", "torch", "transformers")
+
+log = logging.getLogger("mergetune")
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,20 @@ class RayCluster:
     def start(self, config: EngineConfig, say: Callable[[str], object]) -> tuple[RayEngine, EngineConfig]:
         """Start an engine in an actor of its own, as soon as the cluster has room for it.
 
+        Where its machine fails meanwhile, it is tried again, perhaps on another.
+
         Raises:
             MergetuneError: it cannot be started.
         """
+        for _ in range(_STARTS - 1):
+            try:
+                return self._start(config, say)
+            except EngineError:
+                if not self._is_closed:
+                    log.exception("a worker did not start")
+        return self._start(config, say)
+
+    def _start(self, config: EngineConfig, say: Callable[[str], object]) -> tuple[RayEngine, EngineConfig]:
         ray = self._ray
         host = ray.remote(EngineHost)
         with self._changing:
@@ -137,10 +152,10 @@ class RayCluster:
             actor = host.options(max_restarts=0, scheduling_strategy="SPREAD", **self._needs).remote()
             self._actors.append(actor)
         local = config.model_copy(update={"workers": None, "ray_address": None})
-        begun = actor.start.remote(local, self._model, self._begun_with)
-        if not ray.wait([begun], timeout=_SECONDS_TO_PLACE)[0] and not self._has_said:
-            self._say_waiting(say)
         try:
+            begun = actor.start.remote(local, self._model, self._begun_with)
+            if not ray.wait([begun], timeout=_SECONDS_TO_PLACE)[0] and not self._has_said:
+                self._say_waiting(say)
             started = _got(ray, begun, "a worker")
             _check_versions(started)
         except BaseException:
@@ -151,13 +166,17 @@ class RayCluster:
         settled = {"workers": config.workers, "ray_address": config.ray_address}
         return RayEngine(ray, actor, started, self._kill), started.config.model_copy(update=settled)
 
-    def close(self) -> None:
-        """End all workers, whatever they are at, and the cluster if it is ours."""
+    def end_workers(self) -> None:
+        """End all workers, whatever they are at, and start no other."""
         with self._changing:
             self._is_closed = True
             actors = list(self._actors)
         for actor in actors:
             self._kill(actor)
+
+    def close(self) -> None:
+        """Leave the cluster, once nobody waits for a worker any more."""
+        self.end_workers()
         if self._is_ours:
             self._ray.shutdown()
 
@@ -226,15 +245,14 @@ class _RemoteLM(LM):  # type: ignore[misc]  # lm-eval ships no types
 
 
 def _cores_each(cores: Sequence[int], n_workers: int) -> int:
-    """Return the most cores that each of so many workers can have on machines with these cores; 1 at least."""
-    fitting = (
-        n for n in range(1, max(cores, default=1) + 1) if sum(each // n for each in cores) >= n_workers
-    )
-    return max(fitting, default=1)
+    """Return the most cores that each of so many workers can have on these machines; 1 at least."""
+    most = max(cores, default=1)
+    return next((n for n in range(most, 1, -1) if sum(each // n for each in cores) >= n_workers), 1)
 
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a late call would start a cluster
     try:
         import ray
     except ImportError as error:
@@ -248,6 +266,7 @@ def _connect(ray: Any, address: str | None) -> None:
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        _reach(address)
         ray.init(
             **({"address": address} if address else own),
             log_to_driver=False,
@@ -264,6 +283,13 @@ def _connect(ray: Any, address: str | None) -> None:
         if is_main:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _reach(address: str | None) -> None:
+    """Raise `OSError` where nothing listens at HOST:PORT, which Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _SECONDS_TO_REACH).close()
 
 
 def _got(ray: Any, reference: Any, where: str) -> Any:

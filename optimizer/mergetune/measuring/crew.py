@@ -35,6 +35,7 @@ class Alone(Generic[T]):
     """
 
     size = 1
+    has_lanes = False  # without its only one
 
     def __init__(self, lane: Lane, work: Callable[[Lane, T], None]) -> None:
         self._lane, self._work = lane, work
@@ -74,7 +75,7 @@ class SideBySide(Generic[T]):
         self._changed = threading.Condition()
         self._done: SimpleQueue[Done[T]] = SimpleQueue()
         self._is_closed = False
-        self._n_living = 0
+        self._n_living, self._n_gone = 0, 0
         self._threads = [threading.Thread(target=self._run, args=[lane], daemon=True) for lane in lanes]
         for thread in self._threads:
             thread.start()
@@ -83,6 +84,11 @@ class SideBySide(Generic[T]):
     def size(self) -> int:
         """How many lanes have a running engine; one at least, which may be on its way."""
         return max(self._n_living, 1)
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether there are lanes that could be started, or may yet be."""
+        return self._n_gone < len(self._lanes)
 
     def submit(self, piece: T) -> None:
         """Take a piece of work."""
@@ -111,9 +117,12 @@ class SideBySide(Generic[T]):
             try:
                 lane.living()
             except Exception as error:
+                with self._changed:
+                    self._n_gone += 1
                 self._done.put(Done(None, error))
                 return
-            self._n_living += 1
+            with self._changed:
+                self._n_living += 1
             try:
                 while (piece := self._take()) is not None:
                     done = _done(self._work, lane, piece)
@@ -121,7 +130,8 @@ class SideBySide(Generic[T]):
                     if isinstance(done.error, EngineError):
                         break
             finally:
-                self._n_living -= 1
+                with self._changed:
+                    self._n_living -= 1
 
     def _take(self) -> T | None:
         """Wait for a piece to do; None where the crew is closed."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mergetune.engines.transformers_engine import TransformersEngine
 
 _FAULTS_IN_A_ROW = 6
+_SECONDS_TO_END = 30.0  # of a lane whose worker was ended
 _AT_ONCE = 4  # jobs that are worth a new start of the engines
 # options without effect on replies
 _HARMLESS = {"batch_size", "timeout_s", "gpu_memory_utilization", "kv_cache_gib", "workers", "ray_address"}
@@ -216,10 +217,11 @@ class Pool:
         Raises:
             StartError: it cannot be started.
         """
-        first = self._lanes[0]
-        if self.config.workers is None or self._cluster is not None:
-            first.living()
-            self.config = first.config
+        if self._cluster is not None:  # lanes side by side start their own engines
+            return self.config
+        if self.config.workers is None:
+            self._lanes[0].living()
+            self.config = self._lanes[0].config
             return self.config
         self._cluster = self._open_cluster()
         first = self._lane(self._cluster.start)
@@ -306,6 +308,9 @@ class Pool:
         """End the engines, whatever they are at."""
         self._crew.close()
         if self._cluster is not None:
+            self._cluster.end_workers()
+            if isinstance(self._crew, SideBySide):
+                self._crew.join(_SECONDS_TO_END)
             self._cluster.close()
 
     @cached_property
@@ -388,6 +393,9 @@ class Pool:
         piece, error = done.piece, done.error
         if piece is None:
             assert error is not None  # why the lane is gone
+            if self._crew.has_lanes:
+                self._options.say(f"warning: there is a worker less: {error}")
+                return None
             self._underway.clear()
             if isinstance(error, StartError) or not isinstance(error, MergetuneError):
                 raise error

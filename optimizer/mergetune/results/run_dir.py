@@ -90,13 +90,15 @@ class StudyRecord(StudyConfig):
 class Cost(Strict):
     """Where a candidate's time went, in seconds, and how many items it was scored on.
 
-    `lost_s` went into attempts that broke, and into the engine's new starts after them.
+    `lost_s` went into attempts that broke, and into the engine's new starts after them. `elapsed_s` is, where
+    several were measured side by side, this one's share of the time that passed.
     """
 
     merge_s: float = 0.0
     load_s: float = 0.0
     evaluate_s: float = 0.0
     lost_s: float = 0.0
+    elapsed_s: float | None = None
     n_items: int = 0
 
     def plus(self, other: Cost) -> Cost:
@@ -111,8 +113,13 @@ class Cost(Strict):
 
     @property
     def total_s(self) -> float:
-        """Return all seconds together."""
+        """Return all seconds of the engine together."""
         return self.merge_s + self.load_s + self.evaluate_s + self.lost_s
+
+    @property
+    def spent_s(self) -> float:
+        """Return what it takes from a budget of hours."""
+        return self.total_s if self.elapsed_s is None else self.elapsed_s
 
 
 class Candidate(Strict):
@@ -419,7 +426,7 @@ class RunDir:
         """
         start = self.warm_start()
         known = self.candidates() if candidates is None else candidates
-        measured = sum(candidate.cost.total_s for candidate in known)
+        measured = sum(candidate.cost.spent_s for candidate in known)
         return measured + (start.seconds if start else 0.0) + sum(self._seconds().values())
 
     def write_noise(self, measurement: Measurement) -> None:

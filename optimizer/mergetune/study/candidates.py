@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class Candidates:
             if candidate.name in self.scores or candidate.state != "complete":
                 self._by_recipe.setdefault(candidate.recipe.digest, candidate.name)
         self._proposed: dict[str, _Begun] = {}  # by the job's purpose
+        self._settled_at = -math.inf  # when the last candidate was
         self._n_sent = 0
         self._agreements = run.agreements()
         known = run.versions()
@@ -252,7 +254,10 @@ class Candidates:
     def _settle(self, begun: _Begun, found: Measured | Failed, why_dropped: str) -> Candidate:
         """Write down what became of a candidate."""
         proposal, what = begun.proposal, found.job.purpose
-        known = self._known.get(proposal.name)
+        known, elapsed_s = self._known.get(proposal.name), None
+        if self.pool.config.workers is not None:  # the time that passed is shared among all under way
+            now = clock.seconds()
+            elapsed_s, self._settled_at = now - max(begun.at, self._settled_at), now
         fields: dict[str, Any] = {
             "name": proposal.name,
             "number": len(self._known) if known is None else known.number,
@@ -270,11 +275,12 @@ class Candidates:
                 f"{self.run.path / 'run.log'} has more."
             )
         if isinstance(found, Failed):
-            cost = Cost(lost_s=clock.seconds() - begun.at)
+            cost = Cost(lost_s=clock.seconds() - begun.at, elapsed_s=elapsed_s)
             kept = self._keep({**fields, "state": "failed", "reason": found.reason, "cost": cost}, None)
             line = candidate_line(proposal.name, None, 0.0, found.reason)
         else:
-            fields |= {"cost": begun.cost, "faults": begun.faults}
+            cost = begun.cost.model_copy(update={"elapsed_s": elapsed_s})
+            fields |= {"cost": cost, "faults": begun.faults}
             if why_dropped:
                 self.run.write_measurement(proposal.name, "part", found.measurement)
                 self._dropped[proposal.name] = found.measurement.scores()
