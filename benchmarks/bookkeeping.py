@@ -275,7 +275,7 @@ def time_trial(run: RunDir) -> float:
     }
     sampler = optuna.samplers.RandomSampler(seed=0)
     with tempfile.TemporaryDirectory(dir=run.path) as folder:
-        search = open_search(Path(folder) / "study.db", ["maximize"] * len(suite.objectives), sampler)
+        search = open_search(Path(folder) / "study.journal", ["maximize"] * len(suite.objectives), sampler)
         for _ in known:
             tell(search, search.ask(distributions), success([scores[n].value for n in suite.objectives], {}))
         trials = [search.ask(distributions) for _ in range(10)]

@@ -30,7 +30,7 @@ from optuna.trial import TrialState
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import build_llama, fine_tune
 from mergetune.results.run_dir import RunDir
-from mergetune.study.search import CANDIDATE
+from mergetune.study.search import CANDIDATE, journal
 
 _COMPLETE = TrialState.COMPLETE
 _SHARED_MEMORY = Path("/dev/shm")
@@ -146,7 +146,7 @@ def main() -> None:
         assert last.returncode == 0, said.decode()[-2000:]
         check_lost(before, out)
         candidates = RunDir(out).candidates()
-        search = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{out / 'study.db'}")
+        search = optuna.load_study(study_name="mergetune", storage=journal(out / "study.journal"))
         told = Counter(each.user_attrs.get(CANDIDATE) for each in search.get_trials(states=[_COMPLETE]))
         failed = [c.name for c in candidates if c.state == "failed"]
         numbers = [c.number for c in candidates]

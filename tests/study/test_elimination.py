@@ -213,7 +213,7 @@ def test_a_study_drops_what_is_worse_and_comes_to_the_same_front(
     assert f"{len(dropped)} more" in page
 
     # the sampler's own storage is lost: it is told of them anew, and nothing is measured again
-    (tmp_path / "parts" / "run" / "study.db").unlink()
+    (tmp_path / "parts" / "run" / "study.journal").unlink()
     before = {file: file.read_bytes() for file in (tmp_path / "parts" / "run" / "candidates").iterdir()}
     run(tmp_path / "parts" / "study.yaml", tmp_path / "parts" / "run")
     assert before == {

@@ -40,7 +40,7 @@ def outcome(value: float) -> Outcome:
 
 def search(folder: Path) -> optuna.Study:
     return open_search(
-        folder / "study.db", ["maximize", "maximize"], make_sampler(SamplerConfig(), 1, seed=0)
+        folder / "study.journal", ["maximize", "maximize"], make_sampler(SamplerConfig(), 1, seed=0)
     )
 
 
@@ -92,14 +92,14 @@ def test_samplers_that_can_are_not(kind: str) -> None:
 
 
 def told_anew(study: optuna.Study, folder: Path, *points: Observation) -> optuna.Study:
-    return catch_up(study, folder / "study.db", points, SPACE, failure([outcome(0.0)], ["maximize"] * 2))
+    return catch_up(study, folder / "study.journal", points, SPACE, failure([outcome(0.0)], ["maximize"] * 2))
 
 
 def test_a_grid_that_was_searched_ends_the_search(tmp_path: Path) -> None:
     space = {"lambda.all.a": FloatDistribution(0, 1, step=0.5)}
     sampler = SamplerConfig.model_validate({"kind": "BruteForceSampler"})
     try_sampler(sampler, ["maximize", "maximize"], space)
-    study = open_search(tmp_path / "study.db", ["maximize"], make_sampler(sampler, 1, seed=0))
+    study = open_search(tmp_path / "study.journal", ["maximize"], make_sampler(sampler, 1, seed=0))
     done = success([1.0], {})
     outcomes = [done, failure([done], ["maximize"]), done]
     assert [tell(study, study.ask(dict(space)), each) for each in outcomes] == [True, True, False]
@@ -166,7 +166,7 @@ def test_a_region_that_fails_is_left(tmp_path: Path, kind: str) -> None:
     """The better a point looks the nearer it lies to a region where nothing can be measured."""
     space: dict[str, BaseDistribution] = {f"lambda.all.{name}": FloatDistribution(0, 2) for name in "ab"}
     sampler = make_sampler(SamplerConfig(kind=kind), 2, seed=0)
-    study = open_search(tmp_path / "study.db", ["maximize", "maximize"], sampler)
+    study = open_search(tmp_path / "study.journal", ["maximize", "maximize"], sampler)
     seen: list[Outcome] = []
     fails: list[bool] = []
     for a, b in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.8), (1.0, 1.0), (0.3, 0.6)]:
@@ -180,3 +180,20 @@ def test_a_region_that_fails_is_left(tmp_path: Path, kind: str) -> None:
         tell(study, trial, failure(seen, ["maximize"] * 2) if fails[-1] else seen[-1])
     assert sum(fails[-15:]) <= 7
     assert not all(fails[10:20])
+
+
+@pytest.mark.parametrize("damage", [b'{"op_code": 4, "trial', b"\x00" * 40, b"nothing\n{}\n"])
+def test_a_journal_that_was_cut_off_or_damaged_ends_no_study(tmp_path: Path, damage: bytes) -> None:
+    study, file = search(tmp_path), tmp_path / "study.journal"
+    study.add_trial(
+        optuna.trial.create_trial(params={"lambda.all.a": 0.5}, distributions=SPACE, values=[0.0, 1.0])
+    )
+    is_cut_off = not damage.endswith(b"\n")
+    file.write_bytes(file.read_bytes() + damage)
+    for n_known in (1, 2):
+        again = search(tmp_path)
+        assert len(again.trials) == (n_known if is_cut_off else n_known - 1)
+        again.add_trial(
+            optuna.trial.create_trial(params={"lambda.all.a": 0.1}, distributions=SPACE, values=[0.0, 1.0])
+        )
+    assert (tmp_path / "study.journal.broken").exists() != is_cut_off

@@ -24,6 +24,7 @@ from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
 from mergetune.study import warm_start
+from mergetune.study.search import journal
 from studies import run, write_study
 
 
@@ -77,7 +78,7 @@ def test_points_of_slopes_are_measured_first_and_the_sampler_goes_on_around_them
         assert candidate.params is not None
         towards = {f"toward.{name}" for name in others}
         assert candidate.params.keys() == towards | {"times.all.a", "times.all.b"}
-    study = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{found.path / 'study.db'}")
+    study = optuna.load_study(study_name="mergetune", storage=journal(found.path / "study.journal"))
     told = {trial.user_attrs.get("candidate"): trial.params for trial in study.trials}
     assert {candidate.name for candidate in trials} <= told.keys()
     corners = [name for name in told if name and name.startswith("gradient")]
@@ -162,7 +163,7 @@ def test_before_the_first_trial_the_sampler_is_told_nothing(
 ) -> None:
     """The space around the points is not known then, and baselines in another one would confuse it."""
     run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 0}), tmp_path / "run")
-    found = optuna.load_study(study_name="mergetune", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
+    found = optuna.load_study(study_name="mergetune", storage=journal(tmp_path / "run" / "study.journal"))
     assert found.trials == []
     assert RunDir(tmp_path / "run").warm_start() is None
 

@@ -5,7 +5,7 @@ record.json       the same with the suite's rules and the digests of all inputs
 versions.json     the engine, and versions of mergetune and the libraries that numbers depend on
 warnings.json     what looked suspicious before the search began
 model.json        the base's layers and tensors, those each expert changes, and the task vectors' norms
-study.db          Optuna's storage
+study.journal     Optuna's storage
 items.parquet     every item of the suite: id, split, prompt, target
 judges.json       how far the judges of the suite agree with people's labels
 sent.parquet      what models were sent of each item, as the chat template wrote it

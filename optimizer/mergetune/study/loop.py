@@ -219,7 +219,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     known = _known(searched, candidates)
     seed = plan.config.seed + len(candidates.all)
     sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
-    storage = run.path / "study.db"
+    storage = run.path / "study.journal"
     search = open_search(storage, _directions(plan), sampler)
     names = _trial_names(candidates.all, refused(search))
     n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # no free coefficient: one suffices

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -172,15 +174,27 @@ def try_sampler(
 def open_search(
     storage: Path, directions: Sequence[Direction | StudyDirection], sampler: optuna.samplers.BaseSampler
 ) -> optuna.Study:
-    """Open the Optuna study in an SQLite file, new or going on."""
+    """Open the Optuna study in a journal, new or going on; unlike SQLite's, its locks hold on NFS.
+
+    An entry that was being written when the process ended is cut off; a file that cannot be read is set
+    aside, for all that it holds stands in the run directory, too.
+    """
     _quiet()
-    return optuna.create_study(
-        storage=_url(storage),
+    if storage.exists() and not (known := storage.read_bytes()).endswith(b"\n"):
+        with storage.open("r+b") as file:
+            file.truncate(known.rfind(b"\n") + 1)
+    create = partial(
+        optuna.create_study,
         study_name=_NAME,
         directions=list(directions),
         sampler=sampler,
         load_if_exists=True,
     )
+    try:
+        return create(storage=journal(storage))
+    except (ValueError, KeyError, TypeError):  # whatever a damaged journal leads to
+        storage.replace(storage.with_name(f"{storage.name}.broken"))
+        return create(storage=journal(storage))
 
 
 def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> dict[str, Any]:
@@ -240,7 +254,7 @@ def catch_up(
     }
     if not all(_agrees(trial, wanted.get(name), distributions) for name, trial in told.items()):
         directions, sampler, told = search.directions, search.sampler, {}
-        optuna.delete_study(study_name=_NAME, storage=_url(storage))
+        optuna.delete_study(study_name=_NAME, storage=journal(storage))
         search = open_search(storage, directions, sampler)
     states = {trial.user_attrs.get(CANDIDATE): _sampler_state(trial) for trial in before}
     why = {trial.user_attrs[CANDIDATE]: trial.user_attrs[REFUSED] for trial in no_recipe}
@@ -292,8 +306,9 @@ def _sampler_state(trial: FrozenTrial) -> dict[str, Any]:
     return {name: value for name, value in trial.system_attrs.items() if not name.startswith("constraints")}
 
 
-def _url(storage: Path) -> str:
-    return f"sqlite:///{storage}"
+def journal(file: Path) -> JournalStorage:
+    """Return Optuna's storage in a file."""
+    return JournalStorage(JournalFileBackend(str(file)))
 
 
 def _quiet() -> None:
