@@ -96,6 +96,7 @@ Cache = Annotated[
         metavar="DIR",
     ),
 ]
+_SECONDS_BETWEEN_LOOKS = 3.0  # of `status --watch`
 _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "candidate": "CANDIDATE",
     "baseline": "--baseline",
@@ -590,6 +591,44 @@ def report(
     from mergetune.results.run_dir import RunDir
 
     _out.print(f"Report: {write_report(RunDir(run))}", highlight=False, markup=False)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every few seconds, until no process is at work.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where does a study stand? Trials, front, hypervolume, time left."""
+    import time
+    from dataclasses import asdict
+
+    from rich.live import Live
+    from rich.table import Table
+
+    from mergetune.report.status import Status, read_status
+    from mergetune.results.run_dir import RunDir
+
+    def table(found: Status) -> Table:
+        shown = Table(show_header=False, box=None)
+        for name, text in found.rows():
+            shown.add_row(name, escape(text))
+        return shown
+
+    found = read_status(RunDir(run))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+        return
+    if not watch:
+        _out.print(table(found))
+        return
+    with Live(table(found), console=_out, auto_refresh=False) as live:
+        while found.is_at_work:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            found = read_status(RunDir(run))
+            live.update(table(found), refresh=True)
 
 
 @app.command()
