@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -84,6 +85,9 @@ class StudyConfig(Strict):
     `cache` is where things made once per machine are kept, such as the compiled kernel; by default this
     user's cache.
 
+    `on_finish` is a command that is called at the end of a study, with the report's path as its last argument
+    and the study's status as JSON on its standard input.
+
     `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
 
@@ -100,6 +104,7 @@ class StudyConfig(Strict):
     elimination: float = Field(0.05, ge=0, lt=0.5)
     finalists: int = Field(3, ge=1)
     cache: str | None = None
+    on_finish: str | None = Field(None, min_length=1)
     allow_flat_objectives: bool = False
     seed: int = Field(0, ge=0)
 
@@ -117,6 +122,13 @@ class StudyConfig(Strict):
     ) -> dict[str, tuple[str, ...]]:
         refuse_unknown(data, info.data.get("experts", data))  # absent where it is itself in error
         return data
+
+    @field_validator("on_finish")
+    @classmethod
+    def _has_words(cls, command: str | None) -> str | None:
+        if command is not None:
+            shlex.split(command)  # a quote that is not closed is a ValueError
+        return command
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> StudyConfig:

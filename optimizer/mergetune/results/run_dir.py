@@ -65,7 +65,8 @@ _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
 # what may change when a study goes on
 _FREE = dict.fromkeys(
-    ("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache"), True
+    ("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache", "on_finish"),
+    True,
 )
 
 _WHERE = {"workers", "ray_address"}  # of the engine's options: where it runs, and not how

@@ -34,6 +34,7 @@ from mergetune.results.selection import Recommendation
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
+from mergetune.study import on_finish
 from mergetune.study.baselines import baselines
 from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
@@ -84,7 +85,10 @@ def run_study(
     use_cache(cache or plan.cache, partial(console.print, highlight=False, markup=False))
     with Progress(console) as progress:
         progress.say(f"opening {plan.config.base} and {len(plan.config.experts)} experts")
-        return _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress)
+        report = _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress)
+        if (command := plan.config.on_finish) and (fault := on_finish.call(command, report, RunDir(out))):
+            progress.say(f"warning: `on_finish: {command}`: {fault}")
+    return report
 
 
 def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
