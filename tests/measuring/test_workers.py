@@ -275,13 +275,16 @@ def test_items_of_one_model_are_spread_over_workers(
 ) -> None:
     suite = write_suite(tmp_path, ["x"] * 40, holdout=0)
     evaluator, found = Evaluator(suite), {}
+    everything = evaluator.documents("all")
     for n_workers in (None, 2):
         address = cluster.address if n_workers else None
         config = EngineConfig(kind="transformers", workers=n_workers, ray_address=address)
         store = ReplyStore(tmp_path / f"store-{n_workers}")
         with closing(Pool(open_model(str(tiny_base)), config, evaluator, store)) as pool:
-            measured = pool.measured(Job("test", evaluator.documents("all")))
-        assert measured.n_asked == 40
+            for n in (8, 16, 24, 32):  # as a check that may stop early asks for more and more
+                pool.measured(Job("test", {task: own[:n] for task, own in everything.items()}))
+            measured = pool.measured(Job("test", everything))
+        assert measured.n_asked == 8
         found[n_workers] = measured.measurement.items[["item", "response", "score"]]
     assert found[None].equals(found[2])
 

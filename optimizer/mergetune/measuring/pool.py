@@ -90,7 +90,7 @@ class Failed:
     reason: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Piece:
     """Requests that one lane puts to a model, of a job or of a part of one.
 
@@ -113,7 +113,7 @@ class _Piece:
     faults: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Underway:
     """A job that was begun: its model as lm-eval sees it, and the pieces that are still to be asked."""
 
@@ -402,16 +402,21 @@ class Pool:
             raise MergetuneError(
                 f"The engine broke ({self._last_fault}) and cannot be started again: {error}"
             ) from error
+        underway = piece.underway
+        if underway not in self._underway:  # another piece of it has failed
+            return None
         if error is None:
             self._broken_in_a_row = 0
-            piece.underway.n_left -= 1
-            if piece.underway.n_left == 0:
-                self._answered.append(piece.underway)
+            underway.n_left -= 1
+            if underway.n_left == 0:
+                self._answered.append(underway)
+            if piece.purpose != underway.job.purpose:
+                self._options.ledger.forget_attempts(piece.purpose)
             return None
         if isinstance(error, EngineError) and not self.ends_all(error):
             return self._broken(piece, error)
-        self._underway.remove(piece.underway)
-        return self._failed(piece.underway.job, piece.purpose, error)
+        self._underway.remove(underway)
+        return self._failed(underway.job, piece.purpose, error)
 
     def _broken(self, piece: _Piece, fault: EngineError) -> Failed | None:
         """Ask what broke an engine once more, unless that was done."""
