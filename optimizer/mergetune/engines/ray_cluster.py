@@ -277,8 +277,8 @@ def _connect(ray: Any, address: str | None) -> None:
         where = f"at `{address}`" if address else "on this machine"
         raise MergetuneError(
             f"There must be a Ray cluster {where}, but it cannot be reached: {_line(error)}. "
-            "`ray status` says what runs here; a cluster that `ray start` made wants RAY_AUTH_MODE=token in the "
-            "environment. Leave `ray_address` out for a cluster of this machine alone."
+            "`ray status` says what runs here; a cluster that `ray start` made wants RAY_AUTH_MODE=token in "
+            "the environment. Leave `ray_address` out for a cluster of this machine alone."
         ) from error
     finally:
         if is_main:
