@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mergetune.errors import MergetuneError, TrialError
+from mergetune.measuring import pool
 from mergetune.measuring.pool import Pool
 from mergetune.merging.inputs import Inputs
 from mergetune.results.run_dir import Candidate, RunDir
@@ -180,7 +181,7 @@ def test_other_engines_make_room_for_several_checkpoints_at_once(
         pool.config = pool.config.model_copy(update={"kind": "vllm"})
         return plain(pool)
 
-    monkeypatch.setattr(warm_start, "_AT_ONCE", 3)
+    monkeypatch.setattr(pool, "_AT_ONCE", 3)
     monkeypatch.setattr(Pool, "transformers", transformers)
     monkeypatch.setattr(Pool, "start", lambda pool: pool.config.model_copy(update={"kind": "vllm"}))
     run(study_of(tmp_path, tiny_base, tiny_experts, budget={"trials": 2}), tmp_path / "run")

@@ -111,8 +111,9 @@ class StoredLM(LM):  # type: ignore[misc]  # lm-eval ships no types
         return found
 
     def apply_chat_template(self, chat_history: list[dict[str, Any]], **options: Any) -> str:
-        """Return a conversation as the model's chat template writes it."""
-        return str(self.renderer.apply_chat_template(chat_history, **options))
+        """Return a conversation as the renderer writes it, which may be more than its text."""
+        rendered: str = self.renderer.apply_chat_template(chat_history, **options)
+        return rendered
 
     def knows(self, request: Instance) -> bool:
         """Say whether a request was replied to before."""

@@ -196,14 +196,22 @@ class Candidates:
         return self.next()
 
     def measure_all(self, proposals: Iterable[Proposal]) -> None:
-        """Measure candidates, as many side by side as the pool has room for; see `measure`."""
+        """Measure candidates, as many side by side as the pool has room for; see `measure`.
+
+        Each proposal is asked for when there is room for it.
+        """
         for proposal in proposals:
             if self.known(proposal) is None:
-                while not self.pool.has_room:
-                    self.next()
                 self.propose(proposal)
+            while not self.pool.has_room:
+                self.next()
         while self._proposed:
             self.next()
+
+    @property
+    def n_under_way(self) -> int:
+        """How many candidates were proposed and are not measured yet."""
+        return len(self._proposed)
 
     def known(self, proposal: Proposal) -> Candidate | None:
         """Return a candidate that was measured before, or failed; None where it is to be measured."""

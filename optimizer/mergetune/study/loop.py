@@ -183,8 +183,8 @@ def _follow_slopes(plan: Plan, candidates: Candidates, space: SearchSpace, fine:
     """Follow slopes as long as that pays; returns the space that the sampler searches."""
 
     def why_spent() -> str:
-        n_measured = sum(not each.is_baseline for each in candidates.all)
-        if n_measured >= plan.config.budget.trials:
+        n_begun = sum(not each.is_baseline for each in candidates.all) + candidates.n_under_way
+        if n_begun >= plan.config.budget.trials:
             return "all trials were done"
         return _why_spent(plan, candidates)
 
