@@ -31,6 +31,7 @@ from mergetune.results.run_dir import RunDir
 from studies import run, write_study, write_suite
 
 N_TRIALS = 8
+MOST_S = 300  # of a test
 SLOW_S = 0.4  # so that there is a middle of a trial
 
 
@@ -45,7 +46,16 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
+    """Nothing is left of a test, and none waits for ever."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"still at work after {MOST_S} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(MOST_S)
     yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     deadline = time.monotonic() + 20
     while (left := workers()) and time.monotonic() < deadline:
         time.sleep(0.2)
