@@ -18,7 +18,7 @@ def call(command: str, report: Path, run: RunDir) -> str:
     """Call the command of `on_finish`; returns what went wrong, if anything did.
 
     It gets the report's path as its last argument, and on its standard input, as JSON, what `mergetune status
-    --json` prints.
+    RUN --json` prints.
 
     Args:
         command: split into words as a shell would, but no shell runs it.
