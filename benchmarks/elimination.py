@@ -66,7 +66,7 @@ def share_needed(
     frame = run.measurement(name, "search", responses=False)
     assert frame is not None  # it has scores
     frame = frame.set_index(["task", "item"])
-    *parts, _ = elimination.parts()
+    *parts, _ = elimination.parts
     for part in parts:
         keys = [(task, evaluator.tasks[task].item_ids[i]) for task, own in part.items() for i in own]
         measured = frame.loc[pd.MultiIndex.from_tuples(keys)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mergetune.api import ModelOptions
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import SoupResult
+    from mergetune.weights.tokenizer_files import VocabularyRule
 
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -439,18 +440,9 @@ def evaluate(
         writable(out.parent, "--out")
         if out.is_dir():
             raise MergetuneError(f"--out {out}: must be a file to write, but is a folder. Name a file in it.")
-    options = api.ModelOptions(
-        engine,
-        batch_size,
-        base,
-        tokenizer,
-        _named_variables(api_key),
-        vocabulary,
-        cache,
-        workers,
-        ray_address,
-    )
-    with _shown(options) as options:
+    with _model_options(
+        engine, batch_size, workers, ray_address, base, tokenizer, api_key, vocabulary, cache
+    ) as options:
         measurement = api.evaluate(model, suite, split=split, options=options)
     if out is not None:
         write_parquet(out, measurement.items)
@@ -543,18 +535,9 @@ def check(
             writable(out, "--out")
         if store is not None:
             writable(store, "--store")
-        options = api.ModelOptions(
-            engine,
-            batch_size,
-            base,
-            tokenizer,
-            _named_variables(api_key),
-            vocabulary,
-            cache,
-            workers,
-            ray_address,
-        )
-        with _shown(options) as options:
+        with _model_options(
+            engine, batch_size, workers, ray_address, base, tokenizer, api_key, vocabulary, cache
+        ) as options:
             checked = api.check(
                 candidate,
                 baseline,
@@ -677,16 +660,38 @@ def presets() -> None:
 
 
 @contextmanager
-def _shown(options: ModelOptions) -> Iterator[ModelOptions]:
+def _model_options(
+    engine: str,
+    batch_size: int | None,
+    workers: int | None,
+    ray_address: str | None,
+    base: str | None,
+    tokenizer: str | None,
+    api_keys: Sequence[str] | None,
+    vocabulary: VocabularyRule,
+    cache: Path | None,
+) -> Iterator[ModelOptions]:
     """Return how models are opened and run; while the block runs, show its progress and say how it ended."""
-    from dataclasses import replace
-
+    from mergetune.api import ModelOptions
     from mergetune.measuring.progress import Progress
 
+    named = _named_variables(api_keys)
     with Interrupts() as interrupts:
         try:
             with Progress(_err) as progress:
-                yield replace(options, say=_remark, at_work=progress.at_work)
+                yield ModelOptions(
+                    engine,
+                    batch_size,
+                    base,
+                    tokenizer,
+                    named,
+                    vocabulary,
+                    cache,
+                    workers,
+                    ray_address,
+                    _remark,
+                    progress.at_work,
+                )
         except BaseException as error:
             if not interrupts.requested:
                 raise

@@ -79,7 +79,7 @@ def drop(
     """Measure `new` part by part; returns why it was dropped, if it was, and on which share of its items."""
     rivals = [name for name in frames if name.startswith("rival")]
     whole = frames["new"].set_index(["task", "item"])
-    *parts, everything = elimination.parts()
+    *parts, everything = elimination.parts
     assert count(everything) == sum(SIZES.values())
     for part in parts:
         keys = [(task, evaluator.tasks[task].item_ids[i]) for task, own in part.items() for i in own]
@@ -166,11 +166,11 @@ def test_missing_verdicts_and_scores_beyond_one_decide_nothing(
 
 
 def test_parts_hold_the_ones_before(evaluator: Evaluator) -> None:
-    parts = Elimination(evaluator, Simulated({}), ALPHA).parts()
+    parts = Elimination(evaluator, Simulated({}), ALPHA).parts
     assert [count(part) for part in parts] == [100, 200, 400, 600, 800]
     for earlier, later in pairwise(parts):
         assert all(set(earlier[task]) <= set(later[task]) for task in SIZES)
-    assert Elimination(evaluator, Simulated({}), 0.0).parts() == [evaluator.documents("search")]
+    assert Elimination(evaluator, Simulated({}), 0.0).parts == [evaluator.documents("search")]
 
 
 def with_many_items(study: Path, n: int) -> Path:

@@ -42,8 +42,8 @@ class Lane:
         self,
         start: Start,
         config: EngineConfig,
-        say: Callable[[str], object],
-        at_work: Callable[[str], object],
+        say: Callable[[str], object] = lambda _: None,
+        at_work: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.config = config
         self.engine: Engine | None = None

@@ -228,11 +228,7 @@ class Pool:
         self._lanes = [first]
         first.living()  # settles which kind all others are
         self.config = first.config
-        silent = PoolOptions()
-        self._lanes += [
-            Lane(self._cluster.start, self.config, silent.say, silent.at_work)
-            for _ in range(1, self.config.workers or 1)
-        ]
+        self._lanes += [Lane(self._cluster.start, self.config) for _ in range(1, self.config.workers or 1)]
         self._crew = SideBySide(self._lanes, self._ask)
         return self.config
 

@@ -123,8 +123,13 @@ def item_order(task: str, ids: Sequence[str], seed: int = 0) -> list[int]:
     The order knows nothing of the results, is the same on every machine, and new items leave the others in
     the order that they had.
     """
-    keys = [hashlib.blake2b(f"{seed}\0{task}\0{item}".encode(), digest_size=8).digest() for item in ids]
+    keys = [item_key(task, item, seed) for item in ids]
     return sorted(range(len(ids)), key=keys.__getitem__)
+
+
+def item_key(task: str, item: str, seed: int = 0) -> bytes:
+    """Return what an item is sorted by in an order that its id alone decides."""
+    return hashlib.blake2b(f"{seed}\0{task}\0{item}".encode(), digest_size=8).digest()
 
 
 def _lower_bound(values: Array, counts: NDArray[np.intp], alpha: float) -> float:

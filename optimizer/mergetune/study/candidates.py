@@ -120,9 +120,10 @@ class Candidates:
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
-        self._dropped = run.all_scores("part")
         self._elimination = Elimination(evaluator, run, elimination)
         self._known = {candidate.name: candidate for candidate in run.candidates()}
+        parts = {each.name: run.scores(each.name, "part") for each in self.all if each.state == "dropped"}
+        self._dropped = {name: scores for name, scores in parts.items() if scores is not None}
         self._by_recipe: dict[str, str] = {}  # names by the recipe's digest
         for candidate in self.all:
             if candidate.name in self.scores or candidate.state != "complete":
@@ -232,7 +233,7 @@ class Candidates:
         """Give a candidate to the pool; `next` returns it, measured."""
         parts, rivals = [self.evaluator.documents("search")], tuple[str, ...]()
         if proposal.role == "trial":
-            parts, rivals = self._elimination.parts(), self._elimination.rivals(self.scores)
+            parts, rivals = self._elimination.parts, self._elimination.rivals(self.scores)
         begun = _Begun(proposal, clock.seconds(), deque(parts), rivals)
         self._by_recipe.setdefault(proposal.recipe.digest, proposal.name)
         self._measure_further(begun)

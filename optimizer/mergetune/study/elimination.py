@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from mergetune.evaluation.suite import ScoreConfig
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Scores
+from mergetune.stats.sequential import item_key
 from mergetune.stats.without_replacement import log_evidence
 
 _PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -65,15 +66,19 @@ class Elimination:
     """
 
     def __init__(self, evaluator: Evaluator, run: RunDir, alpha: float) -> None:
-        self._suite, self._run, self._alpha = evaluator.suite.config, run, alpha
-        self._all = evaluator.documents("search")
-        self._draws = {name: _draw(evaluator, name) for name in self._suite.scores}
+        self._evaluator, self._run, self._alpha = evaluator, run, alpha
+        self._suite, self._all = evaluator.suite.config, evaluator.documents("search")
         self._known: dict[str, dict[str, Values]] = {}  # values of measured candidates, by score
 
+    @cached_property
     def parts(self) -> list[Documents]:
-        """Return the documents of each look, each part holding the one before, and at last all of them."""
+        """The documents of each look, each part holding the one before, and at last all of them."""
         parts = [self._part(part) for part in _PARTS] if self._alpha else []
         return [*(part for part in parts if sum(map(len, part.values())) >= _FEWEST), self._all]
+
+    @cached_property
+    def _draws(self) -> dict[str, Draw]:
+        return {name: _draw(self._evaluator, name) for name in self._suite.scores}
 
     def rivals(self, scores: Mapping[str, Scores]) -> tuple[str, ...]:
         """Return whom a candidate that begins now has to bear comparison with, of those measured."""
@@ -154,7 +159,7 @@ def _draw(evaluator: Evaluator, name: str) -> Draw:
     tasks = {task: bound for task, bound in evaluator.tasks.items() if bound.score_name == name}
     fewest = min(len(documents[task]) for task in tasks)
     found = sorted(
-        (_key(task, bound.item_ids[index]), task, bound.item_ids[index], index)
+        (item_key(task, bound.item_ids[index]), task, bound.item_ids[index], index)
         for task, bound in tasks.items()
         for index in documents[task]
     )
@@ -163,10 +168,6 @@ def _draw(evaluator: Evaluator, name: str) -> Draw:
         tuple((task, index) for _, task, _, index in found),
         np.array([fewest / len(documents[task]) for _, task, _, _ in found]),
     )
-
-
-def _key(task: str, item: str) -> bytes:
-    return blake2b(f"{task}\0{item}".encode(), digest_size=8).digest()
 
 
 def _every(n_objectives: int) -> str:
