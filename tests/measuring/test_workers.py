@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,10 @@ def workers(doing: str = "") -> list[int]:
             if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::EngineHost{doing}"):
                 found.append(process.pid)
     return found
+
+
+def scratch_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("mergetune-*"))
 
 
 @pytest.fixture
@@ -158,6 +163,7 @@ def test_a_study_with_workers_has_the_scores_of_one_without(
     cluster: Cluster, tiny_base: Path, tiny_experts: dict[str, Path], tmp_path: Path, n_workers: int
 ) -> None:
     """One worker: the same study to the last digit. Two: the same scores of what both measured."""
+    scratch = scratch_folders()
     run(study_of(tmp_path / "plain", tiny_base, tiny_experts), tmp_path / "plain" / "run")
     engine = {"workers": n_workers, "ray_address": cluster.address}
     study = study_of(tmp_path / "spread", tiny_base, tiny_experts, **engine)
@@ -170,6 +176,7 @@ def test_a_study_with_workers_has_the_scores_of_one_without(
     assert len(both) >= 7  # the baselines
     assert all(own[0] == other[0] for own, other in both)
     assert "engine: transformers" in printed
+    assert scratch_folders() == scratch
     assert_whole(tmp_path / "spread" / "run")
 
     # where it runs is no part of what a study is: it goes on without workers, and has nothing to do

@@ -36,6 +36,7 @@ _INSTALL = "in mergetune's folder: pip install '.[ray]'"
 _STORE_BYTES = 256 * 2**20  # of the shared memory of a cluster on this machine: it carries texts alone
 _SECONDS_TO_PLACE = 20.0  # after which it is said that a worker waits for room
 _SECONDS_TO_REACH = 10.0
+_SECONDS_TO_STOP = 5.0
 _STARTS = 3  # of one worker, where its machine fails meanwhile
 _VERSIONS_OF = ("mergetune", "torch", "transformers")
 
@@ -171,6 +172,7 @@ class RayCluster:
         with self._changing:
             self._is_closed = True
             actors = list(self._actors)
+        self._stop(actors)
         for actor in actors:
             self._kill(actor)
 
@@ -186,6 +188,12 @@ class RayCluster:
         room = ", ".join(f"{free.get(name, 0):g} {name}" for name in ("GPU", "CPU"))
         wanted = ", ".join(f"{n} {name.removeprefix('num_')}" for name, n in self._needs.items() if n)
         say(f"a worker needs {wanted}; the cluster has {room} free. Each begins as soon as there is room.")
+
+    def _stop(self, actors: Sequence[Any]) -> None:
+        """Let actors clean up behind their engines, those that are at nothing else."""
+        if actors:
+            stopped = [actor.stop.remote() for actor in actors]
+            self._ray.wait(stopped, num_returns=len(stopped), timeout=_SECONDS_TO_STOP)
 
     def _kill(self, actor: Any) -> None:
         with self._changing:
