@@ -228,12 +228,6 @@ def confirm(run: RunDir, names: Iterable[str]) -> dict[str, dict[str, Score]]:
     return run.all_scores("holdout")
 
 
-def hypervolume(front: Sequence[Scores], base: Scores, suite: SuiteConfig) -> float:
-    """Return the volume that a front dominates above the base."""
-    points = selection.objective_points({str(i): scores for i, scores in enumerate(front)}, suite)
-    return pareto.hypervolume(points, selection.objective_points({"": base}, suite)[0])
-
-
 def run_method(models: Models, problem: Problem, method: str, seed: int, n_trials: int) -> Trace:
     """Run a study of one method, or go on with it."""
     name = f"{problem.n_groups}-{method}-{seed}"
@@ -276,17 +270,17 @@ def volumes(models: Models, traces: Sequence[Trace]) -> dict[str, dict[str, floa
     base = holdout[traces[0]][roles.BASE]
 
     def volume(trace: Trace, names: Sequence[str]) -> float:
-        return hypervolume([holdout[trace][name] for name in names], base, suite)
+        return selection.hypervolume([holdout[trace][name] for name in names], base, suite)
 
     oracle = 0.0 if models.folder.name == SMOLLM2 else oracle_volume(models, base, suite)
     curves = {trace: [volume(trace, fronts[trace][cost]) for cost in costs] for trace in traces}
-    together = hypervolume([holdout[trace][name] for trace, name in common], base, suite)
+    together = selection.hypervolume([holdout[trace][name] for trace, name in common], base, suite)
     best = max(oracle, together, *(max(curve) for curve in curves.values())) or 1.0
     found: dict[str, dict[str, float]] = {}
     for trace, curve in curves.items():
         shares = [value / best for value in curve]
         last = [trace.search[name] for name in fronts[trace][max(COSTS)]]
-        reported = hypervolume(last, trace.search[roles.BASE], suite)
+        reported = selection.hypervolume(last, trace.search[roles.BASE], suite)
         found[trace.method] = {
             **{f"ffe_{share}": _first(shares, share / 100) for share in (90, 95)},
             **{f"hv_at_{cost}": shares[cost] for cost in COSTS},
@@ -317,7 +311,7 @@ def oracle_volume(models: Models, base: Scores, suite: SuiteConfig) -> float:
     reached = list(descend(models.folder, list(models.experts)))
     searched = {str(i): _scores(each.search) for i, each in enumerate(reached)}
     points = selection.objective_points(searched, suite)
-    return hypervolume([_scores(reached[i].holdout) for i in pareto.front(points)], base, suite)
+    return selection.hypervolume([_scores(reached[i].holdout) for i in pareto.front(points)], base, suite)
 
 
 def _scores(shares: Mapping[str, float]) -> Scores:

@@ -10,7 +10,6 @@ from filelock import FileLock, Timeout
 
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import RunDir
-from mergetune.stats import pareto
 from mergetune.stats.number_text import duration, number
 
 _NAMED = 6  # of the candidates on the front
@@ -86,9 +85,7 @@ def read_status(run: RunDir) -> Status:
         front = selection.front(scores, suite)
         scales = selection.scales_of(run, [name for name in scores if not roles.is_merge(name)])
         best = selection.best_merge(scores, suite, scales) or ""
-        points = selection.objective_points({name: scores[name] for name in front}, suite)
-        base = selection.objective_points({"": scores[roles.BASE]}, suite)[0]
-        volume = pareto.hypervolume(points, base)
+        volume = selection.hypervolume([scores[name] for name in front], scores[roles.BASE], suite)
     spent_s, most_s = run.spent_s(candidates), budget.hours * 3600
     left_s = None
     if searched:

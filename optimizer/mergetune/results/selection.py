@@ -159,6 +159,12 @@ def front(candidates: Mapping[str, Scores], suite: SuiteConfig) -> list[str]:
     return [names[i] for i in pareto.front(objective_points(kept, suite))] if kept else []
 
 
+def hypervolume(front: Iterable[Scores], base: Scores, suite: SuiteConfig) -> float:
+    """Return the volume that these scores dominate above the base's."""
+    points = objective_points({str(i): scores for i, scores in enumerate(front)}, suite)
+    return pareto.hypervolume(points, objective_points({"": base}, suite)[0])
+
+
 def gains_over_base(candidates: Mapping[str, Scores], suite: SuiteConfig, scales: Scales) -> dict[str, Gain]:
     """Return the best expert's gain over the base in each objective: (1,) each."""
     experts = [name for name in candidates if is_expert(name)]
