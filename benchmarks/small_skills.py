@@ -89,23 +89,23 @@ def write_models(folder: Path, seed: int, experts: str = "even", n_search: int =
         n_search: items of each skill in the search split.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    items = {skill: _distinct(skill, n_search + N_HOLDOUT, f"{seed} items") for skill in SKILLS}
-    _write_suite(folder, {skill: items[skill] for skill in EXPERTS[experts]}, n_search)
+    items = {skill: distinct(skill, n_search + N_HOLDOUT, f"{seed} items") for skill in SKILLS}
+    write_suite(folder, {skill: items[skill] for skill in EXPERTS[experts]}, n_search)
     kept_out = {prompt for examples in items.values() for prompt, _ in examples}
     if not (folder / "base").is_dir():
         learned = SKILLS if experts == "four" else THREE
-        _save(_train_base(list(learned), kept_out, seed), folder / "base")
+        save(_train_base(list(learned), kept_out, seed), folder / "base")
     for skill, training in EXPERTS[experts].items():
         if not (folder / skill).is_dir():
-            _save(_train_expert(folder / "base", skill, training, kept_out, seed), folder / skill)
+            save(_train_expert(folder / "base", skill, training, kept_out, seed), folder / skill)
 
 
 def _train_base(skills: Sequence[str], kept_out: Collection[str], seed: int) -> Any:
     """Train a new model on a mixture of skills until it is as good as it shall be."""
     torch.manual_seed(seed)
     auto: Any = AutoModelForCausalLM  # `from_config` has no types
-    model = auto.from_config(_config())
-    checked = {skill: _distinct(skill, N_CHECKED, f"{seed} checked") for skill in skills}
+    model = auto.from_config(small_config())
+    checked = {skill: distinct(skill, N_CHECKED, f"{seed} checked") for skill in skills}
     mixture = [skill for skill in skills for _ in range(N_TIMES.get(skill, 1))]
     stream = _stream(mixture, SHORTEST, kept_out, f"{seed} base")
     for step in _train(model, stream, BASE_STEPS, BASE_RATE):
@@ -152,7 +152,7 @@ def _example(skill: str, length: int, rng: random.Random) -> Example:
     return f"{skill} {letters}:", SKILLS[skill](letters)
 
 
-def _distinct(skill: str, n: int, seed: str) -> list[Example]:
+def distinct(skill: str, n: int, seed: str) -> list[Example]:
     """Return different examples of a skill, of the greatest length."""
     rng, found = random.Random(f"{seed} {skill}"), dict[str, str]()
     while len(found) < n:
@@ -186,7 +186,8 @@ def tensors(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _config() -> LlamaConfig:
+def small_config() -> LlamaConfig:
+    """Return the shape of the models."""
     return LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=64,
@@ -213,7 +214,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def _save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path) -> None:
     """Save a model and its tokenizer under a temporary name, then rename it."""
     temporary = folder.with_name(f".{folder.name}")
     model.save_pretrained(temporary)
@@ -221,7 +222,8 @@ def _save(model: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _write_suite(folder: Path, items: Mapping[str, Sequence[Example]], n_search: int) -> None:
+def write_suite(folder: Path, items: Mapping[str, Sequence[Example]], n_search: int) -> None:
+    """Write `suite.yaml` and the items of each skill, of which `n_search` and all others are a split each."""
     for skill, examples in items.items():
         lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in examples]
         (folder / f"{skill}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

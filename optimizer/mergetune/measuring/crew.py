@@ -36,6 +36,7 @@ class Alone(Generic[T]):
 
     size = 1
     has_lanes = False  # without its only one
+    has_done = False  # what is not asked for yet
 
     def __init__(self, lane: Lane, work: Callable[[Lane, T], None]) -> None:
         self._lane, self._work = lane, work
@@ -62,16 +63,24 @@ class SideBySide(Generic[T]):
     """Takes pieces of work and gives them back as they are done, in any order.
 
     A lane takes a piece only when its engine runs, so that one that is still to come (a machine that joins
-    late) holds nothing up. An engine that breaks is replaced before its lane takes another piece.
+    late) holds nothing up. It takes one that suits it before others. An engine that breaks is replaced before
+    its lane takes another piece.
 
     Args:
         lanes: the lanes.
         work: does a piece in a lane; called in the lane's thread.
+        suits: says whether a lane has ready what a piece needs.
     """
 
-    def __init__(self, lanes: Sequence[Lane], work: Callable[[Lane, T], None]) -> None:
-        self._lanes, self._work = lanes, work
-        self._waiting: deque[T] = deque()
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        work: Callable[[Lane, T], None],
+        suits: Callable[[Lane, T], bool] = lambda _lane, _piece: False,
+    ) -> None:
+        self._lanes, self._work, self._suits = lanes, work, suits
+        self._waiting: list[T] = []
+        self._idle: list[Lane] = []
         self._changed = threading.Condition()
         self._done: SimpleQueue[Done[T]] = SimpleQueue()
         self._is_closed = False
@@ -94,7 +103,12 @@ class SideBySide(Generic[T]):
         """Take a piece of work."""
         with self._changed:
             self._waiting.append(piece)
-            self._changed.notify()
+            self._changed.notify_all()
+
+    @property
+    def has_done(self) -> bool:
+        """Whether `next` would return at once."""
+        return not self._done.empty()
 
     def next(self) -> Done[T]:
         """Wait for a piece that is done, or a lane that is gone."""
@@ -124,7 +138,7 @@ class SideBySide(Generic[T]):
             with self._changed:
                 self._n_living += 1
             try:
-                while (piece := self._take()) is not None:
+                while (piece := self._take(lane)) is not None:
                     done = _done(self._work, lane, piece)
                     self._done.put(done)
                     if isinstance(done.error, EngineError):
@@ -133,12 +147,23 @@ class SideBySide(Generic[T]):
                 with self._changed:
                     self._n_living -= 1
 
-    def _take(self) -> T | None:
+    def _take(self, lane: Lane) -> T | None:
         """Wait for a piece to do; None where the crew is closed."""
         with self._changed:
-            while not self._waiting and not self._is_closed:
-                self._changed.wait()
-            return None if self._is_closed else self._waiting.popleft()
+            self._idle.append(lane)
+            self._changed.wait_for(lambda: self._is_closed or self._best(lane) is not None)
+            self._idle.remove(lane)
+            piece = None if self._is_closed else self._best(lane)
+            if piece is not None:
+                self._waiting.remove(piece)
+            return piece
+
+    def _best(self, lane: Lane) -> T | None:
+        """Return the piece that a lane should take: one that suits it, else the first that suits no idle one."""
+        others = [each for each in self._idle if each is not lane]
+        own = (piece for piece in self._waiting if self._suits(lane, piece))
+        free = (p for p in self._waiting if not any(self._suits(other, p) for other in others))
+        return next(own, None) or next(free, None)
 
 
 def _done(work: Callable[[Lane, T], None], lane: Lane, piece: T) -> Done[T]:

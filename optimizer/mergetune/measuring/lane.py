@@ -71,10 +71,14 @@ class Lane:
             self._was_started = True
         return self.engine
 
+    def holds(self, recipe: MergeRecipe | None) -> bool:
+        """Say whether an engine is there with a recipe merged into it."""
+        return recipe is not None and self._loaded == recipe.digest
+
     def ready(self, recipe: MergeRecipe | None, loading: Loading) -> LM:
         """Return the model as lm-eval sees it, a recipe merged into it; the time that took is added."""
         began, engine = clock.seconds(), self.living()
-        if recipe is not None and self._loaded != recipe.digest:
+        if recipe is not None and not self.holds(recipe):
             self._loaded = None
             took = engine.load(recipe)
             self._loaded = recipe.digest

@@ -205,6 +205,11 @@ class Pool:
         return len(self._underway) < self.size
 
     @property
+    def has_news(self) -> bool:
+        """Whether a lane may be waiting for what is done with its last reply."""
+        return bool(self._answered) or self._crew.has_done
+
+    @property
     def n_at_once(self) -> int:
         """How many jobs should be ready after an engine was lent: more where that cost a new start."""
         n_workers = self.config.workers or 1
@@ -229,7 +234,7 @@ class Pool:
         first.living()  # settles which kind all others are
         self.config = first.config
         self._lanes += [Lane(self._cluster.start, self.config) for _ in range(1, self.config.workers or 1)]
-        self._crew = SideBySide(self._lanes, self._ask)
+        self._crew = SideBySide(self._lanes, self._ask, lambda lane, piece: lane.holds(piece.underway.recipe))
         return self.config
 
     def submit(self, job: Job) -> None:

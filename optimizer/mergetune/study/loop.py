@@ -242,7 +242,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
             ended = reason
             due.clear()
         candidate: Candidate | None = None
-        if due and candidates.pool.has_room:
+        if due and candidates.pool.has_room and not (asked and candidates.pool.has_news):
             number = due.popleft()
             n_front = len(selection.front(candidates.scores, candidates.evaluator.suite.config))
             candidates.progress.at_work(line.text(number, n_front))
