@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+import psutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -28,6 +32,8 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.evaluate import ITEM_KEYS, Evaluator
 from mergetune.evaluation.suite import read_suite
 from mergetune.files.library import find, shared_folder
+from mergetune.measuring.model_under_test import LocalModel
+from mergetune.measuring.pool import Job, Measured, Pool
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import RunDir
@@ -352,21 +358,28 @@ def test_a_real_model_with_adapters_is_as_exact_as_in_transformers(tmp_path: Pat
 
 
 @pytest.fixture
-def open_candidates(tmp_path: Path, models: dict[str, Path]) -> Iterator[Callable[..., Candidates]]:
-    """Candidates that take vLLM some seconds each."""
-    opened: list[Candidates] = []
+def evaluator(tmp_path: Path, models: dict[str, Path]) -> Evaluator:
+    """A suite that takes vLLM some seconds for each model."""
     write_study(tmp_path, models["base"], {})
     words = [{"prompt": f"Say {i}.", "patterns": ["e"]} for i in range(400)]
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(item) for item in words))
     text = (tmp_path / "suite.yaml").read_text().replace("max_new_tokens: 6", "max_new_tokens: 200")
     (tmp_path / "suite.yaml").write_text(text)
+    return Evaluator(read_suite(find("evals", str(tmp_path / "suite.yaml"), tmp_path)))
+
+
+@pytest.fixture
+def open_candidates(
+    tmp_path: Path, models: dict[str, Path], evaluator: Evaluator
+) -> Iterator[Callable[..., Candidates]]:
+    """Candidates that take vLLM some seconds each."""
+    opened: list[Candidates] = []
     inputs = open_models(models)
 
     def start(**options: Any) -> Candidates:
         run = RunDir(tmp_path / "run")
         (run.path / "candidates").mkdir(parents=True, exist_ok=True)
         config = EngineConfig(kind="vllm", dtype="float32", **(SMALL | options))
-        evaluator = Evaluator(read_suite(find("evals", str(tmp_path / "suite.yaml"), tmp_path)))
         console = Console(file=(tmp_path / "said").open("a"), width=500)
         opened.append(Candidates(config, inputs, evaluator, run, Progress(console)))
         return opened[-1]
@@ -437,6 +450,50 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_the_candidate_tried_again(
     pids.append(pid_of(living))
     living.close()
     wait_until_gone(*pids)
+
+
+def test_two_workers_score_as_one_engine_and_a_dead_vllm_in_one_is_replaced(
+    tmp_path: Path, models: dict[str, Path], evaluator: Evaluator
+) -> None:
+    inputs = open_models(models)
+    jobs = [Job(f"test-{i}", evaluator.documents("search"), recipe_of(inputs, i / 10, 0.2)) for i in range(4)]
+
+    def measured(n_workers: int | None, meanwhile: Callable[[], object]) -> dict[str, Measured]:
+        config = EngineConfig(kind="vllm", dtype="float32", workers=n_workers, **SMALL)
+        with closing(Pool(LocalModel.base_of(inputs), config, evaluator, None)) as pool:
+            pool.start()
+            for job in jobs:
+                pool.submit(job)
+            thread = threading.Thread(target=meanwhile, daemon=True)
+            thread.start()
+            found = [pool.next() for _ in jobs]
+        assert all(isinstance(each, Measured) for each in found)
+        return {each.job.purpose: each for each in found if isinstance(each, Measured)}
+
+    def kill_one() -> None:
+        while not (busy := [each for each in ray_actors() if "reply" in each.cmdline()[0]]):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (vllm,) = (each for each in busy[0].children() if "mergetune" in " ".join(each.cmdline()))
+        vllm.kill()
+
+    plain, spread = measured(None, lambda: None), measured(2, kill_one)
+    faults = [fault for each in spread.values() for fault in each.faults]
+    assert len(faults) == 1
+    assert "killed by SIGKILL" in faults[0]
+    for purpose, each in plain.items():
+        pd.testing.assert_frame_equal(spread[purpose].measurement.items, each.measurement.items)
+    assert not ray_actors()
+
+
+def ray_actors() -> list[psutil.Process]:
+    """Return the processes of the workers; Ray names each by what it is doing."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::EngineHost"):
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize(
