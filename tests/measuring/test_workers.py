@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from mergetune.evaluation.suite import read_suite
 from mergetune.measuring.model_under_test import open_model
 from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.reply_store import ReplyStore
+from mergetune.report.status import read_status
 from mergetune.results.run_dir import RunDir
 from studies import run, write_study, write_suite
 
@@ -204,8 +206,10 @@ def test_a_node_that_is_killed_takes_no_trial_with_it(
     doomed = cluster.add_node(num_cpus=1)
     study = study_of(tmp_path, tiny_base, tiny_experts, workers=3, ray_address=cluster.address)
     with running(study, tmp_path / "run"):
+        hosts = set(read_status(RunDir(tmp_path / "run")).under_way.values())
         cluster.remove_node(doomed, allow_graceful=False)
     assert_whole(tmp_path / "run")
+    assert hosts == {socket.gethostname()}
 
 
 @pytest.mark.usefixtures("slow")

@@ -37,13 +37,14 @@ def test_what_is_measured_is_counted(run: RunDir) -> None:
 def test_a_run_that_a_process_holds_is_at_work(run: RunDir) -> None:
     assert not read_status(run).is_at_work
     run.begin_attempt("search.trial-0013")
+    run.begin_attempt("search.trial-0014", host="gpu-2")
     run.begin_attempt("holdout.base")
     with FileLock(run.path / "lock"):
         found = read_status(run)
     assert found.is_at_work
-    assert found.under_way == ("trial-0013",)
-    assert dict(found.rows())["under way"] == "trial-0013"
-    assert dict(read_status(run).rows())["broken off"] == "trial-0013"
+    assert found.under_way == {"trial-0013": "", "trial-0014": "gpu-2"}
+    assert dict(found.rows())["under way"] == "trial-0013, trial-0014 on gpu-2"
+    assert dict(read_status(run).rows())["broken off"] == "trial-0013, trial-0014 on gpu-2"
 
 
 def test_an_ended_search_says_why(run: RunDir) -> None:

@@ -204,11 +204,14 @@ class RayCluster:
 
 
 class RayEngine:
-    """An engine in an actor; see `Engine`. An actor that is gone is an `EngineError`."""
+    """An engine in an actor; see `Engine`. An actor that is gone is an `EngineError`.
+
+    `host` is its machine.
+    """
 
     def __init__(self, ray: Any, actor: Any, started: Started, kill: Callable[[Any], object]) -> None:
         self._ray, self._actor, self._kill = ray, actor, kill
-        self._where = f"the worker on {started.host}"
+        self.host, self._where = started.host, f"the worker on {started.host}"
         self._lm = _RemoteLM(self._call, started.requests_at_a_time)
 
     @property

@@ -15,14 +15,15 @@ MOST_ATTEMPTS = 2  # at one thing, over all sittings
 class Ledger(Protocol):
     """Where attempts are counted: a run directory, or the memory of this process.
 
-    `what` names what is attempted; `of` is the digest of its recipe: attempts at another do not count.
+    `what` names what is attempted; `of` is the digest of its recipe: attempts at another do not count. `host`
+    is the machine of the worker that it begins on, where there are workers.
     """
 
     def attempts(self, what: str, of: str = "") -> Attempts:
         """Return the attempts at something that were begun and came to no end."""
         ...
 
-    def begin_attempt(self, what: str, of: str = "") -> None:
+    def begin_attempt(self, what: str, of: str = "", host: str = "") -> None:
         """Count an attempt; that is done before this returns."""
         ...
 
@@ -50,9 +51,9 @@ class Memory:
         found = self._known.get(what, Attempts(of=of))
         return found if found.of == of else Attempts(of=of)
 
-    def begin_attempt(self, what: str, of: str = "") -> None:
+    def begin_attempt(self, what: str, of: str = "", host: str = "") -> None:
         """See `Ledger`."""
-        self._known[what] = self.attempts(what, of).with_another()
+        self._known[what] = self.attempts(what, of).with_another(host)
 
     def add_fault(self, what: str, of: str, fault: str) -> None:
         """See `Ledger`."""

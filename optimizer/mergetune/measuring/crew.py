@@ -159,7 +159,7 @@ class SideBySide(Generic[T]):
             return piece
 
     def _best(self, lane: Lane) -> T | None:
-        """Return the piece that a lane should take: one that suits it, else the first that suits no idle one."""
+        """Return the piece that a lane should take: one that suits it, else one that suits no idle lane."""
         others = [each for each in self._idle if each is not lane]
         own = (piece for piece in self._waiting if self._suits(lane, piece))
         free = (p for p in self._waiting if not any(self._suits(other, p) for other in others))

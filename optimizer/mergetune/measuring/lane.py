@@ -51,6 +51,11 @@ class Lane:
         self._loaded: str | None = None  # the digest of the recipe in the engine
         self._was_started = False
 
+    @property
+    def host(self) -> str:
+        """The machine of the worker that the engine is in; empty for an engine in this process."""
+        return getattr(self.engine, "host", "")
+
     def living(self) -> Engine:
         """Return the engine, started if it is not there.
 

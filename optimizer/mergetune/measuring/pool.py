@@ -384,7 +384,7 @@ class Pool:
         now = clock.seconds()
         piece.began = now if piece.began is None else piece.began
         piece.lost_s, piece.loading = now - piece.began, Loading()
-        ledger.begin_attempt(piece.purpose, underway.of)
+        ledger.begin_attempt(piece.purpose, underway.of, lane.host)
         lm = lane.ready(underway.recipe, piece.loading)
         underway.lm.fetch(lm, [each for each in piece.missing if not underway.lm.has(each)])
         piece.asked_s = clock.seconds() - now - piece.loading.all_s

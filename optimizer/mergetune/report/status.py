@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
@@ -23,7 +23,8 @@ class Status:
     Attributes:
         is_at_work: a process holds the run directory.
         ended: why the search ended; empty while it has not.
-        under_way: the candidates that are being measured, or were when the process ended.
+        under_way: the candidates that are being measured, or were when the process ended, and the machine of
+            each one's worker, if any.
         n_measured: baselines and trials measured on all items of the search split.
         n_dropped: trials dropped on part of them.
         n_failed: candidates that could not be measured.
@@ -37,7 +38,7 @@ class Status:
 
     is_at_work: bool
     ended: str
-    under_way: tuple[str, ...]
+    under_way: Mapping[str, str]
     n_measured: int
     n_dropped: int
     n_failed: int
@@ -55,7 +56,8 @@ class Status:
         state = "at work" if self.is_at_work else "no process is at work"
         yield "state", f"{state}; the search ended when {self.ended}" if self.ended else state
         if self.under_way:
-            yield "under way" if self.is_at_work else "broken off", ", ".join(self.under_way)
+            hosts = (f"{name} on {host}" if host else name for name, host in self.under_way.items())
+            yield "under way" if self.is_at_work else "broken off", ", ".join(hosts)
         others = [f"{n} {what}" for n, what in ((self.n_dropped, "dropped"), (self.n_failed, "failed")) if n]
         yield "trials", ", ".join([f"{self.n_trials} of {self.most_trials}", *others])
         yield "measured", f"{self.n_measured} candidates, baselines among them"
@@ -94,12 +96,11 @@ def read_status(run: RunDir) -> Status:
     return Status(
         is_at_work=_is_held(run),
         ended=(run.read_json("search.json") or {}).get("ended", ""),
-        under_way=tuple(
-            sorted(
-                file.stem.removeprefix(_AT_SEARCH)
-                for file in (run.path / "attempts").glob(f"{_AT_SEARCH}*.json")
-            )
-        ),
+        under_way={
+            what.removeprefix(_AT_SEARCH): each.host
+            for what, each in run.all_attempts().items()
+            if what.startswith(_AT_SEARCH)
+        },
         n_measured=len(scores),
         n_dropped=states["dropped"],
         n_failed=states["failed"],

@@ -167,11 +167,12 @@ class Attempts(Strict):
     """How often something was begun that has not come to its end.
 
     `of` is the digest of the recipe, where it is about one; `faults` says how attempts ended, as far as
-    anything could still be said of them.
+    anything could still be said of them; `host` is the machine of the worker that the last began on, if any.
     """
 
     of: str = ""
     begun: int = 0
+    host: str = ""
     faults: tuple[str, ...] = ()
 
     @property
@@ -182,9 +183,9 @@ class Attempts(Strict):
         silent = f"{times} the process ended in the middle of it (killed, perhaps for want of memory)"
         return f"begun {self.begun} times: {'; '.join((*self.faults, *([silent] if n_silent else [])))}"
 
-    def with_another(self) -> Attempts:
+    def with_another(self, host: str = "") -> Attempts:
         """Return these and one more."""
-        return self.model_copy(update={"begun": self.begun + 1})
+        return self.model_copy(update={"begun": self.begun + 1, "host": host})
 
     def with_fault(self, fault: str) -> Attempts:
         """Return these, with how the last one ended."""
@@ -385,15 +386,18 @@ class RunDir:
             what: names it, and a file.
             of: the digest of its recipe; attempts at another one do not count.
         """
-        file = self._attempts_file(what)
-        with readable(file):
-            text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
-            found = Attempts.model_validate_json(text)
-        return found if found.of == of else Attempts(of=of)
+        found = self._read_attempts(self._attempts_file(what))
+        return found if found is not None and found.of == of else Attempts(of=of)
 
-    def begin_attempt(self, what: str, of: str = "") -> None:
+    def all_attempts(self) -> dict[str, Attempts]:
+        """Return the attempts at everything that was begun and came to no end, in the order of names."""
+        files = sorted((self.path / "attempts").glob("*.json"))
+        found = {file.stem: self._read_attempts(file) for file in files}
+        return {what: each for what, each in found.items() if each is not None}
+
+    def begin_attempt(self, what: str, of: str = "", host: str = "") -> None:
         """Count an attempt; that is on disk before this returns, whatever becomes of this process then."""
-        self._write_attempts(what, self.attempts(what, of).with_another())
+        self._write_attempts(what, self.attempts(what, of).with_another(host))
 
     def add_fault(self, what: str, of: str, fault: str) -> None:
         """Keep how the attempt begun last ended; it still counts."""
@@ -539,6 +543,14 @@ class RunDir:
 
     def _attempts_file(self, what: str) -> Path:
         return self.path / "attempts" / f"{what}.json"
+
+    def _read_attempts(self, file: Path) -> Attempts | None:
+        """Read attempts that another process may forget meanwhile."""
+        with readable(file):
+            try:
+                return Attempts.model_validate_json(file.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
 
     def _write_attempts(self, what: str, attempts: Attempts) -> None:
         file = self._attempts_file(what)
