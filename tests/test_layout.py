@@ -11,7 +11,19 @@ PACKAGE = Path(__file__).parents[1] / "optimizer" / "mergetune"
 # From the ground up: a room knows those before it, and none after it.
 ROOMS = (
     *("errors", "theme", "machine", "files", "space", "weights", "merging", "engines", "evaluation"),
-    *("stats", "results", "measuring", "slopes", "analysis", "gate", "report", "study", "api", "cli"),
+    *(
+        "stats",
+        "results",
+        "importing",
+        "measuring",
+        "slopes",
+        "analysis",
+        "gate",
+        "report",
+        "study",
+        "api",
+        "cli",
+    ),
 )
 
 

@@ -1,7 +1,8 @@
 """mergetune: evaluation-driven tuning of merge coefficients for language models.
 
 What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `read_items`,
-`preview_items`, `join_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `merge` and `inspect`.
+`preview_items`, `join_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `import_config`,
+`merge` and `inspect`.
 Nothing heavy is imported before one of them is used.
 """
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         check,
         check_measurements,
         evaluate,
+        import_config,
         inspect,
         join_items,
         merge,
@@ -42,6 +44,7 @@ __all__ = [
     "check",
     "check_measurements",
     "evaluate",
+    "import_config",
     "inspect",
     "join_items",
     "merge",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergetune.evaluation.joint_items import JointItems
     from mergetune.evaluation.suite import Split, Suite
     from mergetune.gate.run import Checked, CheckSplit
+    from mergetune.importing.importer import Imported
     from mergetune.measuring.model_under_test import ModelUnderTest
     from mergetune.results.run import Run
     from mergetune.space.recipe import LayerGroup
@@ -394,6 +395,29 @@ def check_measurements(
 
     deployed = read_suite(suite)
     return check_stored(candidate, baseline, deployed, CheckOptions(split, alpha, training=training))
+
+
+def import_config(
+    file: Given, out: Given, *, layers: int | None = None, include_path: Path | None = None
+) -> Imported:
+    """Make a recipe or a study of a configuration of mergekit or mergekit-evolve, as `mergetune import` does.
+
+    Args:
+        file: the configuration.
+        out: a new folder or, for a single recipe, a new file that ends in .yaml.
+        layers: the number of the models' layers, where their files cannot be had.
+        include_path: where lm-eval finds tasks of one's own.
+
+    Returns:
+        The files written and, line by line, what became of settings that have no counterpart.
+
+    Raises:
+        MergetuneError: something has no counterpart and changes the merge, or the place is taken or cannot be
+            written; nothing is written.
+    """
+    from mergetune.importing.importer import import_file
+
+    return import_file(Path(file), Path(out), layers, include_path)
 
 
 def merge(

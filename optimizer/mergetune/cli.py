@@ -344,6 +344,47 @@ def join(
         _out.print(text, highlight=False, markup=False)
 
 
+@app.command("import")
+def import_config(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A configuration of mergekit or mergekit-evolve, in YAML.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new folder; for a single recipe also a new .yaml file. Default: FILE's name here."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many layers the models have, where their files cannot be had.", metavar="N"
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where lm-eval finds your own tasks: mergekit-evolve's --task-search-path.", metavar="DIR"
+        ),
+    ] = None,
+) -> None:
+    """Come from elsewhere: a merge of mergekit becomes a recipe, a search of mergekit-evolve a study."""
+    from mergetune import api
+
+    found = api.import_config(file, out or Path(file.stem), layers=layers, include_path=include_path)
+    for remark in found.remarks:
+        _out.print(str(remark), highlight=False, markup=False)
+    for path in found.files:
+        _out.print(f"Written: {path}", highlight=False, markup=False)
+    for command in found.commands:
+        _out.print(f"Next: {command}", highlight=False, markup=False)
+
+
 @app.command()
 def merge(
     recipe: Annotated[

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -65,7 +67,12 @@ _FILES = (
     (
         "a configuration of mergekit (`merge_method`)",
         {"merge_method"},
-        "merge it with mergekit and give the directory",
+        "`mergetune import` makes a recipe of it",
+    ),
+    (
+        "a configuration of mergekit-evolve (`genome`)",
+        {"genome", "tasks"},
+        "`mergetune import` makes a study of it",
     ),
 )
 
@@ -129,8 +136,49 @@ def read_yaml(path: Path, model: type[M]) -> M:
 
 def parse_yaml(text: str, origin: str) -> Any:
     """Return what YAML says; raises `MergetuneError`, which names its `origin`, where it is none."""
-    try:
+    with _explained(origin):
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of YAML that knows where its keys and entries stand."""
+
+    data: Any
+    _node: yaml.Node
+
+    def line(self, place: Iterable[str | int]) -> int:
+        """Return the line, from 1, of the key or entry at a place, as far as the place is there."""
+        node, mark = self._node, self._node.start_mark
+        for part in place:
+            children: Iterable[tuple[str | int, yaml.Node, yaml.Node]] = ()
+            if isinstance(node, yaml.MappingNode):
+                children = ((key.value, key, value) for key, value in node.value)
+            elif isinstance(node, yaml.SequenceNode):
+                children = ((i, value, value) for i, value in enumerate(node.value))
+            found = next(((key, value) for name, key, value in children if name == part), None)
+            if found is None:
+                break
+            mark, node = found[0].start_mark, found[1]
+        return int(mark.line) + 1
+
+
+def parse_documents(text: str, origin: str) -> list[Document]:
+    """Return every document of a YAML stream that is not empty; raises as `parse_yaml` does."""
+    documents = []
+    with _explained(origin):
+        loader = _Loader(text)
+        while loader.check_node():
+            node: Any = loader.get_node()
+            documents.append(Document(loader.construct_document(node), node))
+    return [document for document in documents if document.data is not None]
+
+
+@contextmanager
+def _explained(origin: str) -> Iterator[None]:
+    """Make whatever reading YAML raises an error of the user's."""
+    try:
+        yield
     except yaml.YAMLError as error:
         raise MergetuneError(f"{origin}: is not valid YAML: {_yaml_problem(error)}") from error
     except RecursionError as error:

@@ -1,0 +1,1 @@
+"""Coming from elsewhere: configurations of mergekit and of mergekit-evolve, as recipes and as studies."""
