@@ -95,6 +95,8 @@ def _in_one_line(value: Any) -> str:
     if isinstance(value, str):
         text = " ".join(value.split())
     else:
-        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+        text = yaml.safe_dump(
+            value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False
+        )
         text = text.removesuffix("...\n").strip()
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

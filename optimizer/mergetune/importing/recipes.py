@@ -97,25 +97,18 @@ def _check_slices(
     notes: Notes, config: MergeConfig, experts: Sequence[Reference], base: Reference | None
 ) -> None:
     """Refuse a number of models that the method does not take, and slices that lack a model it needs."""
-    method = METHODS[config.method]
-    low, high = method.min_experts, method.max_experts
+    low, high = METHODS[config.method].min_experts, METHODS[config.method].max_experts
+    wanted = str(low) if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    is_beside = base is not None and config.foreign.base != "merged" and config.method != "slerp"
     for each in config.slices:
-        own = [source for source in each.inputs if source.model in experts]
-        place = each.place
-        if config.method == "passthrough" and len(own) != 1:
+        present = [source for source in each.inputs if source.model in experts]
+        n_found = len(present if config.method == "passthrough" else experts)
+        if not low <= n_found <= (high or n_found):
+            models = f"model{'' if wanted == '1' else 's'}{' beside the base' if is_beside else ''}"
+            notes.refuse(each.place, f"`{config.method}` takes {wanted} {models}, but here are {n_found}.")
+        elif len(present) < len(experts) and not config.foreign.can_lack:
             notes.refuse(
-                place, f"`passthrough` takes one model, but here are {len(own)}. Leave out all others."
-            )
-        elif not low <= len(experts) <= (high or len(experts)):
-            wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-            which = "" if base is None or config.foreign.base == "merged" else " beside the base"
-            which = "" if config.method == "slerp" else which
-            notes.refuse(
-                place, f"`{config.method}` takes {wanted} models{which}, but here are {len(experts)}."
-            )
-        elif len(own) < len(experts) and not config.foreign.can_lack:
-            notes.refuse(
-                place, f"`{config.method}` must have the same models in every slice. Add the others."
+                each.place, f"`{config.method}` must have the same models in every slice. Add the others."
             )
 
 
