@@ -366,7 +366,7 @@ def test_adapters_of_the_base_are_experts(here: Path, tmp_path: Path) -> None:
 def test_models_in_bfloat16_differ_by_mergekits_own_rounding(
     method: str, half_models: Path, tmp_path: Path
 ) -> None:
-    """mergekit rounds what it adds up to bfloat16; the recipe rounds once."""
+    """mergekit rounds task vectors, products and sums to bfloat16 (8 bits each); the recipe rounds once."""
     weights = ("weight: 0.3", "weight: 0.7")
     text = config_of(method, "", weights, "" if method == "linear" else "base").replace("float32", "bfloat16")
     with contextlib.chdir(half_models):
@@ -375,7 +375,7 @@ def test_models_in_bfloat16_differ_by_mergekits_own_rounding(
     for name in ours.names:
         first, second = ours.tensor(name), theirs.tensor(name)
         assert first.dtype == second.dtype == torch.bfloat16
-        spacing = 2**-7 * torch.stack([each.tensor(name).abs().float() for each in models]).amax(0)
+        spacing = 2**-6 * torch.stack([each.tensor(name).abs().float() for each in models]).amax(0)
         assert bool(((first.float() - second.float()).abs() <= spacing).all()), name
 
 
