@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
@@ -102,3 +103,29 @@ def tiny_half(tiny_base: Path) -> dict[str, Path]:
     folder = tiny_base.parent
     base = fine_tune(tiny_base, folder / "tiny-half-base", seed=5, std=0.0, dtype=torch.float16)
     return {"base": base, "a": fine_tune(base, folder / "tiny-half-a", seed=6, std=0.02)}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, a Llama of four layers, and its fine-tunes `a`, `b` and `c`."""
+    folder = tmp_path_factory.mktemp("importing")
+    build_llama(folder / "base", num_hidden_layers=4)
+    for seed, name in enumerate("abc", start=1):
+        fine_tune(folder / "base", folder / name, seed=seed, std=0.002 * seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def half_model_folder(model_folder: Path) -> Path:
+    """The same in bfloat16."""
+    folder = model_folder.with_name("half")
+    for name in ("base", "a", "b", "c"):
+        fine_tune(model_folder / name, folder / name, seed=0, std=0.0, dtype=torch.bfloat16)
+    return folder
+
+
+@pytest.fixture
+def here(model_folder: Path) -> Iterator[Path]:
+    """The folder of the models as the folder of this process, as mergekit is called beside them."""
+    with contextlib.chdir(model_folder):
+        yield model_folder

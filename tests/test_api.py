@@ -50,6 +50,13 @@ TOOL_ITEM = {
     "answer": [{"name": "weather", "arguments": {"city": "Oslo"}}],
 }
 
+MERGEKIT = """
+models: [{model: expert-a, parameters: {weight: 0.5}}, {model: expert-b, parameters: {weight: 0.5}}]
+merge_method: ties
+base_model: base
+dtype: bfloat16
+"""
+
 
 def with_margins(suite: str) -> str:
     for name in ("words", "parity"):
@@ -69,6 +76,7 @@ def found(
     shutil.copytree(tiny_base, folder / "base")
     write_study(folder, folder / "base", models, warm_start="none")
     (folder / "tools.jsonl").write_text(json.dumps(TOOL_ITEM))
+    (folder / "mergekit.yml").write_text(MERGEKIT)
     suite = folder / "suite.yaml"
     suite.write_text(with_margins(suite.read_text()))
     known: dict[str, Any] = {}

@@ -19,12 +19,8 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
 
 from helpers import mergetune, train_adapter
-from mergetune.errors import MergetuneError
-from mergetune.files.yaml_io import parse_documents
-from mergetune.importing.importer import Imported, import_file
-from mergetune.importing.notes import Notes
-from mergetune.importing.recipes import recipe_of
-from mergetune.importing.references import Places
+from imported import read_merge, refusal, take
+from mergetune.importing.importer import import_file
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.study.export import merge_recipe
 from mergetune.weights.checkpoint import Checkpoint
@@ -35,28 +31,6 @@ CONFIGS = Path(__file__).parent
 def files(kind: str) -> list[Any]:
     found = sorted((CONFIGS / kind).glob("*.yaml"))
     return [pytest.param(path, id=path.stem) for path in found]
-
-
-def take(text: str, out: Path, **options: Any) -> Imported:
-    """Import a configuration given as text."""
-    file = out.with_name(f"{out.stem}-config.yml")
-    file.write_text(textwrap.dedent(text))
-    return import_file(file, out, **options)
-
-
-def read(text: str) -> MergeRecipe:
-    """Return the recipe of a configuration given as text."""
-    (document,) = parse_documents(textwrap.dedent(text), "config.yml")
-    notes = Notes(Path("config.yml"), document)
-    return recipe_of(notes, Places(notes, {}))
-
-
-def refusal(text: str, out: Path) -> str:
-    """Return why a configuration cannot be taken over; nothing may be written."""
-    with pytest.raises(MergetuneError) as caught:
-        take(text, out)
-    assert not out.exists()
-    return str(caught.value)
 
 
 def merge_theirs(text: str, out: Path, **options: Any) -> Checkpoint:
@@ -364,14 +338,14 @@ def test_adapters_of_the_base_are_experts(here: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_models_in_bfloat16_differ_by_mergekits_own_rounding(
-    method: str, half_models: Path, tmp_path: Path
+    method: str, half_model_folder: Path, tmp_path: Path
 ) -> None:
     """mergekit rounds task vectors, products and sums to bfloat16 (8 bits each); the recipe rounds once."""
     weights = ("weight: 0.3", "weight: 0.7")
     text = config_of(method, "", weights, "" if method == "linear" else "base").replace("float32", "bfloat16")
-    with contextlib.chdir(half_models):
+    with contextlib.chdir(half_model_folder):
         ours, theirs = merge_ours(text, tmp_path), merge_theirs(text, tmp_path / "theirs")
-    models = [Checkpoint(half_models / name) for name in ("base", "a", "b")]
+    models = [Checkpoint(half_model_folder / name) for name in ("base", "a", "b")]
     for name in ours.names:
         first, second = ours.tensor(name), theirs.tensor(name)
         assert first.dtype == second.dtype == torch.bfloat16
@@ -415,9 +389,9 @@ def test_every_tensor_gets_the_weight_that_mergekit_resolves(
         ]
         slices.append({"sources": sources, "parameters": data.draw(parameters)})
         first += length
-    config = {"slices": slices, "merge_method": "task_arithmetic", "base_model": "base"}
+    config: dict[str, Any] = {"slices": slices, "merge_method": "task_arithmetic", "base_model": "base"}
     config["parameters"] = {"weight": outer}
-    recipe = read(yaml.safe_dump(config))
+    recipe = read_merge(yaml.safe_dump(config))
     groups = assign_groups(recipe.groups, NAMES)
     theirs = MergeConfiguration.model_validate(config)
     for name in NAMES:
@@ -555,11 +529,11 @@ def test_merges_that_build_on_each_other_are_written_in_their_order(here: Path, 
         ("merge_method: karcher\nmodels: [{model: a}, {model: a}]\n", ["must be there once only"]),
         (
             "merge_method: karcher\nmodels: [{model: a}, {model: b}]\ntokenizer: {tokens: {x: {}}}\n",
-            ["line 3: `tokenizer.tokens:", "no token other embeddings"],
+            ["line 3: `tokenizer.tokens`", "no token other embeddings"],
         ),
         (
             "merge_method: linear\nmodules: {text: {models: []}, vision: {models: []}}\n",
-            ["line 2: `modules:", "part by part"],
+            ["line 2: `modules`", "part by part"],
         ),
         (
             "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 3]}]}]\n",

@@ -196,8 +196,8 @@ def _search_space(
     if n_blocks:
         notes.remark(
             ("genome", "layer_granularity"),
-            f"{n_blocks} layer groups. Embeddings, and final norm with head, have groups of their own; in "
-            "mergekit-evolve they are in the first and the last.",
+            f"{n_blocks} group{'s' if n_blocks > 1 else ''} of layers. Embeddings, and final norm with head, "
+            "have groups of their own; in mergekit-evolve they are in the first and the last.",
         )
     kinds = by_names(lambda names: next((text for text in filters if names.contain(text)), None))
     groups = [part.selectors(names) for part in parts for names, _ in kinds]
@@ -259,11 +259,10 @@ def _suite(notes: Notes, data: Mapping[str, Any], include_path: str | None) -> d
             notes.remark((*place, key), _NOT_READ)
         objective = _objective(notes, place, given, data)
         if objective is not None:
-            name = str(given["name"])
-            key = name if name not in objectives else f"{name}-{given.get('metric', 'acc,none')}"
-            if key in objectives:
+            name, task = str(given.get("name")), objective["tasks"][0]
+            if any(task == each["tasks"][0] for each in objectives.values()):
                 notes.refuse(place, "must be there once only with the same metric.")
-            objectives[key] = objective
+            objectives[f"{name}-{task['metric']}" if name in objectives else name] = objective
     is_chat = data.get("apply_chat_template", True)
     notes.remark(
         ("tasks",),

@@ -18,7 +18,7 @@ _LONGEST_VALUE = 60  # characters
 
 @dataclass(frozen=True)
 class Remark:
-    """What became of a setting; `value` is empty where the key is not there."""
+    """What became of a setting; `value` is empty where the key is not there, or has keys of its own below."""
 
     line: int
     key: str
@@ -87,7 +87,9 @@ class Notes:
 
     def _at(self, place: Place, text: str) -> Remark:
         value = self.at(place)
-        shown = "" if value is None else _in_one_line(value)
+        parts = value if isinstance(value, list) else [value]
+        has_parts = any(isinstance(part, dict) for part in parts)
+        shown = "" if value is None or has_parts else _in_one_line(value)
         return Remark(self.document.line(place), ".".join(map(str, place)), shown, text)
 
 
