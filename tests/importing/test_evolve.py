@@ -135,6 +135,7 @@ def test_tasks_become_objectives_with_what_mergekit_evolve_asks(here: Path, tmp_
           - sst2
           - {name: own, weight: 2, metric: "exact_match,strict-match"}
           - {name: own, weight: 0.5, metric: f1}
+          - {name: own, weight: 3, metric: "exact_match,flexible-extract"}
           - {name: wiki, weight: -0.5, metric: "word_perplexity,none"}
           - {name: idle, weight: 0}
         limit: 100
@@ -153,6 +154,10 @@ def test_tasks_become_objectives_with_what_mergekit_evolve_asks(here: Path, tmp_
             "tasks": [{"lm_eval": "own", "metric": "exact_match", "filter": "strict-match", **asked}],
         },
         "own-f1": {"weight": 0.5, "tasks": [{"lm_eval": "own", "metric": "f1", **asked}]},
+        "own-exact_match-flexible-extract": {
+            "weight": 3,
+            "tasks": [{"lm_eval": "own", "metric": "exact_match", "filter": "flexible-extract", **asked}],
+        },
         "wiki": {
             "weight": 0.5,
             "direction": "minimize",
@@ -164,7 +169,7 @@ def test_tasks_become_objectives_with_what_mergekit_evolve_asks(here: Path, tmp_
     study = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
     assert study["vocabulary"] == "mean"
     keys = {(remark.line, remark.key) for remark in found.remarks}
-    expected = {(7, "tasks.3.weight"), (8, "tasks.4"), (11, "shuffle"), (12, "random_init")}
+    expected = {(8, "tasks.4.weight"), (9, "tasks.5"), (12, "shuffle"), (13, "random_init")}
     assert keys >= expected | {(2, "genome.tokenizer_source"), (3, "tasks")}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
 
-from helpers import mergetune, train_adapter
+from helpers import cache_model, mergetune, train_adapter
 from imported import read_merge, refusal, take
+from mergetune.errors import MergetuneError
 from mergetune.importing.importer import import_file
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.study.export import merge_recipe
@@ -353,6 +356,21 @@ def test_models_in_bfloat16_differ_by_mergekits_own_rounding(
         assert bool(((first.float() - second.float()).abs() <= spacing).all()), name
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_of_models_in_bfloat16_another_hundredth_is_trimmed(
+    method: str, half_model_folder: Path, tmp_path: Path
+) -> None:
+    """Where magnitudes equal the threshold; the dtype is float32, so that nothing else is rounded."""
+    text = config_of(method, "normalize: false", ("weight: 0.6, density: 0.5", "weight: 0.7, density: 0.3"))
+    with contextlib.chdir(half_model_folder):
+        ours = merge_ours(text, tmp_path)
+        theirs = merge_theirs(f"{text}out_dtype: bfloat16\n", tmp_path / "theirs")
+    are_equal = torch.cat([(ours.tensor(name) == theirs.tensor(name)).flatten() for name in ours.names])
+    assert 0.98 < float(are_equal.float().mean()) < 1
+    remarks = take(text, tmp_path / "again.yaml").remarks
+    assert any("all are kept, by mergekit some" in remark.text for remark in remarks)
+
+
 scalars = st.floats(-2, 2).map(lambda value: round(value, 3))
 gradients = st.lists(scalars, min_size=1, max_size=5)
 filters = st.sampled_from(
@@ -461,6 +479,36 @@ def test_a_gradient_over_models_that_are_not_here_needs_the_number_of_layers(
     }
 
 
+def test_the_number_of_layers_is_read_from_the_models_configuration(
+    hub_cache: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    cache_model(hub_cache, "acme/base", model_folder / "base")
+    text = """
+        models: [{model: acme/chat}]
+        merge_method: slerp
+        base_model: acme/base
+        parameters: {t: [0, 1]}
+    """
+    take(text, tmp_path / "recipe.yaml")
+    assert len(MergeRecipe.read(tmp_path / "recipe.yaml").groups) == 5
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "config.json").write_text('{"vision_config": {}, "text_config": {}}')
+    assert "of images and text" in refusal(text.replace("acme/base", "pictures"), tmp_path / "out")
+
+
+def test_a_directory_that_is_not_here_is_said(tmp_path: Path) -> None:
+    text = """
+        models:
+          - {model: ./models/absent, parameters: {weight: 1}}
+          - {model: acme/chat, parameters: {weight: 1}}
+        merge_method: linear
+    """
+    remarks = [str(remark) for remark in take(text, tmp_path / "recipe.yaml").remarks]
+    assert any(
+        "line 3: `models.0.model: ./models/absent`: there is no such directory here" in x for x in remarks
+    )
+
+
 def test_what_changes_nothing_is_said_by_line_and_kept_in_the_recipe(here: Path, tmp_path: Path) -> None:
     text = """\
         name: mine
@@ -557,6 +605,34 @@ def test_a_broken_configuration_is_explained(text: str, parts: list[str], here: 
     message = refusal(text, tmp_path / "out")
     for part in parts:
         assert part in message
+
+
+ODD = (None, True, -1, "x", [], {}, [[1]], [1, "a"], {"value": {"value": 1}}, {"filter": 3, "value": [None]})
+
+
+def places(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in pairs:
+        yield (*place, key)
+        yield from places(value, (*place, key))
+
+
+@pytest.mark.parametrize(
+    "kind", ["merges/parammyl_model_stock", "merges/mergekit_bio", "searches/yuiseki_coder"]
+)
+def test_whatever_stands_in_a_place_is_taken_or_explained(kind: str, here: Path, tmp_path: Path) -> None:
+    text = (CONFIGS / f"{kind}.yaml").read_text()
+    n_refused = 0
+    for number, (place, odd) in enumerate(itertools.product(places(yaml.safe_load(text)), ODD)):
+        data = inner = yaml.safe_load(text)
+        for part in place[:-1]:
+            inner = inner[part]
+        inner[place[-1]] = odd
+        try:
+            take(yaml.safe_dump(data), tmp_path / f"out{number}")
+        except MergetuneError:
+            n_refused += 1
+    assert n_refused > 100
 
 
 def test_the_command_writes_says_and_refuses(here: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mergetune.importing.depth import Part, count_layers_of
 from mergetune.importing.notes import Notes, Place
 from mergetune.importing.parameters import by_names
 from mergetune.importing.references import Places, Reference, expert_names, read_reference, source_paths
+from mergetune.importing.tasks import NOT_READ, suite_of
 from mergetune.results.config import StudyConfig
 from mergetune.space.search_space_config import SearchSpaceConfig
 
@@ -29,7 +30,6 @@ _INERT = {
     "one, text before the prompt.",
 }
 _READ = {"genome", "tasks", "limit", "num_fewshot", "apply_chat_template"}
-_NOT_READ = "left out: mergekit-evolve does not read it either."
 
 
 @dataclass(frozen=True)
@@ -68,34 +68,37 @@ def study_of(
     """
     data = notes.mapping((), ["genome", "tasks"])
     given = notes.mapping(("genome",), ["models", "merge_method"])
-    for place, read in (((), _READ), (("genome",), _GENOME)):
-        for key in (key for key in notes.mapping(place) if key not in read):
-            notes.remark((*place, key), _INERT.get(key, _NOT_READ) if not place else _NOT_READ)
+    _remark_on_others(notes, data, given)
     if "merge_method" in given and given["merge_method"] not in _METHODS:
         rule = f"must be one that mergekit-evolve has.{nearest(str(given['merge_method']), _METHODS)}"
         notes.refuse(("genome", "merge_method"), rule)
-    suite = _suite(notes, data, include_path)
+    suite = suite_of(notes, data, include_path)
     notes.settle()
     found = _models(notes)
     genome = _genome(notes, given, found)
     notes.settle()
-    names = expert_names(genome.experts)
     at = {**found, genome.base: found.get(genome.base, ("genome", "base_model"))}
-    base, paths = source_paths(
-        notes, places, genome.base, {e: at[e] for e in genome.experts}, at[genome.base]
-    )
+    experts = {expert: at[expert] for expert in genome.experts}
+    base, paths = source_paths(notes, places, genome.base, experts, at[genome.base])
     space = _search_space(notes, given, genome, layers or _layers(notes, given, base))
     notes.settle()
+    names = expert_names(genome.experts)
     study: dict[str, Any] = {"base": base, "experts": {names[expert]: path for expert, path in paths.items()}}
     study |= {"search_space": "search_space.yaml", "suite": "suite.yaml", **_vocabulary(notes, given)}
     study["budget"] = {"trials": _MAX_FEVALS}
-    notes.remark(
-        ("genome",),
-        f"the search has mergekit-evolve's {_MAX_FEVALS} trials, or as many as 8 hours allow (`budget`).",
-    )
+    text = f"the search has mergekit-evolve's {_MAX_FEVALS} trials, or as many as 8 hours allow (`budget`)."
+    notes.remark(("genome",), text)
     for model, content in ((StudyConfig, study), (SearchSpaceConfig, space), (SuiteConfig, suite)):
         validate(content, model, str(notes.file))
     return EvolveStudy(study, space, suite)
+
+
+def _remark_on_others(notes: Notes, data: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Remark on the keys that have no counterpart."""
+    for key in (key for key in data if key not in _READ):
+        notes.remark((key,), _INERT.get(key, NOT_READ))
+    for key in (key for key in given if key not in _GENOME):
+        notes.remark(("genome", key), NOT_READ)
 
 
 def _models(notes: Notes) -> dict[Reference, Place]:
@@ -108,52 +111,51 @@ def _models(notes: Notes) -> dict[Reference, Place]:
     return found
 
 
+def _base(notes: Notes, given: Mapping[str, Any], found: Mapping[Reference, Place]) -> Reference:
+    """Return the base, or the first model where the method does without."""
+    if given.get("base_model") is not None:
+        return read_reference(notes, ("genome", "base_model"))
+    if given["merge_method"] in ("task_arithmetic", "ties", "dare_ties"):
+        notes.refuse(("genome", "base_model"), f"`{given['merge_method']}` must have a base. Name it.")
+    base = next(iter(found), Reference("?"))
+    notes.remark(("genome", "base_model"), f"is not given: the study takes `{base}`, the first model.")
+    return base
+
+
 def _genome(notes: Notes, given: Mapping[str, Any], found: Mapping[Reference, Place]) -> _Genome:
     """Return what the method's parameters are in a search space.
 
     Shares of models that have the base among them are task arithmetic: Σ wᵢθᵢ / Σ wᵢ = θ₀ + Σ λᵢτᵢ with
     λᵢ = wᵢ / Σ wⱼ, a dimension less. Task arithmetic that is divided by the sum of its weights is `linear`.
     """
-    method = cast(Method, given["merge_method"])
-    base = read_reference(notes, ("genome", "base_model")) if given.get("base_model") else None
-    if base is None and method in ("task_arithmetic", "ties", "dare_ties"):
-        notes.refuse(("genome", "base_model"), f"`{method}` must have a base. Name it.")
-    if base is None and found:
-        base = next(iter(found))
-        notes.remark(("genome", "base_model"), f"is not given: the study takes `{base}`, the first model.")
-    base = base or Reference("?")
-    normalize = given.get("normalize")
-    is_normalized = method in ("ties", "dare_ties", "linear") if normalize is None else bool(normalize)
-    low = -1.0 if given.get("allow_negative_weights") else 0.0
-    others = tuple(model for model in found if model != base)
-    ranges: dict[str, Any] = {"lambda": {"low": low, "high": 2.0}}
+    method, base = cast(Method, given["merge_method"]), _base(notes, given, found)
     if method == "slerp":
         return _slerp(notes, given, base, tuple(found))
+    normalize = given.get("normalize")
+    is_normalized = method in ("ties", "dare_ties", "linear") if normalize is None else bool(normalize)
+    are_shares_of_base = method == "linear" and base in found
     if method == "linear" and not is_normalized:
         rule = "shares of a search space sum to 1. Say `true`, or search `task_arithmetic` with a base."
         notes.refuse(("genome", "normalize"), rule)
     if base in found:
-        text = "is the base: it has no coefficient of its own, what the others lack of 1 being its share."
-        notes.remark(found[base], text if method == "linear" else "is the base: its task vector is zero.")
-    notes.remark(
-        ("genome", "allow_negative_weights"),
-        f"lambdas are searched in [{low:g}, {1 if method == 'linear' and not low else 2}]; mergekit-evolve "
-        "has no bounds. See `lambda` in search_space.yaml.",
-    )
-    if method == "linear" and base in found:
-        if not low:
-            ranges["lambda"]["high"] = 1.0
-        return _Genome("task_arithmetic", base, others, ranges, {})
+        share = "it has no coefficient of its own, what the others lack of 1 being its share."
+        text = share if are_shares_of_base else "its task vector is zero."
+        notes.remark(found[base], f"is the base: {text}")
+    low = -1.0 if given.get("allow_negative_weights") else 0.0
+    high = 1.0 if are_shares_of_base and low == 0 else 2.0
+    text = f"lambdas are searched in [{low:g}, {high:g}] (search_space.yaml); mergekit-evolve has no bounds."
+    notes.remark(("genome", "allow_negative_weights"), text)
+    ranges: dict[str, Any] = {"lambda": {"low": low, "high": high}}
+    options: dict[str, str] = {}
+    target: str = "task_arithmetic" if are_shares_of_base else method
     if method == "task_arithmetic" and is_normalized:
         notes.remark(("genome", "normalize"), "task vectors divided by the sum of their weights: `linear`.")
-        return _Genome("linear", base, others, ranges, {})
-    if method in ("linear", "task_arithmetic"):
-        return _Genome(method, base, others, ranges, {})
-    ranges["density"] = {"low": 0.01, "high": 1.0, "step": 0.01}
-    options = {"normalize": "weights" if is_normalized else "none"}
-    return _Genome(
-        method, base, others, ranges, options | ({"rescale": "l1"} if method == "dare_ties" else {})
-    )
+        target = "linear"
+    if method in ("ties", "dare_ties"):
+        ranges["density"] = {"low": 0.01, "high": 1.0, "step": 0.01}
+        options["normalize"] = "weights" if is_normalized else "none"
+        options |= {"rescale": "l1"} if method == "dare_ties" else {}
+    return _Genome(target, base, tuple(model for model in found if model != base), ranges, options)
 
 
 def _slerp(notes: Notes, given: Mapping[str, Any], base: Reference, models: tuple[Reference, ...]) -> _Genome:
@@ -247,53 +249,3 @@ def _vocabulary(notes: Notes, given: Mapping[str, Any]) -> dict[str, str]:
     of_another = "" if source in ("base", "union") else "the tokenizer is the base's, and "
     notes.remark(("genome", "tokenizer_source"), of_another + what)
     return {"vocabulary": rule}
-
-
-def _suite(notes: Notes, data: Mapping[str, Any], include_path: str | None) -> dict[str, Any]:
-    """Return the tasks as objectives, each with its weight; they are not added up to one score."""
-    objectives: dict[str, Any] = {}
-    for place in notes.entries(("tasks",)) if data.get("tasks") is not None else []:
-        given = notes.at(place)
-        given = {"name": given} if isinstance(given, str) else notes.mapping(place, ["name"])
-        for key in (key for key in given if key not in ("name", "weight", "metric")):
-            notes.remark((*place, key), _NOT_READ)
-        objective = _objective(notes, place, given, data)
-        if objective is not None:
-            name, task = str(given.get("name")), objective["tasks"][0]
-            if any(task == each["tasks"][0] for each in objectives.values()):
-                notes.refuse(place, "must be there once only with the same metric.")
-            objectives[f"{name}-{task['metric']}" if name in objectives else name] = objective
-    is_chat = data.get("apply_chat_template", True)
-    notes.remark(
-        ("tasks",),
-        "every task is an objective of its own, and its weight counts when one merge of the front is "
-        "recommended; mergekit-evolve adds them up. Half of the items are held out, to confirm what the "
-        "other half found (`holdout`).",
-    )
-    suite = {"description": f"The tasks of {notes.file.name}.", "chat_template": bool(is_chat)}
-    return suite | ({"include_path": include_path} if include_path else {}) | {"objectives": objectives}
-
-
-def _objective(
-    notes: Notes, place: Place, given: Mapping[str, Any], data: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    metric, _, its_filter = str(given.get("metric", "acc,none")).partition(",")
-    task: dict[str, Any] = {"lm_eval": given.get("name"), "metric": metric}
-    if its_filter:
-        task["filter"] = its_filter
-    task |= {key: data[key] for key in ("limit", "num_fewshot") if data.get(key) is not None}
-    weight = given.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        notes.refuse((*place, "weight"), "must be a number.")
-        return None
-    if weight == 0:
-        notes.remark(place, "left out: a task of weight 0 changes no score.")
-        return None
-    objective: dict[str, Any] = {} if weight == 1 else {"weight": abs(weight)}
-    if weight < 0:
-        objective["direction"] = "minimize"
-        text = (
-            "is better when low. If the task itself says otherwise, add `against_task: true` in suite.yaml."
-        )
-        notes.remark((*place, "weight"), text)
-    return objective | {"tasks": [task]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,9 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def _commands(paths: Sequence[Path], is_search: bool) -> tuple[str, ...]:
     if is_search:
-        return (f"mergetune run {paths[0]} --dry-run",)
-    if len(paths) == 1:
-        return (f"mergetune merge {paths[0]} OUT",)
-    return tuple(f"mergetune merge {path} {path.with_suffix('')}" for path in paths)
+        return (shlex.join(["mergetune", "run", str(paths[0]), "--dry-run"]),)
+    models = ["OUT"] if len(paths) == 1 else [str(path.with_suffix("")) for path in paths]
+    return tuple(
+        shlex.join(["mergetune", "merge", str(path), model])
+        for path, model in zip(paths, models, strict=True)
+    )

@@ -18,6 +18,7 @@ _INERT = {
     "out_dtype": "left out: the merged model has the base's dtype.",
     "tokenizer_source": "left out: the merged model has the base's tokenizer, and experts whose tokens "
     "differ are refused when it is merged.",
+    "pad_to_multiple_of": "left out: no rows of padding are added to embeddings and head.",
     "chat_template": "left out: the merged model has the base's chat template, or else the experts'.",
     "name": "left out: the recipe's file has this name.",
     "out_path": "left out: `mergetune merge` is told where to write.",
@@ -99,7 +100,7 @@ def read_merge_config(notes: Notes) -> MergeConfig:
     place = _place_of_inputs(notes, data)
     notes.settle()
     _remark_on_top_level(notes, data)
-    base = read_reference(notes, ("base_model",)) if data.get("base_model") else None
+    base = read_reference(notes, ("base_model",)) if data.get("base_model") is not None else None
     modules = [(*place[:-1], "parameters")] if len(place) > 1 else []
     outer = tuple(_scope(notes, each) for each in (*modules, ("parameters",)))
     if place[-1] == "models":
@@ -138,7 +139,9 @@ def _remark_on_top_level(notes: Notes, data: Mapping[str, object]) -> None:
             "a recipe gives no token other embeddings. Leave it out, and set them in the merged model.",
         )
     for key in (key for key in tokenizer if key != "tokens"):
-        notes.remark(("tokenizer", key), _INERT["tokenizer_source"])
+        notes.remark(
+            ("tokenizer", key), _INERT.get("tokenizer_source" if key == "source" else key, _NOT_READ)
+        )
 
 
 def _models(notes: Notes, place: Place, base: Reference | None, outer: tuple[Scope, ...]) -> Slice:
@@ -158,9 +161,9 @@ def _slices(
         given = notes.mapping(place, ["sources"])
         for key in (key for key in given if key not in ("sources", "parameters", "base_model")):
             notes.remark((*place, key), _NOT_READ)
-        own = read_reference(notes, (*place, "base_model")) if given.get("base_model") else base
+        own = read_reference(notes, (*place, "base_model")) if given.get("base_model") is not None else base
         known = {"model", "parameters", "layer_range"}
-        sources = notes.entries((*place, "sources")) if given.get("sources") else []
+        sources = notes.entries((*place, "sources")) if given.get("sources") is not None else []
         inputs = tuple(_input(notes, source, known) for source in sources)
         if own is not None and not is_merged and all(each.model != own for each in inputs):
             notes.refuse(place, f"the base `{own}` must be among the sources, as mergekit demands. Add it.")
@@ -175,7 +178,7 @@ def _input(notes: Notes, place: Place, known: set[str]) -> Input:
     for key in (key for key in given if key not in known):
         hint = " It may belong under `parameters`." if key in _ALL_PARAMETERS else ""
         notes.remark((*place, key), _NOT_READ + hint)
-    model = read_reference(notes, (*place, "model")) if given.get("model") else Reference("?")
+    model = read_reference(notes, (*place, "model")) if given.get("model") is not None else Reference("?")
     layers = given.get("layer_range") if "layer_range" in known else None
     if layers is not None and not _is_range(layers):
         notes.refuse((*place, "layer_range"), "must be the first layer and the one after the last: [0, 32].")

@@ -81,8 +81,8 @@ class Notes:
         """Return what stands at a place, None where nothing does."""
         found: Any = self.document.data
         for part in place:
-            is_there = part in found if isinstance(found, dict) else isinstance(found, list)
-            found = found[part] if is_there else None
+            is_entry = isinstance(found, list) and part in range(len(found))
+            found = found[part] if is_entry or (isinstance(found, dict) and part in found) else None
         return found
 
     def _at(self, place: Place, text: str) -> Remark:
