@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameter
@@ -38,6 +39,7 @@ def files(kind: str) -> list[Any]:
 
 def merge_theirs(text: str, out: Path, **options: Any) -> Checkpoint:
     config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    LoaderCache().loaders.clear()  # it keeps models by name, whatever folder they were relative to
     run_merge(config, str(out), MergeOptions(quiet=True, random_seed=0, write_model_card=False, **options))
     return Checkpoint(out)
 
@@ -607,7 +609,18 @@ def test_a_broken_configuration_is_explained(text: str, parts: list[str], here: 
         assert part in message
 
 
-ODD = (None, True, -1, "x", [], {}, [[1]], [1, "a"], {"value": {"value": 1}}, {"filter": 3, "value": [None]})
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    "x",
+    [],
+    {},
+    [[1]],
+    [1, "a"],
+    {"value": {"value": 1}},
+    {"filter": 3, "value": [None]},
+)
 
 
 def places(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -236,8 +236,8 @@ def _summing(normalize: bool, rescale: bool, **each: Value) -> dict[str, Any]:
 _MASKS = "entries are dropped at random by another generator: the same share of them, but not the same ones."
 
 _TIES = (
-    "of entries whose magnitudes equal the threshold all are kept, by mergekit some: in bfloat16, where many are "
-    "equal, about 1 % of the entries differ."
+    "of entries whose magnitudes equal the threshold all are kept, by mergekit some: in bfloat16, where many "
+    "are equal, about 1 % of the entries differ."
 )
 
 FOREIGN: dict[MethodName, Foreign] = {
