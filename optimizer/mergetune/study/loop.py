@@ -224,7 +224,7 @@ def _search(plan: Plan, searched: Searched, candidates: Candidates, interrupts: 
     seed = plan.config.seed + len(candidates.all)
     sampler = make_sampler(plan.config.sampler, len(space.distributions), seed)
     storage = run.path / "study.journal"
-    search = open_search(storage, _directions(plan), sampler)
+    search = open_search(storage, _directions(plan), sampler, list(plan.suite.config.objectives))
     names = _trial_names(candidates.all, refused(search))
     n_allowed = n_allowed if space.distributions else min(n_allowed, 1)  # no free coefficient: one suffices
     first = _last_number(names) + 1

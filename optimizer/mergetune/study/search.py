@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,11 @@ CANDIDATE, REFUSED, REPEATED = "candidate", "refused", "repeated"
 # where they ignore a failed trial, which leaves such a region as promising as before; Optuna's GP wants the
 # same constraints of all trials.
 FAILED = "could not be measured"
+
+# Where Optuna keeps constraints as a list, which is how optuna-dashboard reads them: their names stand in
+# user attributes, one for each.
+_CONSTRAINTS = "constraints"
+_GUARD = "guard."
 
 # A GP learns a smooth landscape from few trials; beyond this many dimensions it no longer does
 # (Optuna's documentation gives its budget as 10 to 100 trials).
@@ -155,7 +161,7 @@ def try_sampler(
         MergetuneError: it cannot search so many objectives, or such ranges.
     """
     sampler = make_sampler(config, len(distributions), seed=0)
-    _quiet()
+    quiet()
     search = optuna.create_study(directions=list(directions), sampler=sampler)
     for end in ("low", "high"):
         params = {name: getattr(each, end) for name, each in distributions.items()}
@@ -172,14 +178,23 @@ def try_sampler(
 
 
 def open_search(
-    storage: Path, directions: Sequence[Direction | StudyDirection], sampler: optuna.samplers.BaseSampler
+    storage: Path,
+    directions: Sequence[Direction | StudyDirection],
+    sampler: optuna.samplers.BaseSampler,
+    objectives: Sequence[str] = (),
 ) -> optuna.Study:
     """Open the Optuna study in a journal, new or going on; unlike SQLite's, its locks hold on NFS.
 
     An entry that was being written when the process ended is cut off; a file that cannot be read is set
     aside, for all that it holds stands in the run directory, too.
+
+    Args:
+        storage: the journal.
+        directions: of the objectives, in their order.
+        sampler: what proposes trials.
+        objectives: their names.
     """
-    _quiet()
+    quiet()
     if storage.exists() and not (known := storage.read_bytes()).endswith(b"\n"):
         with storage.open("r+b") as file:
             file.truncate(known.rfind(b"\n") + 1)
@@ -191,10 +206,18 @@ def open_search(
         load_if_exists=True,
     )
     try:
-        return create(storage=journal(storage))
+        found = create(storage=journal(storage))
     except (ValueError, KeyError, TypeError):  # whatever a damaged journal leads to
         storage.replace(storage.with_name(f"{storage.name}.broken"))
-        return create(storage=journal(storage))
+        found = create(storage=journal(storage))
+    name_objectives(found, objectives)
+    return found
+
+
+def name_objectives(search: optuna.Study, names: Sequence[str]) -> None:
+    """Give the objectives of an Optuna study their names, unless it has them."""
+    if names and search.metric_names != list(names):
+        search.set_metric_names(list(names))
 
 
 def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> dict[str, Any]:
@@ -205,8 +228,10 @@ def random_point(distributions: Mapping[str, BaseDistribution], seed: int) -> di
 
 def tell(search: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> bool:
     """Tell what became of a trial; returns False where that was the last of a grid."""
-    for name, excess in outcome.constraints.items():
-        trial.set_constraint(name, excess)
+    for name, value in constraint_attributes(outcome.constraints).items():
+        trial.set_user_attr(name, value)
+    for name, values in listed(outcome.constraints).items():
+        trial.storage.set_trial_system_attr(trial._trial_id, name, values)
     try:
         search.tell(trial, list(outcome.values))
     except RuntimeError as error:  # so a sampler that has proposed every point ends a loop of Optuna's own
@@ -214,6 +239,16 @@ def tell(search: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> bool:
             raise
         return False
     return True
+
+
+def listed(constraints: Mapping[str, float]) -> dict[str, list[float]]:
+    """Return constraints as a trial's system attributes."""
+    return {_CONSTRAINTS: list(constraints.values())} if constraints else {}
+
+
+def constraint_attributes(constraints: Mapping[str, float]) -> dict[str, float]:
+    """Return constraints as a trial's user attributes: `guard.NAME`, broken where above 0."""
+    return {f"{_GUARD}{name}": excess for name, excess in constraints.items() if name != FAILED}
 
 
 def refused(search: optuna.Study) -> set[str]:
@@ -253,9 +288,9 @@ def catch_up(
         str(trial.user_attrs.get(CANDIDATE)): trial for trial in before if trial.state == TrialState.COMPLETE
     }
     if not all(_agrees(trial, wanted.get(name), distributions) for name, trial in told.items()):
-        directions, sampler, told = search.directions, search.sampler, {}
+        directions, sampler, names, told = search.directions, search.sampler, search.metric_names, {}
         optuna.delete_study(study_name=_NAME, storage=journal(storage))
-        search = open_search(storage, directions, sampler)
+        search = open_search(storage, directions, sampler, names or ())
     states = {trial.user_attrs.get(CANDIDATE): _sampler_state(trial) for trial in before}
     why = {trial.user_attrs[CANDIDATE]: trial.user_attrs[REFUSED] for trial in no_recipe}
     for name, each in wanted.items():
@@ -278,10 +313,10 @@ def _agrees(
     """Say whether Optuna holds what is known; the values of a failed point are those of when it was told."""
     if known is None or trial.distributions.keys() != distributions.keys() or trial.params != known.params:
         return False
-    ours, theirs = known.outcome, trial.constraints
-    if theirs.keys() != ours.constraints.keys() or theirs[FAILED] != ours.constraints[FAILED]:
+    ours, theirs = known.outcome, trial.system_attrs.get(_CONSTRAINTS, ())
+    if len(theirs) != len(ours.constraints) or theirs[-1] != ours.constraints[FAILED]:
         return False
-    is_same = trial.values == list(ours.values) and theirs == ours.constraints
+    is_same = trial.values == list(ours.values) and theirs == list(ours.constraints.values())
     return ours.has_failed or is_same
 
 
@@ -295,9 +330,8 @@ def _trial(
         values=list(known.outcome.values),
         params=dict(known.params),
         distributions=dict(distributions),
-        constraints=dict(known.outcome.constraints),
-        user_attrs=dict(attributes),
-        system_attrs=dict(state),
+        user_attrs={**attributes, **constraint_attributes(known.outcome.constraints)},
+        system_attrs={**state, **listed(known.outcome.constraints)},
     )
 
 
@@ -311,8 +345,9 @@ def journal(file: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(file)))
 
 
-def _quiet() -> None:
-    """Send Optuna's warnings to the run's log."""
+def quiet() -> None:
+    """Send Optuna's warnings to the run's log; of experimental parts it need not say that they are."""
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
