@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from mergetune.engines.engine import UNCHANGED, EngineChanges, EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
+from mergetune.files.secret_url import SecretUrl
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 from mergetune.space.search_space_config import Grain
 from mergetune.weights.tokenizer_files import VocabularyRule
@@ -88,6 +89,9 @@ class StudyConfig(Strict):
     `on_finish` is a command that is called at the end of a study, with the report's path as its last argument
     and the study's status as JSON on its standard input.
 
+    `storage` is a database to mirror the study in, for dashboards; see docs/watch.md. What holds a password
+    is never written down with it.
+
     `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
 
@@ -104,6 +108,7 @@ class StudyConfig(Strict):
     elimination: float = Field(0.05, ge=0, lt=0.5)
     finalists: int = Field(3, ge=1)
     cache: str | None = None
+    storage: SecretUrl | None = None
     on_finish: str | None = Field(None, min_length=1)
     allow_flat_objectives: bool = False
     seed: int = Field(0, ge=0)

@@ -6,6 +6,8 @@ versions.json     the engine, and versions of mergetune and the libraries that n
 warnings.json     what looked suspicious before the search began
 model.json        the base's layers and tensors, those each expert changes, and the task vectors' norms
 study.journal     Optuna's storage
+watched_as.json   the name of this run where others watch it: in a database, MLflow or W&B
+wandb/            what W&B keeps on disk
 items.parquet     every item of the suite: id, split, prompt, target
 judges.json       how far the judges of the suite agree with people's labels
 sent.parquet      what models were sent of each item, as the chat template wrote it
@@ -34,6 +36,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +68,10 @@ _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 
 # what may change when a study goes on
 _FREE = dict.fromkeys(
-    ("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache", "on_finish"),
+    (
+        *("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache"),
+        *("on_finish", "storage", "loggers"),
+    ),
     True,
 )
 
@@ -362,6 +368,18 @@ class RunDir:
         with readable(self.path / "coordinates.json"):
             known = self.read_json("coordinates.json") or {}
             return {key: Coordinate.model_validate(each) for key, each in known.items()}
+
+    def watched_as(self) -> str:
+        """Return this run's name where others watch it: the folder's, and letters that no other run has.
+
+        It is made at the first call and stays, whatever the folder is called later.
+        """
+        known = self.read_json("watched_as.json")
+        if known is None:
+            folder = re.sub(r"[^\w.-]+", "-", self.path.resolve().name)
+            known = f"{folder}-{secrets.token_hex(4)}"
+            self.write_json("watched_as.json", known)
+        return str(known)
 
     def write_warm_start(self, record: WarmStart) -> None:
         """Keep what following the slopes led to, and all else that the record holds to go on from."""

@@ -24,11 +24,13 @@ from mergetune.measuring.progress import Progress, candidate_line
 from mergetune.measuring.reply_store import ReplyStore, default_store
 from mergetune.merging.inputs import Inputs
 from mergetune.results import selection
-from mergetune.results.roles import SEARCHED, Role, is_merge
+from mergetune.results.roles import SEARCHED, Role, is_merge, reference_name
 from mergetune.results.run_dir import Candidate, Cost, RunDir, SpaceKind
 from mergetune.results.selection import Scales, Scores
 from mergetune.space.recipe import MergeRecipe, count_layers
 from mergetune.study.elimination import Elimination
+from mergetune.study.watching.seen import Seen
+from mergetune.study.watching.watchers import Watchers
 
 _VERSIONS_OF = ("mergetune", "torch", "transformers", "lm-eval", "optuna", "safetensors")
 
@@ -103,6 +105,7 @@ class Candidates:
         progress: is told what is done.
         interrupted: says whether the user has pressed Ctrl-C, which may come out as any exception.
         elimination: the error level at which trials are dropped on part of their items; 0: none is.
+        watchers: are told of every candidate.
 
     Raises:
         MergetuneError: the engine cannot be started.
@@ -117,6 +120,7 @@ class Candidates:
         progress: Progress,
         interrupted: Callable[[], bool] = lambda: False,
         elimination: float = 0.0,
+        watchers: Watchers | None = None,
     ) -> None:
         self.inputs, self.evaluator, self.run, self.progress = inputs, evaluator, run, progress
         self.scores = run.all_scores("search")
@@ -124,6 +128,7 @@ class Candidates:
         self._known = {candidate.name: candidate for candidate in run.candidates()}
         parts = {each.name: run.scores(each.name, "part") for each in self.all if each.state == "dropped"}
         self._dropped = {name: scores for name, scores in parts.items() if scores is not None}
+        self._watchers, self._unseen = watchers or Watchers(), deque(self.all)
         self._by_recipe: dict[str, str] = {}  # names by the recipe's digest
         for candidate in self.all:
             if candidate.name in self.scores or candidate.state != "complete":
@@ -154,6 +159,7 @@ class Candidates:
             others = ", ".join(f"{name} {known[name]} (now {versions[name]})" for name in changed)
             progress.say(f"warning: what was measured here before was measured with {others}.")
         run.write_versions(kind, versions)
+        self._show_watchers()
 
     @property
     def all(self) -> list[Candidate]:
@@ -302,7 +308,24 @@ class Candidates:
             self._keep_asked()
         self.run.forget_attempts(what)
         self.progress.say(line)
+        self._unseen.append(kept)
+        self._show_watchers()
         return kept
+
+    def _show_watchers(self) -> None:
+        """Show watchers what they have not seen, as soon as there is all that guards are compared to."""
+        suite = self.evaluator.suite.config
+        if not self.scores.keys() >= {reference_name(guard) for guard in suite.guards.values()}:
+            return
+        while self._unseen:
+            candidate = self._unseen.popleft()
+            own = self.told(candidate.name)
+            if own is None:
+                if candidate.state == "failed":
+                    self._watchers.measured(Seen(candidate))
+                continue
+            excess = selection.relative_violations(own, self.scores, suite)
+            self._watchers.measured(Seen(candidate, own, excess))
 
     def measure_broken(self) -> None:
         """Measure again whose scores could not be read."""

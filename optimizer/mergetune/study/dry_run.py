@@ -21,11 +21,13 @@ from mergetune.measuring.model_under_test import LocalModel
 from mergetune.measuring.pool import Job, Pool
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs
+from mergetune.results.run_dir import RunDir
 from mergetune.space.search_space import SearchSpace
 from mergetune.stats.number_text import duration
 from mergetune.study.baselines import baselines
 from mergetune.study.loop import open_spaces
 from mergetune.study.plan import Plan
+from mergetune.study.watching.watchers import make_watchers
 
 _PROBED = 32  # items of a task, where the engine has no batch size
 
@@ -62,6 +64,7 @@ def describe_study(
         MergetuneError: what `run_study` raises before it measures.
     """
     plan = Plan.read(study_file, engine)
+    make_watchers(plan, RunDir(plan.folder))
     use_cache(cache or plan.cache, partial(console.print, highlight=False, markup=False))
     with Progress(console) as progress:
         progress.at_work(f"opening {plan.config.base} and {len(plan.config.experts)} experts")

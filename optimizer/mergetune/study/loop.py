@@ -29,12 +29,13 @@ from mergetune.report import write_report
 from mergetune.results import roles, selection
 from mergetune.results.flat_objectives import flat_objectives
 from mergetune.results.roles import uniform_name
+from mergetune.results.run import Run
 from mergetune.results.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from mergetune.results.selection import Recommendation
+from mergetune.space.coordinates import with_ranges
 from mergetune.space.front_space import FrontSpace
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
-from mergetune.study import on_finish
 from mergetune.study.baselines import baselines
 from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
@@ -59,6 +60,8 @@ from mergetune.study.search import (
 from mergetune.study.slopes import take_slopes
 from mergetune.study.soup import measure_greedy_soup
 from mergetune.study.warm_start import Searched, WarmStarter, check_warm_start
+from mergetune.study.watching.seen import Ended
+from mergetune.study.watching.watchers import Watchers, make_watchers
 
 # So often a sampler is asked for a point that was not measured before, and so often one is drawn at random.
 _N_ASKED, _N_DRAWN = 5, 100
@@ -85,13 +88,13 @@ def run_study(
     use_cache(cache or plan.cache, partial(console.print, highlight=False, markup=False))
     with Progress(console) as progress:
         progress.say(f"opening {plan.config.base} and {len(plan.config.experts)} experts")
-        report = _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress)
-        if (command := plan.config.on_finish) and (fault := on_finish.call(command, report, RunDir(out))):
-            progress.say(f"warning: `on_finish: {command}`: {fault}")
+        with closing(Watchers(make_watchers(plan, RunDir(out)), progress.say)) as watchers:
+            report = _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress, watchers)
+            watchers.finished(Ended(report, Run(out)))
     return report
 
 
-def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
+def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress, watchers: Watchers) -> Path:
     progress.at_work("reading the suite's items")
     evaluator = Evaluator(plan.suite)
     plan = replace(plan, suite=evaluator.suite)
@@ -103,11 +106,13 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
         Interrupts() as interrupts,
     ):
         write_facts(run, inputs, evaluator, leaks)
+        _write_coordinates(run, space)
         for line in plan.suite.read_as.values():
             progress.say(line)
         slow = [reason] if (reason := why_slow()) else []
         for warning in (*run.set_aside_broken(), *inputs.warnings, *evaluator.warnings, *leaks, *slow):
             progress.say(f"warning: {warning}")
+        watchers.connect(run.candidates())
         candidates = Candidates(
             plan.config.engine,
             inputs,
@@ -116,6 +121,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
             progress,
             lambda: interrupts.requested,
             plan.config.elimination,
+            watchers,
         )
         with closing(candidates):
             try:
@@ -128,7 +134,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress) -> Path:
                 soup = measure_greedy_soup(candidates, space, inputs)
                 measure_noise(candidates)
                 searched = _follow_slopes(plan, candidates, space, fine)
-                run.write_coordinates({**space.coordinates, **searched.space.coordinates})
+                _write_coordinates(run, searched.space)
                 _search(plan, searched, candidates, interrupts)
                 choice = selection.choose(run)
                 suite = plan.suite.config
@@ -177,6 +183,12 @@ def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
         around = FrontSpace(fine, points, space, inputs.base.names)
         try_sampler(plan.config.sampler, directions, around.distributions)
     return space, fine
+
+
+def _write_coordinates(run: RunDir, space: SearchSpace | FrontSpace) -> None:
+    """Write down what the numbers of a space's points stand for, beside what is known of another space."""
+    ranged = with_ranges(space.coordinates, space.distributions)
+    run.write_coordinates({**run.coordinates(), **ranged})
 
 
 def _follow_slopes(plan: Plan, candidates: Candidates, space: SearchSpace, fine: SearchSpace) -> Searched:

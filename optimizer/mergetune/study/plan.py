@@ -87,6 +87,13 @@ class Plan:
         given = self.config.cache
         return None if given is None else placed(self.folder, given).resolve()
 
+    @property
+    def storage(self) -> str | None:
+        """The database that the study is mirrored in; the file of SQLite is relative to the study file."""
+        given, (begin, _, file) = self.config.storage, (self.config.storage or "").partition(":///")
+        is_file = begin.startswith("sqlite") and file and not file.startswith((":memory:", "file:", "/"))
+        return f"{begin}:///{placed(self.folder, file).resolve()}" if is_file else given
+
     def training_texts(self) -> dict[str, list[str]]:
         """Read what each expert was trained on, as far as the study file names it.
 
@@ -131,9 +138,10 @@ class Plan:
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
             **self.config.model_dump(
-                exclude={"base", "experts", "training_data", "search_space", "suite", "cache"}
+                exclude={"base", "experts", "training_data", "search_space", "suite", "cache", "storage"}
             ),
             cache=str(self.cache) if self.cache else None,
+            storage=self.storage,
             base=reference_to(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
             training_data={
