@@ -51,11 +51,11 @@ clean:
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-# The leaderboard of tool calls, an oracle of the tests, asks for the clients of all vendors and for NumPy 1:
-# hence --no-deps. Whoever is not root installs Debian's package by hand, or has its tests skipped.
+# The leaderboard of tool calls, an oracle of the tests, asks for the clients of all vendors and for NumPy 1,
+# and MLflow for older cachetools than vLLM's: hence --no-deps. Whoever is not root installs Debian's package by hand, or has its tests skipped.
 .venv/test-ready: .venv/vllm-ready
 	@test "$$(id -u)" != 0 || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
 		apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends postgresql; }
 	$(PIP) --editable '.[docs,test]'
-	$(PIP) --no-deps bfcl-eval
+	$(PIP) --no-deps bfcl-eval mlflow-skinny
 	touch $@

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from mergetune.engines.engine import UNCHANGED, EngineChanges, EngineConfig, EngineKind
 from mergetune.errors import MergetuneError
@@ -62,6 +62,43 @@ class WarmStartConfig(Strict):
     grain: Grain = "auto"
 
 
+class MlflowConfig(Strict):
+    """MLflow: a parent run for the study, a child run for each candidate.
+
+    By default MLflow's own environment variables say where: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`.
+    """
+
+    kind: Literal["mlflow"]
+    tracking_uri: SecretUrl | None = None
+    experiment: str | None = None
+
+
+class WandbConfig(Strict):
+    """Weights & Biases: one run for the study, a step for each candidate.
+
+    By default W&B's own environment variables say where: `WANDB_PROJECT`, `WANDB_ENTITY`.
+    """
+
+    kind: Literal["wandb"]
+    project: str | None = None
+    entity: str | None = None
+
+
+LoggerConfig = MlflowConfig | WandbConfig
+_LOGGERS: dict[str, type[LoggerConfig]] = {"mlflow": MlflowConfig, "wandb": WandbConfig}
+
+
+def _of_its_kind(given: object) -> object:
+    if isinstance(given, dict) and (found := _LOGGERS.get(str(given.get("kind")))) is not None:
+        refuse_unknown(given, found.model_fields)
+    return given
+
+
+_Logger = Annotated[
+    Annotated[LoggerConfig, Field(discriminator="kind")], BeforeValidator(_of_its_kind), KindAlone
+]
+
+
 class StudyConfig(Strict):
     """The file `study.yaml`; see docs/study.md for its keys.
 
@@ -89,8 +126,8 @@ class StudyConfig(Strict):
     `on_finish` is a command that is called at the end of a study, with the report's path as its last argument
     and the study's status as JSON on its standard input.
 
-    `storage` is a database to mirror the study in, for dashboards; see docs/watch.md. What holds a password
-    is never written down with it.
+    `storage` is a database to mirror the study in, for dashboards, and `loggers` are trackers of experiments
+    that are told of every candidate; see docs/watch.md. What holds a password is never written down with it.
 
     `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
@@ -109,9 +146,15 @@ class StudyConfig(Strict):
     finalists: int = Field(3, ge=1)
     cache: str | None = None
     storage: SecretUrl | None = None
+    loggers: tuple[_Logger, ...] = ()
     on_finish: str | None = Field(None, min_length=1)
     allow_flat_objectives: bool = False
     seed: int = Field(0, ge=0)
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _one_logger(cls, given: object) -> object:
+        return [given] if isinstance(given, (str, dict)) else given
 
     @field_validator("training_data", mode="before")
     @classmethod

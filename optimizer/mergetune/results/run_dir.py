@@ -345,6 +345,11 @@ class RunDir:
         left_out = () if responses else ("response",)
         return _read_table(self._file(name, f"{split}.parquet"), left_out)
 
+    def measurement_file(self, name: str) -> Path | None:
+        """Return the file of what a candidate scored on the search split, or on part of it, if any."""
+        files = (self._file(name, f"{split}.parquet") for split in ("search", "part"))
+        return next((file for file in files if file.is_file()), None)
+
     def holds_measurement(self, name: str, split: Split) -> bool:
         """Say whether a candidate was measured on one split."""
         return self._file(name, f"{split}.parquet").is_file()

@@ -90,6 +90,7 @@ def run_study(
         progress.say(f"opening {plan.config.base} and {len(plan.config.experts)} experts")
         with closing(Watchers(make_watchers(plan, RunDir(out)), progress.say)) as watchers:
             report = _run(plan, plan.open_inputs(out, progress.at_work), RunDir(out), progress, watchers)
+            progress.at_work("telling those who watch …")
             watchers.finished(Ended(report, Run(out)))
     return report
 

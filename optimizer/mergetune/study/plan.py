@@ -13,7 +13,7 @@ from mergetune.evaluation.leakage import read_training_texts
 from mergetune.evaluation.suite import Suite, read_suite
 from mergetune.files.library import find, placed
 from mergetune.merging.inputs import Inputs, open_inputs
-from mergetune.results.config import StudyConfig, read_study
+from mergetune.results.config import LoggerConfig, MlflowConfig, StudyConfig, read_study
 from mergetune.results.run_dir import RunDir, StudyRecord
 from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
 from mergetune.study.search import check_sampler
@@ -89,10 +89,24 @@ class Plan:
 
     @property
     def storage(self) -> str | None:
-        """The database that the study is mirrored in; the file of SQLite is relative to the study file."""
-        given, (begin, _, file) = self.config.storage, (self.config.storage or "").partition(":///")
+        """The database that the study is mirrored in."""
+        return self._placed_url(self.config.storage)
+
+    @property
+    def loggers(self) -> tuple[LoggerConfig, ...]:
+        """The trackers of experiments."""
+        return tuple(
+            each.model_copy(update={"tracking_uri": self._placed_url(each.tracking_uri)})
+            if isinstance(each, MlflowConfig)
+            else each
+            for each in self.config.loggers
+        )
+
+    def _placed_url(self, url: str | None) -> str | None:
+        """Return a URL; the file of SQLite is relative to the study file."""
+        begin, _, file = (url or "").partition(":///")
         is_file = begin.startswith("sqlite") and file and not file.startswith((":memory:", "file:", "/"))
-        return f"{begin}:///{placed(self.folder, file).resolve()}" if is_file else given
+        return f"{begin}:///{placed(self.folder, file).resolve()}" if is_file else url
 
     def training_texts(self) -> dict[str, list[str]]:
         """Read what each expert was trained on, as far as the study file names it.
@@ -138,10 +152,14 @@ class Plan:
         space_text = self.space.model_dump_json(by_alias=True)
         return StudyRecord(
             **self.config.model_dump(
-                exclude={"base", "experts", "training_data", "search_space", "suite", "cache", "storage"}
+                exclude={
+                    *("base", "experts", "training_data", "search_space", "suite", "cache"),
+                    *("storage", "loggers"),
+                }
             ),
             cache=str(self.cache) if self.cache else None,
             storage=self.storage,
+            loggers=self.loggers,
             base=reference_to(inputs.given or inputs.base.folder),
             experts={name: sources[name].path for name in self.config.experts},
             training_data={

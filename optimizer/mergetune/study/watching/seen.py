@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mergetune.evaluation.suite import Split
 from mergetune.results.run import Run
-from mergetune.results.run_dir import Candidate
+from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.results.selection import Scores
 
 
@@ -52,8 +53,7 @@ class Seen:
             found |= {name: score.value, f"{name}.stderr": score.stderr}
         found |= {f"guard.{name}": excess for name, excess in self.excess.items()}
         cost = self.candidate.cost
-        found |= {"items": float(cost.n_items), "seconds": cost.total_s}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return _finite({**found, "items": float(cost.n_items), "seconds": cost.total_s})
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,38 @@ class Ended:
 
     report: Path
     run: Run
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Return a candidate's scores on each split with standard errors and 95 % intervals, by name."""
+        found: dict[str, float] = {}
+        splits: tuple[tuple[Split, str], ...] = (("search", ""), ("holdout", "holdout."))
+        for split, front in splits:
+            if not RunDir(self.run.path).holds_measurement(name, split):
+                continue
+            for key, own in self.run.scores(name, split).items():
+                ends = {"stderr": own.stderr, "low": own.interval.lower, "high": own.interval.upper}
+                found |= {f"{front}{key}": own.value}
+                found |= {f"{front}{key}.{end}": value for end, value in ends.items()}
+        return _finite(found)
+
+
+def study_facts(run: RunDir) -> dict[str, str]:
+    """Return what there is to say of a study in words, by name."""
+    study = run.study
+    return {
+        "base": study.base,
+        **{f"expert.{name}": place for name, place in study.experts.items()},
+        "search_space": Path(study.search_space).stem,
+        "suite": study.suite_name,
+        "sampler": study.sampler.kind,
+        "seed": str(study.seed),
+        "trials": str(study.budget.trials),
+        "run": str(run.path.resolve()),
+    }
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def key_of(candidate: Candidate) -> str:

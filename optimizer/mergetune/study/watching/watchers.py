@@ -14,11 +14,14 @@ from typing import Protocol
 
 from mergetune.errors import MergetuneError
 from mergetune.files.secret_url import without_secrets
+from mergetune.results.config import MlflowConfig
 from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.study.plan import Plan
 from mergetune.study.watching.database import Database
+from mergetune.study.watching.mlflow_runs import MlflowRuns
 from mergetune.study.watching.on_finish import OnFinish
 from mergetune.study.watching.seen import Ended, Seen, key_of
+from mergetune.study.watching.wandb_run import WandbRun
 
 _END_S = 600.0  # how long the last candidates and the end may take to be told
 _BROKEN_OFF_S = 10.0  # the same where a study ends before its end
@@ -57,12 +60,11 @@ def make_watchers(plan: Plan, run: RunDir) -> list[Watcher]:
     Raises:
         MergetuneError: what they need is not installed, or what they are given cannot be right.
     """
-    found: list[Watcher] = []
-    if plan.storage is not None:
-        found.append(Database(plan.storage, run))
-    if plan.config.on_finish is not None:
-        found.append(OnFinish(plan.config.on_finish, run))
-    return found
+    found: list[Watcher] = [] if plan.storage is None else [Database(plan.storage, run)]
+    for each in plan.loggers:
+        found.append(MlflowRuns(each, run) if isinstance(each, MlflowConfig) else WandbRun(each, run))
+    command = plan.config.on_finish
+    return found if command is None else [*found, OnFinish(command, run)]
 
 
 class Watchers:
@@ -161,7 +163,10 @@ class _Teller:
                 ended = None
             except Exception as error:  # it takes nothing from the study
                 self._warn(error)
-        self._watcher.close()
+        try:
+            self._watcher.close()
+        except Exception as error:
+            self._warn(error)
 
     def _catch_up(self, ended: Ended | None) -> None:
         if not self._due and ended is None:
