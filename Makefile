@@ -54,8 +54,10 @@ clean:
 # The leaderboard of tool calls, an oracle of the tests, asks for the clients of all vendors and for NumPy 1,
 # and MLflow for older cachetools than vLLM's: hence --no-deps. Whoever is not root installs Debian's package by hand, or has its tests skipped.
 .venv/test-ready: .venv/vllm-ready
-	@test "$$(id -u)" != 0 || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
-		apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends postgresql; }
+	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then \
+		apt-get update --quiet=2 && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends postgresql; fi
 	$(PIP) --editable '.[docs,test]'
 	$(PIP) --no-deps bfcl-eval mlflow-skinny
 	touch $@

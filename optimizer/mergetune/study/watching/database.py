@@ -51,6 +51,7 @@ class Database:
         self.name, self._run = "storage", run
         self._url = _checked(filled(url, "storage"))
         self.secret = self._url.render_as_string(hide_password=False)
+        self._storage: RDBStorage | None = None
         self._study: optuna.Study | None = None
         self._ranges: Mapping[str, Coordinate] = {}
 
@@ -63,7 +64,8 @@ class Database:
             keys: of the candidates in the run directory.
         """
         quiet()
-        storage = RDBStorage(self.secret, _options(self._url))
+        self.close()
+        storage = self._storage = RDBStorage(self.secret, _options(self._url))
         found = self._open(storage)
         ours = (
             trial.user_attrs for trial in found.get_trials(deepcopy=False) if trial.user_attrs.keys() >= _OURS
@@ -88,7 +90,10 @@ class Database:
         self._study.set_user_attr("report", str(ended.report.resolve()))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Close the connections."""
+        if self._storage is not None:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     def _open(self, storage: RDBStorage) -> optuna.Study:
         suite = self._suite

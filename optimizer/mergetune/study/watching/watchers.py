@@ -174,6 +174,7 @@ class _Teller:
         if self._known is None:
             self._known = set(self._watcher.connect(self._keys))
         for key in list(self._due):
+            self._due[key] = self._due.pop(key)  # the last, so that one that is not taken holds no other up
             if key not in self._known:
                 self._watcher.show(self._due[key])
                 self._known.add(key)
