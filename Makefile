@@ -51,8 +51,9 @@ clean:
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-# The leaderboard of tool calls, an oracle of the tests, asks for the clients of all vendors and for NumPy 1,
-# and MLflow for older cachetools than vLLM's: hence --no-deps. Whoever is not root installs Debian's package by hand, or has its tests skipped.
+# Tests start a server of Debian's postgresql; without root they are skipped, unless it is there. The
+# leaderboard of tool calls, an oracle, asks for the clients of all vendors and for NumPy 1, and MLflow for
+# older cachetools than vLLM's: hence --no-deps.
 .venv/test-ready: .venv/vllm-ready
 	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 		! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then \
