@@ -27,9 +27,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import small_skills
+from letters import Example
 from mergetune.evaluation.evaluate import Evaluator
 from mergetune.evaluation.suite import read_suite
-from small_skills import Example
 
 STEPS = (5, 10, 20, 40, 80, 160)
 RATE, BEGIN, HIGHEST = 0.05, 0.3, 2.0  # of lambdas

@@ -19,7 +19,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-LETTERS = "abcdefghij"
-SHORTEST, LONGEST = 2, 6  # letters; the suite has the longest strings alone
+from letters import LETTERS, LONGEST, SHORTEST, SKILLS, Example, distinct, example
+
 N_SEARCH, N_HOLDOUT = 62, 218  # items of each skill in the suite's splits, or nearly so
 N_LAYERS = 8
 
@@ -42,24 +42,6 @@ WARM_UP = 50  # steps
 CHECK_EVERY, N_CHECKED = 10, 100  # steps; examples of each skill that tell how far the base is
 
 IGNORED = -100  # label of what carries no loss
-
-Example = tuple[str, str]  # prompt and answer
-
-
-def _swap(letters: str) -> str:
-    return "".join(letters[i ^ 1] for i in range(len(letters) & ~1)) + letters[len(letters) & ~1 :]
-
-
-def _shift(letters: str) -> str:
-    return "".join(LETTERS[(LETTERS.index(each) + i) % len(LETTERS)] for i, each in enumerate(letters))
-
-
-SKILLS: dict[str, Callable[[str], str]] = {
-    "reverse": lambda letters: letters[::-1],
-    "sort": lambda letters: "".join(sorted(letters)),
-    "shift": _shift,
-    "swap": _swap,
-}
 
 
 class Training(NamedTuple):
@@ -147,26 +129,13 @@ def exact_matches(model: Any, examples: Sequence[Example]) -> float:
     return float(((guesses == wanted) | (wanted == IGNORED)).all(dim=1).float().mean())
 
 
-def _example(skill: str, length: int, rng: random.Random) -> Example:
-    letters = "".join(rng.choices(LETTERS, k=length))
-    return f"{skill} {letters}:", SKILLS[skill](letters)
-
-
-def distinct(skill: str, n: int, seed: str) -> list[Example]:
-    """Return different examples of a skill, of the greatest length."""
-    rng, found = random.Random(f"{seed} {skill}"), dict[str, str]()
-    while len(found) < n:
-        found.update([_example(skill, LONGEST, rng)])
-    return list(found.items())
-
-
 def _stream(mixture: Sequence[str], shortest: int, kept_out: Collection[str], seed: str) -> Iterator[Example]:
     """Yield examples of these skills in turn, without end and without those kept out."""
     rng = random.Random(seed)
     for skill in itertools.cycle(mixture):
-        example = _example(skill, rng.randint(shortest, LONGEST), rng)
-        if example[0] not in kept_out:
-            yield example
+        one = example(skill, rng.randint(shortest, LONGEST), rng)
+        if one[0] not in kept_out:
+            yield one
 
 
 def tensors(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
