@@ -2,7 +2,7 @@
 
 What the command line does is here as functions: `run_study`, `read_run`, `read_suite`, `read_items`,
 `preview_items`, `join_items`, `evaluate`, `check`, `check_measurements`, `rescore`, `import_config`,
-`merge` and `inspect`.
+`merge`, `merge_as_adapter` and `inspect`.
 Nothing heavy is imported before one of them is used.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         inspect,
         join_items,
         merge,
+        merge_as_adapter,
         preview_items,
         read_items,
         read_run,
@@ -48,6 +49,7 @@ __all__ = [
     "inspect",
     "join_items",
     "merge",
+    "merge_as_adapter",
     "preview_items",
     "read_items",
     "read_run",

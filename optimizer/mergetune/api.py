@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mergetune.gate.run import Checked, CheckSplit
     from mergetune.importing.importer import Imported
     from mergetune.measuring.model_under_test import ModelUnderTest
+    from mergetune.merging.as_adapter import AdapterMerge
     from mergetune.results.run import Run
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.rescore import Rescored
@@ -436,6 +437,38 @@ def merge(
         say(f"warning: {reason}")
     merge_recipe(Path(recipe), Path(out), at_work)
     return Path(out)
+
+
+def merge_as_adapter(
+    recipe: Given,
+    out: Given,
+    *,
+    rank: int | None = None,
+    cache: Path | None = None,
+    say: Say = _quiet,
+    at_work: Say = _quiet,
+) -> AdapterMerge:
+    """Write the merge of a recipe file as one adapter, as `mergetune merge --adapter` does.
+
+    Args:
+        recipe: the recipe file.
+        out: the adapter's directory.
+        rank: the largest rank of a layer; None: whatever it takes to be exact.
+        cache: None: this user's cache.
+        say: is told what is said on the way.
+        at_work: is told what is being done.
+
+    Returns:
+        How near the adapter comes to the merge, tensor by tensor (`fits`) and in sentences (`summary`).
+
+    Raises:
+        MergetuneError: as `merge` does; or the merge is no adapter, or without a rank not exactly one.
+    """
+    from mergetune.merging.inputs import open_recipe
+    from mergetune.study.export import write_merged_adapter
+
+    use_cache(cache, say)
+    return write_merged_adapter(Path(out), *open_recipe(Path(recipe), at_work), rank, at_work)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mergetune.analysis.advice import Advice
     from mergetune.analysis.task_vectors import TaskVectorStatistics
     from mergetune.api import ModelOptions
+    from mergetune.merging.as_adapter import AdapterMerge
     from mergetune.space.recipe import LayerGroup
     from mergetune.study.soup import SoupResult
     from mergetune.weights.tokenizer_files import VocabularyRule
@@ -390,15 +391,37 @@ def merge(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
     ],
-    out: Annotated[Path, typer.Argument(help="The model directory to write.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Write one LoRA adapter instead: exact, where experts are adapters."),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --adapter: the nearest of this rank, of any merge; its error is said.",
+            metavar="R",
+        ),
+    ] = None,
     cache: Cache = None,
 ) -> None:
     """Write the model of a recipe: the same recipe and inputs give the same bits."""
     from mergetune import api
     from mergetune.measuring.progress import Progress
 
+    if rank is not None and not adapter:
+        raise MergetuneError(f"--rank {rank} goes with --adapter. Give both, or leave it out.")
     with Progress(_err) as progress:
-        api.merge(recipe, out, cache=cache, say=_remark, at_work=progress.at_work)
+        if adapter:
+            found = api.merge_as_adapter(
+                recipe, out, rank=rank, cache=cache, say=_remark, at_work=progress.at_work
+            )
+        else:
+            api.merge(recipe, out, cache=cache, say=_remark, at_work=progress.at_work)
+    if adapter:
+        _print_adapter(found, out)
+        return
     _out.print(f"Merged model: {out}", highlight=False, markup=False)
 
 
@@ -818,6 +841,19 @@ def _print_sensitivity(frame: pd.DataFrame, groups: Sequence[LayerGroup]) -> Non
                 _out.print(f"  - {detail}", highlight=False, markup=False)
     cost = f"It took {n_passes(frame)} forward passes of one text, a backward pass being two."
     _out.print(f"{HOW_TO_READ} {evidence(frame)} {cost}", highlight=False, markup=False)
+
+
+def _print_adapter(found: AdapterMerge, out: Path) -> None:
+    from mergetune.merging.as_adapter import relative_error
+
+    if not found.is_exact:
+        table = Table("tensors", "how many", "rank", "relative error", "at most", box=None)
+        for kind, fits in found.by_kind.items():
+            worst, rank = max(fit.share for fit in fits), max(fit.rank for fit in fits)
+            table.add_row(kind, str(len(fits)), str(rank), f"{relative_error(fits):.2%}", f"{worst:.2%}")
+        _out.print(table, markup=False)
+    for line in (f"Adapter: {out}", *found.summary):
+        _out.print(line, highlight=False, markup=False)
 
 
 def _soup_table(result: SoupResult) -> Table:

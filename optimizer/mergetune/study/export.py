@@ -1,4 +1,4 @@
-"""The merged model as others take it: a Hugging Face directory, its card, and mergekit's YAML."""
+"""The merged model as others take it: a model directory or an adapter, its card, and mergekit's YAML."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from mergetune.errors import MergetuneError
 from mergetune.evaluation.evaluate import Score
 from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import to_yaml
+from mergetune.merging.as_adapter import AdapterMerge, merge_as_adapter
 from mergetune.merging.inputs import Inputs, open_recipe
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
 from mergetune.stats.number_text import number
 from mergetune.weights.adapter import is_adapter
+from mergetune.weights.adapter_writer import write_adapter
 from mergetune.weights.models import DEMO_MODEL, model_name, reference_to
 from mergetune.weights.vocabulary import MatchedExpert
 from mergetune.weights.writer import write_model
@@ -50,8 +53,50 @@ def write_merged(
     write_model(folder, inputs.merger.merge(recipe), inputs.base, notes)
 
 
-def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[str, Score]) -> str:
-    """Return the model card: sources, scores with their standard errors, and the recipe."""
+def write_merged_adapter(
+    folder: Path,
+    recipe: MergeRecipe,
+    inputs: Inputs,
+    rank: int | None = None,
+    at_work: Callable[[str], object] = lambda _: None,
+) -> AdapterMerge:
+    """Write the merge of `recipe` as an adapter of its base, whole or not at all; returns how near it comes.
+
+    Beside the adapter stand `recipe.yaml`, a card with the error of every layer and, where conversations were
+    measured with another chat template than the base's, the tokenizer's files that say so.
+
+    Args:
+        folder: where to.
+        recipe: what to merge.
+        inputs: its models.
+        rank: the largest rank of a layer; None: whatever it takes to be exact.
+        at_work: is told what is done.
+
+    Raises:
+        MergetuneError: the merge is no adapter, without a rank not exactly one, or cannot be written.
+    """
+    for source in (inputs.base.folder, *(expert.folder for expert in inputs.experts)):
+        if source.resolve().is_relative_to(folder.resolve()):
+            raise MergetuneError(f"{folder}: is a model of the merge, or holds one. Give another directory.")
+    recipe, found = inputs.named_in(recipe), merge_as_adapter(inputs, recipe, rank, at_work)
+    notes = {
+        "README.md": model_card(folder.name, recipe, inputs, {}, found),
+        "recipe.yaml": to_yaml(recipe),
+    }
+    if inputs.chat is not None:
+        notes |= inputs.chat.files(inputs.base.folder)
+    write_adapter(folder, found.updates, recipe.base.path, notes)
+    return found
+
+
+def model_card(
+    title: str,
+    recipe: MergeRecipe,
+    inputs: Inputs,
+    scores: Mapping[str, Score],
+    adapter: AdapterMerge | None = None,
+) -> str:
+    """Return the card of a model or an adapter: sources, scores with their standard errors, the recipe."""
     environment = Environment(undefined=StrictUndefined)
     environment.filters |= {"line": _line, "number": number}
     text = (shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8")
@@ -60,6 +105,7 @@ def model_card(title: str, recipe: MergeRecipe, inputs: Inputs, scores: Mapping[
         base_model=model_name(inputs.given or inputs.base.folder, inputs.base.config),
         sources={"base": recipe.base, **recipe.experts},
         scores=scores,
+        adapter=adapter,
         recipe=recipe,
         recipe_yaml=indent(to_yaml(recipe).strip(), "    "),
     )

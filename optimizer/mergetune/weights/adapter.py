@@ -26,12 +26,13 @@ from mergetune.weights.checkpoint import (
     is_head,
     match_names,
 )
+from mergetune.weights.low_rank import LowRank
 from mergetune.weights.tensor_files import TensorFiles, explain_no_weights, read_json, shortened
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # In memory, and in files that are no save of peft's own, the adapter's name (`default`) stands in between.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB]|magnitude_vector)"
@@ -162,6 +163,19 @@ class LoraExpert:
         start = self._files.view(update.saved) if update.saved else base
         return start.float() + (self._product(update.a, update.b, update) if update.a and update.b else 0)
 
+    def factors(self, name: str, base: Tensor) -> LowRank | None:
+        """Return what the adapter adds to the base's tensor `name` as a layer's weight (out, in).
+
+        None where it does not just add a product to it: DoRA, tensors trained in full, fused parameters.
+        """
+        update = self._updates.get(name)
+        if update is None or not update.a or not update.b or update.magnitude or update.part:
+            return None
+        if update.saved and not torch.equal(self._files.view(update.saved).float(), base.float()):
+            return None  # peft saves embeddings that LoRA wraps, trained or not
+        b, a = self._files.view(update.b).float(), self._files.view(update.a).float()
+        return LowRank(b * _scale(self.config, update.module, rank=len(a)), a)
+
     def rows_of(self, name: str) -> int | None:
         """Return how many rows of a tensor the adapter holds in full, None where it holds none."""
         update = self._updates.get(name)
@@ -195,12 +209,12 @@ class LoraExpert:
         updates: dict[str, _Update] = {}
         known = set(self._files.names)
         for stored in self._files.names:
-            name = stored.removeprefix(_PREFIX)
+            name = stored.removeprefix(PREFIX)
             if ".original_module." in stored:
                 continue
             if _COPY.search(stored):
                 name = _COPY.sub("", name)
-                if _PREFIX + name in known:
+                if PREFIX + name in known:
                     continue
             if (tokens := _TOKENS.fullmatch(name)) is not None:
                 update = updates.setdefault(f"{tokens['module']}.weight", _Update())

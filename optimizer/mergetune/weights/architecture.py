@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,6 +101,17 @@ class Part:
         return slices.contiguous().as_strided(self.shape, self.strides, self.offset - start).contiguous()
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or the embeddings, as an adapter names it: `path` leads to it in transformers' model.
+
+    The base stores the weight of a `linear` layer as (out, in), of another kind as (in, out).
+    """
+
+    path: str
+    kind: Literal["linear", "conv1d", "embedding"]
+
+
 class Architecture:
     """The parameters of transformers' model of a base, and the stored tensors that they are read from.
 
@@ -176,6 +188,21 @@ class Architecture:
             for name, view in stored_views(self._model, {parameter: tensor}).items()
         }
 
+    def layer(self, name: str) -> Layer | None:
+        """Return the layer whose whole weight a stored tensor is; None where it is no such weight."""
+        from transformers.pytorch_utils import Conv1D
+
+        parameter = self._stored[name]
+        if parameter is None or not parameter.endswith(".weight") or self._n_parts[parameter] > 1:
+            return None
+        path = parameter.removesuffix(".weight")
+        module = self._model.get_submodule(path)
+        if isinstance(module, torch.nn.Embedding):
+            return Layer(path, "embedding") if module is self._model.get_input_embeddings() else None
+        if isinstance(module, torch.nn.Linear):
+            return Layer(path, "linear")
+        return Layer(path, "conv1d") if isinstance(module, Conv1D) else None
+
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """Return the parameters that stand directly in a module, in the order of their definition."""
         try:
@@ -183,6 +210,11 @@ class Architecture:
         except AttributeError:
             return ()
         return tuple(f"{module}.{name}" for name, _ in found.named_parameters(recurse=False))
+
+    @cached_property
+    def _n_parts(self) -> Counter[str | None]:
+        """How many stored tensors each parameter is read from."""
+        return Counter(self._stored.values())
 
     @cached_property
     def _language(self) -> str | None:

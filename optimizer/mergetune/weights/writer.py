@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.files.atomic_files import sync
+from mergetune.weights.adapter import CONFIG as ADAPTER_CONFIG
 from mergetune.weights.checkpoint import Checkpoint
 from mergetune.weights.tensor_files import INDEX
 
@@ -96,15 +97,28 @@ def write_model(
         raise MergetuneError(
             f"{folder}: is the base of the merge, or holds it. Give another output directory."
         )
+    with replacing_folder(folder, needed) as temporary:
+        _write_companions(temporary, like, config or {}, notes or {})
+        places = _lay_out(temporary, layout, max_shard_bytes)
+        _write_tensors(tensors, layout, places)
+
+
+@contextmanager
+def replacing_folder(folder: Path, needed: int) -> Iterator[Path]:
+    """Yield a folder to write so many bytes of weights to, which then takes the place of `folder`.
+
+    After any failure nothing is left behind, and `folder` is as it was.
+
+    Raises:
+        MergetuneError: `folder` holds something else, or the disk is too small.
+    """
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_space(folder.parent, needed)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with _disk_full_explained(folder.parent, needed):
-            _write_companions(temporary, like, config or {}, notes or {})
-            places = _lay_out(temporary, layout, max_shard_bytes)
-            _write_tensors(tensors, layout, places)
+            yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync(path)  # before the folder gets its name, lest a power cut empties the files
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -125,7 +139,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def check_replaceable(folder: Path) -> None:
     """Raise `MergetuneError` if a model cannot be written to `folder`, since it holds something else."""
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / "config.json").exists():
+    if taken and not any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
         raise MergetuneError(
             f"{folder}: exists and is no model directory, so it is not replaced. Give another "
             "output directory or remove this one."
