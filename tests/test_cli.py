@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers import build_llama, fine_tune, mergetune, train_adapter
-from studies import write_study
+from mergetune.merging.inputs import open_inputs
+from mergetune.space.recipe import MergeRecipe
+from studies import write_study, write_suite
 
 
 def test_help_lists_the_verbs_and_loads_nothing_heavy() -> None:
@@ -223,3 +226,31 @@ def test_report_and_merge_work_on_a_run(
     assert again["base"] == str(tiny_base)
     done = mergetune("report", tmp_path)
     assert (done.returncode, "is no run directory" in done.stderr) == (3, True)
+
+
+def test_merge_writes_an_adapter_that_check_compares_with_the_merge(
+    tmp_path: Path, tiny_base: Path, tiny_adapter: Path
+) -> None:
+    other = train_adapter(tiny_base, tmp_path / "b", seed=3, r=6, target_modules=["q_proj", "up_proj"])
+    inputs = open_inputs(tiny_base, {"a": tiny_adapter, "b": other})
+    sources = inputs.base_source, inputs.expert_sources
+    lambdas = {"lambda": {"a": 0.7, "b": 0.4}}
+    MergeRecipe.of_one_group("task_arithmetic", *sources, lambdas).write(tmp_path / "recipe.yaml")
+    done = mergetune("merge", "recipe.yaml", "exact", "--adapter", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "It changes 8 layers, ranks 4 to 10: exact." in done.stdout
+    assert "vLLM serves it with `--enable-lora --max-lora-rank 16`." in done.stdout
+    done = mergetune("merge", "recipe.yaml", "small", "--adapter", "--rank", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj\.weight +2 +2 +\d+\.\d+% +\d+\.\d+%", done.stdout)
+    assert re.search(r"8 layers, rank 2: relative Frobenius error \d+\.\d+%, at most", done.stdout)
+    suite = write_suite(tmp_path, ["1"] * 8)
+    how = ("--suite", suite.path, "--engine", "transformers", "--cache", "cache", "--json")
+    for adapter in ("exact", "small"):
+        pair = (adapter, "--base", tiny_base, "--baseline", "recipe.yaml")
+        done = mergetune("check", *pair, *how, cwd=tmp_path)
+        assert done.returncode in (0, 1, 2), done.stderr
+        if adapter == "exact":
+            assert json.loads(done.stdout)["flips"] == []
+    done = mergetune("merge", "recipe.yaml", "out", "--rank", "2", cwd=tmp_path)
+    assert (done.returncode, "--rank 2 goes with --adapter" in done.stderr) == (3, True)

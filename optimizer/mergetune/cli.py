@@ -795,6 +795,8 @@ def _run(study: Path, out: Path, cache: Path | None, **engine: Any) -> None:
     _out.print(f"Report: {out / 'report' / 'index.html'}", highlight=False, markup=False)
     if (out / "best").is_dir():
         _out.print(f"Merged model: {out / 'best'}", highlight=False, markup=False)
+    if (out / "adapter").is_dir():
+        _out.print(f"Adapter: {out / 'adapter'}", highlight=False, markup=False)
 
 
 def _print_inspection(statistics: TaskVectorStatistics, verdict: Advice) -> None:
@@ -847,7 +849,10 @@ def _print_adapter(found: AdapterMerge, out: Path) -> None:
     from mergetune.merging.as_adapter import relative_error
 
     if not found.is_exact:
-        table = Table("tensors", "how many", "rank", "relative error", "at most", box=None)
+        table = Table(box=None)
+        table.add_column("tensors", overflow="fold")
+        for column in ("number", "rank", "relative error", "at most"):
+            table.add_column(column, justify="right", no_wrap=True)
         for kind, fits in found.by_kind.items():
             worst, rank = max(fit.share for fit in fits), max(fit.rank for fit in fits)
             table.add_row(kind, str(len(fits)), str(rank), f"{relative_error(fits):.2%}", f"{worst:.2%}")

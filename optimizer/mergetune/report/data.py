@@ -15,6 +15,7 @@ from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.report.adapter_loss import AdapterLoss, adapter_losses
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.insights import (
     Changed,
@@ -31,7 +32,7 @@ from mergetune.report.metric import Metric, metrics_of
 from mergetune.report.sensitivity import Sensitivity, sensitivity
 from mergetune.report.verdict import Summary, difference, summarize
 from mergetune.results import roles, selection
-from mergetune.results.run_dir import Candidate, Cost, RunDir, StudyRecord, WarmStart
+from mergetune.results.run_dir import AdapterRecord, Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
 from mergetune.results.slices import slices_of
 from mergetune.slopes.sensitivity import RECOMMENDED
@@ -134,6 +135,8 @@ class ReportData:
     changes: tuple[Changes, ...]
     slices: tuple[SliceScores, ...]
     confirmation: Confirmation
+    adapter: AdapterRecord | None  # of the recommended merge
+    adapter_losses: tuple[AdapterLoss, ...]
     noise: Noise | None
     warm_start: WarmStart | None
     volume: Hypervolume | None
@@ -181,6 +184,9 @@ def gather(run: RunDir) -> ReportData:
     chosen = choice.recommendation if choice else None
     noise = measured_noise(run, metrics)
     confirmed_by = confirmation(run, choice, holdout, metrics, noise, read)
+    adapter = run.adapter()
+    if adapter is not None and (chosen is None or adapter.of != chosen.name):
+        adapter = None  # of what was recommended before
     front = selection.front(search, suite) if choice else []
     slopes, agreements = run.sensitivity(), run.agreements()
     tensors, changed = _tensors(run)
@@ -239,6 +245,8 @@ def gather(run: RunDir) -> ReportData:
         changes=tuple(_changes(run, chosen, measured, metrics, split)),
         slices=tuple(_slices(read, run, entries, split)),
         confirmation=confirmed_by,
+        adapter=adapter,
+        adapter_losses=adapter_losses(run, metrics, noise.variances if noise else {}) if adapter else (),
         noise=noise,
         warm_start=run.warm_start(),
         volume=choice.hypervolume(suite) if choice else None,

@@ -99,6 +99,25 @@ _Logger = Annotated[
 ]
 
 
+class AdapterConfig(Strict):
+    """The recommended merge as one LoRA adapter of the base: exact or, where `rank` is given, the nearest."""
+
+    rank: int | None = Field(None, ge=1)
+
+
+class ExportConfig(Strict):
+    """In which other forms the recommended merge is written, beside the model in `best/`."""
+
+    adapter: AdapterConfig
+
+
+def _form_alone(given: object) -> object:
+    if not isinstance(given, str):
+        return given
+    refuse_unknown([given], ExportConfig.model_fields)
+    return {given: {}}
+
+
 class StudyConfig(Strict):
     """The file `study.yaml`; see docs/study.md for its keys.
 
@@ -119,6 +138,9 @@ class StudyConfig(Strict):
     - `base`: the merged model has the base's tokens, and the rows of others are left out.
     - `mean`: the merged model has the base's tokens and all that were added. The row of an added
       token is the mean over the experts that have it, whatever the coefficients.
+
+    `export: adapter`, or `export: {adapter: {rank: 32}}`, also writes the recommended merge as an adapter.
+    One of a rank is measured as it will be served, and what it loses against the full merge is said.
 
     `cache` is where things made once per machine are kept, such as the compiled kernel; by default this
     user's cache.
@@ -144,6 +166,7 @@ class StudyConfig(Strict):
     warm_start: Annotated[WarmStartConfig, KindAlone] = WarmStartConfig()
     elimination: float = Field(0.05, ge=0, lt=0.5)
     finalists: int = Field(3, ge=1)
+    export: Annotated[ExportConfig, BeforeValidator(_form_alone)] | None = None
     cache: str | None = None
     storage: SecretUrl | None = None
     loggers: tuple[_Logger, ...] = ()

@@ -29,6 +29,8 @@ self_test.json    how exactly vLLM follows a swap of weights
 base/             the base with the tokens that experts added, where there are any
 report/           the report
 best/             the recommended merge, a model directory
+adapter/          the same as one LoRA adapter, where the study exports one
+adapter.json      how near that adapter comes to the merge; adapter.parquet: what it scored as it is
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 # what may change when a study goes on
 _FREE = dict.fromkeys(
     (
-        *("budget", "elimination", "finalists", "training_data", "allow_flat_objectives", "cache"),
-        *("on_finish", "storage", "loggers"),
+        *("budget", "elimination", "export", "finalists", "training_data"),
+        *("allow_flat_objectives", "cache", "on_finish", "storage", "loggers"),
     ),
     True,
 )
@@ -231,6 +233,17 @@ class WarmStart(Strict):
     def is_over(self) -> bool:
         """Say whether no more slopes are followed."""
         return bool(self.points) or self.reason is not None
+
+
+class AdapterRecord(Strict):
+    """The recommended merge as an adapter: whose it is, what it is in sentences, and where it was scored.
+
+    `of` is the candidate. `split` is None where it was not: an exact adapter scores as its merge does.
+    """
+
+    of: str
+    summary: tuple[str, ...]
+    split: Split | None = None
 
 
 class HoldoutUse(Strict):
@@ -473,6 +486,22 @@ class RunDir:
         """Return the slopes of every score, None where they were not measured."""
         return _read_table(self.path / "sensitivity.parquet")
 
+    def write_adapter(self, record: AdapterRecord, measurement: Measurement | None) -> None:
+        """Keep what the recommended merge is as an adapter, and the adapter's per-item scores."""
+        if measurement is not None:
+            write_parquet(self.path / "adapter.parquet", measurement.items)
+        self.write_json("adapter.json", record.model_dump(mode="json"))
+
+    def adapter(self) -> AdapterRecord | None:
+        """Return what the recommended merge is as an adapter, None where none was written."""
+        with readable(self.path / "adapter.json"):
+            found = self.read_json("adapter.json")
+            return None if found is None else AdapterRecord.model_validate(found)
+
+    def adapter_items(self) -> pd.DataFrame | None:
+        """Return the per-item scores of the adapter, None where it was not measured."""
+        return _read_table(self.path / "adapter.parquet", ("response",))
+
     def add_holdout_use(self, use: HoldoutUse) -> None:
         """Write down that the holdout split is about to be used."""
         uses = [*self.holdout_uses(), use]
@@ -557,7 +586,7 @@ class RunDir:
         for folder in (self.path, self.path / "candidates", self.path / "attempts", self.path / "replies"):
             for path in folder.glob(f"*{TEMPORARY}"):
                 path.unlink()
-        for pattern in (".best.*", ".base.*"):
+        for pattern in (".best.*", ".base.*", ".adapter.*"):
             for folder in self.path.glob(pattern):
                 shutil.rmtree(folder)
 

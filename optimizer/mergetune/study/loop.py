@@ -23,6 +23,7 @@ from mergetune.evaluation.suite import Direction
 from mergetune.files.library import use_cache
 from mergetune.machine.interrupts import Interrupts
 from mergetune.measuring.progress import Progress, StudyLine
+from mergetune.merging.as_adapter import check_adapter
 from mergetune.merging.inputs import Inputs
 from mergetune.merging.native import why_slow
 from mergetune.report import write_report
@@ -34,8 +35,10 @@ from mergetune.results.run_dir import Candidate, HoldoutUse, RunDir, log_to
 from mergetune.results.selection import Recommendation
 from mergetune.space.coordinates import with_ranges
 from mergetune.space.front_space import FrontSpace
+from mergetune.space.method_table import full_options
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
+from mergetune.study.adapter import export_adapter
 from mergetune.study.baselines import baselines
 from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
@@ -153,6 +156,10 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress, watchers: 
                     f"Interrupted; run the same command to go on. Report so far: {write_report(run)}"
                 )
                 raise KeyboardInterrupt from error
+        if plan.config.export and choice and choice.recommendation:
+            chosen = run.candidate(choice.recommendation.name)
+            assert chosen is not None  # measured before
+            export_adapter(candidates, chosen, plan.config.export.adapter.rank)
         report = write_report(run)
         _write_best(candidates, choice.recommendation if choice else None)
     return report
@@ -166,9 +173,12 @@ def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
         inputs: what is merged.
 
     Raises:
-        MergetuneError: a space does not fit the models, or the warm start or the sampler could only fail
-            later.
+        MergetuneError: a space does not fit the models, or the warm start, the sampler or the export of an
+            adapter could only fail later.
     """
+    if plan.config.export is not None:
+        options = full_options(plan.space.method, plan.space.options or {})
+        check_adapter(inputs, plan.space.method, options, plan.config.export.adapter.rank)
 
     def bound(config: SearchSpaceConfig) -> SearchSpace:
         sources, names = (inputs.base_source, inputs.expert_sources), inputs.base.names
