@@ -32,6 +32,7 @@ _LINEAR: Mapping[MethodName, Mapping[str, str]] = {
     "nuslerp": {"origin": "base", "granularity": "tensor"},
     "multislerp": {"origin": "base"},
 }
+_ROUNDING = 1e-6  # the relative error that is no more than float32's
 _NUMBER = re.compile(r"\.\d+\.")
 _NO_LAYER = "no adapter can change what is no linear layer, or embeddings that are the head, too"
 _REMEDY = (
@@ -74,7 +75,11 @@ class AdapterMerge:
 
     updates: Mapping[Layer, LowRank]
     fits: tuple[Fit, ...]
-    is_exact: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is lost but by rounding."""
+        return self.share < _ROUNDING
 
     @property
     def rank(self) -> int:
@@ -186,7 +191,6 @@ def merge_as_adapter(
     return AdapterMerge(
         {layers[name]: updates[name] for name in in_order if name in updates},
         tuple(fits[name] for name in in_order),
-        is_exact=rank is None,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mergetune.weights.adapter import CONFIG, PREFIX, WEIGHTS
@@ -45,7 +45,7 @@ def write_adapter(
         a, b = (f"{PREFIX}{layer.path}.{factor}" for factor in _FACTORS[layer.kind])
         tensors |= {a: update.a.contiguous(), b: update.b.contiguous()}
     with replacing_folder(folder.resolve(), sum(each.nbytes for each in tensors.values())) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         config = json.dumps(_config(updates, base), indent=2, ensure_ascii=False)
         (temporary / CONFIG).write_text(f"{config}\n", encoding="utf-8")
         for name, text in (notes or {}).items():

@@ -23,7 +23,8 @@ from studies import run, write_study
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two adapters that change what the tiny model says."""
-    folder, how = tmp_path_factory.mktemp("adapters"), {"r": 4, "lora_alpha": 256}
+    folder = tmp_path_factory.mktemp("adapters")
+    how: dict[str, Any] = {"r": 4, "lora_alpha": 256}
     modules = {"a": ["q_proj", "up_proj", "down_proj"], "b": ["v_proj", "down_proj"]}
     return {
         name: train_adapter(tiny_base, folder / name, seed=seed, target_modules=modules[name], **how)
