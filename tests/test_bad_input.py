@@ -206,6 +206,9 @@ STUDY_CHANGES: list[dict[str, Any]] = [
     {"vocabulary": "x"},
     {"training_data": {"a": "nowhere.jsonl"}},
     {"training_data": {"x": "items.jsonl"}},
+    {"export": "x"},
+    {"export": "adapter"},  # one expert is a full fine-tune
+    {"export": {"adapter": {"rank": 0}}},
     {"finalists": 0},
     {"seed": -1},
     {"unknown": 1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,12 @@ class TestRefused:
         check_adapter(inputs, "task_arithmetic", {}, 8)
         found = merge_as_adapter(inputs, wanted, rank=8)
         assert [fit.name for fit in found.fits if not fit.rank] == ["model.embed_tokens.weight"]
+
+    def test_tokens_that_experts_added(self, pair: Inputs) -> None:
+        extended = replace(pair, given=pair.base.folder, vocabulary="mean")
+        for rank in (None, 4):
+            with pytest.raises(MergetuneError, match="must have the base's tokens"):
+                check_adapter(extended, "task_arithmetic", {}, rank)
 
     def test_a_merge_that_changes_nothing(self, pair: Inputs) -> None:
         for rank in (None, 4):
