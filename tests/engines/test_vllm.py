@@ -38,8 +38,9 @@ from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import RunDir
 from mergetune.space.recipe import MergeRecipe
+from mergetune.space.stack import Stack
 from mergetune.study.candidates import Candidates, Proposal
-from mergetune.weights.models import demo_model
+from mergetune.weights.models import demo_model, find_model
 from studies import write_study
 
 pytest.importorskip("vllm")
@@ -154,6 +155,26 @@ def test_a_swap_that_does_not_reach_a_weight_is_found(
     with pytest.raises(MergetuneError, match="does not compute with the weights that are put in"):
         start_engine(config, base, open_inputs(base, {"expert": expert}), tmp_path)
     assert not (tmp_path / RECORD).exists()
+
+
+def test_a_stack_is_read_where_its_weights_are(tmp_path: Path, models: dict[str, Path]) -> None:
+    slots = [(0, 2), (0, 2), (1, 2)]
+    folders = {
+        name: find_model(
+            Stack.model_validate({"stack": [{"model": name, "layers": each} for each in slots]}), path
+        )
+        for name, path in ((name, folder.parent) for name, folder in models.items())
+    }
+    pair = start_pair(open_models(folders), tmp_path, dtype="float32", **SMALL)
+    try:
+        assert pair.record["base_to_base_from_disk"] < 1e-4
+        for lambdas in ((0.0, 0.0), (0.4, 0.8)):
+            pair.load(*lambdas)
+            pairs = [(context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS]
+            vllm, plain = (loglikelihoods(engine, pairs) for engine in (pair.vllm, pair.plain))
+            assert [each[0] for each in vllm] == pytest.approx([each[0] for each in plain], abs=1e-3)
+    finally:
+        pair.vllm.close()
 
 
 class TestTiny:

@@ -49,7 +49,7 @@ def test_the_recipes_of_the_example_name_what_is_there(path: Path) -> None:
     recipe = read_yaml(path, MergeRecipe)
     assert recipe.base.path == "smollm2-demo"
     assert recipe.experts
-    assert all((path.parent / source.path).is_dir() for source in recipe.experts.values())
+    assert all((path.parent / str(source.path)).is_dir() for source in recipe.experts.values())
 
 
 def test_the_adapters_are_small() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from mergetune.engines.stored_weights import StoredWeights
 from mergetune.engines.weight_facts import WeightFacts
 from mergetune.errors import MergetuneError
 from mergetune.machine.memory import check_room, free_bytes, free_memory
-from mergetune.weights.architecture import model_class
+from mergetune.weights.architecture import model_class, read_config
+from mergetune.weights.models import is_stack
+from mergetune.weights.tensor_files import open_weights
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -61,7 +64,11 @@ class TransformersEngine:
         neutral: Any = GenerationConfig
         placed = {} if spread is None else {"device_map": "auto", "max_memory": spread}
         model: Any = model_class(base).from_pretrained(
-            base, dtype=facts.dtype, generation_config=neutral(), trust_remote_code=False, **placed
+            **_source(base),
+            dtype=facts.dtype,
+            generation_config=neutral(),
+            trust_remote_code=False,
+            **placed,
         )
         model.eval()
         if spread is None:
@@ -127,6 +134,28 @@ class TransformersEngine:
         """Free the model."""
         del self._weights, self._lm, self.completer
         free_memory()
+
+
+def _source(model: Path) -> dict[str, Any]:
+    """Return what transformers reads a model from: its directory, or a stack's weights where they are."""
+    if not is_stack(model):
+        return {"pretrained_model_name_or_path": model}
+    files = open_weights(model)
+    weights = {name: _OnDemand(files.view(name)) for name in files.names}
+    return {"pretrained_model_name_or_path": None, "config": read_config(model), "state_dict": weights}
+
+
+@dataclass(frozen=True)
+class _OnDemand:
+    """A tensor that transformers copies when it takes it, as it does with a slice of a safetensors file.
+
+    What it takes becomes the model's own parameter, and a layer may stand in a stack twice.
+    """
+
+    view: Tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.view[index].clone()
 
 
 def _usable(device: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.engines.engine import EngineConfig
+from mergetune.weights.models import is_stack
 
 # For vLLM's processes: no reports of usage, no warnings of tokenizers about forks, and no length but ours.
 ENVIRONMENT = {
@@ -16,6 +17,7 @@ ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
 SECONDS_TO_START = 3600.0  # of silence: a large model is read, and compiled
+STACK_FORMAT = "mergetune_stack"  # vLLM's name for how a stack is read
 _CPU_CACHE_GIB = 4
 
 
@@ -36,6 +38,7 @@ def engine_arguments(config: EngineConfig, model: Path, dtype: str, max_length: 
     `for_device` is to decide.
     """
     optional = {
+        "load_format": STACK_FORMAT if is_stack(model) else None,
         "max_num_seqs": config.batch_size,
         "kv_cache_memory_bytes": config.kv_cache_gib and int(config.kv_cache_gib * 2**30),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mergetune.engines.vllm_loader  # noqa: F401 (vLLM then knows how a stack is read)
 from mergetune.engines.engine import LoadTime
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.merging.inputs import ModelPaths

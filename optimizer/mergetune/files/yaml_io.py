@@ -64,6 +64,7 @@ _FILES = (
     ("a recipe", {"method", "base", "experts", "groups"}, "`mergetune merge` writes its model"),
     ("a suite", {"description", "chat_template", "objectives"}, "`--suite` and a study's `suite` take it"),
     ("a search space", {"description", "method"}, "a study's `search_space` takes it"),
+    ("a stack of layers", {"stack"}, "it can stand where a model is named"),
     (
         "a configuration of mergekit (`merge_method`)",
         {"merge_method"},
@@ -340,7 +341,7 @@ def _sentence(place: _Place, details: list[Any], model: type[BaseModel]) -> str:
         rule = f"must be {' or '.join(dict.fromkeys(map(str, types)))}"
     is_said = " but " in rule or (detail["type"] == "value_error" and isinstance(detail["input"], dict))
     received = "" if is_said else f", {_received(detail['input'])}"
-    is_unquoted = types == ["text"] and isinstance(detail["input"], (bool, int, float, date))
+    is_unquoted = types[0] == "text" and isinstance(detail["input"], (bool, int, float, date))
     remedy = " Put it in quotes." if is_unquoted else ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         remedy = _meant(detail["input"], re.findall(r"'([^']+)'", detail["msg"]))

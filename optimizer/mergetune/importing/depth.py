@@ -12,10 +12,9 @@ from mergetune.files.library import placed
 from mergetune.importing.parameters import Names
 from mergetune.space.recipe import OUTSIDE_LAYERS, ROLES
 from mergetune.weights.models import check_reference
-from mergetune.weights.tensor_files import read_json
+from mergetune.weights.tensor_files import DEPTH_KEYS, read_json
 
 T = TypeVar("T")
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def count_layers_of(reference: str, folder: Path, fetches: bool) -> int | None:
             f"{file}: is of a model of images and text, which mergekit merges as a whole: only models of "
             "text can be taken over. Write the recipe by hand, with a layer group for `roles: [vision]`."
         )
-    return next((config[key] for key in _DEPTH_KEYS if isinstance(config.get(key), int)), None)
+    return next((config[key] for key in DEPTH_KEYS if isinstance(config.get(key), int)), None)
 
 
 def _config_file(reference: str, folder: Path, fetches: bool) -> Path | None:

@@ -16,10 +16,11 @@ from mergetune.engines.start import start_chosen
 from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
 from mergetune.space.recipe import MergeRecipe
+from mergetune.space.stack import is_file
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.chat_template import ChatTemplate, choose_template
 from mergetune.weights.checkpoint import Checkpoint, answers_digest
-from mergetune.weights.models import find_model
+from mergetune.weights.models import find_model, is_stack_file
 from mergetune.weights.tokenizer_files import VocabularyRule
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def open_model(
     """Open a model to be scored; paths are relative to this folder.
 
     Args:
-        reference: a directory, a hub id, `smollm2-demo`, an adapter, a recipe (`.yaml`), or a server's
-            address, `http://host:port`, with `#name` where it serves several models.
+        reference: a directory, a hub id, `smollm2-demo`, an adapter, a recipe or a stack (`.yaml`), or a
+            server's address, `http://host:port`, with `#name` where it serves several models.
         base: the model that an adapter belongs to.
         tokenizer: see `ServedModel`.
         chat: the suite's: whether it has conversations, or the chat template that writes them. A server
@@ -168,9 +169,9 @@ def open_model(
         template = chat if isinstance(chat, str) else None
         return ServedModel(reference, url, name or None, tokenizer, variable, template)
     here = Path()
-    if reference.endswith((".yaml", ".yml")):
+    if is_file(reference) and not is_stack_file(reference):
         if not Path(reference).is_file():
-            raise MergetuneError(f"{reference}: there is no such recipe.")
+            raise MergetuneError(f"{reference}: there is no such recipe or stack.")
         recipe, inputs = open_recipe(Path(reference), say)
         return _merged(reference, inputs.with_chat(chat), recipe)
     folder = find_model(reference, here)

@@ -20,6 +20,7 @@ from mergetune.report.data import Entry, ReportData, gather
 from mergetune.report.insights import MIN_TRIALS
 from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
 from mergetune.space.recipe import MergeRecipe, Source
+from mergetune.space.stack import ModelReference
 from mergetune.stats.number_text import duration
 from mergetune.theme import themed
 from mergetune.weights.models import short_name
@@ -151,7 +152,8 @@ def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:
     folder, since it moves with them.
     """
     folder.mkdir(exist_ok=True)
-    base = str(Path("../..", extended_base.name)) if extended_base.is_dir() else data.study.base
+    is_extended = extended_base.is_dir()
+    base = str(Path("../..", extended_base.name)) if is_extended else data.study.base
     shown = {entry.name: entry for entry in data.listed}
     for stale in folder.glob("*.yaml"):
         if stale.stem not in shown:
@@ -160,10 +162,10 @@ def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:
         _named(entry.candidate.recipe, data.study, base).write(folder / f"{name}.yaml")
 
 
-def _named(recipe: MergeRecipe, study: StudyRecord, base: str) -> MergeRecipe:
+def _named(recipe: MergeRecipe, study: StudyRecord, base: ModelReference) -> MergeRecipe:
     """Return a recipe with this base, and the experts where the study has them."""
 
-    def named(source: Source, path: str) -> Source:
+    def named(source: Source, path: ModelReference) -> Source:
         return source.model_copy(update={"path": path})
 
     experts = {name: named(source, study.experts[name]) for name, source in recipe.experts.items()}

@@ -13,6 +13,7 @@ from mergetune.errors import MergetuneError
 from mergetune.files.secret_url import SecretUrl
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 from mergetune.space.search_space_config import Grain
+from mergetune.space.stack import ModelReference
 from mergetune.weights.tokenizer_files import VocabularyRule
 
 TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
@@ -154,8 +155,8 @@ class StudyConfig(Strict):
     `training_data` names the files that experts were trained on, to find items of the suite in them.
     """
 
-    base: str
-    experts: dict[str, str] = Field(min_length=1)
+    base: ModelReference
+    experts: dict[str, ModelReference] = Field(min_length=1)
     training_data: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     search_space: str
     suite: str

@@ -63,6 +63,7 @@ from mergetune.results.config import StudyConfig
 from mergetune.results.roles import SEARCHED, Role, role_of, slopes_name
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
+from mergetune.space.stack import ModelReference
 from mergetune.weights.models import reference_to
 
 # What may be there before the record is; `.base.…` and `….tmp` were being written when a run was killed.
@@ -80,7 +81,10 @@ _FREE = dict.fromkeys(
 _WHERE = {"workers", "ray_address"}  # of the engine's options: where it runs, and not how
 
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
-_Reference = Annotated[str, AfterValidator(lambda reference: reference_to(Path(reference)))]
+_Reference = Annotated[
+    ModelReference,
+    AfterValidator(lambda given: reference_to(Path(given)) if isinstance(given, str) else given),
+]
 
 Kept = Split | Literal["part"]  # of the search split, where a candidate was dropped
 SpaceKind = Literal["search_space", "front"]  # the study's own, or the one around the points of a warm start

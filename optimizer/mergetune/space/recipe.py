@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from mergetune.errors import MergetuneError
 from mergetune.files.yaml_io import Regex, Strict, read_yaml, refuse_unknown, write_yaml
 from mergetune.space.method_table import METHODS, PARAMETER_NAMES, MethodName, full_options
+from mergetune.space.stack import ModelReference
 
 Role = Literal["embeddings", "attention", "mlp", "norms", "head", "other", "vision"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -148,7 +149,7 @@ class RecipeGroup(LayerGroup):
 class Source(Strict):
     """Where a model comes from, and the SHA-256 of its weights, so that a recipe names its inputs."""
 
-    path: str
+    path: ModelReference
     digest: str | None = None
 
 

@@ -15,13 +15,22 @@ from mergetune.evaluation.evaluate import Score
 from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import to_yaml
 from mergetune.merging.as_adapter import AdapterMerge, merge_as_adapter
-from mergetune.merging.inputs import Inputs, open_recipe
+from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
+from mergetune.space.stack import Stack
 from mergetune.stats.number_text import number
 from mergetune.weights.adapter import is_adapter
 from mergetune.weights.adapter_writer import write_adapter
-from mergetune.weights.models import DEMO_MODEL, model_name, reference_to
+from mergetune.weights.models import (
+    DEMO_MODEL,
+    find_model,
+    is_stack,
+    is_stack_file,
+    model_name,
+    reference_to,
+    short_name,
+)
 from mergetune.weights.vocabulary import MatchedExpert
 from mergetune.weights.writer import write_model
 
@@ -102,7 +111,7 @@ def model_card(
     text = (shared_folder("reports") / "model_card.md.j2").read_text(encoding="utf-8")
     card: str = environment.from_string(text).render(
         title=title,
-        base_model=model_name(inputs.given or inputs.base.folder, inputs.base.config),
+        base_model=_base_model(inputs),
         sources={"base": recipe.base, **recipe.experts},
         scores=scores,
         adapter=adapter,
@@ -110,6 +119,15 @@ def model_card(
         recipe_yaml=indent(to_yaml(recipe).strip(), "    "),
     )
     return card
+
+
+def _base_model(inputs: Inputs) -> str | list[str]:
+    """Return what the Hub is told of the base: its name, or those of a stack's models."""
+    folder = inputs.given or inputs.base.folder
+    reference = reference_to(folder)
+    if isinstance(reference, Stack):
+        return [short_name(model) for model in reference.models]
+    return model_name(folder, inputs.base.config)
 
 
 def _line(text: str) -> str:
@@ -123,10 +141,12 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
     It draws other random masks (DARE, DELLA) and samples thresholds (Arcee Fusion), weighs short task
     vectors alike (SCE) and gives norms of filters a floor (model stock by rows); dividing by a count
     it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise, and
-    it leaves nothing as it is, such as a vision tower.
+    it leaves nothing as it is, such as a vision tower. It merges no stacks.
     """
     form, shared = METHODS[recipe.method].mergekit, _shared_parameters(recipe)
     if form is None or shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
+        return None
+    if is_stack(inputs.base.folder):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
     if len(groups) < len(inputs.base.names):
@@ -152,7 +172,7 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
 def _mergekit_name(folder: Path) -> str:
     """Return what mergekit finds a model by: `owner/name@commit` or a directory."""
     reference = reference_to(folder)
-    return str(folder) if reference == DEMO_MODEL else reference
+    return str(folder) if reference == DEMO_MODEL else str(reference)
 
 
 def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:
@@ -217,7 +237,15 @@ def _dtype(inputs: Inputs) -> str:
     return str(next(dtype for dtype in dtypes if dtype.is_floating_point)).removeprefix("torch.")
 
 
-def merge_recipe(recipe_file: Path, folder: Path, say: Callable[[str], object] = lambda _: None) -> None:
-    """Write the model of a recipe file; raises `MergetuneError` as `open_recipe` does."""
-    recipe, inputs = open_recipe(recipe_file, say)
+def merge_recipe(file: Path, folder: Path, say: Callable[[str], object] = lambda _: None) -> None:
+    """Write the model of a recipe, or of a stack's file; raises `MergetuneError` as `open_recipe` does."""
+    recipe, inputs = _of_stack(file, say) if is_stack_file(str(file)) else open_recipe(file, say)
     write_merged(folder, recipe, inputs)
+
+
+def _of_stack(file: Path, say: Callable[[str], object]) -> tuple[MergeRecipe, Inputs]:
+    """Return the recipe that gives a stack as it is, and its models."""
+    place = find_model(str(file), Path())
+    inputs = open_inputs(place, {"stack": place}, say=say)
+    source = inputs.base_source
+    return MergeRecipe.of_one_group("passthrough", source, {"stack": source}, {"scale": 1.0}), inputs

@@ -171,6 +171,11 @@ class Architecture:
             if len(names) == len(others.get(parameter, ())) == 1
         }
 
+    def lacking(self, names: Iterable[str]) -> list[str]:
+        """Return the parameters that no tensor of these names becomes, or a part of."""
+        found = {self.parameter(name) for name in names}
+        return [name for name in self._tensors if name not in found]
+
     def parts(self, parameter: str) -> dict[str, Part]:
         """Return the stored tensors that a parameter is read from, by their names in the file."""
         tensor = self._tensors[parameter]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.weights.architecture import Architecture
-from mergetune.weights.tensor_files import open_weights, read_json
+from mergetune.weights.tensor_files import INDEX, STACK_FILE, open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _HEAD_BIAS = re.compile(r"(^|\.)(lm_head|embed_out)\.bias$")
@@ -26,7 +26,8 @@ _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale(_inv)?)$|\.quant_state\."
 )
 
-_IRRELEVANT = ("model.safetensors.index.json", "mergekit_config.json")  # to what a model answers
+# to what a model answers
+_IRRELEVANT = (INDEX, STACK_FILE, "mergekit_config.json")
 _RELEVANT = (".json", ".jinja", ".model", ".txt")
 
 

