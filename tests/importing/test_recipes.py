@@ -26,6 +26,7 @@ from imported import read_merge, refusal, take
 from mergetune.errors import MergetuneError
 from mergetune.importing.importer import import_file
 from mergetune.space.recipe import MergeRecipe, assign_groups
+from mergetune.space.stack import Stack
 from mergetune.study.export import merge_recipe
 from mergetune.weights.checkpoint import Checkpoint
 
@@ -105,7 +106,6 @@ def test_a_public_configuration_with_random_masks_drops_as_much(
 
 
 REFUSED = {
-    "mergekit_44_layers": ["line 8: `slices.1.sources.0.layer_range: [2, 4]`", "here from 3", "moved"],
     "mergekit_gradient_slerp": [
         "line 12: `parameters.t.0.pattern: self_attn`",
         "line 14:",
@@ -116,7 +116,6 @@ REFUSED = {
         "`dare_ties`",
     ],
     "mergekit_chipalign": ["line 3: `models.0.model: a`: `weight` must be given", "line 4:"],
-    "absa_layers": ["line 10: `slices.0.sources.1.layer_range: [2, 4]`", "here from 0"],
     "merge_tools": ["line 6: `slices.0.sources.1.model: b`: `weight` must be given"],
     "aivillage": ["line 2: `merge_method: frankenmerge`: is no method of mergetune"],
     "btx_moe": ["mergekit-moe", "Build it with mergekit"],
@@ -232,6 +231,69 @@ def test_parameters_without_a_counterpart_are_refused(
     message = refusal(config_of(method, shared, per_model, base), tmp_path / "out")
     for part in parts:
         assert part in message
+
+
+STACKS = {
+    "goliath": """
+        slices:
+          - sources: [{model: a, layer_range: [0, 3]}]
+          - sources: [{model: b, layer_range: [1, 4]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    "left_out": """
+        slices: [{sources: [{model: a, layer_range: [0, 3]}]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    "scaled_copies": """
+        slices:
+          - sources: [{model: a, layer_range: [0, 2]}]
+          - sources:
+              - model: b
+                layer_range: [0, 3]
+                parameters:
+                  scale: [{filter: o_proj, value: [0, 0.5]}, {filter: down_proj, value: 0.5}, {value: 1}]
+          - sources: [{model: a, layer_range: [2, 4], parameters: {scale: 0.9}}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    "scaled_in_place": """
+        slices:
+          - sources: [{model: a, layer_range: [0, 2]}]
+          - sources: [{model: b, layer_range: [2, 4], parameters: {scale: 0.5}}]
+        merge_method: passthrough
+        base_model: base
+        dtype: float32
+    """,
+    "task_vectors_of_repeated_layers": """
+        slices:
+          - sources: &first
+              - {model: base, layer_range: [0, 3]}
+              - {model: a, layer_range: [0, 3], parameters: {weight: [0.2, 0.9]}}
+              - {model: b, layer_range: [0, 3], parameters: {weight: 0.4}}
+          - sources: *first
+        merge_method: task_arithmetic
+        base_model: base
+        dtype: float32
+    """,
+    "between_moved_layers": """
+        slices:
+          - sources: [{model: base, layer_range: [0, 2]}, {model: a, layer_range: [1, 3]}]
+          - sources: [{model: base, layer_range: [1, 4]}, {model: a, layer_range: [1, 4]}]
+        merge_method: slerp
+        base_model: base
+        parameters: {t: [0.2, 0.7]}
+        dtype: float32
+    """,
+}
+
+
+@pytest.mark.parametrize("text", STACKS.values(), ids=STACKS)
+def test_slices_that_move_layers_are_the_same_merge_of_stacks(text: str, here: Path, tmp_path: Path) -> None:
+    check_same(text, tmp_path)
+    recipe = MergeRecipe.read(tmp_path / "recipe.yaml")
+    assert all(isinstance(each.path, Stack) for each in (recipe.base, *recipe.experts.values()))
 
 
 SLICES = """
@@ -586,8 +648,18 @@ def test_merges_that_build_on_each_other_are_written_in_their_order(here: Path, 
             ["line 2: `modules`", "part by part"],
         ),
         (
-            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 3]}]}]\n",
-            ["these are 3, but", "has 4"],
+            "merge_method: karcher\nslices: [{sources: [{model: a, layer_range: [0, 3]}, "
+            "{model: b, layer_range: [0, 4]}]}]\n",
+            ["`slices.0.sources.1.layer_range: [0, 4]`", "as many layers", "3"],
+        ),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a+x, layer_range: [1, 3]}]}]\n",
+            ["line 2: `slices.0.sources.0.model: a+x`", "cannot be stacked"],
+        ),
+        (
+            "merge_method: linear\nparameters: {weight: 1}\nslices:\n"
+            "- sources: [{model: a, layer_range: [1, 3]}]\n- sources: [{model: b, layer_range: [1, 3]}]\n",
+            ["line 3: `slices`", "every slice must have the same models"],
         ),
         (
             "merge_method: karcher\nslices: [{sources: [{model: a, layer_range: 3}]}]\n",

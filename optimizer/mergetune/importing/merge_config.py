@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -80,6 +80,17 @@ class MergeConfig:
         for each in self.slices:
             yield from (model.parameters for model in each.inputs)
             yield from each.parameters
+
+    def moves_layers(self, depth: int | None) -> bool:
+        """Say whether layers are repeated, left out or moved in models of this depth, if that is known."""
+        offset = 0
+        for each in self.slices:
+            if each.inputs[0].layers is None:
+                return False
+            if {source.layers for source in each.inputs} != {(offset, each.inputs[0].layers[1])}:
+                return True
+            offset = each.inputs[0].layers[1]
+        return depth not in (None, offset)
 
     def where(self, parameter: str) -> Place:
         """Return the first place of a parameter, or that of the method where the file does not give it."""
@@ -169,7 +180,7 @@ def _slices(
             notes.refuse(place, f"the base `{own}` must be among the sources, as mergekit demands. Add it.")
         scopes = _scope(notes, (*place, "parameters")), *outer
         found.append(_checked(notes, Slice(place, inputs, own, scopes)))
-    _check_layers(notes, found)
+        _check_lengths(notes, found[-1])
     return found
 
 
@@ -201,20 +212,13 @@ def _checked(notes: Notes, found: Slice) -> Slice:
     return found
 
 
-def _check_layers(notes: Notes, slices: Sequence[Slice]) -> None:
-    """Refuse slices that are no division of a model's layers, each in its place, as in a merge by depth."""
-    offset = 0
-    for each in slices:
-        ranges = [source.layers or (offset, offset + 1) for source in each.inputs]
-        for source, layers in zip(each.inputs, ranges, strict=True):
-            if layers[0] != offset or layers[1] != ranges[0][1]:
-                notes.refuse(
-                    (*source.place[:-1], "layer_range"),
-                    "a recipe leaves every layer in its place, and all models give the same ones: here from "
-                    f"{offset}. Layers cannot be repeated, left out or moved: do that with mergekit, and "
-                    "give its model to mergetune.",
-                )
-        offset = ranges[0][1] if ranges else offset
+def _check_lengths(notes: Notes, found: Slice) -> None:
+    """Refuse models that give different numbers of layers to a slice, as mergekit does."""
+    lengths = [last - first for first, last in (each.layers or (0, 0) for each in found.inputs)]
+    for source, length in zip(found.inputs, lengths, strict=True):
+        if length != lengths[0]:
+            place = (*source.place[:-1], "layer_range")
+            notes.refuse(place, f"must be as many layers as the slice's first model gives, {lengths[0]}.")
 
 
 def _scope(notes: Notes, place: Place) -> Scope:

@@ -207,13 +207,11 @@ def _karcher(found: Sequence[Resolved], refuse: Refuse) -> Translation:
     return Translation("karcher", [{} for _ in found])
 
 
-def _passthrough(found: Sequence[Resolved], refuse: Refuse) -> Translation:
-    """The one model; or where each slice has its own, shares of 1 and 0."""
+def _passthrough(found: Sequence[Resolved], _: Refuse) -> Translation:
+    """The one model; or where each slice has its own, unscaled, shares of 1 and 0."""
     experts = list(dict.fromkeys(name for each in found for name in each.each))
     if len(experts) == 1:
         return Translation("passthrough", [{"scale": each.each[experts[0]]["scale"]} for each in found])
-    if any(scale != 1 for each in found for scale in each.of("scale").values()):
-        refuse("scale", "a recipe scales one model, or takes layers of several. Do one of the two.")
     shares = [{name: float(name in each.each) for name in experts} for each in found]
     return Translation("linear", [{"lambda": each} for each in shares])
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from mergetune.errors import MergetuneError
+from mergetune.files.yaml_io import validate
 from mergetune.importing.depth import Part, Settled, count_layers_of, parts_of, settle
 from mergetune.importing.merge_config import MergeConfig, read_merge_config
 from mergetune.importing.methods import Resolved, Translation
@@ -17,7 +18,9 @@ from mergetune.importing.parameters import Names, Scope, Value, by_names, is_gra
 from mergetune.importing.references import Places, Reference, expert_names, source_paths
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe
+from mergetune.space.stack import ModelReference, Stack
 
+_STACK = "stack"  # the one expert of what is passed through
 _LAYERS = "Say how many layers the models have: --layers N (`num_hidden_layers` in config.json)."
 
 
@@ -46,7 +49,12 @@ def recipe_of(notes: Notes, places: Places, layers: int | None = None) -> MergeR
     models = _models(notes, config)
     base, paths = source_paths(notes, places, models.base, models.places, models.base_place)
     notes.settle()
-    lengths = _lengths(notes, config, base, layers)
+    depth = layers or count_layers_of(base, notes.file.parent, _needs_depth(config))
+    outer: ModelReference = base
+    experts: Mapping[str, ModelReference] = {models.names[expert]: path for expert, path in paths.items()}
+    if _is_stack(config, models, depth):
+        models, outer, experts = _stacked(notes, config, models, {**paths, models.base: base})
+    lengths = _lengths(notes, config, depth)
     found = settle(parts_of(lengths), lambda part: _resolved(config, models, part))
     _check_given(notes, config, models, found)
     notes.settle()
@@ -58,8 +66,46 @@ def recipe_of(notes: Notes, places: Places, layers: int | None = None) -> MergeR
     _check_coefficients(notes, config, translation)
     notes.settle()
     _remark_on_differences(notes, config, every, models)
-    experts = {models.names[expert]: {"path": path} for expert, path in paths.items()}
-    return _recipe(notes, translation, found, {"path": base}, experts)
+    return _recipe(notes, translation, found, outer, experts)
+
+
+def _is_stack(config: MergeConfig, models: _Models, depth: int | None) -> bool:
+    """Say whether the merge is one of stacks: layers are moved, or slices of several models scaled."""
+    is_scaled = config.method == "passthrough" and len(models.names) > 1 and any(config.settings)
+    return config.moves_layers(depth) or is_scaled
+
+
+def _stacked(
+    notes: Notes, config: MergeConfig, models: _Models, paths: Mapping[Reference, str]
+) -> tuple[_Models, Stack, dict[str, ModelReference]]:
+    """Return models, base and experts of a merge of stacks, each with a model's layers of every slice.
+
+    What is passed through is one stack, which is scaled; its slices have a model each.
+    """
+    notes.remark(("slices",), "layers are repeated, left out or moved, or scaled: the recipe is of stacks.")
+    for each in (each for each in models.names if each.lora is not None):
+        rule = "layers of a model with an adapter cannot be stacked. Merge it first and name the directory."
+        notes.refuse(models.places[each], rule)
+    by_slice = [{source.model: source.layers for source in each.inputs} for each in config.slices]
+    if config.method == "passthrough":
+        models = replace(models, names=dict.fromkeys(models.names, _STACK))
+    elif any(expert not in found for found in by_slice for expert in models.names):
+        notes.refuse(("slices",), "where layers are moved, every slice must have the same models. Add them.")
+    notes.settle()
+
+    def stack_of(expert: Reference) -> Stack:
+        slots = [
+            {"model": paths[model], "layers": layers}
+            for found in by_slice
+            for model, layers in found.items()
+            if model == expert or config.method == "passthrough"
+        ]
+        like = {} if slots[0]["model"] == paths[models.base] else {"tokenizer": paths[models.base]}
+        return validate({"stack": slots, **like}, Stack, str(notes.file))
+
+    experts: dict[str, ModelReference] = {name: stack_of(expert) for expert, name in models.names.items()}
+    has_base = all(models.base in found for found in by_slice)
+    return models, stack_of(models.base if has_base else next(iter(models.names))), experts
 
 
 def _models(notes: Notes, config: MergeConfig) -> _Models:
@@ -112,23 +158,24 @@ def _check_slices(
             )
 
 
-def _lengths(notes: Notes, config: MergeConfig, base: str, layers: int | None) -> list[int]:
+def _graded(config: MergeConfig) -> Place | None:
+    return next((place for place, setting in config.settings if is_graded(setting)), None)
+
+
+def _needs_depth(config: MergeConfig) -> bool:
+    return _graded(config) is not None and config.slices[0].inputs[0].layers is None
+
+
+def _lengths(notes: Notes, config: MergeConfig, depth: int | None) -> list[int]:
     """Return the number of layers of each slice; where it does not matter, one."""
     ranges = [each.inputs[0].layers for each in config.slices]
-    graded = next((place for place, setting in config.settings if is_graded(setting)), None)
-    known = layers or count_layers_of(base, notes.file.parent, graded is not None and None in ranges)
     if None not in ranges:
-        lengths = [last - first for first, last in (each for each in ranges if each is not None)]
-        if known not in (None, sum(lengths)):
-            notes.refuse(
-                ("slices",),
-                f"must be all layers of the models: these are {sum(lengths)}, but `{base}` has {known}.",
-            )
-        return lengths
-    if graded is not None and known is None:
-        notes.refuse(graded, f"is a gradient over layers, but `{base}` is not here to count them. {_LAYERS}")
+        return [last - first for first, last in (each for each in ranges if each is not None)]
+    graded = _graded(config)
+    if graded is not None and depth is None:
+        notes.refuse(graded, f"is a gradient over layers, but the base is not here to count them. {_LAYERS}")
         notes.settle()
-    return [known or 1] if graded is not None else [1]
+    return [depth or 1] if graded is not None else [1]
 
 
 def _resolved(config: MergeConfig, models: _Models, part: Part) -> list[tuple[Names, Resolved]]:
@@ -201,8 +248,8 @@ def _recipe(
     notes: Notes,
     translation: Translation,
     found: Sequence[Settled[Resolved]],
-    base: Mapping[str, str],
-    experts: Mapping[str, Mapping[str, str]],
+    base: ModelReference,
+    experts: Mapping[str, ModelReference],
 ) -> MergeRecipe:
     selectors = [each.part.selectors(names) for each in found for names, _ in each.found]
     defaults = {option.name: option.choices[0] for option in METHODS[translation.method].options}
@@ -212,8 +259,8 @@ def _recipe(
         return MergeRecipe.model_validate(
             {
                 "method": translation.method,
-                "base": base,
-                "experts": experts,
+                "base": {"path": base},
+                "experts": {name: {"path": path} for name, path in experts.items()},
                 "groups": [{**where, **values} for where, values in groups],
                 "options": options or None,
             }
