@@ -24,6 +24,7 @@ from mergetune.results.config import StudyConfig
 from mergetune.space.method_table import METHODS, MethodName
 from mergetune.space.recipe import MergeRecipe
 from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
+from mergetune.space.stack import Stack
 from test_layout import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,7 @@ def test_every_yaml_block_is_valid(page: str, text: str) -> None:
         "method": SearchSpaceConfig,
         "experts": StudyConfig,
         "items": TaskConfig,
+        "stack": Stack,
     }
     data = yaml.safe_load(text)
     schema = next(schema for key, schema in by_key.items() if key in data)

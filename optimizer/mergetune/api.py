@@ -298,7 +298,7 @@ def evaluate(
     Replies of models in files are kept in the cache: what was replied to before is not asked again.
 
     Args:
-        model: a directory, hub id, adapter (with `options.base`), recipe file, or a server's address.
+        model: a directory, hub id, adapter (with `options.base`), recipe or stack file, or a server's address.
         suite: a preset's name, or a path.
         split: which of the suite's items.
         options: how the model is opened and run.
@@ -424,7 +424,7 @@ def import_config(
 def merge(
     recipe: Given, out: Given, *, cache: Path | None = None, say: Say = _quiet, at_work: Say = _quiet
 ) -> Path:
-    """Write the model of a recipe file, as `mergetune merge` does; returns its directory.
+    """Write the model of a recipe or stack file, as `mergetune merge` does; returns its directory.
 
     Raises:
         MergetuneError: a model of the recipe cannot be had or is another than it names, or the disk is full.

@@ -59,8 +59,13 @@ Engine = Annotated[
         metavar="KIND|FILE.yaml",
     ),
 ]
-Model = Annotated[str, typer.Argument(help="A directory, a hub id or `smollm2-demo`.", metavar="BASE")]
-_TESTED = "A directory, a hub id, an adapter, a recipe (.yaml) or a server: http://host:port or …:port#name."
+Model = Annotated[
+    str, typer.Argument(help="A directory, a hub id, `smollm2-demo` or a stack (.yaml).", metavar="BASE")
+]
+_TESTED = (
+    "A directory, a hub id, an adapter, a recipe or a stack (.yaml) or a server: http://host:port or "
+    "…:port#name."
+)
 Tested = Annotated[str, typer.Argument(help=_TESTED, metavar="MODEL")]
 Suite = Annotated[str, typer.Option(help="A suite: a preset's name or a path.")]
 Base = Annotated[str | None, typer.Option(help="The base of an adapter.")]
@@ -187,7 +192,7 @@ def inspect(
     experts: Annotated[
         list[str],
         typer.Argument(
-            help="Fine-tunes or adapters of BASE: directories or hub ids; NAME=PATH if two paths end alike.",
+            help="Fine-tunes or adapters of BASE: directories, hub ids or stacks; NAME=PATH if two paths end alike.",
             metavar="EXPERT",
         ),
     ],
@@ -389,7 +394,10 @@ def import_config(
 @app.command()
 def merge(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe, such as report/recipes/NAME.yaml.", metavar="RECIPE.yaml")
+        Path,
+        typer.Argument(
+            help="A recipe, such as report/recipes/NAME.yaml, or a stack of layers.", metavar="RECIPE.yaml"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT")],
     adapter: Annotated[
@@ -406,7 +414,7 @@ def merge(
     ] = None,
     cache: Cache = None,
 ) -> None:
-    """Write the model of a recipe: the same recipe and inputs give the same bits."""
+    """Write the model of a recipe or a stack: the same recipe and inputs give the same bits."""
     from mergetune import api
     from mergetune.measuring.progress import Progress
 

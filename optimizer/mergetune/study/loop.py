@@ -134,7 +134,7 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress, watchers: 
                     for each in baselines(space, inputs.base_source, inputs.expert_sources, inputs.norms)
                 )
                 candidates.measure_broken()
-                _check_objectives(plan, candidates)
+                _check_objectives(plan, inputs, candidates)
                 soup = measure_greedy_soup(candidates, space, inputs)
                 measure_noise(candidates)
                 searched = _follow_slopes(plan, candidates, space, fine)
@@ -214,8 +214,13 @@ def _follow_slopes(plan: Plan, candidates: Candidates, space: SearchSpace, fine:
     return WarmStarter(candidates, plan.config.warm_start, space, fine, why_spent).run()
 
 
-def _check_objectives(plan: Plan, candidates: Candidates) -> None:
-    """Raise `MergetuneError` where a search would be wasted, unless the study file allows that."""
+def _check_objectives(plan: Plan, inputs: Inputs, candidates: Candidates) -> None:
+    """Raise `MergetuneError` where a search would be wasted, unless the study file allows that.
+
+    Experts that equal the base are there to be scaled, and no model measured so far can be better.
+    """
+    if not any(inputs.norms.values()):
+        return
     found = flat_objectives(candidates.run, candidates.scores, list(plan.config.experts))
     if not found:
         return

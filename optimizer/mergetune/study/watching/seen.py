@@ -81,8 +81,8 @@ def study_facts(run: RunDir) -> dict[str, str]:
     """Return what there is to say of a study in words, by name."""
     study = run.study
     return {
-        "base": study.base,
-        **{f"expert.{name}": place for name, place in study.experts.items()},
+        "base": str(study.base),
+        **{f"expert.{name}": str(place) for name, place in study.experts.items()},
         "search_space": Path(study.search_space).stem,
         "suite": study.suite_name,
         "sampler": study.sampler.kind,
