@@ -298,7 +298,8 @@ def evaluate(
     Replies of models in files are kept in the cache: what was replied to before is not asked again.
 
     Args:
-        model: a directory, hub id, adapter (with `options.base`), recipe or stack file, or a server's address.
+        model: a directory, hub id, adapter (with `options.base`), file of a recipe or a stack, or a server's
+            address.
         suite: a preset's name, or a path.
         split: which of the suite's items.
         options: how the model is opened and run.

@@ -192,7 +192,8 @@ def inspect(
     experts: Annotated[
         list[str],
         typer.Argument(
-            help="Fine-tunes or adapters of BASE: directories, hub ids or stacks; NAME=PATH if two paths end alike.",
+            help="Fine-tunes or adapters of BASE: directories, hub ids or stacks; NAME=PATH if two paths end "
+            "alike.",
             metavar="EXPERT",
         ),
     ],

@@ -93,6 +93,8 @@ def test_a_stack_is_checked_against_its_parent_and_merged_from_the_command_line(
     assert json.loads(done.stdout)
     done = mergetune("inspect", folder / "deep-base.yaml", f"a={stack}", f"b={folder / 'deep-b.yaml'}")
     assert done.returncode == 0, done.stderr
+    done = mergetune("soup", tmp_path / "soup", stack, folder / "deep-b.yaml")
+    assert done.returncode == 0, done.stderr
     assert mergetune("merge", stack, tmp_path / "out").returncode == 0
     written, wanted = Checkpoint(tmp_path / "out"), Checkpoint(find_model(str(stack), folder))
     assert all(torch.equal(written.view(name), wanted.view(name)) for name in wanted.names)
