@@ -100,7 +100,7 @@ def test_going_on_asks_nothing_again_and_may_take_another_rank(
     assert record is not None
     assert record.split is None
     assert gather(RunDir(copy)).adapter_losses == ()
-    merged = merge_with_peft(Path(found.study.base), copy / "adapter")
+    merged = merge_with_peft(Path(str(found.study.base)), copy / "adapter")
     best = Checkpoint(copy / "best")
     for name in best.names:
         assert (merged[name] - best.view(name)).abs().max() < 1e-5

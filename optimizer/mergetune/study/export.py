@@ -87,7 +87,13 @@ def write_merged_adapter(
     for source in (inputs.base.folder, *(expert.folder for expert in inputs.experts)):
         if source.resolve().is_relative_to(folder.resolve()):
             raise MergetuneError(f"{folder}: is a model of the merge, or holds one. Give another directory.")
-    recipe, found = inputs.named_in(recipe), merge_as_adapter(inputs, recipe, rank, at_work)
+    recipe = inputs.named_in(recipe)
+    if isinstance(recipe.base.path, Stack) or is_stack(inputs.base.folder):
+        raise MergetuneError(
+            f"An adapter must have a base in a directory, but it is the stack {recipe.base.path}. Write that "
+            "with `mergetune merge STACK.yaml DIR`, and name DIR as the base."
+        )
+    found = merge_as_adapter(inputs, recipe, rank, at_work)
     notes = {
         "README.md": model_card(folder.name, recipe, inputs, {}, found),
         "recipe.yaml": to_yaml(recipe),
