@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergetune.merging.elementwise import Numbers, Step, kept_vectors, merged_entries, signed, wide
+from mergetune.merging.elementwise import Numbers, Step, kept_vectors, merged_entries, spans, wide
 from mergetune.merging.methods import RULES, Coefficients
 from mergetune.merging.operands import Operands
 from mergetune.space.method_table import METHODS, SMOOTH
@@ -41,7 +42,7 @@ def coefficient_slopes(
     if not leaves:
         return {}
     with torch.enable_grad():  # a hook runs without
-        given = Coefficients(_traced(group, leaves), recipe.choices)
+        given = Coefficients(_traced(group, leaves), recipe.choices, recipe.seed)
         step = RULES[recipe.method](operands, given)
         totals = dict.fromkeys(leaves, 0.0)
         traced = _products if _is_plain_sum(step) else _entries
@@ -90,10 +91,10 @@ def _products(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
     numbers = step.numbers
     products = [0.0] * (1 + len(numbers.lambdas))
     with torch.no_grad():
-        for base, sources, are_vectors, part, here in _spans(step, operands, gradient):
-            vectors = kept_vectors(base, sources, are_vectors, step.keep, here)
-            for i, each in enumerate((base, *vectors)):
-                products[i] += float(torch.dot(each, part))
+        for part in _parts(step, operands, gradient):
+            rule = (part.are_vectors, step.keep, part.numbers, part.ranks)
+            for i, each in enumerate((part.base, *kept_vectors(part.base, part.sources, *rule))):
+                products[i] += float(torch.dot(each, part.gradient))
     followed = [
         (number, number.new_tensor(product))
         for number, product in zip((numbers.base_weight, *numbers.lambdas), products, strict=True)
@@ -106,39 +107,32 @@ def _products(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
 
 def _entries(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
     """Yield merged entries with the gradient's."""
-    for base, sources, are_vectors, part, here in _spans(step, operands, gradient):
-        merged = merged_entries(base, sources, are_vectors, step.keep, step.combine, here)
-        yield [merged], [part]
+    for part in _parts(step, operands, gradient):
+        rule = (part.are_vectors, step.keep, step.combine, part.numbers, part.ranks)
+        yield [merged_entries(part.base, part.sources, *rule)], [part.gradient]
 
 
-def _spans(
-    step: Step, operands: Operands, gradient: Tensor
-) -> Iterator[tuple[Tensor, list[Tensor], list[bool], Tensor, Numbers]]:
-    """Yield base, sources, which of them are vectors, gradient and numbers of a part of the tensor at a time.
+class _Part(NamedTuple):
+    """A part of a tensor: as `spans` yields it."""
 
-    A tensor whose rows have numbers of their own comes whole.
-    """
-    sources = list(operands.sources.values())
-    are_vectors = [expert in operands.vectors_of for expert in operands.changed]
-    if step.vectors is not None:
-        sources, are_vectors = list(step.vectors), [True] * len(step.vectors)
-    if _has_rows(step.numbers):
-        start = wide(operands.base)
-        yield start, sources, are_vectors, gradient.to(start.dtype), step.numbers
-        return
-    base, whole, *vectors = (each.reshape(-1) for each in (operands.base, gradient, *sources))
-    size = _CUDA_CHUNK if gradient.is_cuda else _CPU_CHUNK
-    for begin in range(0, len(base), size):
-        span = slice(begin, begin + size)
-        start, here = wide(base[span]), step.numbers._replace(start=signed(begin % 2**32))
-        yield start, [each[span] for each in vectors], are_vectors, whole[span].to(start.dtype), here
+    base: Tensor
+    gradient: Tensor
+    sources: list[Tensor]
+    are_vectors: list[bool]
+    ranks: list[Tensor]
+    numbers: Numbers
+
+
+def _parts(step: Step, operands: Operands, gradient: Tensor) -> Iterator[_Part]:
+    sources = list(operands.sources.values()) if step.sources is None else step.sources
+    are_vectors = [source.kind == "vector" for source in sources]
+    tensors = (operands.base, gradient, *(source.data for source in sources))
+    chunk = _CUDA_CHUNK if gradient.is_cuda else _CPU_CHUNK
+    for (base, slopes, *parts), ranks, numbers in spans(step, tensors, chunk):
+        start = wide(base)
+        yield _Part(start, slopes.to(start.dtype), parts, are_vectors, ranks, numbers)
 
 
 def _is_plain_sum(step: Step) -> bool:
     """Say whether a merge is numbers times vectors, which do not depend on the coefficients themselves."""
-    return step.combine == "sum" and step.keep != "clip" and not _has_rows(step.numbers)
-
-
-def _has_rows(numbers: Numbers) -> bool:
-    """Say whether each row of a tensor has numbers of its own."""
-    return isinstance(numbers.base_weight, Tensor) and numbers.base_weight.ndim > 0
+    return step.combine == "sum" and step.keep != "clip" and step.numbers.n_rows is None

@@ -10,39 +10,66 @@ of it, whose fused multiply-adds may differ in a last bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mergetune.merging import native
 
-Keep = Literal["all", "trim", "band", "random", "clip"]
-Combine = Literal["sum", "count", "weights", "none"]
+Keep = Literal["all", "trim", "band", "random", "clip", "ranked", "rescaled", "selected"]
+Combine = Literal["sum", "count", "weights", "none", "shares"]
 
-_CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
+CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
+LANES, SPAN = 8, 1 << 16  # as in `job.h`
 
-Number = float | Tensor  # a tensor of shape (rows, 1) holds one for each row
+Number = float | Tensor  # a tensor of shape (n_rows, 1) holds one for each row
+
+
+class Source(NamedTuple):
+    """What an expert makes of a tensor: its weights in their own dtype, or its task vector in float32."""
+
+    data: Tensor
+    kind: Literal["weights", "vector"]
 
 
 class Numbers(NamedTuple):
     """What `merge_chunk` reads beside the weights; entry i of a sequence belongs to expert i.
 
-    `low` and `high` bound the magnitudes kept; `limits`, `keys`, `stream` and `start` are int32 for
-    `hash32`, with `start` the position of the chunk's first entry in its tensor. All but the int32 are
-    rounded to float32 when they are used.
+    `low` and `high` bound the magnitudes kept, `scales` being what magnitudes are multiplied by first.
+    `low` and `steps` make probabilities of ranks, and `factors` multiply what is kept by rank. `limits`,
+    `keys`, `stream` and `start` are int32 for `hash32`, with `start` the position of the chunk's first
+    entry in its tensor. All but the int32 are rounded to float32 when they are used. Either no number is
+    by rows, or `lambdas`, `base_weight` and, if they are given, `scales` are.
     """
 
     lambdas: Sequence[Number]
     base_weight: Number = 1.0
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    steps: Sequence[float] = ()
+    factors: Sequence[float] = ()
+    scales: Tensor | None = None
     limits: Sequence[int] = ()
     keys: Sequence[int] = ()
     stream: int = 0
     start: int = 0
+
+    @property
+    def n_rows(self) -> int | None:
+        """How many rows have numbers of their own; None: the numbers are for the whole tensor."""
+        weight = self.base_weight
+        return len(weight) if isinstance(weight, Tensor) and weight.ndim else None
+
+    def of_rows(self, rows: slice) -> Numbers:
+        """Return the numbers of some rows."""
+        assert isinstance(self.base_weight, Tensor)
+        lambdas = [weight[rows] for weight in self.lambdas if isinstance(weight, Tensor)]
+        scales = None if self.scales is None else self.scales[rows]
+        return self._replace(lambdas=lambdas, base_weight=self.base_weight[rows], scales=scales)
 
 
 @dataclass(frozen=True)
@@ -50,17 +77,21 @@ class Step:
     """The merge of one tensor, reduced to numbers and an elementwise rule.
 
     `keep` says which entries of a task vector τ count: all; those with low ≤ |τ| (trim); those with
-    low ≤ |τ| < high (band); a random subset; or all, cut to ±low (clip). `combine` says what becomes
-    of the λτ: their sum; or only those whose sign is the elected one, their sum divided by their
-    count, by the sum of their λ (weights), or by nothing (none).
+    low ≤ |τ| < high (band); a random subset; all, cut to ±low (clip); a random subset of probability
+    p = low + step · rank, times a factor (ranked) or divided by p (rescaled); or those whose variance
+    across the experts is at least the first low (selected). `combine` says what becomes of the λτ: their
+    sum; or only those whose sign is the elected one, their sum divided by their count, by the sum of
+    their λ (weights), or by nothing (none); or as with weights, but with a sign that the τ elect (shares).
 
-    `vectors` takes the place of the experts' task vectors where a rule looked at whole tensors.
+    `ranks` are of the entries' magnitudes in their row, for each expert: uint16 or uint32. `sources`
+    takes the place of the operands' where a rule asks experts that leave the tensor as it is, too.
     """
 
     numbers: Numbers
     keep: Keep = "all"
     combine: Combine = "sum"
-    vectors: Sequence[Tensor] | None = None
+    ranks: Sequence[Tensor] = ()
+    sources: Sequence[Source] | None = None
 
 
 def merge_chunk(
@@ -71,6 +102,7 @@ def merge_chunk(
     keep: Keep,
     combine: Combine,
     numbers: Numbers,
+    ranks: Sequence[Tensor] = (),
 ) -> Tensor:
     """Merge entries of one tensor into `out` and return the largest magnitude, NaN if there is one.
 
@@ -78,7 +110,7 @@ def merge_chunk(
     the expert's weights. Sums are accumulated in float32 in the order of the experts, and cast once;
     adding 0.0 rids them of negative zeros, which would depend on how an entry was dropped.
     """
-    merged = merged_entries(base, sources, are_vectors, keep, combine, numbers)
+    merged = merged_entries(base, sources, are_vectors, keep, combine, numbers, ranks)
     out.copy_(merged)
     return merged.abs().amax()
 
@@ -90,13 +122,16 @@ def merged_entries(
     keep: Keep,
     combine: Combine,
     numbers: Numbers,
+    ranks: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the merged entries before they are rounded; see `merge_chunk`.
 
     Autograd follows numbers that are tensors, with what is kept and which sign is elected held fixed.
     """
     start = wide(base)
-    kept = kept_vectors(start, sources, are_vectors, keep, numbers)
+    kept = kept_vectors(start, sources, are_vectors, keep, numbers, ranks)
+    if combine == "shares":
+        return start + (_shared(kept, numbers.lambdas) + 0.0)
     parts = [vector * weight for vector, weight in zip(kept, numbers.lambdas, strict=True)]
     if combine == "sum":
         merged = numbers.base_weight * start
@@ -105,14 +140,33 @@ def merged_entries(
 
 
 def kept_vectors(
-    start: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool], keep: Keep, numbers: Numbers
+    start: Tensor,
+    sources: Sequence[Tensor],
+    are_vectors: Sequence[bool],
+    keep: Keep,
+    numbers: Numbers,
+    ranks: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Return task vectors without the entries that a rule drops, in the precision of `start`, the base."""
-    vectors = (
+    vectors = [
         source.to(start.dtype) if is_vector else source.to(start.dtype) - start
         for source, is_vector in zip(sources, are_vectors, strict=True)
-    )
-    return [_kept(vector, i, keep, numbers) for i, vector in enumerate(vectors)]
+    ]
+    if keep == "selected":
+        is_selected = variance(vectors) >= numbers.low[0]
+        return [vector.where(is_selected, 0.0) for vector in vectors]
+    return [_kept(vector, i, keep, numbers, ranks) for i, vector in enumerate(vectors)]
+
+
+def variance(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the variance of each entry across vectors, in their dtype; exactly 0 where they agree.
+
+    Computed in float64, so that entries whose values are the same in another order have the same.
+    """
+    first, share = vectors[0].double(), 1 / len(vectors)
+    shifted = [vector.double() - first for vector in vectors]
+    total, squares = _sum(shifted), _sum([each * each for each in shifted])
+    return ((squares - total * total * share) * share).to(vectors[0].dtype)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -120,21 +174,32 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers) -> Tensor:
+def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers, ranks: Sequence[Tensor]) -> Tensor:
     """Set the entries to zero that expert i's rule drops."""
     if keep == "all":
         return vector
-    if keep == "random":
-        index = numbers.start + torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
-        is_kept = hash32(index, numbers.stream, numbers.keys[i]) <= numbers.limits[i]
-        return vector * is_kept
     if keep == "clip":
         return vector.clamp(-numbers.low[i], numbers.low[i])
-    magnitude = vector.abs()
+    if keep in ("random", "ranked", "rescaled"):
+        index = numbers.start + torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
+        drawn = hash32(index, numbers.stream, numbers.keys[i])
+        if keep == "random":
+            return vector * (drawn <= numbers.limits[i])
+        probability = keep_probabilities(ranks[i], numbers.low[i], numbers.steps[i])
+        is_kept = drawn.double() < probability.double() * 2**32 - 2**31  # as `keep_limit` has it
+        if keep == "ranked":
+            return vector * numbers.factors[i] * is_kept
+        return vector / probability.clamp(min=2**-32) * is_kept
+    magnitude = vector.abs() if numbers.scales is None else vector.abs() * numbers.scales
     is_kept = magnitude >= numbers.low[i]
     if keep == "band":
         is_kept = is_kept & (magnitude < numbers.high[i])
     return vector * is_kept  # torch.where takes four times as long
+
+
+def keep_probabilities(ranks: Tensor, low: float, step: float) -> Tensor:
+    """Return low + step · rank ∈ [0, 1], in float32."""
+    return (low + step * ranks.float()).clamp(0, 1)
 
 
 def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Number]) -> Tensor:
@@ -155,6 +220,19 @@ def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Numb
     for n in range(2, len(parts) + 1):  # a division would take longer than all the rest
         share = share + (count == n) * (1 / n)
     return total * share
+
+
+def _shared(vectors: Sequence[Tensor], shares: Sequence[Number]) -> Tensor:
+    """Average, entry by entry, the vectors with the sign of their sum, + where it is 0, by their shares.
+
+    SCE's last two steps (Wan et al. 2024); 0 where nothing agrees.
+    """
+    elects_plus = _sum(vectors) >= 0
+    agrees = [torch.where(elects_plus, vector > 0, vector < 0) for vector in vectors]
+    pairs = list(zip(vectors, agrees, shares, strict=True))
+    total = _sum([(vector * share).where(agree, 0.0) for vector, agree, share in pairs])
+    divisor = _sum([agree.to(total.dtype) * share for _, agree, share in pairs])
+    return total / (divisor + (divisor == 0))
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -185,34 +263,79 @@ def signed(value: int) -> int:
 
 
 def merge_tensor(
-    step: Step,
-    base: Tensor,
-    sources: Sequence[Tensor],
-    are_vectors: Sequence[bool],
-    out: Tensor,
-    is_plain: bool = False,
+    step: Step, base: Tensor, sources: Sequence[Source], out: Tensor, is_plain: bool = False
 ) -> Tensor | float:
-    """Merge one whole tensor into `out`, as `merge_chunk` does a part of it; `is_plain`: in plain torch.
+    """Merge a tensor, or a slice of one, into `out`, as `merge_chunk` does; `is_plain`: in plain torch.
 
-    The largest magnitude is a tensor where reading it would make this process wait for a GPU.
+    A slice comes with the ranks and, by rows, the numbers of its own entries, and the `start` of its
+    first. The largest magnitude, which is returned, is a tensor where reading it would make this process
+    wait for a GPU.
     """
-    if step.vectors is not None:
-        sources, are_vectors = step.vectors, (True,) * len(step.vectors)
-    size, device, numbers = base.numel(), base.device, step.numbers
-    rule = (tuple(are_vectors), step.keep, step.combine)
-    if isinstance(numbers.base_weight, Tensor):  # a weight for each row: the tensor keeps its shape
-        return merge_chunk(out, base, sources, *rule, numbers)
-    if not is_plain and native.can_merge((out, base, *sources)):
-        return native.merge(out, base, sources, *rule, numbers)
-    kernel, chunk = merge_chunk, _CPU_CHUNK
-    if device.type == "cuda":
-        kernel, chunk = merge_chunk if is_plain else compiled_merge_chunk(), _CUDA_CHUNK
-    flat = [tensor.reshape(-1) for tensor in (out, base, *sources)]
+    sources = sources if step.sources is None else step.sources
+    data = [source.data for source in sources]
+    are_vectors = [source.kind == "vector" for source in sources]
+    if not is_plain and native.can_merge((out, base, *data)):
+        return native.merge(out, base, data, are_vectors, step)
+    kernel, chunk = merge_chunk, CPU_CHUNK
+    if base.device.type == "cuda":
+        is_compiled = not is_plain and step.numbers.n_rows is None
+        kernel, chunk = compiled_merge_chunk() if is_compiled else merge_chunk, _CUDA_CHUNK
     peaks = []
-    for begin in range(0, size, chunk):
-        part = [tensor[begin : begin + chunk] for tensor in flat]
-        peaks.append(kernel(part[0], part[1], part[2:], *rule, numbers._replace(start=signed(begin % 2**32))))
+    for (out_part, base_part, *parts), ranks, numbers in spans(step, (out, base, *data), chunk):
+        peaks.append(kernel(out_part, base_part, parts, are_vectors, step.keep, step.combine, numbers, ranks))
     return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
+
+
+def spans(
+    step: Step, tensors: Sequence[Tensor], chunk: int
+) -> Iterator[tuple[list[Tensor], list[Tensor], Numbers]]:
+    """Yield about `chunk` entries of each tensor at a time, with their ranks and their numbers.
+
+    The tensors have one shape. What is yielded of them is flat, or, where rows have numbers of their own,
+    of shape (n_rows, row_length).
+    """
+    n_rows, n_tensors = step.numbers.n_rows, len(tensors)
+    row_length = tensors[0].numel() // (n_rows or 1)
+    shape = (-1,) if n_rows is None else (n_rows, row_length)
+    flat = [tensor.reshape(shape) for tensor in (*tensors, *step.ranks)]
+    length = chunk if n_rows is None else max(1, chunk // row_length)
+    for begin in range(0, len(flat[0]), length):
+        here = slice(begin, begin + length)
+        if n_rows is None:
+            numbers = step.numbers._replace(start=signed((step.numbers.start + begin) % 2**32))
+        else:
+            numbers = step.numbers.of_rows(here)
+        parts = [tensor[here] for tensor in flat]
+        yield parts[:n_tensors], parts[n_tensors:], numbers
+
+
+def magnitude_sums(
+    step: Step, base: Tensor, sources: Sequence[Source], is_plain: bool = False
+) -> list[tuple[float, float]]:
+    """Return each expert's Σ|τ|, of the whole tensor and of what the rule keeps of it.
+
+    In float64 and in one order everywhere: `LANES` sums side by side over `SPAN` entries, added up, then
+    the spans one after the other.
+    """
+    data = [source.data for source in sources]
+    are_vectors = [source.kind == "vector" for source in sources]
+    if not is_plain and native.can_merge((base, base, *data)):
+        return native.magnitude_sums(base, data, are_vectors, step)
+    totals = np.zeros((len(data), 2))
+    for (base_part, *parts), ranks, numbers in spans(step, (base, *data), SPAN):
+        start = wide(base_part)
+        whole = kept_vectors(start, parts, are_vectors, "all", numbers)
+        kept = kept_vectors(start, parts, are_vectors, step.keep, numbers, ranks)
+        for i, pair in enumerate(zip(whole, kept, strict=True)):
+            totals[i] += [lane_sum(vector.abs().double().cpu().numpy()) for vector in pair]
+    return [(float(before), float(after)) for before, after in totals]
+
+
+def lane_sum(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """Return the sum of up to `SPAN` values, in `LANES` sums side by side."""
+    lanes = np.zeros((-(-len(values) // LANES), LANES))
+    lanes.reshape(-1)[: len(values)] = values
+    return float(np.add.accumulate(np.add.accumulate(lanes)[-1])[-1])
 
 
 @functools.cache
@@ -221,11 +344,15 @@ def compiled_merge_chunk() -> Callable[..., Tensor]:
     compiled: Callable[..., Tensor] = torch.compile(merge_chunk, dynamic=True)
 
     def call(out: Tensor, *arguments: Any) -> Tensor:
-        *others, numbers = arguments
-        types = [torch.float32] * 4 + [torch.int32] * 4  # as the fields of Numbers
-        moved: list[Any] = [
-            torch.tensor(each, dtype=t, device=out.device) for each, t in zip(numbers, types, strict=True)
-        ]
-        return compiled(out, *others, Numbers(*moved))
+        base, sources, are_vectors, keep, combine, numbers, *ranks = arguments
+        integers = ("limits", "keys", "stream", "start")
+        moved: dict[str, Any] = {
+            name: torch.tensor(
+                each, dtype=torch.int32 if name in integers else torch.float32, device=out.device
+            )
+            for name, each in numbers._asdict().items()
+            if each is not None
+        }
+        return compiled(out, base, sources, are_vectors, keep, combine, Numbers(**moved), *ranks)
 
     return call

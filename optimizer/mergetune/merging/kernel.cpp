@@ -1,60 +1,17 @@
 // `elementwise.merge_chunk` in C++: the same operations in the same order, so the same bits, in one pass
-// over memory. `native.py` compiles it, with contraction off; a block's scratch stays in the first-level
-// cache, and the loops are plain enough for the compiler to vectorize.
+// over memory. `native.py` compiles it, with contraction off; the loops are plain enough for the compiler to
+// vectorize.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
+#include <algorithm>
+#include <vector>
+
+#include "job.h"
 
 namespace {
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-enum Keep { ALL, TRIM, BAND, RANDOM, CLIP };
-enum Combine { SUM, COUNT, WEIGHTS, NONE };
-
-constexpr int BLOCK = 256;                // entries
 constexpr int64_t PER_TASK = 16 * BLOCK;  // entries that a thread takes at a time
 constexpr int64_t AHEAD = 4 * BLOCK;      // entries between those worked on and those asked for
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float widen(float value) { return value; }
-inline float widen(bfloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
-
-// Compilers know it as a type of its own from GCC 12 and clang 15 on (x86); else it is converted by hand, to the
-// same bits: by scaling, so that subnormals need no case of their own (Dukhan, FP16, fp16_ieee_*, MIT licence).
-#ifdef __FLT16_MANT_DIG__
-using float16 = _Float16;
-inline float widen(float16 value) { return value; }
-#else
-struct float16 {
-    uint16_t bits;
-};
-inline float widen(float16 value) {
-    uint32_t wide = uint32_t(value.bits) << 16, doubled = wide + wide;
-    float normal = from_bits((doubled >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
-    float subnormal = from_bits((doubled >> 17) | (126u << 23)) - 0.5f;
-    uint32_t magnitude = doubled < (1u << 27) ? to_bits(subnormal) : to_bits(normal);
-    return from_bits((wide & 0x80000000u) | magnitude);
-}
-#endif
+constexpr int UNROLLED = 8;               // experts up to which elections are compiled for each number
 
 template <typename T>
 inline T narrow(float value);
@@ -80,42 +37,37 @@ inline bfloat16 narrow<bfloat16>(float value) {  // to nearest, ties to even
     return {uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
 }
 
-}  // namespace
-
-// One tensor: the base, the result, the experts' weights or task vectors, and `elementwise.Numbers`.
-struct Job {
-    const void* base;
-    void* out;
-    const void* sources[MAX_EXPERTS];
-    int32_t dtypes[MAX_EXPERTS], are_vectors[MAX_EXPERTS];  // of the sources
-    float lambdas[MAX_EXPERTS], low[MAX_EXPERTS], high[MAX_EXPERTS];
-    int32_t limits[MAX_EXPERTS], keys[MAX_EXPERTS];
-    int64_t size;
-    float base_weight;
-    int32_t stream, dtype, n_experts, keep, combine, n_threads;
-};
-
-namespace {
-
 struct Rule {  // what an expert's part needs beside its weights
-    float lambda, low, high;
+    float lambda, low, high, step, factor, scale;
     int32_t limit;
     uint32_t key;
     const uint32_t* mixed;  // the block's counters after the first round of `hash32`
+    const float* ranks;     // the block's
 };
+
+// The second round of `hash32`.
+inline int32_t drawn(const Rule& rule, int i) {
+    uint32_t value = rule.mixed[i] + rule.key;
+    return int32_t((value ^ (value >> 15)) * 0x846CA68Bu);
+}
 
 // `elementwise._kept`
 template <int KEEP>
 inline float kept(float vector, const Rule& rule, int i) {
-    if (KEEP == TRIM) return std::fabs(vector) >= rule.low ? vector : 0.0f;
+    if (KEEP == TRIM) return vector * (std::fabs(vector) * rule.scale >= rule.low ? 1.0f : 0.0f);
     if (KEEP == BAND) {
-        float large = std::fabs(vector) >= rule.low ? vector : 0.0f;
-        return std::fabs(vector) < rule.high ? large : 0.0f;
+        float large = std::fabs(vector) >= rule.low ? 1.0f : 0.0f;
+        return vector * (std::fabs(vector) < rule.high ? large : 0.0f);
     }
-    if (KEEP == RANDOM) {  // the second round
-        uint32_t value = rule.mixed[i] + rule.key;
-        value = (value ^ (value >> 15)) * 0x846CA68Bu;
-        return int32_t(value) <= rule.limit ? vector : 0.0f;
+    if (KEEP == RANDOM) return vector * (drawn(rule, i) <= rule.limit ? 1.0f : 0.0f);
+    if (KEEP == RANKED || KEEP == RESCALED) {
+        float probability = rule.low + rule.step * rule.ranks[i];
+        probability = probability < 0.0f ? 0.0f : probability;
+        probability = probability > 1.0f ? 1.0f : probability;
+        bool is_kept = double(drawn(rule, i)) < double(probability) * 0x1p32 - 0x1p31;
+        float divided = KEEP == RESCALED ? vector / (probability < 0x1p-32f ? 0x1p-32f : probability) 
+                                            : vector * rule.factor;
+        return divided * (is_kept ? 1.0f : 0.0f);
     }
     if (KEEP == CLIP) {
         float raised = vector < -rule.low ? -rule.low : vector;
@@ -124,69 +76,96 @@ inline float kept(float vector, const Rule& rule, int i) {
     return vector;
 }
 
-template <int KEEP, typename T, bool IS_VECTOR>
+// Put lambda times what a rule keeps of a task vector into `part`, or add it.
+template <int KEEP, bool IS_VECTOR, bool ADDS, typename T>
 void fill(float* __restrict part, const T* __restrict source, const float* __restrict start, Rule rule, int n) {
 #pragma omp simd
     for (int i = 0; i < n; i++) {
         float value = widen(source[i]);
-        part[i] = kept<KEEP>(IS_VECTOR ? value : value - start[i], rule, i) * rule.lambda;
+        float weighted = kept<KEEP>(IS_VECTOR ? value : value - start[i], rule, i) * rule.lambda;
+        part[i] = ADDS ? part[i] + weighted : weighted;
     }
 }
 
-template <int KEEP>
-void fill(float* part, const float* start, const uint32_t* mixed, const Job& job, int e, int64_t begin, int n) {
-    const Rule rule = {job.lambdas[e], job.low[e], job.high[e], job.limits[e], uint32_t(job.keys[e]), mixed};
-    const auto of = [&](auto type) { return static_cast<const decltype(type)*>(job.sources[e]) + begin; };
-    if (job.are_vectors[e])
-        fill<KEEP, float, true>(part, of(float()), start, rule, n);
-    else if (job.dtypes[e] == BFLOAT16)
-        fill<KEEP, bfloat16, false>(part, of(bfloat16()), start, rule, n);
-    else if (job.dtypes[e] == FLOAT16)
-        fill<KEEP, float16, false>(part, of(float16()), start, rule, n);
+// A block's entries, which lie in one row, and what its experts share.
+struct Block {
+    const Job& job;
+    int64_t begin, row;
+    int n;
+    alignas(64) float start[BLOCK];  // the base
+    alignas(64) uint32_t mixed[BLOCK];
+    alignas(64) float ranks[BLOCK];
+};
+
+void read_ranks(Block& block, int e) {
+    const void* ranks = block.job.ranks[e];
+    if (block.job.rank_bytes == 2)
+        for (int i = 0; i < block.n; i++) block.ranks[i] = static_cast<const uint16_t*>(ranks)[block.begin + i];
     else
-        fill<KEEP, float, false>(part, of(float()), start, rule, n);
+        for (int i = 0; i < block.n; i++)
+            block.ranks[i] = float(static_cast<const uint32_t*>(ranks)[block.begin + i]);
 }
 
-// Fill `part` with lambda times what expert e's rule keeps of its task vector.
-void fill(float* part, const float* start, const uint32_t* mixed, const Job& job, int e, int64_t begin, int n) {
-    switch (job.keep) {
-        case ALL: return fill<ALL>(part, start, mixed, job, e, begin, n);
-        case TRIM: return fill<TRIM>(part, start, mixed, job, e, begin, n);
-        case BAND: return fill<BAND>(part, start, mixed, job, e, begin, n);
-        case RANDOM: return fill<RANDOM>(part, start, mixed, job, e, begin, n);
-        default: return fill<CLIP>(part, start, mixed, job, e, begin, n);
+template <int KEEP, bool ADDS>
+void fill(float* part, Block& block, int e) {
+    const Job& job = block.job;
+    const auto of = [&](const auto* numbers) { return numbers ? numbers[e] : 0; };
+    const Rule rule = {job.lambdas[e * job.n_rows + block.row],
+                       of(job.low),
+                       of(job.high),
+                       of(job.steps),
+                       of(job.factors),
+                       job.scales ? job.scales[block.row] : 1.0f,
+                       of(job.limits),
+                       uint32_t(of(job.keys)),
+                       block.mixed,
+                       block.ranks};
+    if (KEEP == RANKED || KEEP == RESCALED) read_ranks(block, e);
+    with_type(job.sources[e], job.kinds[e], block.begin, [&](auto* source) {
+        if (job.kinds[e] == VECTOR)
+            fill<KEEP, true, ADDS>(part, source, block.start, rule, block.n);
+        else
+            fill<KEEP, false, ADDS>(part, source, block.start, rule, block.n);
+    });
+}
+
+template <bool ADDS>
+void fill(float* part, Block& block, int e) {
+    switch (block.job.keep) {
+        case TRIM: return fill<TRIM, ADDS>(part, block, e);
+        case BAND: return fill<BAND, ADDS>(part, block, e);
+        case RANDOM: return fill<RANDOM, ADDS>(part, block, e);
+        case RANKED: return fill<RANKED, ADDS>(part, block, e);
+        case RESCALED: return fill<RESCALED, ADDS>(part, block, e);
+        case CLIP: return fill<CLIP, ADDS>(part, block, e);
+        default: return fill<ALL, ADDS>(part, block, e);
     }
 }
 
-void add(float* __restrict sum, const float* __restrict part, int n) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) sum[i] += part[i];
-}
-
-// `elementwise._consensus`: `parts[0]` becomes the sum of the parts that agree, divided.
+// `elementwise._consensus`: the first part becomes the sum of the parts that agree, divided.
 template <int N, int COMBINE>
-void elect(float (*__restrict parts)[BLOCK], const float* lambdas, int n) {
+void elect(float* __restrict parts, const float* lambdas, int n) {
     float units[N];
     for (int e = 0; e < N; e++) units[e] = COMBINE == WEIGHTS ? lambdas[e] : 1.0f;
 #pragma omp simd
     for (int i = 0; i < n; i++) {
-        float elected = parts[0][i];
-        for (int e = 1; e < N; e++) elected += parts[e][i];
+        float elected = parts[i];
+        for (int e = 1; e < N; e++) elected += parts[e * BLOCK + i];
         float total = 0.0f, divisor = 0.0f;
         for (int e = 0; e < N; e++) {
-            bool agrees = parts[e][i] * elected > 0.0f;
-            total += agrees ? parts[e][i] : 0.0f;
+            bool agrees = parts[e * BLOCK + i] * elected > 0.0f;
+            total += agrees ? parts[e * BLOCK + i] : 0.0f;
             divisor += agrees ? units[e] : 0.0f;
         }
         if (COMBINE == COUNT)
             for (int k = 2; k <= N; k++) total *= divisor == float(k) ? float(1.0 / k) : 1.0f;
         if (COMBINE == WEIGHTS) total /= divisor == 0.0f ? 1.0f : divisor;
-        parts[0][i] = total;
+        parts[i] = total;
     }
 }
 
 template <int N>
-void elect(float (*parts)[BLOCK], const Job& job, int n) {
+void elect(float* parts, const Job& job, int n) {
     if (job.n_experts != N) return elect<N - 1>(parts, job, n);
     switch (job.combine) {
         case COUNT: return elect<N, COUNT>(parts, job.lambdas, n);
@@ -195,7 +174,48 @@ void elect(float (*parts)[BLOCK], const Job& job, int n) {
     }
 }
 template <>
-void elect<0>(float (*)[BLOCK], const Job&, int) {}
+void elect<0>(float*, const Job&, int) {}
+
+// The same for any number of experts, and SCE's, where the sum of the parts elects and a zero elects plus.
+template <bool IS_SCE>
+void elect_among_many(float* __restrict parts, const Job& job, int n) {
+    alignas(64) float elected[BLOCK], total[BLOCK] = {}, divisor[BLOCK] = {};
+    std::memcpy(elected, parts, n * sizeof(float));
+    for (int e = 1; e < job.n_experts; e++) {
+        const float* __restrict part = parts + e * BLOCK;
+#pragma omp simd
+        for (int i = 0; i < n; i++) elected[i] += part[i];
+    }
+    for (int e = 0; e < job.n_experts; e++) {
+        const float* __restrict part = parts + e * BLOCK;
+        const float factor = IS_SCE ? job.lambdas[e] : 1.0f;
+        const float unit = IS_SCE || job.combine == WEIGHTS ? job.lambdas[e] : 1.0f;
+#pragma omp simd
+        for (int i = 0; i < n; i++) {
+            bool agrees = IS_SCE ? (elected[i] >= 0.0f ? part[i] > 0.0f : part[i] < 0.0f) : part[i] * elected[i] > 0.0f;
+            total[i] += agrees ? part[i] * factor : 0.0f;
+            divisor[i] += agrees ? unit : 0.0f;
+        }
+    }
+    if (job.combine == COUNT)
+        for (int k = 2; k <= job.n_experts; k++)
+#pragma omp simd
+            for (int i = 0; i < n; i++) total[i] *= divisor[i] == float(k) ? float(1.0 / k) : 1.0f;
+    const bool divides = IS_SCE || job.combine == WEIGHTS;
+#pragma omp simd
+    for (int i = 0; i < n; i++) parts[i] = divides ? total[i] / (divisor[i] == 0.0f ? 1.0f : divisor[i]) : total[i];
+}
+
+// `elementwise.kept_vectors`: entries of less variance across the experts become zero in every part.
+void select(float* __restrict parts, const Job& job, int n) {
+    alignas(64) float variance[BLOCK];
+    read_variance(variance, parts, job.n_experts, n);
+    for (int e = 0; e < job.n_experts; e++) {
+        float* __restrict part = parts + e * BLOCK;
+#pragma omp simd
+        for (int i = 0; i < n; i++) part[i] = variance[i] >= job.low[0] ? part[i] : 0.0f;
+    }
+}
 
 template <typename T>
 uint32_t finish(T* __restrict out, const float* __restrict start, const float* __restrict sum, float weight, int n) {
@@ -233,35 +253,56 @@ void mix(uint32_t* __restrict mixed, uint32_t stream, uint32_t begin, int n) {
 }
 
 // Ask for what a later block reads: four streams at once are more than the processor foresees.
-void prefetch(const void* from, int dtype, int64_t begin) {
-    const int64_t n_bytes = dtype == FLOAT32 ? 4 : 2;
-    const char* at = static_cast<const char*>(from) + (begin + AHEAD) * n_bytes;
-    for (int64_t i = 0; i < BLOCK * n_bytes; i += 64) __builtin_prefetch(at + i);
+void prefetch(const void* from, int64_t entry_bytes, int64_t begin) {
+    const char* at = static_cast<const char*>(from) + (begin + AHEAD) * entry_bytes;
+    for (int64_t i = 0; i < BLOCK * entry_bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-// Merge n entries from `begin` on; returns the bits of the largest magnitude.
-template <typename T>
-uint32_t merge_block(const Job& job, int64_t begin, int n, float (*parts)[BLOCK]) {
-    alignas(64) float start[BLOCK];
-    alignas(64) uint32_t mixed[BLOCK];
-    prefetch(job.base, job.dtype, begin);
-    const T* __restrict base = static_cast<const T*>(job.base) + begin;
-#pragma omp simd
-    for (int i = 0; i < n; i++) start[i] = widen(base[i]);
-    if (job.keep == RANDOM) mix(mixed, job.stream, uint32_t(begin), n);
+int64_t entry_bytes(int32_t kind) { return kind == FLOAT32 || kind == VECTOR ? 4 : 2; }
+
+// Put what the experts add to a block into the first part.
+void add_up(float* parts, Block& block) {
+    const Job& job = block.job;
+    const bool is_sum = job.combine == SUM;
+    if (job.keep == RANDOM || job.keep == RANKED || job.keep == RESCALED)
+        mix(block.mixed, job.stream, uint32_t(job.start) + uint32_t(block.begin), block.n);
     for (int e = 0; e < job.n_experts; e++) {
-        prefetch(job.sources[e], job.dtypes[e], begin);
-        fill(parts[e], start, mixed, job, e, begin, n);
+        prefetch(job.sources[e], entry_bytes(job.kinds[e]), block.begin);
+        if (job.ranks) prefetch(job.ranks[e], job.rank_bytes, block.begin);
+        if (job.combine == SHARES)
+            read_vector(parts + e * BLOCK, block.start, job, e, block.begin, block.n);
+        else if (is_sum && e > 0)
+            fill<true>(parts, block, e);
+        else
+            fill<false>(is_sum ? parts : parts + e * BLOCK, block, e);
     }
+    if (job.keep == SELECTED) select(parts, job, block.n);
     if (job.n_experts == 0)
-        std::memset(parts[0], 0, n * sizeof(float));
-    else if (job.combine == SUM)
-        for (int e = 1; e < job.n_experts; e++) add(parts[0], parts[e], n);
-    else
-        elect<MAX_EXPERTS>(parts, job, n);
-    alignas(64) T merged[BLOCK];
-    const uint32_t peak = finish(merged, start, parts[0], job.base_weight, n);
-    stream(static_cast<T*>(job.out) + begin, merged, n * sizeof(T));
+        std::memset(parts, 0, block.n * sizeof(float));
+    else if (job.combine == SHARES)
+        elect_among_many<true>(parts, job, block.n);
+    else if (!is_sum && job.n_experts > UNROLLED)
+        elect_among_many<false>(parts, job, block.n);
+    else if (!is_sum)
+        elect<UNROLLED>(parts, job, block.n);
+}
+
+// Merge the entries from `begin` to `end`; returns the bits of the largest magnitude.
+template <typename T>
+uint32_t merge_entries(const Job& job, int64_t begin, int64_t end, float* parts) {
+    uint32_t peak = 0;
+    Block block = {job, begin, 0, 0, {}, {}, {}};
+    for (; block.begin < end; block.begin += block.n) {
+        block.row = block.begin / job.row_length;
+        block.n = int(std::min({end - block.begin, (block.row + 1) * job.row_length - block.begin, int64_t(BLOCK)}));
+        prefetch(job.base, sizeof(T), block.begin);
+        read(block.start, static_cast<const T*>(job.base) + block.begin, block.n);
+        add_up(parts, block);
+        alignas(64) T merged[BLOCK];
+        uint32_t own = finish(merged, block.start, parts, job.base_weights[block.row], block.n);
+        peak = own > peak ? own : peak;
+        stream(static_cast<T*>(job.out) + block.begin, merged, block.n * sizeof(T));
+    }
     return peak;
 }
 
@@ -269,12 +310,13 @@ template <typename T>
 float merge(const Job& job) {
     const int64_t n_tasks = (job.size + PER_TASK - 1) / PER_TASK;
     uint32_t peak = 0;
-#pragma omp parallel for num_threads(job.n_threads) if (n_tasks > 1) schedule(static) reduction(max : peak)
-    for (int64_t task = 0; task < n_tasks; task++) {
-        alignas(64) float parts[MAX_EXPERTS][BLOCK];
-        const int64_t end = job.size < (task + 1) * PER_TASK ? job.size : (task + 1) * PER_TASK;
-        for (int64_t begin = task * PER_TASK; begin < end; begin += BLOCK) {
-            uint32_t own = merge_block<T>(job, begin, int(end - begin < BLOCK ? end - begin : BLOCK), parts);
+#pragma omp parallel num_threads(job.n_threads) if (n_tasks > 1) reduction(max : peak)
+    {
+        std::vector<float> parts(BLOCK * std::max(job.n_experts, 1));
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < n_tasks; task++) {
+            uint32_t own =
+                merge_entries<T>(job, task * PER_TASK, std::min(job.size, (task + 1) * PER_TASK), parts.data());
             peak = own > peak ? own : peak;
         }
 #ifdef __SSE2__
@@ -284,10 +326,44 @@ float merge(const Job& job) {
     return from_bits(peak);
 }
 
+lanes magnitudes(const float* values, int n) {  // of up to LANES values
+    lanes found = {};
+    for (int i = 0; i < n; i++) found[i] = std::fabs(values[i]);
+    return found;
+}
+
 }  // namespace
 
 // Merge a tensor; returns the largest magnitude before rounding, NaN if there is one.
 extern "C" float merge_tensor(const Job* job) {
     if (job->dtype == BFLOAT16) return merge<bfloat16>(*job);
     return job->dtype == FLOAT16 ? merge<float16>(*job) : merge<float>(*job);
+}
+
+// `elementwise.magnitudes`: Σ|τ| of expert e, and of what its rule keeps; lambdas are 1.
+extern "C" void sum_magnitudes(const Job* job, int32_t e, double* before, double* after) {
+    const int64_t n_spans = (job->size + SPAN - 1) / SPAN;
+    std::vector<double> sums(2 * n_spans);
+#pragma omp parallel for num_threads(job->n_threads) if (n_spans > 1) schedule(static)
+    for (int64_t span = 0; span < n_spans; span++) {
+        alignas(64) float vector[BLOCK], part[BLOCK];
+        lanes all = {}, left = {};
+        const int64_t end = std::min(job->size, (span + 1) * SPAN);
+        Block block = {*job, span * SPAN, 0, 0, {}, {}, {}};
+        for (; block.begin < end; block.begin += block.n) {
+            block.n = int(std::min(end - block.begin, int64_t(BLOCK)));
+            read_base(block.start, *job, block.begin, block.n);
+            read_vector(vector, block.start, *job, e, block.begin, block.n);
+            mix(block.mixed, job->stream, uint32_t(job->start) + uint32_t(block.begin), block.n);
+            fill<false>(part, block, e);
+            for (int i = 0; i < block.n; i += LANES) {
+                all += magnitudes(vector + i, std::min(LANES, block.n - i));
+                left += magnitudes(part + i, std::min(LANES, block.n - i));
+            }
+        }
+        sums[2 * span] = total(all);
+        sums[2 * span + 1] = total(left);
+    }
+    *before = *after = 0.0;
+    for (int64_t span = 0; span < n_spans; span++) *before += sums[2 * span], *after += sums[2 * span + 1];
 }

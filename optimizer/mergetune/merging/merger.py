@@ -1,7 +1,8 @@
-"""Recipe → merged tensors, streamed; what does not depend on the coefficients is computed once."""
+"""Recipe → merged tensors, streamed: inputs → plan → numbers → one pass over memory."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 
 from mergetune.errors import MergetuneError, TrialError
-from mergetune.merging.elementwise import merge_tensor
-from mergetune.merging.methods import RULES, Coefficients
-from mergetune.merging.operands import Operands, Tables
+from mergetune.merging.elementwise import Source, merge_tensor
+from mergetune.merging.methods import RULES, Coefficients, tables_of
+from mergetune.merging.operands import Operands
+from mergetune.merging.plan import Plan
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.weights.checkpoint import Expert
+
+_LARGEST = {
+    dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 
 
 class Base(Protocol):
@@ -40,13 +46,20 @@ class Merger:
         base: the base.
         experts: the experts, by the names that recipes use.
         is_plain: whether to merge in plain torch, slower and, on a CPU, with the same bits.
+
+    Attributes:
+        plan: what follows from base and experts alone; see `Plan`.
     """
 
     def __init__(self, base: Base, experts: Sequence[Expert], is_plain: bool = False) -> None:
         self.base = base
         self.experts = {expert.name: expert for expert in experts}
-        self._tables = Tables()
+        self.plan = Plan(self._digest_of)
         self._is_plain = is_plain
+        self._experts: tuple[str, ...] = ()
+        self._operands: dict[str, Operands] = {}
+        self._selectors: list[object] | None = None
+        self._group_places: dict[str, int] = {}
 
     def merge(
         self, recipe: MergeRecipe, into: Mapping[str, Tensor] = MappingProxyType({})
@@ -70,49 +83,104 @@ class Merger:
                 f"The recipe names the experts {', '.join(sorted(missing))}, "
                 f"but those given are {', '.join(self.experts)}."
             )
-        groups = assign_groups(recipe.groups, self.base.names)
-        options, rule = recipe.choices, RULES[recipe.method]
+        groups = self._group_of(recipe)
+        self._prepare(recipe, groups)
+        options, seed = recipe.choices, recipe.seed
+        coefficients = [Coefficients(group.coefficients, options, seed) for group in recipe.groups]
+        rule, changes_all = RULES[recipe.method], METHODS[recipe.method].changes_every_tensor
         peaks: dict[str, tuple[Tensor | float, float]] = {}
         for name in self.base.names:
             if name not in groups:
                 yield name, self.base.view(name)
                 continue
             operands = self.operands(recipe, name)
-            is_changed = operands.changed or METHODS[recipe.method].changes_every_tensor
-            if not operands.base.is_floating_point() or operands.base.numel() == 0 or not is_changed:
-                yield name, operands.base
+            base = operands.base
+            is_changed = operands.sources or changes_all
+            if not base.is_floating_point() or base.numel() == 0 or not is_changed:
+                yield name, base
                 continue
             try:
-                step = rule(operands, Coefficients(groups[name].coefficients, options))
+                step = rule(operands, coefficients[groups[name]])
             except ValueError as error:
                 raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
-            out = _destination(into.get(name), operands.base)
-            vectors_of = [expert in operands.vectors_of for expert in operands.changed]
-            sources = list(operands.sources.values())
-            peak = merge_tensor(step, operands.base, sources, vectors_of, out, self._is_plain)
-            peaks[name] = (peak, torch.finfo(out.dtype).max)
+            out = _destination(into.get(name), base)
+            peak = merge_tensor(step, base, list(operands.sources.values()), out, self._is_plain)
+            peaks[name] = (peak, _LARGEST[out.dtype])
             yield name, out
         _check_peaks(peaks)
 
     def operands(self, recipe: MergeRecipe, name: str, device: torch.device | None = None) -> Operands:
         """Gather what the base and the experts hold of one tensor, on a device or else on the base's."""
-        base = self.base.view(name).to(device)
-        sources: dict[str, Tensor] = {}
-        vectors_of: set[str] = set()
-        for expert in recipe.experts if base.is_floating_point() else ():
-            weights = self.experts[expert].weights(name)
-            if weights is not None and weights.shape != base.shape:
-                raise MergetuneError(
-                    f"Expert `{expert}`: `{name}` must have the base's shape {tuple(base.shape)}, but has "
-                    f"{tuple(weights.shape)}. Give a fine-tune of this base."
-                )
-            if weights is not None:
-                sources[expert] = weights.to(base.device)
-            elif (vector := self.experts[expert].task_vector(name, base)) is not None:
-                sources[expert] = vector
-                vectors_of.add(expert)
         experts = tuple(recipe.experts)
-        return Operands(name, base, experts, sources, frozenset(vectors_of), recipe.seed, self._tables)
+        if self._experts != experts:  # of one choice of experts, as candidates of a study have it
+            self._experts, self._operands = experts, {}
+        if device is None and name in self._operands:
+            return self._operands[name]
+        base = self.base.view(name).to(device)
+        found = {expert: self._source(expert, name, base) for expert in experts}
+        sources = {expert: source for expert, source in found.items() if source is not None}
+        operands = Operands(name, base, experts, sources, self.plan)
+        if device is None and all(self._is_stored(*each, name) for each in sources.items()):
+            self._operands[name] = operands
+        return operands
+
+    def _source(self, expert: str, name: str, base: Tensor) -> Source | None:
+        """Return what an expert makes of a tensor, on the device of `base`; None where it leaves it alone."""
+        if not base.is_floating_point():
+            return None
+        weights = self.experts[expert].weights(name)
+        if weights is None:
+            vector = self.experts[expert].task_vector(name, base)
+            return None if vector is None else Source(vector, "vector")
+        if weights.shape != base.shape:
+            raise MergetuneError(
+                f"Expert `{expert}`: `{name}` must have the base's shape {tuple(base.shape)}, but has "
+                f"{tuple(weights.shape)}. Give a fine-tune of this base."
+            )
+        return Source(weights.to(base.device), "weights")
+
+    def _is_stored(self, expert: str, source: Source, name: str) -> bool:
+        """Say whether a source is the expert's own tensor, which takes no memory to keep."""
+        return source.kind == "weights" and source.data is self.experts[expert].weights(name)
+
+    def _group_of(self, recipe: MergeRecipe) -> dict[str, int]:
+        """Return the place of every tensor's group; found once for candidates that have the same groups."""
+        selectors: list[object] = [(group.layers, group.roles, group.match) for group in recipe.groups]
+        if selectors != self._selectors:
+            places = {group.name: i for i, group in enumerate(recipe.groups)}
+            found = assign_groups(recipe.groups, self.base.names)
+            self._group_places = {name: places[group.name] for name, group in found.items()}
+            self._selectors = selectors
+        return self._group_places
+
+    def _prepare(self, recipe: MergeRecipe, groups: Mapping[str, int]) -> None:
+        """Have the tables that the recipe's method reads, of all tensors that it merges."""
+        kinds = tables_of(recipe)
+        if not kinds:
+            return
+        experts = tuple(recipe.experts)
+        changed = {expert: set(self.experts[expert].targets) for expert in experts}
+        merged = [name for name in groups if _is_merged(self.base.view(name))]
+        for kind in kinds:
+            for together in [experts] if kind.is_joint else [(expert,) for expert in experts]:
+                names = [name for name in merged if any(name in changed[expert] for expert in together)]
+                self.plan.prepare(kind, together, names, self._read)
+
+    def _read(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Source]]:
+        """Return the base's tensor and the experts' sources, the base's weights where one changes nothing."""
+        base = self.base.view(name)
+        sources = [self._source(expert, name, base) for expert in experts]
+        return base, [source or Source(base, "weights") for source in sources]
+
+    def _digest_of(self, experts: Sequence[str]) -> str | None:
+        """Return the SHA-256 of the base and some experts; None where one is in memory only."""
+        models = (self.base, *(self.experts[expert] for expert in experts))
+        digests = [str(getattr(model, "digest", "")) for model in models]
+        return hashlib.sha256("\0".join(digests).encode()).hexdigest() if all(digests) else None
+
+
+def _is_merged(base: Tensor) -> bool:
+    return base.is_floating_point() and base.numel() > 0
 
 
 def _destination(given: Tensor | None, base: Tensor) -> Tensor:

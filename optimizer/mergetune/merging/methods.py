@@ -2,13 +2,15 @@
 
 θ₀ is the base, θᵢ an expert, τᵢ = θᵢ − θ₀ its task vector (Ilharco et al. 2023) and λᵢ its weight.
 A method reduces a tensor to a `Step`: numbers, and an elementwise rule that `elementwise` carries out
-in one pass over memory. The table of methods and their parameters is `method_table.METHODS`.
+in one pass over memory. What it has to know of whole tensors stands in the plan: `tables_of` says which
+tables. The table of methods and their parameters is `method_table.METHODS`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,21 +19,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergetune.merging import selection_masks, spherical
-from mergetune.merging.elementwise import Combine, Numbers, Step, hash32, keep_limit, wide
+from mergetune.merging import spherical
+from mergetune.merging.elementwise import Combine, Keep, Numbers, Step, keep_limit, magnitude_sums, wide
 from mergetune.merging.operands import Operands
+from mergetune.merging.tables import (
+    GRAM,
+    GRAM_BY_ROWS,
+    IMPORTANCE,
+    RANKS,
+    SELECTIONS,
+    Array,
+    Kind,
+    bands,
+    bands_kind,
+    grid_place,
+    selections,
+)
 from mergetune.space.method_table import MethodName
+from mergetune.space.recipe import MergeRecipe
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The coefficients of one layer group by name, and the recipe's options.
+    """The coefficients of one layer group by name, and the recipe's options and seed.
 
     Those of `method_table.SMOOTH` may be scalar tensors, which autograd follows through every rule.
     """
 
     values: Mapping[str, Any]
     options: Mapping[str, str]
+    seed: int
 
     def of(self, parameter: str, experts: Sequence[str]) -> list[float]:
         """Return a coefficient for each of these experts."""
@@ -64,11 +81,9 @@ def ties(operands: Operands, given: Coefficients) -> Step:
     Each τᵢ keeps its k = max(1, ⌊density · n⌋) largest entries, and all that equal the k-th. With one
     λ for all experts the result is the paper's θ₀ + λ · mean of the entries that agree.
     """
-    bands = [
-        operands.band(expert, density)
-        for expert, density in zip(operands.changed, given.of("density", operands.changed), strict=True)
-    ]
-    numbers = Numbers(given.of("lambda", operands.changed), low=[low for low, _ in bands])
+    densities = given.of("density", operands.changed)
+    kept = _bands(operands, densities, [0.0] * len(densities))
+    numbers = Numbers(given.of("lambda", operands.changed), low=[low for low, _ in kept])
     return Step(numbers, "trim", _combine(given))
 
 
@@ -77,16 +92,10 @@ def breadcrumbs(operands: Operands, given: Coefficients) -> Step:
 
     Of each τᵢ the share gamma at the top is dropped, then of the rest the largest are kept, density · n.
     """
-    wanted = zip(
-        operands.changed,
-        given.of("density", operands.changed),
-        given.of("gamma", operands.changed),
-        strict=True,
-    )
-    bands = [operands.band(expert, density, gamma) for expert, density, gamma in wanted]
-    numbers = Numbers(
-        given.of("lambda", operands.changed), low=[low for low, _ in bands], high=[high for _, high in bands]
-    )
+    densities, gammas = given.of("density", operands.changed), given.of("gamma", operands.changed)
+    kept = _bands(operands, densities, gammas)
+    lambdas = given.of("lambda", operands.changed)
+    numbers = Numbers(lambdas, low=[low for low, _ in kept], high=[high for _, high in kept])
     return Step(numbers, "band")
 
 
@@ -102,17 +111,16 @@ def dare_linear(operands: Operands, given: Coefficients) -> Step:
     of the magnitude that was kept instead, as mergekit does.
     """
     lambdas, densities = given.of("lambda", operands.changed), given.of("density", operands.changed)
-    rescale = given.options["rescale"]
-    factors = [
-        _dare_factor(operands, *pair, rescale) for pair in zip(operands.changed, densities, strict=True)
-    ]
-    numbers = Numbers(
-        lambdas=[lam * factor for lam, factor in zip(lambdas, factors, strict=True)],
-        limits=[keep_limit(density) for density in densities],
-        keys=[hash_key(operands.seed, expert, operands.name) for expert in operands.changed],
-        stream=hash_key(operands.seed, "", operands.name),
-    )
-    return Step(numbers, "random")
+    keys, stream = hash_keys(given.seed, operands.changed, operands.name)
+    if given.options["rescale"] == "probability":
+        lambdas = [weight / density for weight, density in zip(lambdas, densities, strict=True)]
+    limits = [keep_limit(density) for density in densities]
+    step = Step(Numbers(lambdas, limits=limits, keys=keys, stream=stream), "random")
+    if given.options["rescale"] == "l1":
+        factors = _l1_factors(step, operands)
+        lambdas = [weight * factor for weight, factor in zip(lambdas, factors, strict=True)]
+        return replace(step, numbers=step.numbers._replace(lambdas=lambdas))
+    return step
 
 
 def dare_ties(operands: Operands, given: Coefficients) -> Step:
@@ -126,14 +134,24 @@ def della_linear(operands: Operands, given: Coefficients) -> Step:
     Entry j is kept with probability pⱼ, which rises with the rank of its magnitude in its row from
     density − epsilon to density + epsilon, and is divided by pⱼ.
     """
-    rows = zip(
-        operands.changed,
-        given.of("density", operands.changed),
-        given.of("epsilon", operands.changed),
-        strict=True,
+    wanted = zip(given.of("density", operands.changed), given.of("epsilon", operands.changed), strict=True)
+    lines = [keep_line(*pair, operands.row_length) for pair in wanted]
+    keys, stream = hash_keys(given.seed, operands.changed, operands.name)
+    numbers = Numbers(
+        given.of("lambda", operands.changed),
+        low=[low for low, _ in lines],
+        steps=[step for _, step in lines],
+        factors=[1.0] * len(lines),
+        keys=keys,
+        stream=stream,
     )
-    vectors = [_magpruned(operands, *row, given.options["rescale"]) for row in rows]
-    return Step(Numbers(given.of("lambda", operands.changed)), vectors=vectors)
+    tables = [operands.table(RANKS, expert) for expert in operands.changed]
+    ranks = [torch.from_numpy(table).to(operands.base.device) for table in tables]
+    rescale = given.options["rescale"]
+    step = Step(numbers, "rescaled" if rescale == "probability" else "ranked", ranks=ranks)
+    if rescale == "l1":
+        return replace(step, numbers=numbers._replace(factors=_l1_factors(step, operands)))
+    return step
 
 
 def della(operands: Operands, given: Coefficients) -> Step:
@@ -142,11 +160,25 @@ def della(operands: Operands, given: Coefficients) -> Step:
 
 
 def sce(operands: Operands, given: Coefficients) -> Step:
-    """Select by variance, calculate weights by mean square, erase minority signs (SCE; Wan et al. 2024)."""
-    merged = selection_masks.sce(
-        [operands.vector(expert) for expert in operands.experts], given.single("select_topk")
-    )
-    return Step(Numbers([1.0]), vectors=[merged])
+    """Select by variance, calculate weights by mean square, erase minority signs (SCE; Wan et al. 2024).
+
+    Selected are the positions of largest variance across experts, the share `select_topk` of those where
+    it is not zero; 1 selects every position. Each expert weighs by its mean square there, normalized; the
+    entries against the sign of the experts' sum (+ where it is 0) are dropped and the others averaged.
+    (mergekit weighs the experts alike where the mean squares sum to less than 1e-6, as those of short
+    fine-tunes do.)
+    """
+    topk = given.single("select_topk")
+    place, sources = grid_place(topk), operands.all_sources
+    if place is None:
+        row = selections(operands.base, sources, [topk])[0]
+    else:
+        row = operands.table(SELECTIONS)[place]
+    threshold, *energies = row.tolist()
+    total = sum(energies)
+    shares = [energy / total if total > 0 else 1 / len(energies) for energy in energies]
+    keep: Keep = "all" if threshold == -math.inf else "selected"
+    return Step(Numbers(shares, low=[threshold]), keep, "shares", sources=sources)
 
 
 def model_stock(operands: Operands, given: Coefficients) -> Step:
@@ -156,7 +188,7 @@ def model_stock(operands: Operands, given: Coefficients) -> Step:
     or of each row.
     """
     by_rows = given.options["granularity"] == "rows"
-    gram = operands.gram(by_rows)
+    gram = _gram(operands, by_rows)
     return _combination(operands, spherical.model_stock(gram[..., 1:, 1:]), base=1.0)
 
 
@@ -166,13 +198,14 @@ def slerp(operands: Operands, given: Coefficients) -> Step:
     θ = sin((1−t)Ω)/sinΩ · θ₁ + sin(tΩ)/sinΩ · θ₂ with Ω the angle between them; the straight line
     where they are nearly parallel (|cos Ω| > 0.9995).
     """
-    return _combination(operands, spherical.slerp(_gram_of_weights(operands), given.single("t")))
+    return _combination(operands, spherical.slerp(_of_weights(_gram(operands)), given.single("t")))
 
 
 def nuslerp(operands: Operands, given: Coefficients) -> Step:
     """Follow the arc between two task vectors, or weights, taken as directions (mergekit's NuSLERP)."""
     by_rows, of_weights = given.options["granularity"] == "rows", given.options["origin"] == "zero"
-    gram = _gram_of_weights(operands, by_rows) if of_weights else operands.gram(by_rows)[..., 1:, 1:]
+    whole = _gram(operands, by_rows)
+    gram = _of_weights(whole) if of_weights else whole[..., 1:, 1:]
     weights = spherical.nuslerp(gram, given.single("t"))
     return _combination(operands, weights, base=None if of_weights else 1.0)
 
@@ -180,14 +213,15 @@ def nuslerp(operands: Operands, given: Coefficients) -> Step:
 def multislerp(operands: Operands, given: Coefficients) -> Step:
     """Average on the sphere in the tangent space at the mean direction (Goddard 2025, multi-SLERP)."""
     of_weights = given.options["origin"] == "zero"
-    gram = _gram_of_weights(operands) if of_weights else operands.gram()[1:, 1:]
+    whole = _gram(operands)
+    gram = _of_weights(whole) if of_weights else whole[1:, 1:]
     weights = spherical.multislerp(gram, given.of("lambda", operands.experts))
     return _combination(operands, weights, base=None if of_weights else 1.0)
 
 
 def karcher(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
     """Take the Karcher mean of the experts' directions, times their mean norm (Karcher 1977)."""
-    return _combination(operands, spherical.karcher(_gram_of_weights(operands)))
+    return _combination(operands, spherical.karcher(_of_weights(_gram(operands))))
 
 
 def nearswap(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
@@ -197,10 +231,10 @@ def nearswap(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
 
 def arcee_fusion(operands: Operands, given: Coefficients) -> Step:  # noqa: ARG001
     """Take over the weights of importance |τ| · KL ≥ median + 1.5 IQR (mergekit's Arcee Fusion)."""
-    vector = operands.vector(operands.experts[0])
-    base = operands.base.float()
-    mask = selection_masks.arcee_fusion_mask(base + vector, base)
-    return Step(Numbers([1.0]), vectors=[torch.where(mask, vector, 0.0)])
+    *divergences, threshold = operands.table(IMPORTANCE, operands.experts[0])
+    scales = torch.tensor(np.array(divergences), device=operands.base.device)[:, None]
+    ones = torch.ones_like(scales)
+    return Step(Numbers([ones], ones, low=[float(threshold)], scales=scales), "trim")
 
 
 def passthrough(operands: Operands, given: Coefficients) -> Step:
@@ -231,11 +265,72 @@ RULES: dict[MethodName, Callable[[Operands, Coefficients], Step]] = {
 }
 
 
-@functools.cache
+def tables_of(recipe: MergeRecipe) -> list[Kind]:
+    """Return the kinds of tables that a recipe's method reads of the plan."""
+    by_rows = recipe.choices.get("granularity") == "rows"
+    match recipe.method:
+        case "ties":
+            return [bands_kind(0.0)]
+        case "breadcrumbs" | "breadcrumbs_ties":
+            gammas = {gamma for group in recipe.groups for gamma in group.per_expert("gamma").values()}
+            return [bands_kind(gamma) for gamma in sorted(gammas) if _is_kept(gamma)]
+        case "della_linear" | "della":
+            return [RANKS]
+        case "sce":
+            return [SELECTIONS]
+        case "arcee_fusion":
+            return [IMPORTANCE]
+        case "model_stock" | "slerp" | "nuslerp" | "multislerp" | "karcher":
+            return [GRAM_BY_ROWS if by_rows else GRAM]
+        case _:
+            return []
+
+
 def hash_key(seed: int, expert: str, name: str) -> int:
     """Derive an int32 key for `hash32` from the recipe's seed, the expert and the tensor."""
     digest = hashlib.blake2b(f"{seed}\0{expert}\0{name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+@functools.cache
+def hash_keys(seed: int, experts: tuple[str, ...], name: str) -> tuple[tuple[int, ...], int]:
+    """Return the experts' keys for a tensor, and its stream."""
+    return tuple(hash_key(seed, expert, name) for expert in experts), hash_key(seed, "", name)
+
+
+def keep_line(density: float, epsilon: float, row_length: int) -> tuple[float, float]:
+    """Return low and step of the probability to be kept, low + step · rank (MAGPRUNE; Deep et al. 2024).
+
+    Within a row the entries are ranked by magnitude, ties by position; the probability rises linearly with
+    the rank from density − ε to density + ε, so its mean over the row is the density ∈ (0, 1]. The paper's
+    ε is the whole spread; here, as in mergekit, it is half of it. ε is cut to min(ε, density, 1 − density):
+    density 1 keeps all, where mergekit's ends must lie inside (0, 1). (With three dimensions or more,
+    mergekit ranks along the second.)
+    """
+    if row_length == 1:
+        return density, 0.0
+    half_spread = min(epsilon, density, 1 - density)
+    return density - half_spread, 2 * half_spread / (row_length - 1)
+
+
+def _is_kept(gamma: float) -> bool:
+    """Say whether the plan holds the bands of a gamma: of those on the grid, and 0."""
+    return gamma == 0 or grid_place(gamma) is not None
+
+
+def _bands(
+    operands: Operands, densities: Sequence[float], gammas: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Return the magnitudes low and high between which each expert's entries stay; see `tables.bands`."""
+    found = []
+    for expert, density, gamma in zip(operands.changed, densities, gammas, strict=True):
+        place = grid_place(density)
+        if place is not None and _is_kept(gamma):
+            row: Array = operands.table(bands_kind(gamma), expert)[place]
+        else:
+            row = bands(operands.base, operands.sources[expert], [density], gamma)[0]
+        found.append(tuple(row.tolist()))
+    return found
 
 
 def _combine(given: Coefficients) -> Combine:
@@ -253,46 +348,24 @@ def _combination(operands: Operands, weights: Tensor, base: float | None = None)
         return Step(Numbers(list(changed), total))
     if weights.ndim == 1:
         return Step(Numbers(changed.tolist(), float(total)))
-    rows, device = (*operands.base.shape[:-1], 1), operands.base.device
+    rows, device = (-1, 1), operands.base.device
     by_row = [each.reshape(rows).to(wide(operands.base).dtype).to(device) for each in (total, *changed)]
     return Step(Numbers(by_row[1:], by_row[0]))
 
 
-def _gram_of_weights(operands: Operands, by_rows: bool = False) -> Tensor:
-    """Return the inner products of the experts' weights θᵢ = θ₀ + τᵢ: (…, n, n)."""
-    gram = operands.gram(by_rows)
+def _gram(operands: Operands, by_rows: bool = False) -> Tensor:
+    """Return the inner products of θ₀, τ₁ … τₙ for all experts, in float64: (n + 1, n + 1), or by rows."""
+    table = torch.from_numpy(operands.table(GRAM_BY_ROWS if by_rows else GRAM))
+    return table if by_rows else table[0]
+
+
+def _of_weights(gram: Tensor) -> Tensor:
+    """Return the inner products of the experts' weights θᵢ = θ₀ + τᵢ from those of θ₀, τᵢ: (…, n, n)."""
     cross = gram[..., 0, 1:]
     return gram[..., :1, :1] + cross[..., None, :] + cross[..., :, None] + gram[..., 1:, 1:]
 
 
-def _magpruned(operands: Operands, expert: str, density: float, epsilon: float, rescale: str) -> Tensor:
-    """Return an expert's task vector with entries dropped by MAGPRUNE and rescaled."""
-    vector = operands.vector(expert)
-    probabilities = selection_masks.della_probabilities(vector, density, epsilon)
-    limits = (probabilities.double() * 2**32).round().clamp_(min=1) - 2**31 - 1  # as `keep_limit`
-    mask = (_hashes(operands, expert) <= limits.to(torch.int32)) & (probabilities > 0)
-    if rescale == "probability":
-        vector = vector / probabilities.clamp(min=2**-32)
-    kept = torch.where(mask, vector, 0.0)
-    return kept * _l1_factor(vector, mask) if rescale == "l1" else kept
-
-
-def _l1_factor(vector: Tensor, mask: Tensor) -> float:
-    """Return Σ|τ| before over Σ|τ| after masking; 1 where either is about zero, as mergekit has it."""
-    magnitudes = vector.abs().cpu().numpy()
-    before = float(np.sum(magnitudes, dtype=np.float64))
-    after = float(np.sum(magnitudes, where=mask.cpu().numpy(), dtype=np.float64))
-    return before / after if min(before, after) >= 1e-7 else 1.0
-
-
-def _dare_factor(operands: Operands, expert: str, density: float, rescale: str) -> float:
-    if rescale == "l1":
-        return _l1_factor(operands.vector(expert), _hashes(operands, expert) <= keep_limit(density))
-    return 1 / density if rescale == "probability" else 1.0
-
-
-def _hashes(operands: Operands, expert: str) -> Tensor:
-    """Return a uniform int32 for every entry of the tensor, the same as `merge_chunk` draws."""
-    index = torch.arange(operands.base.numel(), device=operands.base.device).to(torch.int32)
-    stream, key = (hash_key(operands.seed, who, operands.name) for who in ("", expert))
-    return hash32(index, stream, key).view(operands.base.shape)
+def _l1_factors(step: Step, operands: Operands) -> list[float]:
+    """Return Σ|τ| over that of what is kept, for each expert; 1 where either is about zero, as mergekit."""
+    sums = magnitude_sums(step, operands.base, list(operands.sources.values()))
+    return [before / after if min(before, after) >= 1e-7 else 1.0 for before, after in sums]

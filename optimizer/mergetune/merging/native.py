@@ -1,4 +1,4 @@
-"""`kernel.cpp`, compiled once per machine: the elementwise pass at the speed of memory, on the CPU."""
+"""The C++ of this room, compiled once per machine: merges and plans at the speed of memory, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,14 @@ from mergetune.files.atomic_files import replacing
 from mergetune.files.library import in_cache
 
 if TYPE_CHECKING:
-    from mergetune.merging.elementwise import Numbers
+    from mergetune.merging.elementwise import Step
 
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
-_MAX_EXPERTS = 8  # the kernel is compiled for each number up to it; more are merged in plain torch
+_FOLDER = Path(__file__).parent
+_SOURCES = ("kernel.cpp", "plan.cpp")
+_HEADER = "job.h"
 _FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", f"-DMAX_EXPERTS={_MAX_EXPERTS}"),
+    *("-std=c++17", "-O3", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 # What not every compiler and processor takes, from the best down.
@@ -38,27 +40,35 @@ _TUNING = (
     ("-march=native",),
     (),
 )
-# As in the enumerations of `kernel.cpp`.
+# As in the enumerations of `job.h`.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_KEEP = {"all": 0, "trim": 1, "band": 2, "random": 3, "clip": 4}
-_COMBINE = {"sum": 0, "count": 1, "weights": 2, "none": 3}
+_VECTOR = 3
+_KEEP = {
+    name: i
+    for i, name in enumerate(("all", "trim", "band", "random", "clip", "ranked", "rescaled", "selected"))
+}
+_COMBINE = {name: i for i, name in enumerate(("sum", "count", "weights", "none", "shares"))}
+_FLOATS, _INTEGERS = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int32)
+_POINTERS = ctypes.POINTER(ctypes.c_void_p)
 
 
-class _Job(ctypes.Structure):
-    """`Job` of `kernel.cpp`."""
+class Job(ctypes.Structure):
+    """`Job` of `job.h`."""
 
     _fields_ = (
-        ("base", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("sources", ctypes.c_void_p * _MAX_EXPERTS),
-        *((name, ctypes.c_int32 * _MAX_EXPERTS) for name in ("dtypes", "are_vectors")),
-        *((name, ctypes.c_float * _MAX_EXPERTS) for name in ("lambdas", "low", "high")),
-        *((name, ctypes.c_int32 * _MAX_EXPERTS) for name in ("limits", "keys")),
-        ("size", ctypes.c_int64),
-        ("base_weight", ctypes.c_float),
+        *(("base", ctypes.c_void_p), ("out", ctypes.c_void_p)),
+        *(("sources", _POINTERS), ("kinds", _INTEGERS), ("ranks", _POINTERS)),
+        *(
+            (name, _FLOATS)
+            for name in ("lambdas", "base_weights", "scales", "low", "high", "steps", "factors")
+        ),
+        *((name, _INTEGERS) for name in ("limits", "keys")),
+        *((name, ctypes.c_int64) for name in ("size", "row_length", "n_rows")),
         *(
             (name, ctypes.c_int32)
-            for name in ("stream", "dtype", "n_experts", "keep", "combine", "n_threads")
+            for name in (
+                *("dtype", "n_experts", "rank_bytes", "keep", "combine", "stream", "start", "n_threads"),
+            )
         ),
     )
 
@@ -66,43 +76,91 @@ class _Job(ctypes.Structure):
 def can_merge(tensors: Sequence[Tensor]) -> bool:
     """Say whether the kernel is there and takes these tensors: the result, the base and the sources."""
     return (
-        len(tensors) <= _MAX_EXPERTS + 2
-        and tensors[0].dtype == tensors[1].dtype
+        tensors[0].dtype == tensors[1].dtype
         and all(each.dtype in _DTYPES and each.is_cpu and each.is_contiguous() for each in tensors)
-        and _library() is not None
+        and library() is not None
     )
 
 
 def merge(
-    out: Tensor,
-    base: Tensor,
-    sources: Sequence[Tensor],
-    are_vectors: Sequence[bool],
-    keep: str,
-    combine: str,
-    numbers: Numbers,
+    out: Tensor, base: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool], step: Step
 ) -> float:
-    """Merge a whole tensor into `out`; what `elementwise.merge_chunk` does, with the same result."""
-    library = _library()
-    assert library is not None  # can_merge
-    job = _Job(
-        base.data_ptr(),
-        out.data_ptr(),
-        tuple([source.data_ptr() for source in sources]),
-        tuple([_DTYPES[source.dtype] for source in sources]),
-        tuple(are_vectors),
-        *map(tuple, (numbers.lambdas, numbers.low, numbers.high, numbers.limits, numbers.keys)),
-        base.numel(),
-        numbers.base_weight,
-        numbers.stream,
-        _DTYPES[base.dtype],
-        len(sources),
-        _KEEP[keep],
-        _COMBINE[combine],
-        torch.get_num_threads(),
-    )
-    peak: float = library.merge_tensor(ctypes.byref(job))
+    """Merge a tensor into `out`; what `elementwise.merge_tensor` does, with the same result."""
+    job = job_of(base, sources, are_vectors)
+    _add_numbers(job, step)
+    job.out = out.data_ptr()
+    peak: float = loaded().merge_tensor(ctypes.byref(job))
     return peak
+
+
+def magnitude_sums(
+    base: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool], step: Step
+) -> list[tuple[float, float]]:
+    """Return what `elementwise.magnitude_sums` does, with the same result."""
+    job = job_of(base, sources, are_vectors)
+    _add_numbers(job, step)
+    job.lambdas = _floats([1.0] * len(sources))
+    sums = []
+    for i in range(len(sources)):
+        before, after = ctypes.c_double(), ctypes.c_double()
+        loaded().sum_magnitudes(ctypes.byref(job), i, ctypes.byref(before), ctypes.byref(after))
+        sums.append((before.value, after.value))
+    return sums
+
+
+def job_of(base: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool]) -> Job:
+    """Return a job without numbers, on one row of all entries; tensors must outlive it."""
+    kinds = [
+        _VECTOR if is_vector else _DTYPES[source.dtype]
+        for source, is_vector in zip(sources, are_vectors, strict=True)
+    ]
+    return Job(
+        base=base.data_ptr(),
+        sources=_pointers(sources),
+        kinds=_integers(kinds),
+        size=base.numel(),
+        row_length=base.numel(),
+        n_rows=1,
+        dtype=_DTYPES[base.dtype],
+        n_experts=len(sources),
+        n_threads=torch.get_num_threads(),
+    )
+
+
+def _add_numbers(job: Job, step: Step) -> None:
+    numbers = step.numbers
+    if numbers.n_rows is None:
+        job.lambdas, job.base_weights = _floats(numbers.lambdas), _floats([numbers.base_weight])
+    else:
+        job.n_rows, job.row_length = numbers.n_rows, job.size // numbers.n_rows
+        job.lambdas, job.base_weights = by_rows(numbers.lambdas), by_rows([numbers.base_weight])
+        job.scales = None if numbers.scales is None else by_rows([numbers.scales])
+    for name in ("low", "high", "steps", "factors"):
+        setattr(job, name, _floats(getattr(numbers, name)))
+    for name in ("limits", "keys"):
+        setattr(job, name, _integers(getattr(numbers, name)))
+    if step.ranks:
+        job.ranks, job.rank_bytes = _pointers(step.ranks), step.ranks[0].element_size()
+    job.stream, job.start = numbers.stream, numbers.start
+    job.keep, job.combine = _KEEP[step.keep], _COMBINE[step.combine]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _floats(values: Sequence[Any]) -> ctypes.Array[ctypes.c_float] | None:
+    return (ctypes.c_float * len(values))(*values) if values else None
+
+
+def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32] | None:
+    return (ctypes.c_int32 * len(values))(*values) if values else None
+
+
+def by_rows(columns: Sequence[Any]) -> ctypes.Array[ctypes.c_float]:
+    """Return numbers by rows, each of shape (n_rows, 1), as one array (n_columns, n_rows)."""
+    table = np.stack([column.float().numpy().reshape(-1) for column in columns] or [np.empty(0, np.float32)])
+    return (ctypes.c_float * table.size).from_buffer(np.ascontiguousarray(table).data)
 
 
 def why_slow() -> str | None:
@@ -113,9 +171,17 @@ def why_slow() -> str | None:
     return f"Merging runs in plain torch, 10 to 40 times slower: {found} Install g++ 9 or newer, or clang."
 
 
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """Return the compiled code, None where there is none."""
     found = _loaded()
     return found if isinstance(found, ctypes.CDLL) else None
+
+
+def loaded() -> ctypes.CDLL:
+    """Return the compiled code, which must be there."""
+    found = library()
+    assert found is not None
+    return found
 
 
 @functools.cache
@@ -129,6 +195,7 @@ def _loaded() -> ctypes.CDLL | str:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return f"{error}."
     library.merge_tensor.restype = ctypes.c_float
+    library.count_varying.restype = ctypes.c_int64
     return library
 
 
@@ -136,7 +203,7 @@ def _build(compiler: str) -> Path:
     """Compile the kernel unless that was done on this machine before; returns the shared library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = (
-        _SOURCE.read_text(encoding="utf-8"),
+        *((_FOLDER / name).read_text(encoding="utf-8") for name in (*_SOURCES, _HEADER)),
         version,
         platform.machine(),
         _processor(),
@@ -148,7 +215,8 @@ def _build(compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            _compile([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], _TUNING)
+            sources = [str(_FOLDER / name) for name in _SOURCES]
+            _compile([compiler, *_FLAGS, *sources, "-o", str(built)], _TUNING)
             with replacing(path) as temporary:
                 built.replace(temporary)
     return path
@@ -160,7 +228,8 @@ def _compile(command: list[str], tunings: Iterable[Sequence[str]]) -> None:
         done = subprocess.run([*command, *tuning], capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
-    raise subprocess.SubprocessError(f"{command[0]} cannot compile {_SOURCE.name}: {done.stderr.strip()}")
+    sources = " and ".join(_SOURCES)
+    raise subprocess.SubprocessError(f"{command[0]} cannot compile {sources}: {done.stderr.strip()}")
 
 
 def _processor() -> str:
