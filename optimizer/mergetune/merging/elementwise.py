@@ -186,10 +186,10 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers, ranks: Sequence[
         if keep == "random":
             return vector * (drawn <= numbers.limits[i])
         probability = keep_probabilities(ranks[i], numbers.low[i], numbers.steps[i])
-        is_kept = drawn.double() < probability.double() * 2**32 - 2**31  # as `keep_limit` has it
-        if keep == "ranked":
-            return vector * numbers.factors[i] * is_kept
-        return vector / probability.clamp(min=2**-32) * is_kept
+        limit = (probability.where(probability < 1, 0.0) * 2**31).to(torch.int32)
+        is_kept = (((drawn ^ -(2**31)) >> 1) & 0x7FFFFFFF) < limit  # of unsigned halves
+        scaled = vector * numbers.factors[i] if keep == "ranked" else vector / probability
+        return scaled.where(is_kept | (probability == 1), 0.0)
     magnitude = vector.abs() if numbers.scales is None else vector.abs() * numbers.scales
     is_kept = magnitude >= numbers.low[i]
     if keep == "band":
@@ -199,7 +199,7 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers, ranks: Sequence[
 
 def keep_probabilities(ranks: Tensor, low: float, step: float) -> Tensor:
     """Return low + step · rank ∈ [0, 1], in float32."""
-    return (low + step * ranks.float()).clamp(0, 1)
+    return (low + step * ranks.float()).clamp(max=1)
 
 
 def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Number]) -> Tensor:
@@ -215,11 +215,7 @@ def _consensus(parts: Sequence[Tensor], combine: Combine, lambdas: Sequence[Numb
     if combine == "weights":
         divisor = _sum([agree * lambdas[i] for i, agree in enumerate(agrees)])
         return total / (divisor + (divisor == 0))
-    count = _sum(agrees)
-    share = (count < 2).to(count.dtype)
-    for n in range(2, len(parts) + 1):  # a division would take longer than all the rest
-        share = share + (count == n) * (1 / n)
-    return total * share
+    return total * (1 / _sum(agrees).clamp(min=1))
 
 
 def _shared(vectors: Sequence[Tensor], shares: Sequence[Number]) -> Tensor:

@@ -94,27 +94,11 @@ inline void read_base(float* start, const Job& job, int64_t begin, int n) {
 // Read n entries of expert e's task vector.
 inline void read_vector(float* __restrict vector, const float* __restrict start, const Job& job, int e, int64_t begin,
                         int n) {
-    with_type(job.sources[e], job.kinds[e], begin, [&](auto* from) { read(vector, from, n); });
-    if (job.kinds[e] == VECTOR) return;
+    with_type(job.sources[e], job.kinds[e], begin, [&](auto* from) {
+        if (job.kinds[e] == VECTOR) return read(vector, from, n);
 #pragma omp simd
-    for (int i = 0; i < n; i++) vector[i] -= start[i];
-}
-
-// `elementwise.variance` of n entries across the parts, (n_parts, BLOCK).
-inline void read_variance(float* __restrict variance, const float* __restrict parts, int n_parts, int n) {
-    alignas(64) double sums[BLOCK] = {}, squares[BLOCK] = {};
-    const double share = 1.0 / n_parts;
-    for (int e = 1; e < n_parts; e++) {
-        const float* __restrict part = parts + e * BLOCK;
-#pragma omp simd
-        for (int i = 0; i < n; i++) {
-            const double shifted = double(part[i]) - double(parts[i]);
-            sums[i] += shifted;
-            squares[i] += shifted * shifted;
-        }
-    }
-#pragma omp simd
-    for (int i = 0; i < n; i++) variance[i] = float((squares[i] - sums[i] * sums[i] * share) * share);
+        for (int i = 0; i < n; i++) vector[i] = widen(from[i]) - start[i];
+    });
 }
 
 // `double lanes[8]`, added up side by side: the order of a sum is the same on every processor.
@@ -126,4 +110,26 @@ inline double total(const lanes& sums) {
     for (int i = 1; i < LANES; i++) sum += sums[i];
     return sum;
 }
+
+// `elementwise.variance` of `TILE` entries across the parts, (n_parts, BLOCK).
+constexpr int TILE = 16;
+inline void read_variance(float* variance, const float* parts, int n_parts) {
+    typedef float halves __attribute__((vector_size(LANES * sizeof(float))));
+    const double share = 1.0 / n_parts;
+    for (int i = 0; i < TILE; i += LANES) {
+        halves part;
+        std::memcpy(&part, parts + i, sizeof part);
+        const lanes first = __builtin_convertvector(part, lanes);
+        lanes sums = {}, squares = {};
+        for (int e = 1; e < n_parts; e++) {
+            std::memcpy(&part, parts + e * BLOCK + i, sizeof part);
+            const lanes shifted = __builtin_convertvector(part, lanes) - first;
+            sums += shifted;
+            squares += shifted * shifted;
+        }
+        part = __builtin_convertvector((squares - sums * sums * share) * share, halves);
+        std::memcpy(variance + i, &part, sizeof part);
+    }
+}
+
 constexpr int64_t SPAN = 1 << 16;  // entries whose lanes are added up before the next ones'

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t PER_TASK = 16 * BLOCK;  // entries that a thread takes at a time
 constexpr int64_t AHEAD = 4 * BLOCK;      // entries between those worked on and those asked for
-constexpr int UNROLLED = 8;               // experts up to which elections are compiled for each number
 
 template <typename T>
 inline T narrow(float value);
@@ -62,12 +61,12 @@ inline float kept(float vector, const Rule& rule, int i) {
     if (KEEP == RANDOM) return vector * (drawn(rule, i) <= rule.limit ? 1.0f : 0.0f);
     if (KEEP == RANKED || KEEP == RESCALED) {
         float probability = rule.low + rule.step * rule.ranks[i];
-        probability = probability < 0.0f ? 0.0f : probability;
         probability = probability > 1.0f ? 1.0f : probability;
-        bool is_kept = double(drawn(rule, i)) < double(probability) * 0x1p32 - 0x1p31;
-        float divided = KEEP == RESCALED ? vector / (probability < 0x1p-32f ? 0x1p-32f : probability) 
-                                            : vector * rule.factor;
-        return divided * (is_kept ? 1.0f : 0.0f);
+        int32_t below = int32_t((probability < 1.0f ? probability : 0.0f) * 0x1p31f) - 1;
+        int32_t limit = probability < 1.0f ? below : 0x7FFFFFFF;
+        int32_t half = int32_t((uint32_t(drawn(rule, i)) ^ 0x80000000u) >> 1);
+        float scaled = KEEP == RESCALED ? vector / probability : vector * rule.factor;
+        return half <= limit ? scaled : 0.0f;
     }
     if (KEEP == CLIP) {
         float raised = vector < -rule.low ? -rule.low : vector;
@@ -142,78 +141,63 @@ void fill(float* part, Block& block, int e) {
     }
 }
 
-// `elementwise._consensus`: the first part becomes the sum of the parts that agree, divided.
+// `TILE` entries side by side.
+typedef float floats __attribute__((vector_size(TILE * sizeof(float))));
+
+inline floats load(const float* from) {
+    floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+// `elementwise.variance` of a tile across the parts.
+inline floats variance(const float* parts, int n_parts) {
+    floats found;
+    read_variance(reinterpret_cast<float*>(&found), parts, n_parts);
+    return found;
+}
+
+// `elementwise._consensus` and `_shared`: the first part becomes the sum of the parts that agree, divided. N: the
+// number of experts, or 0 for any.
 template <int N, int COMBINE>
-void elect(float* __restrict parts, const float* lambdas, int n) {
-    float units[N];
-    for (int e = 0; e < N; e++) units[e] = COMBINE == WEIGHTS ? lambdas[e] : 1.0f;
-#pragma omp simd
-    for (int i = 0; i < n; i++) {
-        float elected = parts[i];
-        for (int e = 1; e < N; e++) elected += parts[e * BLOCK + i];
-        float total = 0.0f, divisor = 0.0f;
-        for (int e = 0; e < N; e++) {
-            bool agrees = parts[e * BLOCK + i] * elected > 0.0f;
-            total += agrees ? parts[e * BLOCK + i] : 0.0f;
-            divisor += agrees ? units[e] : 0.0f;
-        }
-        if (COMBINE == COUNT)
-            for (int k = 2; k <= N; k++) total *= divisor == float(k) ? float(1.0 / k) : 1.0f;
-        if (COMBINE == WEIGHTS) total /= divisor == 0.0f ? 1.0f : divisor;
-        parts[i] = total;
-    }
-}
-
-template <int N>
 void elect(float* parts, const Job& job, int n) {
-    if (job.n_experts != N) return elect<N - 1>(parts, job, n);
-    switch (job.combine) {
-        case COUNT: return elect<N, COUNT>(parts, job.lambdas, n);
-        case WEIGHTS: return elect<N, WEIGHTS>(parts, job.lambdas, n);
-        default: return elect<N, NONE>(parts, job.lambdas, n);
-    }
-}
-template <>
-void elect<0>(float*, const Job&, int) {}
-
-// The same for any number of experts, and SCE's, where the sum of the parts elects and a zero elects plus.
-template <bool IS_SCE>
-void elect_among_many(float* __restrict parts, const Job& job, int n) {
-    alignas(64) float elected[BLOCK], total[BLOCK] = {}, divisor[BLOCK] = {};
-    std::memcpy(elected, parts, n * sizeof(float));
-    for (int e = 1; e < job.n_experts; e++) {
-        const float* __restrict part = parts + e * BLOCK;
-#pragma omp simd
-        for (int i = 0; i < n; i++) elected[i] += part[i];
-    }
-    for (int e = 0; e < job.n_experts; e++) {
-        const float* __restrict part = parts + e * BLOCK;
-        const float factor = IS_SCE ? job.lambdas[e] : 1.0f;
-        const float unit = IS_SCE || job.combine == WEIGHTS ? job.lambdas[e] : 1.0f;
-#pragma omp simd
-        for (int i = 0; i < n; i++) {
-            bool agrees = IS_SCE ? (elected[i] >= 0.0f ? part[i] > 0.0f : part[i] < 0.0f) : part[i] * elected[i] > 0.0f;
-            total[i] += agrees ? part[i] * factor : 0.0f;
-            divisor[i] += agrees ? unit : 0.0f;
+    const int n_experts = N ? N : job.n_experts;
+    const bool selects = COMBINE == SHARES && job.keep == SELECTED;
+    for (int i = 0; i < n; i += TILE) {
+        floats elected = load(parts + i), total = {}, divisor = {};
+        for (int e = 1; e < n_experts; e++) elected += load(parts + e * BLOCK + i);
+        const floats zeros = {}, ones = zeros + 1.0f;
+        const floats direction = COMBINE == SHARES ? (elected >= zeros ? ones : -ones) : elected;
+        for (int e = 0; e < n_experts; e++) {
+            const floats part = load(parts + e * BLOCK + i);
+            const floats weight = COMBINE == SHARES || COMBINE == WEIGHTS ? zeros + job.lambdas[e] : ones;
+            total += part * direction > zeros ? (COMBINE == SHARES ? part * weight : part) : zeros;
+            divisor += part * direction > zeros ? weight : zeros;
         }
+        if (COMBINE == COUNT) total *= ones / (divisor > ones ? divisor : ones);
+        if (COMBINE == WEIGHTS || COMBINE == SHARES) total /= divisor == zeros ? ones : divisor;
+        if (selects) total = variance(parts + i, n_experts) >= job.low[0] ? total : zeros;
+        std::memcpy(parts + i, &total, sizeof total);
     }
-    if (job.combine == COUNT)
-        for (int k = 2; k <= job.n_experts; k++)
-#pragma omp simd
-            for (int i = 0; i < n; i++) total[i] *= divisor[i] == float(k) ? float(1.0 / k) : 1.0f;
-    const bool divides = IS_SCE || job.combine == WEIGHTS;
-#pragma omp simd
-    for (int i = 0; i < n; i++) parts[i] = divides ? total[i] / (divisor[i] == 0.0f ? 1.0f : divisor[i]) : total[i];
 }
 
-// `elementwise.kept_vectors`: entries of less variance across the experts become zero in every part.
-void select(float* __restrict parts, const Job& job, int n) {
-    alignas(64) float variance[BLOCK];
-    read_variance(variance, parts, job.n_experts, n);
-    for (int e = 0; e < job.n_experts; e++) {
-        float* __restrict part = parts + e * BLOCK;
-#pragma omp simd
-        for (int i = 0; i < n; i++) part[i] = variance[i] >= job.low[0] ? part[i] : 0.0f;
+template <int COMBINE>
+void elect(float* parts, const Job& job, int n) {
+    switch (job.n_experts) {
+        case 1: return elect<1, COMBINE>(parts, job, n);
+        case 2: return elect<2, COMBINE>(parts, job, n);
+        case 3: return elect<3, COMBINE>(parts, job, n);
+        case 4: return elect<4, COMBINE>(parts, job, n);
+        default: return elect<0, COMBINE>(parts, job, n);
+    }
+}
+
+void elect(float* parts, const Job& job, int n) {
+    switch (job.combine) {
+        case COUNT: return elect<COUNT>(parts, job, n);
+        case WEIGHTS: return elect<WEIGHTS>(parts, job, n);
+        case SHARES: return elect<SHARES>(parts, job, n);
+        default: return elect<NONE>(parts, job, n);
     }
 }
 
@@ -276,15 +260,10 @@ void add_up(float* parts, Block& block) {
         else
             fill<false>(is_sum ? parts : parts + e * BLOCK, block, e);
     }
-    if (job.keep == SELECTED) select(parts, job, block.n);
     if (job.n_experts == 0)
         std::memset(parts, 0, block.n * sizeof(float));
-    else if (job.combine == SHARES)
-        elect_among_many<true>(parts, job, block.n);
-    else if (!is_sum && job.n_experts > UNROLLED)
-        elect_among_many<false>(parts, job, block.n);
     else if (!is_sum)
-        elect<UNROLLED>(parts, job, block.n);
+        elect(parts, job, block.n);
 }
 
 // Merge the entries from `begin` to `end`; returns the bits of the largest magnitude.

@@ -11,7 +11,7 @@ namespace {
 // Bits 31…20, 19…10 and 9…0 of a key, the most significant first.
 constexpr int SHIFTS[3] = {20, 10, 0};
 constexpr int COUNTERS[3] = {4096, 1024, 1024};
-constexpr int COPIES = 2;  // of counters: equal neighbours need not wait for each other
+constexpr int COPIES = 4;  // of the first counters: equal neighbours need not wait for each other
 constexpr int64_t MAX_SORTED = 8192;  // entries: fewer are sorted faster than counted
 
 // |τ| of the first expert, times the scale of its row: that may be a little below zero, so that keys of negative
@@ -48,7 +48,7 @@ struct Variances {
     void read(uint32_t* __restrict keys, int64_t begin, int n) {
         read_base(start, job, begin, n);
         for (int e = 0; e < job.n_experts; e++) read_vector(&parts[e * BLOCK], start, job, e, begin, n);
-        read_variance(variance, parts.data(), job.n_experts, n);
+        for (int i = 0; i < n; i += TILE) read_variance(variance + i, &parts[i], job.n_experts);
         for (int i = 0; i < n; i++) keys[i] = magnitude_bits(variance[i]);
     }
 
@@ -73,20 +73,31 @@ std::vector<uint32_t> sorted_keys(Source& source) {
     return all;
 }
 
-// Count the keys of a pass by their next bits, (n_slots, COUNTERS[pass]), where the bits before have a slot.
+using Slots = std::vector<uint16_t>;
+
+// Count the keys of a pass by their next bits, (n_slots, COUNTERS[pass]). Which counters a key has follows from its
+// bits before; those of no wanted value share the last ones, as a branch would be foreseen wrongly too often.
 template <int PASS, typename Source>
-std::vector<uint32_t> counted(Source& source, const std::vector<int32_t>* slots, int n_slots) {
-    constexpr int WIDTH = COUNTERS[PASS];
-    std::vector<uint32_t> counts(size_t(n_slots) * WIDTH * COPIES);
-    uint32_t* const copies[COPIES] = {counts.data(), counts.data() + size_t(n_slots) * WIDTH};
-    for_each_block(source, [&](const uint32_t* keys, int n) {
+std::vector<uint32_t> counted(Source& source, const Slots* slots, int n_slots) {
+    constexpr int WIDTH = COUNTERS[PASS], N = PASS == 0 ? COPIES : 1;
+    const uint32_t n_counts = uint32_t(n_slots) * WIDTH, unwanted = n_counts - WIDTH;
+    std::vector<uint32_t> counts(size_t(n_counts) * N);
+    uint32_t* const own = counts.data();
+    const uint16_t *first = slots[0].data(), *second = slots[1].data();
+    for_each_block(source, [=](const uint32_t* keys, int n) {
         for (int i = 0; i < n; i++) {
-            int32_t slot = PASS == 0 ? 0 : slots[0][keys[i] >> SHIFTS[0]];
-            if (PASS == 2 && slot >= 0) slot = slots[1][slot * COUNTERS[1] + (keys[i] >> SHIFTS[1] & 1023)];
-            if (slot >= 0) copies[i % COPIES][slot * WIDTH + (keys[i] >> SHIFTS[PASS] & (WIDTH - 1))]++;
+            uint32_t place = keys[i] >> SHIFTS[PASS] & (WIDTH - 1);
+            if (PASS == 1) place += first[keys[i] >> SHIFTS[0]] * WIDTH;
+            if (PASS == 2) {
+                const uint32_t slot = first[keys[i] >> SHIFTS[0]];
+                place += second[slot * COUNTERS[1] + (keys[i] >> SHIFTS[1] & 1023)] * WIDTH;
+            }
+            if (PASS > 0) place = place >= unwanted ? unwanted + i : place;
+            own[i % N * n_counts + place]++;
         }
     });
-    for (size_t i = 0; i < size_t(n_slots) * WIDTH; i++) copies[0][i] += copies[1][i];
+    for (int copy = 1; copy < N; copy++)
+        for (uint32_t i = 0; i < n_counts; i++) counts[i] += counts[copy * n_counts + i];
     return counts;
 }
 
@@ -99,7 +110,8 @@ void select(Source& source, const int64_t* positions, int n_positions, float* va
         for (int p = 0; p < n_positions; p++) values[p] = source.value(keys[keys.size() - 1 - positions[p]]);
         return;
     }
-    std::vector<int32_t> slots[3];  // which counters an entry has, by its first bits and by slot and the next
+    constexpr uint16_t NONE_WANTED = 0xFFFF;
+    Slots slots[3];
     std::vector<int64_t> left(positions, positions + n_positions);
     std::vector<int32_t> slot_of(n_positions, 0);
     std::vector<uint32_t> found(n_positions, 0);
@@ -108,17 +120,19 @@ void select(Source& source, const int64_t* positions, int n_positions, float* va
         const std::vector<uint32_t> counts = pass == 0   ? counted<0>(source, slots, n_slots)
                                              : pass == 1 ? counted<1>(source, slots, n_slots)
                                                          : counted<2>(source, slots, n_slots);
-        slots[pass].assign(size_t(n_slots) * width, -1);
+        slots[pass].assign(size_t(n_slots) * width, NONE_WANTED);
         n_slots = 0;
         for (int p = 0; p < n_positions; p++) {
             int bin = width - 1;
             const size_t first = size_t(slot_of[p]) * width;
             while (left[p] >= counts[first + bin]) left[p] -= counts[first + bin--];
             found[p] |= uint32_t(bin) << SHIFTS[pass];
-            int32_t& slot = slots[pass][first + bin];
-            if (slot < 0) slot = n_slots++;
+            uint16_t& slot = slots[pass][first + bin];
+            if (slot == NONE_WANTED) slot = uint16_t(n_slots++);
             slot_of[p] = slot;
         }
+        for (uint16_t& slot : slots[pass]) slot = slot == NONE_WANTED ? uint16_t(n_slots) : slot;
+        n_slots++;
     }
     for (int p = 0; p < n_positions; p++) values[p] = source.value(found[p]);
 }
