@@ -2,12 +2,14 @@
 
     python benchmarks/merge.py                          # SmolLM2-135M and the demo's two experts, made full
     python benchmarks/merge.py --parameters 1e9         # a synthetic Llama of that size, in memory
+    python benchmarks/merge.py --parameters 3e7 --experts 2 8 9 30 --methods all
     python benchmarks/merge.py --device cuda            # 8B synthetic parameters on the card
 
-A merge of two experts reads three models and writes one. The floor is the time in which `copy_` moves
-the same bytes, read and written together, between two blocks of memory. Everything is measured in turn
-in one run; the figures are medians, and `vs_copy` is the median of the ratios of neighbours. The table
-of thresholds that TIES needs once a study is made before, and timed apart.
+A merge of n experts reads n + 1 models and writes one; DELLA reads ranks of two bytes, too. The floor is
+the time in which `copy_` moves the same bytes, read and written together, between two blocks of memory.
+Everything is measured in turn in one run; the figures are medians, and `vs_copy` is the median of the
+ratios of neighbours. The plan is what the first merge takes longer than the others, in nanoseconds per
+parameter, expert and thread.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +32,30 @@ from torch import Tensor
 from mergetune.merging.inputs import open_inputs
 from mergetune.merging.memory_model import MemoryModel
 from mergetune.merging.merger import Base, Merger
-from mergetune.space.recipe import MergeRecipe
+from mergetune.space.method_table import METHODS, MethodName
+from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.weights.checkpoint import Checkpoint, Expert, FullExpert
 from mergetune.weights.models import demo_model
 from mergetune.weights.writer import write_model
 
 EXPERTS = Path(__file__).parent.parent / "examples" / "taskmaster" / "experts"
-METHODS: dict[str, dict[str, Any]] = {
-    "task_arithmetic": {"lambda": {"a": 0.7, "b": 0.5}},
-    "ties": {"lambda": {"a": 0.7, "b": 0.5}, "density": {"a": 0.3, "b": 0.6}},
-    "dare_ties": {"lambda": {"a": 0.7, "b": 0.5}, "density": {"a": 0.3, "b": 0.6}},
+VALUES = {
+    **{"lambda": 0.7, "density": 0.3, "gamma": 0.01, "epsilon": 0.15},
+    **{"t": 0.3, "select_topk": 0.4, "scale": 1.2},
 }
+USUAL = ("task_arithmetic", "ties", "dare_ties")
 
 
-def recipe(method: str) -> MergeRecipe:
+def recipe(method: MethodName, experts: Sequence[str]) -> MergeRecipe:
     """Return the recipe that is measured."""
-    group = METHODS[method]
-    return MergeRecipe.model_validate(
-        {
-            "method": method,
-            "base": {"path": "base"},
-            "experts": {"a": {"path": "a"}, "b": {"path": "b"}},
-            "groups": [{"name": "all", **group}],
-        }
-    )
+    coefficients = {
+        parameter.name: dict.fromkeys(experts, VALUES[parameter.name])
+        if parameter.is_per_expert
+        else VALUES[parameter.name]
+        for parameter in METHODS[method].parameters
+    }
+    sources = {name: Source(path=name) for name in experts}
+    return MergeRecipe.of_one_group(method, Source(path="base"), sources, coefficients)
 
 
 def smollm2(folder: Path) -> tuple[Base, list[Expert]]:
@@ -75,9 +77,9 @@ def smollm2(folder: Path) -> tuple[Base, list[Expert]]:
     return base, experts
 
 
-def synthetic(n_parameters: float, device: str) -> tuple[Base, list[Expert]]:
-    """Build a Llama-like base of random bfloat16 weights in layers, and two fine-tunes of it."""
-    width = 4096 if n_parameters >= 4e9 else 2048
+def synthetic(n_parameters: float, device: str, n_experts: int) -> tuple[Base, list[Expert]]:
+    """Build a Llama-like base of random bfloat16 weights in layers, and fine-tunes of it."""
+    width = 4096 if n_parameters >= 4e9 else 2048 if n_parameters >= 5e8 else 1024
     matrices = {"q_proj": 1.0, "k_proj": 0.25, "v_proj": 0.25, "o_proj": 1.0}
     matrices |= {"gate_proj": 3.5, "up_proj": 3.5, "down_proj": 3.5}
     n_layers = max(1, round(n_parameters / (sum(matrices.values()) * width**2)))
@@ -86,14 +88,15 @@ def synthetic(n_parameters: float, device: str) -> tuple[Base, list[Expert]]:
     def noise(shape: tuple[int, int], scale: float) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).bfloat16()
 
-    models: dict[str, dict[str, Tensor]] = {"base": {}, "a": {}, "b": {}}
+    names = [f"e{i}" for i in range(n_experts)]
+    models: dict[str, dict[str, Tensor]] = {name: {} for name in ("base", *names)}
     for layer in range(n_layers):
         for matrix, ratio in matrices.items():
             name, shape = f"layers.{layer}.{matrix}.weight", (int(width * ratio), width)
             models["base"][name] = noise(shape, 0.02)
-            for expert in ("a", "b"):
+            for expert in names:
                 models[expert][name] = models["base"][name] + noise(shape, 0.001)
-    return MemoryModel("base", models["base"]), [MemoryModel(name, models[name]) for name in ("a", "b")]
+    return MemoryModel("base", models["base"]), [MemoryModel(name, models[name]) for name in names]
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -137,31 +140,39 @@ def _anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon.")
 
 
-def mergekit_seconds(method: str, base: Base, experts: list[Expert]) -> float:
+def mergekit_seconds(method: MethodName, base: Base, experts: list[Expert]) -> float:
     """Time mergekit on the same recipe, tensors in memory and nothing written; it gains from that."""
     from mergekit.merge_methods import merge_state_dicts
 
-    group = METHODS[method]
-    parameters: dict[str, Any] = {"weight": list(group["lambda"].values())}
-    if "density" in group:
-        parameters["density"] = list(group["density"].values())
+    given = METHODS[method].parameters
+    mine = {each.name: VALUES[each.name] for each in given}
+    weight = {"lambda": "weight"}
+    parameters: dict[str, Any] = {weight.get(name, name): value for name, value in mine.items()}
     names = base.names
     states: dict[str, dict[str, Tensor | None]] = {"base": {name: base.view(name) for name in names}}
     states |= {expert.name: {name: expert.weights(name) for name in names} for expert in experts}
-    work = functools.partial(merge_state_dicts, states, method, parameters=parameters, base="base")
+    form = METHODS[method].mergekit
+    has_base = form is None or form.base_model == "base"
+    if not has_base:
+        del states["base"]
+    work = functools.partial(
+        merge_state_dicts, states, method, parameters=parameters, base="base" if has_base else None
+    )
     return seconds(work, "cpu")
 
 
 def measure(
-    method: str, base: Base, experts: list[Expert], arguments: argparse.Namespace
+    method: MethodName, base: Base, experts: list[Expert], arguments: argparse.Namespace
 ) -> dict[str, float | None]:
-    """Measure one method: seconds, bytes, ratios to copy and to mergekit, peak memory."""
+    """Measure one method: seconds, bytes, ratios to copy and to mergekit, plan, peak memory."""
     device = arguments.device
     out = {name: torch.empty_like(base.view(name)) for name in base.names}
     n_bytes = sum(tensor.nbytes for tensor in out.values())
-    block = torch.zeros(2 * n_bytes, dtype=torch.uint8, device=device)  # with the copy: 4 models' bytes
+    n_parameters, n_models = sum(tensor.numel() for tensor in out.values()), len(experts) + 2
+    n_moved = n_models * n_bytes + (2 * len(experts) * n_parameters if method.startswith("della") else 0)
+    block = torch.zeros(n_moved // 2, dtype=torch.uint8, device=device)
     copy = torch.zeros_like(block)
-    wanted = recipe(method)
+    wanted = recipe(method, [expert.name for expert in experts])
     mergers = {
         "native": Merger(base, experts),
         "plain": Merger(base, experts, is_plain=True),
@@ -181,13 +192,13 @@ def measure(
     for _ in range(arguments.repeats):
         for name in ("copy", "native"):
             times[name].append(seconds(work[name], device))
-    times["plain"] = [seconds(work["plain"], device) for _ in range(3)]
+    times["plain"] = [seconds(work["plain"], device)]
     ratio = [own / copied for own, copied in zip(times["native"], times["copy"], strict=True)]
     median = {name: statistics.median(values) for name, values in times.items()}
     peak = peak_bytes(work["native"], device)
     theirs = mergekit_seconds(method, base, experts) if arguments.mergekit else None
     return {
-        "bytes_moved": 4 * n_bytes,
+        "bytes_moved": n_moved,
         "seconds": median["native"],
         "copy_seconds": median["copy"],
         "plain_seconds": median["plain"],
@@ -197,14 +208,18 @@ def measure(
         "vs_mergekit": theirs / median["native"] if theirs is not None else None,
         "plain_vs_mergekit": theirs / median["plain"] if theirs is not None else None,
         "peak_bytes": peak,
-        "first_seconds": first["native"],  # with the kernel's compilation, if that was not done before
+        "plan_ns": (first["native"] - median["native"])
+        / n_parameters
+        / len(experts)
+        * torch.get_num_threads()
+        * 1e9,
     }
 
 
 def table(found: Mapping[str, Mapping[str, float | None]]) -> str:
     """Return the figures as a Markdown table."""
     lines = [
-        "| method | merge | of copy speed | × mergekit | plain torch | of copy speed | × mergekit | memory |",
+        "| method, experts | merge | of copy | × mergekit | plain torch | × mergekit | plan, ns | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method, row in found.items():
@@ -215,7 +230,7 @@ def table(found: Mapping[str, Mapping[str, float | None]]) -> str:
         )
         lines.append(
             f"| `{method}` | {row['seconds']:.3f} s | {row['vs_copy']:.2f} | {times[0]} "
-            f"| {row['plain_seconds']:.2f} s | {row['plain_vs_copy']:.2f} | {times[1]} "
+            f"| {row['plain_seconds']:.2f} s | {times[1]} | {row['plan_ns']:.1f} "
             f"| {(row['peak_bytes'] or 0) / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
@@ -229,7 +244,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--parameters", type=float, help="size of a synthetic model; default: SmolLM2")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=USUAL)
+    parser.add_argument("--experts", nargs="+", type=int, default=[2], help="of a synthetic model")
     parser.add_argument(
         "--mergekit", action=argparse.BooleanOptionalAction, help="default: with SmolLM2 only"
     )
@@ -244,8 +260,15 @@ def main() -> None:
         if arguments.parameters is None:
             base, experts = smollm2(Path(folder))
         else:
-            base, experts = synthetic(arguments.parameters, arguments.device)
-        found = {method: measure(method, base, experts, arguments) for method in arguments.methods}
+            base, experts = synthetic(arguments.parameters, arguments.device, max(arguments.experts))
+        methods = list(METHODS) if "all" in arguments.methods else arguments.methods
+        found: dict[str, dict[str, float | None]] = {}
+        for method in methods:
+            most = METHODS[method].max_experts or len(experts)
+            for n_experts in dict.fromkeys(min(count, most) for count in arguments.experts):
+                row = measure(method, base, experts[:n_experts], arguments)
+                found[f"{method}, {n_experts}"] = row
+                print(table({f"{method}, {n_experts}": row}).splitlines()[-1], flush=True)
     print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps({"methods": found}, indent=1) + "\n")
