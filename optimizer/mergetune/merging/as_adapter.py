@@ -272,7 +272,7 @@ def _weights(merger: Merger, recipe: MergeRecipe, name: str, group: RecipeGroup)
         lambdas = group.per_expert("lambda")
         return {expert: value / sum(lambdas.values()) for expert, value in lambdas.items()}
     operands = merger.operands(recipe, name)
-    step = RULES[recipe.method](operands, Coefficients(group.coefficients, recipe.choices))
+    step = RULES[recipe.method](operands, Coefficients(group.coefficients, recipe.choices, recipe.seed))
     return {each: float(w) for each, w in zip(operands.changed, step.numbers.lambdas, strict=True)}
 
 

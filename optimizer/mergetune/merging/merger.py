@@ -175,8 +175,9 @@ class Merger:
     def _digest_of(self, experts: Sequence[str]) -> str | None:
         """Return the SHA-256 of the base and some experts; None where one is in memory only."""
         models = (self.base, *(self.experts[expert] for expert in experts))
-        digests = [str(getattr(model, "digest", "")) for model in models]
-        return hashlib.sha256("\0".join(digests).encode()).hexdigest() if all(digests) else None
+        digests: list[str | None] = [getattr(model, "digest", None) for model in models]
+        known = [digest for digest in digests if digest]
+        return hashlib.sha256("\0".join(known).encode()).hexdigest() if known == digests else None
 
 
 def _is_merged(base: Tensor) -> bool:
