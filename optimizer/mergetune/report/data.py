@@ -10,24 +10,24 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
+from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.adapter_loss import AdapterLoss, adapter_losses
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
+from mergetune.report.exploring import Exploration, explore
 from mergetune.report.insights import (
     Changed,
-    Changes,
     DepthValue,
     Influence,
-    changes,
     coefficients_over_depth,
     influences,
     recipe_lines,
     unchanged_roles,
 )
+from mergetune.report.item_details import ItemDetails, item_details
 from mergetune.report.metric import Metric, metrics_of
 from mergetune.report.sensitivity import Sensitivity, sensitivity
 from mergetune.report.verdict import Summary, difference, summarize
@@ -70,14 +70,15 @@ class Entry:
     coefficients: tuple[str, ...]
 
     @property
-    def shown(self) -> bool:
-        """Say whether the table of the front lists it: on the front, perhaps on it, or a finalist."""
-        return self.on_front or self.probability >= PLAUSIBLE or self.finalist or self.recommended
-
-    @property
-    def minor(self) -> bool:
-        """Say whether a candidate is listed for no more than a chance of being on the front."""
-        return not (self.on_front or self.finalist or self.recommended)
+    def interest(self) -> int:
+        """Return how early a reader asks for it: 0 first, 5 for a merge that is hardly ever on the front."""
+        if self.recommended:
+            return 0
+        if self.role in ("base", "expert"):
+            return 1
+        if self.finalist:
+            return 2
+        return 3 if self.on_front else 4 if self.probability >= PLAUSIBLE else 5
 
     @property
     def name(self) -> str:
@@ -129,10 +130,11 @@ class ReportData:
     hypervolume: tuple[float, ...]  # after each entry
     influences: Mapping[str, tuple[Influence, ...]]  # by objective
     coordinates: Mapping[str, Coordinate]  # by the names in a candidate's point
-    depth: tuple[DepthValue, ...]
+    exploration: Exploration | None
+    items: ItemDetails
+    depths: Mapping[str, tuple[DepthValue, ...]]  # by candidate
     unchanged: tuple[str, ...]  # roles of tensors that no expert changes
     sensitivity: Sensitivity | None
-    changes: tuple[Changes, ...]
     slices: tuple[SliceScores, ...]
     confirmation: Confirmation
     adapter: AdapterRecord | None  # of the recommended merge
@@ -163,14 +165,14 @@ class ReportData:
         return tuple(sorted(found, key=lambda e: first.sign * e.search[first.name].value))
 
     @property
-    def listed(self) -> tuple[Entry, ...]:
-        """Return what the table of the front lists, the likeliest first."""
-        return tuple(sorted((e for e in self.entries if e.shown), key=lambda entry: -entry.probability))
-
-    @property
     def recommended(self) -> Entry | None:
         """Return the entry that is recommended."""
         return next((entry for entry in self.entries if entry.recommended), None)
+
+    @property
+    def depth(self) -> tuple[DepthValue, ...]:
+        """Return the coefficients of the recommended merge over the layers."""
+        return self.depths.get(self.recommendation.name, ()) if self.recommendation else ()
 
 
 def gather(run: RunDir) -> ReportData:
@@ -218,7 +220,6 @@ def gather(run: RunDir) -> ReportData:
     compared = {roles.BASE, *map(roles.expert_name, run.study.experts)}
     confirmed = chosen is not None and compared | {chosen.name} <= holdout.keys()
     split: Split = "holdout" if confirmed else "search"
-    measured = holdout if split == "holdout" else search
     return ReportData(
         path=str(run.path.resolve()),
         study=run.study,
@@ -239,10 +240,11 @@ def gather(run: RunDir) -> ReportData:
         hypervolume=_hypervolume(entries, suite) if choice else (),
         influences={m.name: influences(complete, search, m) for m in objectives},
         coordinates=coordinates,
-        depth=tuple(_depth(tensors, changed, chosen, complete)),
+        exploration=explore(choice, metrics, suite) if choice else None,
+        items=_items(run, entries, split),
+        depths=_depths(tensors, changed, complete),
         unchanged=unchanged_roles(tensors, changed),
         sensitivity=_sensitivity(slopes, chosen, candidates),
-        changes=tuple(_changes(run, chosen, measured, metrics, split)),
         slices=tuple(_slices(read, run, entries, split)),
         confirmation=confirmed_by,
         adapter=adapter,
@@ -271,9 +273,9 @@ def _judged(
 
 
 def _slices(read: Read, run: RunDir, entries: Sequence[Entry], split: Split) -> Iterator[SliceScores]:
-    """Yield the scores of the base, the experts and the recommended merge by slice."""
+    """Yield the scores of the base, the experts and the merges that may be taken, by slice."""
     keys = run.study.suite_config.slices
-    shown = [each.name for each in entries if each.role in ("base", "expert") or each.recommended]
+    shown = [each.name for each in sorted(entries, key=lambda entry: entry.interest) if each.interest < 5]
     frames = {name: frame for name in shown if (frame := read(name, split)) is not None} if keys else {}
     for one in slices_of(run.items(), keys) if frames else ():
         scores = {name: Measurement(one.of(frame), 0.0).scores() for name, frame in frames.items()}
@@ -353,16 +355,22 @@ def _tensors(run: RunDir) -> tuple[Sequence[str], Changed | None]:
     return model["tensors"], changed if changed is None else {e: frozenset(own) for e, own in changed.items()}
 
 
-def _depth(
-    tensors: Sequence[str],
-    changed: Changed | None,
-    chosen: Recommendation | None,
-    candidates: Sequence[Candidate],
-) -> list[DepthValue]:
-    if chosen is None or not tensors:
-        return []
-    recipe = next(c.recipe for c in candidates if c.name == chosen.name)
-    return coefficients_over_depth(recipe, tensors, changed)
+def _depths(
+    tensors: Sequence[str], changed: Changed | None, candidates: Sequence[Candidate]
+) -> dict[str, tuple[DepthValue, ...]]:
+    if not tensors:
+        return {}
+    return {c.name: tuple(coefficients_over_depth(c.recipe, tensors, changed)) for c in candidates}
+
+
+def _items(run: RunDir, entries: Sequence[Entry], first: Split) -> ItemDetails:
+    """Pack the items, those of the verdict's split first."""
+    ordered = sorted(entries, key=lambda entry: (entry.interest, -entry.probability))
+    measured: dict[Split, list[str]] = {
+        "search": [entry.name for entry in ordered],
+        "holdout": [entry.name for entry in ordered if entry.holdout],
+    }
+    return item_details(run, {split: measured[split] for split in sorted(_SPLITS, key=lambda s: s != first)})
 
 
 def _sensitivity(
@@ -378,25 +386,6 @@ def _sensitivity(
     frame = frame[(frame["point"] != RECOMMENDED) | frame["digest"].isin(digests)]
     searched = [candidate.recipe.groups for candidate in candidates if not candidate.is_baseline]
     return sensitivity(frame, searched[0] if searched else single_layers(frame["tensor"]))
-
-
-def _changes(
-    run: RunDir,
-    chosen: Recommendation | None,
-    measured: Mapping[str, Scores],
-    metrics: Sequence[Metric],
-    split: Split,
-) -> list[Changes]:
-    """Compare the recommended merge to every expert; what the experts said is read one by one."""
-    own = run.measurement(chosen.name, split) if chosen is not None else None
-    if own is None:
-        return []
-    names = [n for n in map(roles.expert_name, run.study.experts) if n in measured]
-    experts = ((name, frame) for name in names if (frame := run.measurement(name, split)) is not None)
-    items, sent = run.items(), run.sent()
-    if sent is not None:
-        items = items.merge(sent, on=ITEM_KEYS, how="left", validate="one_to_one")
-    return changes(own, experts, metrics, items)
 
 
 def _count_items(search: Mapping[str, Scores], holdout: Mapping[str, Scores]) -> dict[str, int]:

@@ -1,9 +1,9 @@
-"""What a study taught: which coefficients mattered, what is taken where, which items changed."""
+"""What a study taught: which coefficients mattered, and what is taken where."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -14,7 +14,6 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 from mergetune.evaluation.evaluate import Score
 from mergetune.report.metric import Metric
-from mergetune.report.verdict import paired
 from mergetune.results.run_dir import Candidate, searched
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
@@ -22,7 +21,6 @@ from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups, tens
 
 MIN_TRIALS = 20
 _N_TOP = 5  # PED-ANOVA wants at least so many trials in the best part (optuna's documentation)
-N_EXAMPLES = 8
 _MANY_GROUPS = 8
 
 Changed = Mapping[str, frozenset[str]]  # by expert, the tensors that it changes
@@ -47,32 +45,6 @@ class DepthValue:
     part: str
     layer: int | None
     value: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item on which the recommended merge and an expert score differently."""
-
-    prompt: str
-    target: str
-    own_response: str
-    own_score: float
-    expert_response: str
-    expert_score: float
-    sent: str  # empty: nobody knows
-
-
-@dataclass(frozen=True)
-class Changes:
-    """The items of one score that the recommended merge gains and loses against an expert."""
-
-    expert: str
-    metric: Metric
-    n_items: int
-    n_gained: int
-    n_lost: int
-    gained: tuple[Example, ...]
-    lost: tuple[Example, ...]
 
 
 def influences(
@@ -215,30 +187,6 @@ def coordinate_name(key: str, coordinates: Mapping[str, Coordinate]) -> str:
     return f"{what} in {found.group}"
 
 
-def changes(
-    own: pd.DataFrame,
-    experts: Iterable[tuple[str, pd.DataFrame]],
-    metrics: Sequence[Metric],
-    items: pd.DataFrame,
-) -> list[Changes]:
-    """Compare the recommended merge to every expert, item by item.
-
-    `items` are the suite's, with what was `sent` of each, where that is known.
-    """
-    texts = items.set_index(["task", "item"]).reindex(columns=["prompt", "target", "sent"]).fillna("")
-    found = []
-    for expert, frame in experts:
-        both = paired(own, frame)
-        for metric in metrics:
-            rows = both[both["score_name"] == metric.name]
-            rows = rows.assign(gain=metric.sign * rows["score"]).sort_values("gain", kind="stable")
-            gained, lost = rows[rows["gain"] > 0].iloc[::-1], rows[rows["gain"] < 0]
-            sizes = len(rows), len(gained), len(lost)
-            examples = (_examples(some.head(N_EXAMPLES), texts) for some in (gained, lost))
-            found.append(Changes(expert, metric, *sizes, *examples))
-    return found
-
-
 def _ped_anova(points: pd.DataFrame, losses: pd.Series[float]) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
@@ -305,9 +253,3 @@ def _part_name(suffixes: Sequence[str], every: Mapping[str, object]) -> str:
     if "other" in roles or len(covered) > len(suffixes):
         return ", ".join(suffix.removesuffix(".weight") for suffix in suffixes)
     return " + ".join(roles)
-
-
-def _examples(rows: pd.DataFrame, texts: pd.DataFrame) -> tuple[Example, ...]:
-    rows = rows.join(texts, on=["task", "item"])
-    fields = ["prompt", "target", "response", "own", "response_other", "score_other", "sent"]
-    return tuple(Example(*row) for row in rows[fields].itertuples(index=False, name=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
 from pathlib import Path
@@ -14,10 +15,14 @@ from markupsafe import Markup, escape
 
 from mergetune.analysis.heat_maps import heat_maps
 from mergetune.files.atomic_files import write_bytes, write_text
+from mergetune.files.library import shared_folder
 from mergetune.files.templates import render_page
 from mergetune.report import charts, study_charts
 from mergetune.report.data import Entry, ReportData, gather
+from mergetune.report.glossary import GLOSSARY
 from mergetune.report.insights import MIN_TRIALS
+from mergetune.report.page_data import page_data, sliders
+from mergetune.report.summary import five_sentences
 from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.space.stack import ModelReference
@@ -26,6 +31,12 @@ from mergetune.theme import themed
 from mergetune.weights.models import short_name
 
 _COLUMNS = 3  # of charts in the picture for slides
+_SCRIPTS = ("choice.js", "explore.js")
+_WIDTH = 480  # of a chart on the page
+_DARK = (
+    "@media (prefers-color-scheme: dark) { text { fill: #d5dbe1 } .background { fill: none } "
+    ".role-axis-grid line { stroke: #323a42 } }"
+)
 
 
 def write_report(run: RunDir) -> Path:
@@ -44,16 +55,18 @@ def write_report(run: RunDir) -> Path:
 
 def render(data: ReportData) -> str:
     """Return the page: one HTML file that needs nothing else."""
-    figures = _figures(data)
-    specs = [_spec(chart) for charts_of in figures.values() for chart in charts_of]
-    numbers = iter(range(len(specs)))
+    scripts = [(shared_folder("reports") / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     return render_page(
         "report.html.j2",
         {"ticks": ticks},
         data=data,
-        figures={section: [next(numbers) for _ in found] for section, found in figures.items()},
-        specs=specs,
-        script=_bundle() if specs else "",
+        sentences=five_sentences(data),
+        block=page_data(data),
+        sliders=sliders(data),
+        glossary=GLOSSARY,
+        anchor=lambda word: re.sub(r"\W+", "-", word).strip("-"),
+        figures={section: [_picture(chart) for chart in found] for section, found in _figures(data).items()},
+        script="\n".join(scripts),
         min_trials=MIN_TRIALS,
         duration=duration,
         quote=shlex.quote,
@@ -104,15 +117,10 @@ def _row(candidate: Candidate, entry: Entry | None, data: ReportData) -> dict[st
 
 def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
     """Draw the charts of every section; an empty list where there is nothing to draw."""
-    _, height = charts.canvas(data)
-    many = len(data.objectives) > 2 and bool(data.entries)
     explained = [name for name, found in data.influences.items() if found]
     return {
-        "main": [chart.properties(height=height) for chart in charts.main_charts(data)],
-        "parallel": [charts.parallel_coordinates(data).properties(height=320)] if many else [],
         "hypervolume": [study_charts.hypervolume(data)] if any(data.hypervolume) else [],
         "importance": [study_charts.importance(data, name) for name in explained],
-        "depth": study_charts.depth_panels(data),
         "cost": [study_charts.cost(data)] if data.entries else [],
         **{
             f"sensitivity:{each.point}": heat_maps(each.layers)
@@ -121,15 +129,12 @@ def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
     }
 
 
-def _spec(chart: alt.LayerChart) -> dict[str, Any]:
-    spec: dict[str, Any] = themed(chart.properties(width="container")).to_dict()
-    return spec
-
-
-def _bundle() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script that needs no network."""
-    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub lacks a default
-    return bundle
+def _picture(chart: alt.LayerChart) -> str:
+    """Return a chart as the address of an image that the page itself holds."""
+    drawing = vl_convert.vegalite_to_svg(themed(chart.properties(width=_WIDTH)).to_dict())
+    end = drawing.index(">") + 1
+    drawing = f"{drawing[:end]}<style>{_DARK}</style>{drawing[end:]}"
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}"
 
 
 def _write_pictures(data: ReportData, folder: Path) -> None:
@@ -146,7 +151,7 @@ def _write_pictures(data: ReportData, folder: Path) -> None:
 
 
 def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:
-    """Write the recipes that the table of the front links to, and no longer any other.
+    """Write the recipes of all candidates, and no longer any other.
 
     They name the models as the study does, but what lies in the run directory relative to their own
     folder, since it moves with them.
@@ -154,7 +159,7 @@ def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:
     folder.mkdir(exist_ok=True)
     is_extended = extended_base.is_dir()
     base = str(Path("../..", extended_base.name)) if is_extended else data.study.base
-    shown = {entry.name: entry for entry in data.listed}
+    shown = {entry.name: entry for entry in data.entries}
     for stale in folder.glob("*.yaml"):
         if stale.stem not in shown:
             stale.unlink()

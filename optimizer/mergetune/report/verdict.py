@@ -35,6 +35,11 @@ class Comparison:
     difference: Score
     is_broken: bool  # a guard
 
+    @property
+    def falls_short(self) -> bool:
+        """Say whether the merge is worse by more than a standard error."""
+        return self.metric.sign * self.difference.value < -self.difference.stderr
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -117,8 +122,9 @@ def summarize(
     ]
     where = "on the held-out items" if split == "holdout" else "on the search split"
     level, headline, found = _words(chosen, point[chosen.name], rivals, scores, averages)
+    compared = tuple(_comparisons(chosen.name, frames, scores, metrics, noise or {}, broken[chosen.name]))
     if level == "good" and len(suite.objectives) > 1:
-        headline = f"As one model for all objectives, {headline}"
+        headline = f"As one model for all objectives, {headline.rstrip('.')}{_price(compared)}."
     if chosen.keeps_guards and broken[chosen.name]:
         level = "mixed" if level == "good" else level
         headline = f"{headline.rstrip('.')}, but {where} it breaks {_listed(broken[chosen.name])}."
@@ -135,7 +141,7 @@ def summarize(
         split,
         point[chosen.name],
         tuple(rivals),
-        tuple(_comparisons(chosen.name, frames, scores, metrics, noise or {}, broken[chosen.name])),
+        compared,
     )
 
 
@@ -179,6 +185,16 @@ def _words(
         names = " or ".join(f"`{name}`" for name in unclear)
         return "mixed", f"`{chosen.name}` is ahead, but not clearly: {names} may be as good.", figures
     return "good", f"`{chosen.name}` beats {_beaten(rivals, measured, averages)}.", figures
+
+
+def _price(compared: Sequence[Comparison]) -> str:
+    """Say what the one model has less than the expert that is best at an objective, beyond a standard error."""
+    lost = [
+        f"{one.metric.size(abs(one.difference.value))} of `{one.metric.name}`"
+        for one in compared
+        if one.metric.kind == "objective" and one.falls_short
+    ]
+    return f", at the price of {' and '.join(lost)} against the best expert at it" if lost else ""
 
 
 def _beaten(rivals: Sequence[Rival], measured: Collection[str], averages: Collection[str]) -> str:

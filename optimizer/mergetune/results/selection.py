@@ -359,7 +359,7 @@ class Choice:
         if self.recommendation is None:
             return ()
         names = self.front.names
-        excess, losses = _excess_and_losses(self._resampled(suite), names, suite, self.scales)
+        excess, losses = _excess_and_losses(self.resampled(suite), names, suite, self.scales)
         regret = dict(zip(names, (excess + np.max(losses, axis=0)).mean(axis=0).tolist(), strict=True))
         found = [self.recommendation.name]
         for name in sorted(names, key=regret.__getitem__):
@@ -374,14 +374,14 @@ class Choice:
         The merge is chosen anew in each resample, by the same rule and with the smoothing of the fit; its
         score there is compared with its score on all items (Efron & Tibshirani 1993, section 17.6).
         """
-        chosen = _choose(self._resampled(suite), self.front.names, suite, self.scales)
+        chosen = _choose(self.resampled(suite), self.front.names, suite, self.scales)
         measured = _signed(self.measured, suite.scores)
         return [
             self.front.resampled[key][np.arange(len(chosen)), chosen] - measured[key][chosen]
             for key in suite.objectives
         ]
 
-    def _resampled(self, suite: SuiteConfig) -> dict[str, Floats]:
+    def resampled(self, suite: SuiteConfig) -> dict[str, Floats]:
         """Return the scores to choose by in each resample, signed: (n_resamples, n_candidates) each."""
         names, found = self.front.names, {}
         for key, scores in self.front.resampled.items():

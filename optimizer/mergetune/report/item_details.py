@@ -1,0 +1,114 @@
+"""The items behind the scores, packed for the page: what was asked and replied, loaded when it is opened.
+
+A pack is JSON, compressed (raw deflate) and written in base64: the browser's own `DecompressionStream` opens it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.suite import Split
+from mergetune.results.run_dir import RunDir
+
+_LONGEST = (4000, 2000, 1000, 500, 250)  # characters kept of a text: the first that fits
+_TEXT_BYTES = 700_000  # of what was asked, in a split
+_REPLY_BYTES = 1_400_000  # of what was replied, in all
+
+
+@dataclass(frozen=True)
+class ItemDetails:
+    """Packs by name.
+
+    `items.SPLIT` has the items, `scores.SPLIT` their scores by candidate, in the order of the items, and
+    `replies.SPLIT.NAME` what one candidate replied. Replies are kept of as many as fit, those first that
+    are looked at first; 0 in place of a reply says that it is that of the candidate named `first`.
+    """
+
+    packs: Mapping[str, str]
+    n_replies_left_out: int  # candidates whose replies did not fit
+
+
+def packed(value: Any) -> str:
+    """Write a value as a pack."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return base64.b64encode(deflate.compress(text.encode()) + deflate.flush()).decode()
+
+
+def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDetails:
+    """Pack the items of a run.
+
+    Args:
+        run: the run directory.
+        wanted: the candidates measured on each split, those looked at first before the others.
+    """
+    packs: dict[str, str] = {}
+    indices: dict[Split, pd.MultiIndex] = {}
+    for split, names in wanted.items():
+        if names:
+            items = _items(run, split)
+            indices[split] = pd.MultiIndex.from_frame(items[ITEM_KEYS])
+            packs[f"items.{split}"] = _fitting(items)
+            scores = {name: _column(run, name, split, indices[split], "score") for name in names}
+            packs[f"scores.{split}"] = packed(
+                {name: [None if pd.isna(one) else round(one, 4) for one in own] for name, own in scores.items()}
+            )
+    left, n_left_out = _REPLY_BYTES, 0
+    for split, names in wanted.items():
+        first, known = "", [""] * len(indices.get(split, ()))
+        for name in names:
+            replies = _column(run, name, split, indices[split], "response").fillna("").tolist()
+            replies = [_cut(reply, _LONGEST[1]) for reply in replies]
+            pack = packed({"first": first, "replies": _differing(replies, known) if first else replies})
+            if len(pack) > left:
+                n_left_out += 1
+                continue
+            packs[f"replies.{split}.{name}"] = pack
+            left -= len(pack)
+            if not first:
+                first, known = name, replies
+    return ItemDetails(packs, n_left_out)
+
+
+def _differing(replies: Sequence[str], known: Sequence[str]) -> list[str | int]:
+    return [0 if own == other else own for own, other in zip(replies, known, strict=True)]
+
+
+def _items(run: RunDir, split: Split) -> pd.DataFrame:
+    items, sent = run.items(), run.sent()
+    items = items[items["split"] == split]
+    if sent is not None:
+        items = items.merge(sent, on=ITEM_KEYS, how="left", validate="one_to_one")
+    return items.reindex(columns=[*ITEM_KEYS, "prompt", "target", "sent"]).fillna("")
+
+
+def _column(run: RunDir, name: str, split: Split, index: pd.MultiIndex, column: str) -> pd.Series[Any]:
+    frame = run.measurement(name, split, responses=column == "response")
+    if frame is None:
+        raise ValueError(f"`{name}` was not measured on the {split} split.")
+    return frame.set_index(ITEM_KEYS)[column].reindex(index)
+
+
+def _fitting(items: pd.DataFrame) -> str:
+    """Pack the items with texts as long as fits."""
+    for longest in _LONGEST:
+        rows = [
+            [score, str(item), *(_cut(str(text), longest) for text in texts)]
+            for score, _, item, *texts in items.itertuples(index=False, name=None)
+        ]
+        pack = packed(rows)
+        if len(pack) <= _TEXT_BYTES:
+            break
+    return pack
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … (cut off here)"
