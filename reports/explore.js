@@ -185,8 +185,8 @@ function scaleOf(values, from, to, isReversed) {
   const pad = 0.07 * (high - low) || 0.05;
   [low, high] = isReversed ? [high + pad, low - pad] : [low - pad, high + pad];
   const place = value => from + (value - low) / (high - low) * (to - from);
-  const span = Math.abs(high - low), rough = span / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find(factor => power * factor >= rough);
+  const span = Math.abs(high - low), rough = span / 7, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 2.5, 5, 10].find(factor => power * factor >= rough);
   const first = Math.ceil(Math.min(low, high) / step);
   const ticks = Array.from({length: Math.floor(span / step) + 1}, (_, i) => (first + i) * step);
   return {place, ticks: ticks.filter(tick => tick <= Math.max(low, high))};
@@ -301,7 +301,8 @@ function showCandidate() {
   find("slices").hidden = !slices.length;
   find("slice-rows").replaceChildren(...slices.map(slice => element("tr", {},
     element("th", {scope: "row"}, slice.name),
-    ...slice.texts[name].map(text => element("td", {class: "number"}, text ?? "–")))));
+    ...slice.texts[name].map((text, j) => element("td", {class: "number"}, text ?? "–",
+      element("small", {class: "block"}, `${slice.n_items[j]} items`))))));
   showDepth(name);
   const others = page.candidates.filter(c => c.name !== name);
   const usual = others.find(c => c.role === "expert") ?? others[0];

@@ -22,6 +22,7 @@ from mergetune.report.insights import MIN_TRIALS, Influence, coordinate_name
 from mergetune.report.labels import Label, place_labels
 from mergetune.report.metric import Metric
 from mergetune.report.page import render, ticks
+from mergetune.report.page_data import page_data
 from mergetune.report.study_charts import hypervolume, importance
 from mergetune.report.style import FRONT, PERHAPS, mark_of
 from mergetune.report.verdict import Summary, summarize
@@ -33,6 +34,7 @@ from mergetune.space.recipe import MergeRecipe
 from mergetune.stats import pareto
 from mergetune.stats.number_text import duration
 from mergetune.weights.models import find_model
+from report_pages import unpacked
 from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
 ATTACK = "</script><script>alert(1)</script>"
@@ -100,16 +102,19 @@ def test_hypervolume_never_falls_and_ends_at_that_of_the_front(data: ReportData)
     assert data.hypervolume[-1] == pytest.approx(pareto.hypervolume(signed, reference))
 
 
-def test_gained_and_lost_items_add_up_to_the_difference_of_scores(data: ReportData) -> None:
-    entries = {entry.name: entry for entry in data.entries}
-    assert data.recommended is not None
-    for change in data.changes:
-        name = change.metric.name
-        difference = data.recommended.holdout[name].value - entries[change.expert].holdout[name].value
-        assert (change.n_gained - change.n_lost) / change.n_items == pytest.approx(difference)
-        assert len(change.gained) == min(change.n_gained, 8)
-        assert all(example.own_score > example.expert_score for example in change.gained)
-        assert all(example.own_score < example.expert_score for example in change.lost)
+def test_packs_hold_what_every_candidate_replied_and_scored(finished: RunDir, data: ReportData) -> None:
+    for split in ("search", "holdout"):
+        items, scores = (unpacked(data.items.packs[f"{kind}.{split}"]) for kind in ("items", "scores"))
+        for name in scores:
+            measured = finished.measurement(name, "search" if split == "search" else "holdout")
+            assert measured is not None
+            rows = measured.set_index("item").loc[[item for _, item, *_ in items]]
+            assert scores[name] == rows["score"].tolist()
+            own = unpacked(data.items.packs[f"replies.{split}.{name}"])
+            first = own["first"] and unpacked(data.items.packs[f"replies.{split}.{own['first']}"])["replies"]
+            replies = [first[i] if reply == 0 else reply for i, reply in enumerate(own["replies"])]
+            assert replies == rows["response"].tolist()
+    assert data.items.n_replies_left_out == 0
 
 
 def test_optimism_is_the_score_of_the_search_above_that_of_the_holdout(data: ReportData) -> None:
@@ -277,7 +282,7 @@ def test_a_merge_that_is_clearly_ahead_is_said_to_beat_the_experts(
 ) -> None:
     data = gather(simulate(Plan(n_items=100, n_baselines=3, n_trials=5)))
     assert data.verdict.level == "good"
-    assert "beats every expert." in data.verdict.headline
+    assert "beats every expert" in data.verdict.headline
 
 
 def test_a_merge_that_does_not_beat_the_experts_is_said_not_to(simulate: Callable[[Plan], RunDir]) -> None:
@@ -305,12 +310,15 @@ def _judged(data: ReportData, averages: tuple[str, ...], **scores: tuple[int, in
 def test_the_headline_claims_nothing_of_what_was_not_measured_on_its_split(data: ReportData) -> None:
     measured = {"trial": (85, 85, 80), "average_0.5": (40, 40, 80), "average_1": (50, 50, 80)}
     every = _judged(data, ("average-0.5", "average-1"), **measured)
-    assert every.headline.endswith("`trial` beats every expert and every average.")
+    assert every.headline == (
+        "As one model for all objectives, `trial` beats every expert and every average, at the price of 5.0 "
+        "points of `tool_calls` and 5.0 points of `persona` against the best expert at it."
+    )
     some = _judged(data, ("average-0.5", "average-1", "average-0.8"), **measured)
-    assert some.headline.endswith("every expert and the averages `average-0.5` and `average-1`.")
+    assert "every expert and the averages `average-0.5` and `average-1`, at" in some.headline
     del measured["average_1"]
     one = _judged(data, ("average-0.5", "average-1", "soup-a+b"), **measured)
-    assert one.headline.endswith("beats every expert and the average `average-0.5`.")
+    assert "beats every expert and the average `average-0.5`, at" in one.headline
 
 
 def test_where_no_expert_gains_the_verdict_says_so_and_noise_decides_nothing(data: ReportData) -> None:
@@ -341,12 +349,12 @@ def test_a_guard_that_is_met_exactly_is_kept_in_the_verdict(data: ReportData) ->
 
 def test_what_breaks_a_guard_is_left_out_of_the_comparison_and_named(data: ReportData) -> None:
     verdict = _judged(data, (), trial=(85, 85, 80), expert_persona=(0, 90, 70))
-    assert verdict.headline.endswith("`trial` beats every expert that keeps the guards.")
+    assert "`trial` beats every expert that keeps the guards, at" in verdict.headline
     left_out = "`expert-persona` is left out of the comparison: on the held-out items it breaks a guard."
     assert verdict.sentences[-1] == left_out
     assert not any(one.is_broken for one in verdict.comparisons)
     without = _judged(data, (), trial=(85, 85, 80), expert_persona=(0, 90, 70), expert_tools=(90, 0, 70))
-    assert without.headline.endswith("`trial` beats the base model.")
+    assert "`trial` beats the base model, at" in without.headline
 
 
 def test_a_merge_that_breaks_a_guard_on_the_holdout_is_said_to(data: ReportData) -> None:
@@ -419,7 +427,7 @@ def test_a_broken_guard_is_said_first(simulate: Callable[[Plan], RunDir]) -> Non
     assert data.recommended not in data.front
     html = render(data)
     assert ": broken</small>" in html
-    assert "Best merge: <strong>" in html
+    assert "None of these merges; no merge keeps every guard" in html
 
 
 # Studies that are not finished, and other numbers of objectives
@@ -440,7 +448,6 @@ PARTIAL = {
 def test_the_page_can_be_drawn_of(plan: Plan, simulate: Callable[[Plan], RunDir]) -> None:
     data = gather(simulate(replace(plan, n_items=20)))
     html = render(data)
-    assert html.count('class="chart" id="chart-') == html.rsplit("<script>")[-1].count("$schema")
     assert all(entry.name in html for entry in data.entries if entry.role != "merge")
     assert "nan" not in re.sub(r"(?s)<script>.*?</script>", "", html).replace("is nan:", "")
     if not any(entry.role in ("average", "merge") for entry in data.entries):
@@ -483,9 +490,11 @@ class _References(HTMLParser):
         self.n_scripts += tag == "script"
         self._in_style = tag == "style"
         for name, value in attrs:
-            if name in {"src", "srcset", "poster", "data"} or (tag == "link" and name == "href"):
+            if (name in {"src", "srcset", "poster", "data"} and not str(value).startswith("data:")) or (
+                tag == "link" and name == "href"
+            ):
                 self.fetched.append(f"{tag} {name}={value}")
-            elif name == "href":
+            elif name == "href" and not str(value).startswith("#"):
                 self.links.append(value or "")
 
     def handle_data(self, data: str) -> None:
@@ -509,16 +518,13 @@ def test_the_page_fetches_nothing_and_links_only_to_its_own_files(page: Path) ->
 
 def test_what_a_model_said_is_escaped(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
-    assert "alert(1)" in html
     assert "<script>alert(1)" not in html
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
-    assert "&#39;call &lt;Ann &amp; Bo&gt;&#39;" in html  # a prompt
-    assert _parsed(page).n_scripts == 2  # Vega and the charts
+    assert _parsed(page).n_scripts == 2  # data and script
 
 
-def test_a_nasty_name_in_a_chart_cannot_end_the_script(data: ReportData) -> None:
+def test_a_nasty_text_in_the_data_cannot_end_the_script(data: ReportData) -> None:
     first, *rest = data.entries
-    nasty = replace(first, candidate=first.candidate.model_copy(update={"name": ATTACK}))
+    nasty = replace(first, coefficients=(ATTACK,))
     html = render(replace(data, entries=(nasty, *rest)))
     assert "alert(1)" in html
     assert "<script>alert(1)" not in html
@@ -526,10 +532,6 @@ def test_a_nasty_name_in_a_chart_cannot_end_the_script(data: ReportData) -> None
 
 def test_sensitivity_is_left_out_where_it_was_not_measured(page: Path) -> None:
     assert "Sensitivity" not in page.read_text(encoding="utf-8")
-
-
-def test_the_script_bundle_is_there_once(page: Path) -> None:
-    assert page.read_text(encoding="utf-8").count("window.vegaEmbed=") == 1
 
 
 def test_pictures_for_slides_are_written(page: Path) -> None:
@@ -713,7 +715,7 @@ def test_how_far_a_judge_agrees_with_people_stands_beside_its_score(
     run = simulate(Plan(n_trials=0))
     run.write_agreements({"persona": {"persona:items.jsonl": Agreement("big <judge>", 40, 0.8, kappa)}})
     page = render(gather(run))
-    *_, heading = [part for part in page.split("<th") if "big &lt;judge&gt;" in part]  # after the warnings
+    heading, *_ = [part for part in page.split("<th") if "big &lt;judge&gt;" in part]  # before the warnings
     assert heading.partition(">")[2].startswith("persona")
     assert "80% of 40 labelled replies graded as by people" in heading
     is_low = kappa is None or kappa < 0.6
@@ -743,7 +745,6 @@ def test_scores_by_slice_are_those_of_the_slices_items(simulate: Callable[[Plan]
     assert shown.value == pytest.approx(rows["score"].mean())
     assert shown.n_items == len(rows)
     page = render(data)
-    assert "Scores by slice" in page
     assert "language: de" in page
 
 
@@ -763,4 +764,5 @@ def test_a_slice_without_any_verdict_for_a_candidate_has_no_score_of_it(
     assert found.name == "language: is"
     assert "persona" not in found.scores["base"]
     assert found.scores["expert-tools"]["persona"].n_items == found.n_items("persona") == 1
-    assert "<tr><th>language: is</th><td>1</td>" in render(data)
+    (row,) = (one for one in page_data(data)["slices"] if one["name"] == "language: is")
+    assert (row["n_items"][1], row["texts"]["base"][1]) == (1, None)

@@ -1,8 +1,8 @@
 """What the page's sliders work with: what each candidate loses, and how surely it stays within a limit.
 
 A limit on a guard is its margin: signed so that greater is better, a candidate may be that much below the
-guard's reference. A limit on an objective is a least score, or one at most: the same rule, with the best expert
-for the reference and what lies between as the margin. So the page chooses as `selection.recommend` does.
+guard's reference. A limit on an objective is a least score, or one at most: the same rule, with the best
+expert for the reference and what lies between as the margin. So the page chooses as `selection.recommend`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def explore(choice: Choice, metrics: Sequence[Metric], suite: SuiteConfig) -> Ex
     gains = selection.gains_over_base(chosen_by, suite, choice.scales)
     found = []
     for metric in metrics:
-        key, config = metric.name, suite.scores[metric.name]
+        key = metric.name
         reference = metric.reference if metric.kind == "guard" else _best_expert(choice, metric)
         own = np.array([chosen_by[name][key].value for name in names])
         bounded, raw = resampled[key], metric.sign * choice.front.resampled[key]
@@ -74,7 +74,7 @@ def explore(choice: Choice, metrics: Sequence[Metric], suite: SuiteConfig) -> Ex
         found.append(
             ExploredScore(
                 metric,
-                config.weight if metric.kind == "objective" else 0.0,
+                suite.objectives[key].weight if metric.kind == "objective" else 0.0,
                 reference,
                 choice.measured[reference][key].stderr,
                 own,

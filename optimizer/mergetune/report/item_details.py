@@ -1,6 +1,6 @@
 """The items behind the scores, packed for the page: what was asked and replied, loaded when it is opened.
 
-A pack is JSON, compressed (raw deflate) and written in base64: the browser's own `DecompressionStream` opens it.
+A pack is JSON, compressed (raw deflate) and in base64: the browser's own `DecompressionStream` opens it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
             packs[f"items.{split}"] = _fitting(items)
             scores = {name: _column(run, name, split, indices[split], "score") for name in names}
             packs[f"scores.{split}"] = packed(
-                {name: [None if pd.isna(one) else round(one, 4) for one in own] for name, own in scores.items()}
+                {
+                    name: [None if pd.isna(one) else round(one, 4) for one in own]
+                    for name, own in scores.items()
+                }
             )
     left, n_left_out = _REPLY_BYTES, 0
     for split, names in wanted.items():

@@ -45,6 +45,7 @@ def page_data(data: ReportData) -> dict[str, Any]:
         "slices": [
             {
                 "name": one.name,
+                "n_items": [one.n_items(metric.name) for metric in data.metrics],
                 "texts": {
                     name: [m.text(own[m.name]) if m.name in own else None for m in data.metrics]
                     for name, own in one.scores.items()
@@ -124,7 +125,7 @@ def commands(data: ReportData, name: str) -> str:
 
 
 def _panels(data: ReportData, depth: Iterable[DepthValue]) -> list[dict[str, Any]]:
-    """Return the coefficients over the layers: a panel per parameter and part of a layer, a line per expert."""
+    """Return the coefficients over the layers: a panel per parameter and part, a line per expert."""
     experts, panels = list(data.study.experts), []
     inside = [value for value in depth if value.layer is not None]
     for (parameter, part), own in groupby(inside, key=lambda value: (value.parameter, value.part)):

@@ -47,7 +47,9 @@ def _recommended(data: ReportData) -> str:
     verdict = data.verdict
     if verdict.level == "none":
         return f"None of these merges; {verdict.headline[0].lower()}{verdict.headline[1:]}"
-    kinds = [[rival for rival in verdict.rivals if is_merge(rival.name) == merged] for merged in (False, True)]
+    kinds = [
+        [rival for rival in verdict.rivals if is_merge(rival.name) == merged] for merged in (False, True)
+    ]
     best = [min(kind, key=lambda rival: rival.worst_loss) for kind in kinds if kind]
     ahead = " and of ".join(f"`{rival.name}` in {rival.ahead:.0%}" for rival in best)
     sureness = f": it is ahead of {ahead} of {N_RESAMPLES:,} resamples of the items" if best else ""
@@ -58,7 +60,9 @@ def _recommended(data: ReportData) -> str:
 def _gives_and_takes(data: ReportData) -> str:
     where = "On held-out items" if data.verdict.split == "holdout" else "On the items it was chosen by"
     told = [_told(one) for one in data.verdict.comparisons]
-    return f"{where} it scores {'; '.join(told)}; each ± is one standard error." if told else "Not compared yet."
+    return (
+        f"{where} it scores {'; '.join(told)}; each ± is one standard error." if told else "Not compared yet."
+    )
 
 
 def _told(one: Comparison) -> str:
@@ -66,14 +70,16 @@ def _told(one: Comparison) -> str:
     if metric.kind == "guard":
         kept = "broken" if one.is_broken else "kept"
         return f"{metric.change(one.difference)} on the guard `{metric.name}` ({kept})"
-    return f"{metric.text(one.own)} on `{metric.name}`, {metric.change(one.difference)} against its best expert"
+    return (
+        f"{metric.text(one.own)} on `{metric.name}`, {metric.change(one.difference)} against its best expert"
+    )
 
 
 def _costs(data: ReportData) -> str:
     n_experts = len(data.study.experts)
     spent = duration(data.cost.total_s + data.holdout_cost.total_s)
     return (
-        f"It is one model of the base's size instead of {n_experts}, with no extra work per reply; to find it "
+        f"It is one model of the base's size instead of {n_experts}, and no slower; to find it "
         f"took {spent} of computing."
     )
 
@@ -83,8 +89,12 @@ def _next(data: ReportData) -> str:
     lost = [one for one in verdict.comparisons if one.metric.kind == "objective" and one.falls_short]
     if verdict.level == "none":
         evidence = f"the best of them, `{name}`, loses {verdict.worst_loss:.0%} of what the best expert gains"
-        beaten = [rival for rival in verdict.rivals if verdict.worst_loss and rival.worst_loss <= verdict.worst_loss]
-        others = f", and {_listed([f'`{rival.name}`' for rival in beaten])} no more than that" if beaten else ""
+        beaten = [
+            rival for rival in verdict.rivals if verdict.worst_loss and rival.worst_loss <= verdict.worst_loss
+        ]
+        others = (
+            f", and {_listed([f'`{rival.name}`' for rival in beaten])} no more than that" if beaten else ""
+        )
         return f"None of these: retrain on the data of all skills; {evidence}{others}."
     if verdict.split == "search":
         return f"Confirm `{name}` on items that the search did not see before it is deployed."

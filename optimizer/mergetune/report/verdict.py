@@ -188,7 +188,7 @@ def _words(
 
 
 def _price(compared: Sequence[Comparison]) -> str:
-    """Say what the one model has less than the expert that is best at an objective, beyond a standard error."""
+    """Say what the merge has less than the best expert at an objective, beyond a standard error."""
     lost = [
         f"{one.metric.size(abs(one.difference.value))} of `{one.metric.name}`"
         for one in compared
