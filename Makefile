@@ -6,6 +6,9 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
+# What tests need of Debian: installed where this runs as root; where it is missing, they are skipped.
+DEBIAN := chromium postgresql
+
 # What `make demo` measures with: auto | transformers | vllm.
 ENGINE ?= auto
 
@@ -51,14 +54,12 @@ clean:
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-# Tests start a server of Debian's postgresql; without root they are skipped, unless it is there. The
-# leaderboard of tool calls, an oracle, asks for the clients of all vendors and for NumPy 1, and MLflow for
-# older cachetools than vLLM's: hence --no-deps.
+# The leaderboard of tool calls, an oracle of the tests, asks for the clients of all vendors and for NumPy 1,
+# and MLflow for older cachetools than vLLM's: hence --no-deps.
 .venv/test-ready: .venv/vllm-ready
-	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-		! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then \
-		apt-get update --quiet=2 && \
-		DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends postgresql; fi
+	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && ! dpkg -s $(DEBIAN) >/dev/null 2>&1; then \
+		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive \
+		apt-get install --quiet=2 --yes --no-install-recommends $(DEBIAN); fi
 	$(PIP) --editable '.[docs,test]'
 	$(PIP) --no-deps bfcl-eval mlflow-skinny
 	touch $@
