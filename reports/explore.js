@@ -3,7 +3,7 @@
 const page = JSON.parse(document.getElementById("page-data").textContent);
 const find = id => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
-const SURE = 0.95, PAGE_OF_ITEMS = 20, ROWS = 8;
+const SURE = 0.95, PAGE_OF_ITEMS = 5, ROWS = 8;
 const own = {weights: page.scores.map(s => s.weight), limits: page.scores.map(s => s.margin)};
 let settings, view, rows;
 
@@ -122,6 +122,7 @@ function listen() {
   find("candidate").addEventListener("change", event => see(event.target.value));
   find("against").addEventListener("change", event => { view.against = event.target.value; update(); });
   for (const id of ["of-score", "change"]) find(id).addEventListener("change", showItems);
+  window.addEventListener("resize", showChart);
   window.addEventListener("hashchange", () => { readState(); update(); });
 }
 
@@ -193,7 +194,8 @@ function scaleOf(values, from, to, isReversed) {
 }
 
 function showChart() {
-  const [width, height, left, bottom] = [680, 430, 62, 48];
+  const width = Math.max(320, Math.min(760, find("chart").clientWidth - 28));
+  const [height, left, bottom] = [Math.max(300, 0.6 * width), 62, 48];
   const ofX = view.x === null ? null : page.scores[view.x], ofY = page.scores[view.y];
   const valueX = row => ofX ? row.candidate.measured[view.x] : row.index + 1;
   const valueY = row => row.candidate.measured[view.y];
@@ -370,16 +372,16 @@ async function showItems() {
   }
   function itemOf(i) {
     const [score, item, prompt, target, sent] = items[i];
-    const reply = (who, texts) => [element("dt", {}, `${who} (score ${scores[who][i]})`),
-      element("dd", {}, texts ? texts[i] : "this reply is not in the page; it is in the run directory")];
+    const reply = (who, texts) => element("dl", {}, element("dt", {}, `${who} (score ${scores[who][i]})`),
+      element("dd", {}, texts ? texts[i] : "this reply is not in the page; it is in the run directory"));
     return element("article", {class: "example"},
       element("p", {}, element("strong", {class: gains[i] > 0 ? "kept" : gains[i] < 0 ? "broken" : ""},
         gains[i] > 0 ? "won" : gains[i] < 0 ? "lost" : "alike"), ` ${score}`, element("small", {}, ` item ${item}`)),
       element("dl", {},
         element("dt", {}, "prompt"), element("dd", {}, prompt,
           sent ? element("details", {}, element("summary", {}, "the conversation as the model saw it"), element("pre", {}, sent)) : null),
-        element("dt", {}, "target"), element("dd", {}, target),
-        ...reply(name, ours), ...reply(other, theirs)));
+        element("dt", {}, "target"), element("dd", {}, target)),
+      element("div", {class: "grid"}, reply(name, ours), reply(other, theirs)));
   }
   add();
 }
@@ -403,7 +405,7 @@ function update() {
   writeState();
 }
 
+find("explore").hidden = false;
 readState();
 listen();
 update();
-find("explore").hidden = false;

@@ -640,13 +640,28 @@ def check(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="A run directory; several are compared on one page.", metavar="RUN")
+    ],
+    slide: Annotated[
+        bool, typer.Option("--slide", help="Write one page for a meeting: headline, chart, three sentences.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Of several runs: the page to write.", metavar="FILE.html")
+    ] = Path("comparison.html"),
 ) -> None:
-    """Write the report of a run directory again: HTML, PNG, SVG, CSV and the front's recipes."""
-    from mergetune.report import write_report
+    """Write the report of a run directory again, or put several runs on one page."""
+    from mergetune.report import write_comparison, write_report, write_slide
     from mergetune.results.run_dir import RunDir
 
-    _out.print(f"Report: {write_report(RunDir(run))}", highlight=False, markup=False)
+    found = [RunDir(run) for run in runs]
+    if len(found) > 1:
+        if slide:
+            raise MergetuneError("--slide is of one run: name one.")
+        page = write_comparison(found, out)
+    else:
+        page = write_slide(found[0]) if slide else write_report(found[0])
+    _out.print(f"Report: {page}", highlight=False, markup=False)
 
 
 @app.command()

@@ -6,6 +6,8 @@ tell them apart.
 
 from __future__ import annotations
 
+import re
+
 import altair as alt
 
 Drawing = alt.LayerChart | alt.ConcatChart
@@ -15,6 +17,45 @@ LIGHT, PALE = "#CCCCCC", "#F1F1F1"
 HELPS, HELPS_A_LITTLE = "#1B7837", "#D9F0D3"
 HARMS, HARMS_A_LITTLE = "#762A83", "#E7D4E8"
 EXPERTS = [BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY]  # colours of experts, in order
+
+DARK = {  # what takes the place of a colour on a dark ground
+    "white": "#15191d",
+    WHITE: "#15191d",
+    INK: "#e6eaee",
+    "#444444": "#c5ccd3",
+    "#777777": "#8d98a2",
+    "#999999": "#7b8791",
+    "#ECECEC": "#2b3238",
+    LIGHT: "#4a545e",
+    PALE: "#262c32",
+    BLUE: "#4aa8e0",
+    ORANGE: "#ff8030",
+    HELPS: "#7fbf7b",
+    HARMS: "#c9a0d6",
+}
+
+
+def darkened(drawing: str) -> str:
+    """Return an SVG drawing with its colours for a dark ground."""
+
+    def darker(found: re.Match[str]) -> str:
+        return f'{found[1]}="{_DARK.get(found[2].lower(), found[2])}"'
+
+    return re.sub(r'(fill|stroke)="([^"]+)"', darker, drawing)
+
+
+def for_both(drawing: str) -> str:
+    """Return an SVG drawing that shows itself light or dark, as its reader prefers."""
+    rules = " ".join(
+        f'[{what}="{light}" i] {{ {what}: {dark} }}'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    )
+    end = drawing.index(">") + 1
+    return f"{drawing[:end]}<style>@media (prefers-color-scheme: dark) {{ {rules} }}</style>{drawing[end:]}"
+
+
+_DARK = {light.lower(): dark for light, dark in DARK.items()}
 
 
 def themed(chart: Drawing) -> Drawing:
@@ -37,12 +78,13 @@ def themed(chart: Drawing) -> Drawing:
             orient="top",
             title=None,
             labelFontSize=12,
+            labelColor=INK,
             labelLimit=260,
             columns=2,
             columnPadding=14,
             symbolSize=150,
             symbolStrokeWidth=1.5,
         )
-        .configure_title(fontSize=14, fontWeight=600, anchor="start")
+        .configure_title(fontSize=14, fontWeight=600, anchor="start", color=INK)
     )
     return styled

@@ -1,6 +1,7 @@
 """The report of a run directory: gathered first (`data`), drawn second (`charts`, `page`)."""
 
+from mergetune.report.compare import write_comparison
 from mergetune.report.data import ReportData, gather
-from mergetune.report.page import write_report
+from mergetune.report.page import write_report, write_slide
 
-__all__ = ["ReportData", "gather", "write_report"]
+__all__ = ["ReportData", "gather", "write_comparison", "write_report", "write_slide"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from mergetune.evaluation.evaluate import Measurement
+from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.scorers import JudgeScorer
@@ -34,7 +35,7 @@ from mergetune.report.verdict import Summary, difference, summarize
 from mergetune.results import roles, selection
 from mergetune.results.run_dir import AdapterRecord, Candidate, Cost, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
-from mergetune.results.slices import slices_of
+from mergetune.results.slices import Slice, slices_of
 from mergetune.slopes.sensitivity import RECOMMENDED
 from mergetune.space.coordinates import Coordinate
 from mergetune.space.method_table import METHODS
@@ -101,10 +102,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class SliceScores:
-    """The scores of some candidates on one slice of the items, by candidate and score."""
+    """The scores of some candidates on one slice of the items, by candidate and score.
+
+    `changes` are those of the recommended merge from what the verdict compares it with, paired by item.
+    """
 
     name: str
     scores: Mapping[str, Scores]
+    changes: Scores
 
     def n_items(self, score: str) -> int:
         """Return how many items of a score it has, of the candidate that has a value of most."""
@@ -220,6 +225,7 @@ def gather(run: RunDir) -> ReportData:
     compared = {roles.BASE, *map(roles.expert_name, run.study.experts)}
     confirmed = chosen is not None and compared | {chosen.name} <= holdout.keys()
     split: Split = "holdout" if confirmed else "search"
+    verdict = _verdict(read, suite, chosen, entries, metrics, split, noise)
     return ReportData(
         path=str(run.path.resolve()),
         study=run.study,
@@ -228,7 +234,7 @@ def gather(run: RunDir) -> ReportData:
         dropped=tuple(c for c in candidates if c.state == "dropped"),
         failed=tuple(c for c in candidates if c.state == "failed"),
         recommendation=chosen,
-        verdict=_verdict(read, suite, chosen, entries, metrics, split, noise),
+        verdict=verdict,
         stopped=(run.read_json("search.json") or {}).get("ended", ""),
         warnings=(
             *(run.read_json("warnings.json") or ()),
@@ -245,7 +251,7 @@ def gather(run: RunDir) -> ReportData:
         depths=_depths(tensors, changed, complete),
         unchanged=unchanged_roles(tensors, changed),
         sensitivity=_sensitivity(slopes, chosen, candidates),
-        slices=tuple(_slices(read, run, entries, split)),
+        slices=tuple(_slices(read, run, entries, verdict, noise)),
         confirmation=confirmed_by,
         adapter=adapter,
         adapter_losses=adapter_losses(run, metrics, noise.variances if noise else {}) if adapter else (),
@@ -272,15 +278,35 @@ def _judged(
                 yield candidate.name, frame
 
 
-def _slices(read: Read, run: RunDir, entries: Sequence[Entry], split: Split) -> Iterator[SliceScores]:
+def _slices(
+    read: Read, run: RunDir, entries: Sequence[Entry], verdict: Summary, noise: Noise | None
+) -> Iterator[SliceScores]:
     """Yield the scores of the base, the experts and the merges that may be taken, by slice."""
     keys = run.study.suite_config.slices
     shown = [each.name for each in sorted(entries, key=lambda entry: entry.interest) if each.interest < 5]
-    frames = {name: frame for name in shown if (frame := read(name, split)) is not None} if keys else {}
+    frames = (
+        {name: frame for name in shown if (frame := read(name, verdict.split)) is not None} if keys else {}
+    )
     for one in slices_of(run.items(), keys) if frames else ():
         scores = {name: Measurement(one.of(frame), 0.0).scores() for name, frame in frames.items()}
         if any(scores.values()):
-            yield SliceScores(one.name, scores)
+            yield SliceScores(one.name, scores, _slice_changes(one, frames, entries, verdict, noise))
+
+
+def _slice_changes(
+    one: Slice,
+    frames: Mapping[str, pd.DataFrame],
+    entries: Sequence[Entry],
+    verdict: Summary,
+    noise: Noise | None,
+) -> dict[str, Score]:
+    own = next((entry.name for entry in entries if entry.recommended), "")
+    variances, found = noise.variances if noise else {}, {}
+    for compared in verdict.comparisons:
+        with suppress(KeyError):  # the slice has no item of this score
+            pair = one.of(frames[own]), one.of(frames[compared.against])
+            found[compared.metric.name] = difference(*pair, compared.metric, variances)
+    return found
 
 
 def _excess(name: str, measured: Mapping[str, Scores], suite: SuiteConfig) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The report's files: the page, the chart for slides, the tables and the recipes of the front."""
+"""The report's files: the page, the charts for slides, the tables and the recipes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,26 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from mergetune.analysis.heat_maps import heat_maps
-from mergetune.files.atomic_files import write_bytes, write_text
+from mergetune.files.atomic_files import write_text
 from mergetune.files.library import shared_folder
 from mergetune.files.templates import render_page
-from mergetune.report import charts, study_charts
+from mergetune.report import study_charts
 from mergetune.report.data import Entry, ReportData, gather
 from mergetune.report.glossary import GLOSSARY
 from mergetune.report.insights import MIN_TRIALS
 from mergetune.report.page_data import page_data, sliders
+from mergetune.report.pictures import PICTURES, as_svg, pictures, write_pictures
 from mergetune.report.summary import five_sentences
 from mergetune.results.run_dir import Candidate, RunDir, StudyRecord
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.space.stack import ModelReference
 from mergetune.stats.number_text import duration
-from mergetune.theme import themed
+from mergetune.theme import for_both, themed
 from mergetune.weights.models import short_name
 
-_COLUMNS = 3  # of charts in the picture for slides
+_ON_SLIDE = ("Recommended", "Gives and takes", "Next")
 _SCRIPTS = ("choice.js", "explore.js")
-_WIDTH = 480  # of a chart on the page
-_DARK = (
-    "@media (prefers-color-scheme: dark) { text { fill: #d5dbe1 } .background { fill: none } "
-    ".role-axis-grid line { stroke: #323a42 } }"
-)
+_WIDTH, _NARROW = 480, 260  # of a chart on the page
 
 
 def write_report(run: RunDir) -> Path:
@@ -44,13 +41,32 @@ def write_report(run: RunDir) -> Path:
     data = gather(run)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
-    _write_pictures(data, folder)
+    write_pictures(data, folder)
     table = candidate_table(data)
     write_text(folder / "trials.csv", table.to_csv(index=False))
     write_text(folder / "front.csv", table[table["on_front"]].to_csv(index=False))
     _write_recipes(data, folder / "recipes", run.extended_base)
     write_text(folder / "index.html", render(data))
     return folder / "index.html"
+
+
+def write_slide(run: RunDir) -> Path:
+    """Write one page for a meeting, with headline, chart and three sentences; returns its path."""
+    data = gather(run)
+    folder = run.path / "report"
+    folder.mkdir(exist_ok=True)
+    drawn = pictures(data)
+    chart = drawn.get("pareto") if len(data.objectives) <= 2 else drawn.get("parallel")
+    sentences = [each for each in five_sentences(data) if each.title in _ON_SLIDE]
+    html = render_page(
+        "slide.html.j2",
+        {"ticks": ticks},
+        data=data,
+        sentences=sentences,
+        picture=_inline(as_svg(chart)) if chart is not None else "",
+    )
+    write_text(folder / "slide.html", html)
+    return folder / "slide.html"
 
 
 def render(data: ReportData) -> str:
@@ -65,8 +81,13 @@ def render(data: ReportData) -> str:
         sliders=sliders(data),
         glossary=GLOSSARY,
         anchor=lambda word: re.sub(r"\W+", "-", word).strip("-"),
-        figures={section: [_picture(chart) for chart in found] for section, found in _figures(data).items()},
+        figures={
+            section: [_picture(chart, _NARROW if ":" in section else _WIDTH) for chart in found]
+            for section, found in _figures(data).items()
+        },
         script="\n".join(scripts),
+        pictures=PICTURES,
+        drawn=list(pictures(data)),
         min_trials=MIN_TRIALS,
         duration=duration,
         quote=shlex.quote,
@@ -129,25 +150,13 @@ def _figures(data: ReportData) -> dict[str, list[alt.LayerChart]]:
     }
 
 
-def _picture(chart: alt.LayerChart) -> str:
-    """Return a chart as the address of an image that the page itself holds."""
-    drawing = vl_convert.vegalite_to_svg(themed(chart.properties(width=_WIDTH)).to_dict())
-    end = drawing.index(">") + 1
-    drawing = f"{drawing[:end]}<style>{_DARK}</style>{drawing[end:]}"
-    return f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}"
+def _picture(chart: alt.LayerChart, width: int) -> str:
+    return _inline(vl_convert.vegalite_to_svg(themed(chart.properties(width=width)).to_dict()))
 
 
-def _write_pictures(data: ReportData, folder: Path) -> None:
-    """Write the trade-off as PNG and SVG, for slides."""
-    width, height = charts.canvas(data)
-    found = [chart.properties(width=width, height=height) for chart in charts.main_charts(data)]
-    if not found:
-        return
-    picture = found[0] if len(found) == 1 else alt.concat(*found, columns=_COLUMNS)
-    slide = themed(picture.properties(background="white", padding=16))
-    spec = slide.to_dict()
-    write_bytes(folder / "pareto.png", vl_convert.vegalite_to_png(spec, scale=2))
-    write_text(folder / "pareto.svg", vl_convert.vegalite_to_svg(spec))
+def _inline(drawing: str) -> str:
+    """Return a drawing as the address of an image that the page itself holds."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(for_both(drawing).encode()).decode()}"
 
 
 def _write_recipes(data: ReportData, folder: Path, extended_base: Path) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from mergetune.report.data import ReportData
 from mergetune.report.insights import coordinate_name
 from mergetune.results.run_dir import Cost
-from mergetune.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, ORANGE, YELLOW
+from mergetune.theme import BLUE, EXPERTS, GREY, HARMS, HELPS, INK, ORANGE, YELLOW
 
 _CLEAR_CORRELATION = 0.3
 _N_PARAMETERS = 12
@@ -99,6 +99,48 @@ def depth_panels(data: ReportData) -> list[alt.LayerChart]:
         experts = list(dict.fromkeys([*data.study.experts, *rows["expert"]]))
         panels.append(_depth_panel(rows, f"{parameter}: {part}", domain, experts))
     return panels
+
+
+def changes(data: ReportData) -> list[alt.LayerChart]:
+    """Draw what the recommended merge gains and loses, on all items and by slice: a chart per score."""
+    found = []
+    for one in data.verdict.comparisons:
+        metric = one.metric
+        rows = [("all items", one.difference)]
+        rows += [(own.name, own.changes[metric.name]) for own in data.slices if metric.name in own.changes]
+        scale = 100 if metric.percent else 1
+        frame = pd.DataFrame(
+            {
+                "slice": name,
+                "change": scale * change.value,
+                "low": scale * (change.value - change.stderr),
+                "high": scale * (change.value + change.stderr),
+                "effect": "gained" if metric.sign * change.value >= 0 else "lost",
+            }
+            for name, change in rows[:_N_PARAMETERS]
+        )
+        found.append(_changes_chart(frame, f"{metric.name} against {one.against}", metric.percent))
+    return found
+
+
+def _changes_chart(frame: pd.DataFrame, title: str, percent: bool) -> alt.LayerChart:
+    what = "points" if percent else "difference"
+    rows = alt.Y("slice:N", title=None, sort=list(frame["slice"]), axis=alt.Axis(labelLimit=200))
+    bars = (
+        alt.Chart(frame)
+        .mark_bar(height={"band": 0.6})
+        .encode(
+            x=alt.X("change:Q", title=f"{what}, ± one standard error", axis=alt.Axis(tickCount=5)),
+            y=rows,
+            color=alt.Color(
+                "effect:N", title=None, scale=alt.Scale(domain=["gained", "lost"], range=[HELPS, HARMS])
+            ),
+        )
+    )
+    errors = alt.Chart(frame).mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q", y=rows)
+    zero = alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(color=INK).encode(x="zero:Q")
+    chart = alt.LayerChart(layer=[bars, errors, zero])
+    return chart.properties(width=300, height=34 * len(frame) + 20, title=title)
 
 
 def cost(data: ReportData) -> alt.LayerChart:
