@@ -531,8 +531,8 @@ def evaluate(
 @app.command()
 def check(
     context: typer.Context,
-    suite: Suite,
     candidate: Annotated[str | None, typer.Argument(help=_TESTED, metavar="CANDIDATE")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite: a preset's name or a path.")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The model that CANDIDATE may not be worse than.")
     ] = None,
@@ -577,6 +577,13 @@ def check(
         Path | None,
         typer.Option(help="Write index.html, summary.md, junit.xml, check.json and the measurements here."),
     ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check nothing: show how the suite moved over the releases whose checks (--out) are in DIR.",
+            metavar="DIR",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Is CANDIDATE worse than the baseline by more than the margin? Exits 0 pass, 1 fail, 2 inconclusive."""
@@ -586,6 +593,13 @@ def check(
     from mergetune.gate.judge import EXIT
     from mergetune.gate.outputs import as_data, as_slice_table, as_table, write_outputs
 
+    if history is not None:
+        from mergetune.gate.history import write_history
+
+        _out.print(f"History: {write_history(history)}", highlight=False, markup=False)
+        return
+    if suite is None:
+        raise MergetuneError("Name the suite with --suite, or a folder of checks with --history.")
     texts = tuple(training or ())
     if measured:
         if len(measured) != 2:

@@ -69,7 +69,7 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
     for run, frame in zip(runs, frames, strict=True):
         if _rules(frame, run) != _rules(frames[0], first):
             raise MergetuneError(
-                f"{run.path} and {first.path}: must be scored by the same rules to be compared, but they were "
+                f"{run.path} and {first.path}: must be scored by the same rules to be compared, but were "
                 "not. Score one by the other's suite first: mergetune rescore RUN --suite FILE --out DIR."
             )
     shared = _shared(frames)
@@ -142,7 +142,7 @@ def _settings(run: RunDir) -> dict[str, str]:
         "base": short_name(study.base),
         "search space": Path(study.search_space).stem,
         "sampler": study.sampler.kind,
-        "warm start": study.warm_start,
+        "warm start": study.warm_start.model_dump_json(),
         "budget": json.dumps(study.budget.model_dump(exclude_none=True)),
         "digest of the base": study.digests.get("base", "")[:12],
         "digests of the experts": ", ".join(study.digests.get(name, "")[:8] for name in study.experts),
