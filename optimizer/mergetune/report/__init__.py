@@ -1,4 +1,4 @@
-"""The report of a run directory: gathered first (`data`), drawn second (`charts`, `page`)."""
+"""The report of a run directory: gathered first (`data`), drawn second (`page`, `pictures`)."""
 
 from mergetune.report.compare import write_comparison
 from mergetune.report.data import ReportData, gather
