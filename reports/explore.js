@@ -122,8 +122,13 @@ function listen() {
   find("candidate").addEventListener("change", event => see(event.target.value));
   find("against").addEventListener("change", event => { view.against = event.target.value; update(); });
   for (const id of ["of-score", "change"]) find(id).addEventListener("change", showItems);
+  find("won-and-lost").addEventListener("toggle", showItems);
+  find("won-and-lost").open = view.against !== null;
   window.addEventListener("resize", showChart);
-  window.addEventListener("hashchange", () => { readState(); update(); });
+  window.addEventListener("hashchange", () => {
+    readState();
+    update();
+  });
 }
 
 function see(name) {
@@ -341,6 +346,7 @@ async function showDepth(name) {
 
 let asked = 0;
 async function showItems() {
+  if (!find("won-and-lost").open) return;
   const turn = ++asked, list = find("items"), name = find("candidate").value, other = find("against").value;
   const split = page.held_out.includes(name) && page.held_out.includes(other) ? "holdout" : "search";
   if (!page.packs[`items.${split}`] || !other) return;

@@ -75,6 +75,8 @@ class Opened:
 
     def open(self, run: RunDir, fragment: str = "") -> Any:
         self.page.goto((run.path / "report" / "index.html").as_uri() + fragment)
+        if not self.page.evaluate("document.getElementById('won-and-lost').open"):
+            self.page.click("#won-and-lost summary")
         self.page.wait_for_selector("#items article")
         return self.page
 

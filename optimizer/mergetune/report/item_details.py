@@ -19,8 +19,8 @@ from mergetune.evaluation.suite import Split
 from mergetune.results.run_dir import RunDir
 
 _LONGEST = (4000, 2000, 1000, 500, 250)  # characters kept of a text: the first that fits
-_TEXT_BYTES = 700_000  # of what was asked, in a split
-_REPLY_BYTES = 1_400_000  # of what was replied, in all
+_TEXT_BYTES = 500_000  # of what was asked, in a split
+_REPLY_BYTES = 1_200_000  # of what was replied, in all
 
 
 @dataclass(frozen=True)
