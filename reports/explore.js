@@ -379,7 +379,7 @@ async function showItems() {
   function itemOf(i) {
     const [score, item, prompt, target, sent] = items[i];
     const reply = (who, texts) => element("dl", {}, element("dt", {}, `${who} (score ${scores[who][i]})`),
-      element("dd", {}, texts ? texts[i] : "this reply is not in the page; it is in the run directory"));
+      element("dd", {}, texts?.[i] ?? "this reply is not in the page; it is in the run directory"));
     return element("article", {class: "example"},
       element("p", {}, element("strong", {class: gains[i] > 0 ? "kept" : gains[i] < 0 ? "broken" : ""},
         gains[i] > 0 ? "won" : gains[i] < 0 ? "lost" : "alike"), ` ${score}`, element("small", {}, ` item ${item}`)),

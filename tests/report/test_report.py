@@ -16,6 +16,7 @@ import pytest
 
 from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.judging.agreement import Agreement
+from mergetune.evaluation.suite import Split
 from mergetune.report import ReportData, gather, write_report
 from mergetune.report.charts import points
 from mergetune.report.insights import MIN_TRIALS, Influence, coordinate_name
@@ -37,6 +38,7 @@ from mergetune.weights.models import find_model
 from report_pages import unpacked
 from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
 
+SPLITS: tuple[Split, Split] = ("search", "holdout")
 ATTACK = "</script><script>alert(1)</script>"
 
 
@@ -103,10 +105,10 @@ def test_hypervolume_never_falls_and_ends_at_that_of_the_front(data: ReportData)
 
 
 def test_packs_hold_what_every_candidate_replied_and_scored(finished: RunDir, data: ReportData) -> None:
-    for split in ("search", "holdout"):
+    for split in SPLITS:
         items, scores = (unpacked(data.items.packs[f"{kind}.{split}"]) for kind in ("items", "scores"))
         for name in scores:
-            measured = finished.measurement(name, "search" if split == "search" else "holdout")
+            measured = finished.measurement(name, split)
             assert measured is not None
             rows = measured.set_index("item").loc[[item for _, item, *_ in items]]
             assert scores[name] == rows["score"].tolist()
@@ -766,3 +768,19 @@ def test_a_slice_without_any_verdict_for_a_candidate_has_no_score_of_it(
     assert found.scores["expert-tools"]["persona"].n_items == found.n_items("persona") == 1
     (row,) = (one for one in page_data(data)["slices"] if one["name"] == "language: is")
     assert (row["n_items"][1], row["texts"]["base"][1]) == (1, None)
+
+
+def test_the_page_stays_small_whatever_was_replied(simulate: Callable[[Plan], RunDir]) -> None:
+    run, random = simulate(Plan(n_trials=20, n_items=300)), np.random.default_rng(0)
+    for name in [candidate.name for candidate in run.candidates()]:
+        for split in SPLITS:
+            if (own := run.measurement(name, split)) is not None:
+                texts = [random.bytes(600).hex() for _ in range(len(own))]
+                run.write_measurement(name, split, Measurement(own.assign(response=texts), 0.0))
+    data = gather(run)
+    assert data.recommendation is not None
+    replies = {key: len(pack) for key, pack in data.items.packs.items() if key.startswith("replies")}
+    assert f"replies.holdout.{data.recommendation.name}" in replies
+    assert sum(replies.values()) < 1_500_000
+    assert data.items.n_replies_left_out > 0
+    assert len(render(data)) < 3_000_000

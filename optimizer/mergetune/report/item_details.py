@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from mergetune.evaluation.evaluate import ITEM_KEYS
 from mergetune.evaluation.suite import Split
 from mergetune.results.run_dir import RunDir
 
-_LONGEST = (4000, 2000, 1000, 500, 250)  # characters kept of a text: the first that fits
+_LONGEST = (4000, 2000, 1000, 500, 250, 120)  # characters kept of a text: the first that fits
 _TEXT_BYTES = 500_000  # of what was asked, in a split
-_REPLY_BYTES = 1_200_000  # of what was replied, in all
+_REPLY_BYTES, _REPLY_BYTES_EACH = 1_500_000, 250_000  # of what was replied: in all, and of one candidate
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class ItemDetails:
 
     `items.SPLIT` has the items, `scores.SPLIT` their scores by candidate, in the order of the items, and
     `replies.SPLIT.NAME` what one candidate replied. Replies are kept of as many as fit, those first that
-    are looked at first; 0 in place of a reply says that it is that of the candidate named `first`.
+    are looked at first; 0 in place of a reply says that it is that of the candidate named `first`. Where all
+    would take too much room, those that scored as the first candidate's are null, and long ones are cut.
     """
 
     packs: Mapping[str, str]
@@ -66,23 +67,46 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
             )
     left, n_left_out = _REPLY_BYTES, 0
     for split, names in wanted.items():
-        first, known = "", [""] * len(indices.get(split, ()))
+        first = _Replies("", [], [])
         for name in names:
-            replies = _column(run, name, split, indices[split], "response").fillna("").tolist()
-            replies = [_cut(reply, _LONGEST[1]) for reply in replies]
-            pack = packed({"first": first, "replies": _differing(replies, known) if first else replies})
-            if len(pack) > left:
+            own = _Replies(
+                name,
+                _column(run, name, split, indices[split], "response").fillna("").tolist(),
+                _column(run, name, split, indices[split], "score").tolist(),
+            )
+            pack = next((p for p in _packs(own, first) if len(p) <= min(left, _REPLY_BYTES_EACH)), None)
+            if pack is None:
                 n_left_out += 1
                 continue
             packs[f"replies.{split}.{name}"] = pack
             left -= len(pack)
-            if not first:
-                first, known = name, replies
+            first = first if first.name else own
     return ItemDetails(packs, n_left_out)
 
 
-def _differing(replies: Sequence[str], known: Sequence[str]) -> list[str | int]:
-    return [0 if own == other else own for own, other in zip(replies, known, strict=True)]
+@dataclass(frozen=True)
+class _Replies:
+    """What a candidate replied to the items, and its scores."""
+
+    name: str
+    texts: list[str]
+    scores: list[float]
+
+
+def _packs(own: _Replies, first: _Replies) -> Iterator[str]:
+    """Yield packs of a candidate's replies, the fullest first; see `ItemDetails`."""
+    for longest in _LONGEST[1:]:
+        texts: list[str | int | None] = [_cut(text, longest) for text in own.texts]
+        if not first.name:
+            yield packed({"first": "", "replies": texts})
+            continue
+        same = [mine == other for mine, other in zip(own.texts, first.texts, strict=True)]
+        texts = [0 if is_same else text for is_same, text in zip(same, texts, strict=True)]
+        if longest == _LONGEST[1]:
+            yield packed({"first": first.name, "replies": texts})
+        alike = [mine == other for mine, other in zip(own.scores, first.scores, strict=True)]
+        kept = [None if is_alike and text != 0 else text for is_alike, text in zip(alike, texts, strict=True)]
+        yield packed({"first": first.name, "replies": kept})
 
 
 def _items(run: RunDir, split: Split) -> pd.DataFrame:
