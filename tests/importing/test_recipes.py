@@ -167,6 +167,9 @@ BARE = ("", "", "")
         ),
         *((name, "normalize: true", KEPT, "base") for name in ("dare_ties", "della")),
         ("dare_ties", "rescale: false, lambda: 2", KEPT, "base"),
+        ("ram", "", BARE, "base"),
+        ("ramplus_tl", "epsilon: 1e-4", BARE, "base"),
+        ("ramplus_tl", "r: 0.5, alpha: [0.1, 0.9]", BARE[:2], "base"),
         ("model_stock", "filter_wise: true", BARE, "base"),
         ("nuslerp", "", ("weight: 0.3", "weight: 0.9"), "base"),
         ("nuslerp", "nuslerp_flatten: false", ("weight: 0.3", "weight: 0.9"), ""),
@@ -216,7 +219,7 @@ def test_methods_and_parameters_are_the_same(
         ("task_arithmetic", "", WEIGHTS, "", ["must have a `base_model`"]),
         ("task_arithmetic", "weight: {filter: mlp, value: 1}", BARE, "base", ["for the tensors `all-rest`"]),
         ("passthrough", "", BARE[:2], "", ["takes 1 model, but here are 2"]),
-        ("ram", "", BARE, "base", ["is no method of mergetune"]),
+        ("consensus_ta", "", BARE, "base", ["is no method of mergetune"]),
     ],
 )
 def test_parameters_without_a_counterpart_are_refused(

@@ -129,6 +129,22 @@ WITH_MERGEKIT: list[tuple[str, int, dict[str, Any], dict[str, str], dict[str, An
         )
     ),
     *(("sce", 3, {"select_topk": topk}, {}, {"select_topk": topk}, True) for topk in (0.1, 0.5, 1.0)),
+    *(
+        ("ram", 3, {"lambda": [1.0] * 3, "epsilon": epsilon}, {}, {"epsilon": epsilon}, True)
+        for epsilon in (0.0, 1e-5, 0.2, 10.0)
+    ),
+    *(
+        (
+            "ramplus_tl",
+            3,
+            {"lambda": [1.0] * 3, "epsilon": epsilon, "r": 0.4, "alpha": alpha},
+            {},
+            {"epsilon": epsilon, "r": 0.4, "alpha": alpha},
+            True,
+        )
+        for epsilon in (0.0, 0.2)
+        for alpha in (0.3, 50.0)
+    ),
     ("model_stock", 3, {}, {}, {}, True),
     ("model_stock", 2, {}, {"granularity": "rows"}, {"filter_wise": True}, True),
     *(
@@ -384,6 +400,23 @@ def test_shares_that_balance_out_on_the_sphere_fail_the_trial() -> None:
 def test_a_model_of_another_shape_is_refused() -> None:
     with pytest.raises(MergetuneError, match=r"must have the base's shape \(4, 8\), but has \(3, 8\)"):
         merge([torch.zeros(4, 8), torch.zeros(3, 8)], "task_arithmetic", {"lambda": [1.0]})
+
+
+def test_ram_weighs_what_is_shared_and_what_is_alone() -> None:
+    models = [torch.zeros(4), torch.tensor([1.0, 1.0, 0, 0]), torch.tensor([0, 1.0, 1.0, 0.1])]
+    given: dict[str, list[float] | float] = {"lambda": [0.5, -2.0], "epsilon": 0.1}
+    close(merge(models, "ram", given), torch.tensor([0.5, -0.75, -2.0, 0.0]))
+    raised = {**given, "r": 0.5, "alpha": 0.4}
+    close(merge(models, "ramplus_tl", raised), torch.tensor([0.6, -0.75, -2.4, 0.0]))
+
+
+def test_ram_counts_the_same_with_a_table_of_the_plan() -> None:
+    base, *experts = random_models(3)
+    is_kept = torch.rand((3, *base.shape), generator=torch.Generator().manual_seed(0)) < 0.4
+    models = [base, *(tuned.where(kept, base) for tuned, kept in zip(experts, is_kept, strict=True))]
+    raised: dict[str, list[float] | float] = {"lambda": [1.0] * 3, "r": 2.0, "alpha": 9.0}
+    planned, direct = (merge(models, "ramplus_tl", {**raised, "epsilon": e}) for e in (1e-5, 1.1e-5))
+    assert torch.equal(planned, direct)
 
 
 def test_tensors_may_lie_transposed_in_memory_or_be_empty() -> None:

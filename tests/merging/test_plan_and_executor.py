@@ -30,6 +30,7 @@ from mergetune.merging.tables import (
     Array,
     Kind,
     bands_kind,
+    overlaps_kind,
 )
 from mergetune.space.method_table import METHODS, MethodName
 from mergetune.space.recipe import MergeRecipe
@@ -37,7 +38,17 @@ from mergetune.space.recipe import MergeRecipe
 SHAPES = {"matrix": (48, 200), "cube": (3, 40, 24), "vector": (9000,), "scalar": (), "empty": (0, 4)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUES = {"density": 0.37, "gamma": 0.02, "epsilon": 0.2, "t": 0.3, "select_topk": 0.4, "scale": 1.2}
-KINDS = (bands_kind(0.0), bands_kind(0.03), GRAM, GRAM_BY_ROWS, RANKS, SELECTIONS, IMPORTANCE)
+CHANGED = {("ram", "epsilon"), ("ramplus_tl", "epsilon")}  # as large as entries of the task vectors below
+KINDS = (
+    bands_kind(0.0),
+    bands_kind(0.03),
+    GRAM,
+    GRAM_BY_ROWS,
+    RANKS,
+    SELECTIONS,
+    IMPORTANCE,
+    overlaps_kind(1e-5),
+)
 # Each method with each choice of its options, alone.
 CASES: list[tuple[MethodName, dict[str, str]]] = [
     (name, {option.name: choice})
@@ -78,7 +89,7 @@ def recipe(method: MethodName, experts: Sequence[str], options: dict[str, str] |
     group: dict[str, Any] = {"name": "all"}
     for parameter in METHODS[method].parameters:
         value = VALUES.get(parameter.name, 0.7)
-        value = 0.002 if method == "nearswap" else value
+        value = 0.002 if method == "nearswap" or (method, parameter.name) in CHANGED else value
         values = {expert: value * (1 - 0.01 * i) for i, expert in enumerate(experts)}
         group[parameter.name] = values if parameter.is_per_expert else value
     return MergeRecipe.model_validate(

@@ -51,6 +51,7 @@ TRIMMED = (
     {"lambda": both(0.6, 0.7), "density": both(0.5, 0.5)},
 )
 CRUMBS = tuple({**group, "gamma": both(0.05, 0.0)} for group in TRIMMED)
+AMPLIFIED = {"lambda": both(1.0, 1.0), "epsilon": 1e-4, "alpha": 0.4}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ CRUMBS = tuple({**group, "gamma": both(0.05, 0.0)} for group in TRIMMED)
         ("multislerp", *LAMBDAS, {"origin": "zero"}),
         ("karcher", {}, {}, None),
         ("model_stock", {}, {}, None),
+        ("ramplus_tl", {**AMPLIFIED, "r": 0.1}, {**AMPLIFIED, "r": 0.9}, None),
         (
             "ties",
             {"lambda": both(1.5, 1.5), "density": both(0.2, 0.7)},
@@ -124,6 +126,7 @@ def check_against_mergekit(inputs: Inputs, wanted: MergeRecipe, folder: Path) ->
         ("della", {**TRIMMED[0], "epsilon": both(0.1, 0.1)}, {"normalize": "weights"}),
         ("ties", TRIMMED[0], None),
         ("sce", {"select_topk": 0.5}, None),
+        ("ram", {"lambda": both(1.0, 0.9), "epsilon": 1e-5}, None),
         ("model_stock", {}, {"granularity": "rows"}),
     ],
 )

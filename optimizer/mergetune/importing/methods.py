@@ -207,6 +207,17 @@ def _karcher(found: Sequence[Resolved], refuse: Refuse) -> Translation:
     return Translation("karcher", [{} for _ in found])
 
 
+def _ram(method: MethodName) -> Callable[[Sequence[Resolved], Refuse], Translation]:
+    """Take parameters for all models as they are; mergekit weighs none."""
+
+    def translate(found: Sequence[Resolved], _: Refuse) -> Translation:
+        return Translation(
+            method, [{"lambda": dict.fromkeys(each.each, 1.0), **each.shared} for each in found]
+        )
+
+    return translate
+
+
 def _passthrough(found: Sequence[Resolved], _: Refuse) -> Translation:
     """The one model; or where each slice has its own, unscaled, shares of 1 and 0."""
     experts = list(dict.fromkeys(name for each in found for name in each.each))
@@ -261,6 +272,8 @@ FOREIGN: dict[MethodName, Foreign] = {
         warning="mergekit weighs task vectors alike where the mean squares of a tensor sum to under 1e-6; "
         "the recipe weighs them by their mean squares everywhere.",
     ),
+    "ram": Foreign(_ram("ram"), shared={"epsilon": 1e-5}),
+    "ramplus_tl": Foreign(_ram("ramplus_tl"), shared={"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
     "model_stock": Foreign(_model_stock, shared={"filter_wise": False}),
     "slerp": Foreign(_single("slerp", "t"), shared={"t": None}),
     "nuslerp": Foreign(

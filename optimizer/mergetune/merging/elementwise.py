@@ -21,7 +21,7 @@ from torch import Tensor
 from mergetune.merging import native
 
 Keep = Literal["all", "trim", "band", "random", "clip", "ranked", "rescaled", "selected"]
-Combine = Literal["sum", "count", "weights", "none", "shares"]
+Combine = Literal["sum", "count", "weights", "none", "shares", "overlap"]
 
 CPU_CHUNK, _CUDA_CHUNK = 1 << 17, 1 << 28  # entries; the CPU's fit the second-level cache
 LANES, SPAN = 8, 1 << 16  # as in `job.h`
@@ -40,10 +40,10 @@ class Numbers(NamedTuple):
     """What `merge_chunk` reads beside the weights; entry i of a sequence belongs to expert i.
 
     `low` and `high` bound the magnitudes kept, `scales` being what magnitudes are multiplied by first.
-    `low` and `steps` make probabilities of ranks, and `factors` multiply what is kept by rank. `limits`,
-    `keys`, `stream` and `start` are int32 for `hash32`, with `start` the position of the chunk's first
-    entry in its tensor. All but the int32 are rounded to float32 when they are used. Either no number is
-    by rows, or `lambdas`, `base_weight` and, if they are given, `scales` are.
+    `low` and `steps` make probabilities of ranks, and `factors` multiply what is kept by rank, or what one
+    expert alone changes. `limits`, `keys`, `stream` and `start` are int32 for `hash32`, with `start` the
+    position of the chunk's first entry in its tensor. All but the int32 are rounded to float32 when they
+    are used. Either no number is by rows, or `lambdas`, `base_weight` and, if they are given, `scales` are.
     """
 
     lambdas: Sequence[Number]
@@ -51,7 +51,7 @@ class Numbers(NamedTuple):
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     steps: Sequence[float] = ()
-    factors: Sequence[float] = ()
+    factors: Sequence[Number] = ()
     scales: Tensor | None = None
     limits: Sequence[int] = ()
     keys: Sequence[int] = ()
@@ -81,7 +81,8 @@ class Step:
     p = low + step · rank, times a factor (ranked) or divided by p (rescaled); or those whose variance
     across the experts is at least the first low (selected). `combine` says what becomes of the λτ: their
     sum; or only those whose sign is the elected one, their sum divided by their count, by the sum of
-    their λ (weights), or by nothing (none); or as with weights, but with a sign that the τ elect (shares).
+    their λ (weights), or by nothing (none); or as with weights, but with a sign that the τ elect (shares); or
+    the mean of the λτ that are kept, and where that is a single one its τ times a factor (overlap).
 
     `ranks` are of the entries' magnitudes in their row, for each expert: uint16 or uint32. `sources`
     takes the place of the operands' where a rule asks experts that leave the tensor as it is, too.
@@ -132,6 +133,8 @@ def merged_entries(
     kept = kept_vectors(start, sources, are_vectors, keep, numbers, ranks)
     if combine == "shares":
         return start + (_shared(kept, numbers.lambdas) + 0.0)
+    if combine == "overlap":
+        return start + (_overlapping(kept, numbers.lambdas, numbers.factors) + 0.0)
     parts = [vector * weight for vector, weight in zip(kept, numbers.lambdas, strict=True)]
     if combine == "sum":
         merged = numbers.base_weight * start
@@ -229,6 +232,17 @@ def _shared(vectors: Sequence[Tensor], shares: Sequence[Number]) -> Tensor:
     total = _sum([(vector * share).where(agree, 0.0) for vector, agree, share in pairs])
     divisor = _sum([agree.to(total.dtype) * share for _, agree, share in pairs])
     return total / (divisor + (divisor == 0))
+
+
+def _overlapping(vectors: Sequence[Tensor], lambdas: Sequence[Number], factors: Sequence[Number]) -> Tensor:
+    """Average, entry by entry, the weighted vectors that are not zero; one alone has a factor instead.
+
+    RAM's last step (Yuan et al. 2026).
+    """
+    count = _sum([(vector != 0).to(vector.dtype) for vector in vectors])
+    shared = _sum([vector * weight for vector, weight in zip(vectors, lambdas, strict=True)])
+    alone = _sum([vector * factor for vector, factor in zip(vectors, factors, strict=True)])
+    return torch.where(count > 1, shared / count.clamp(min=1), alone)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

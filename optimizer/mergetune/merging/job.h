@@ -14,7 +14,7 @@ constexpr int BLOCK = 256;  // entries that are worked on at a time: their scrat
 // As in `native.py`.
 enum Kind : int32_t { FLOAT32, BFLOAT16, FLOAT16, VECTOR };  // weights by their dtype, or a task vector in float32
 enum Keep : int32_t { ALL, TRIM, BAND, RANDOM, CLIP, RANKED, RESCALED, SELECTED };
-enum Combine : int32_t { SUM, COUNT, WEIGHTS, NONE, SHARES };
+enum Combine : int32_t { SUM, COUNT, WEIGHTS, NONE, SHARES, OVERLAP };
 
 // The base, the result, the experts' sources and `elementwise.Numbers`. Where rows have numbers of their own,
 // lambdas are (n_experts, n_rows), base_weights and scales (n_rows); else there is one row, of all entries.

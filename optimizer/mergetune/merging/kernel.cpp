@@ -109,7 +109,7 @@ template <int KEEP, bool ADDS>
 void fill(float* part, Block& block, int e) {
     const Job& job = block.job;
     const auto of = [&](const auto* numbers) { return numbers ? numbers[e] : 0; };
-    const Rule rule = {job.lambdas[e * job.n_rows + block.row],
+    const Rule rule = {job.combine == OVERLAP ? 1.0f : job.lambdas[e * job.n_rows + block.row],
                        of(job.low),
                        of(job.high),
                        of(job.steps),
@@ -181,6 +181,22 @@ void elect(float* parts, const Job& job, int n) {
     }
 }
 
+// `elementwise._overlapping`: the first part becomes the mean of the weighted parts, or the only one, scaled.
+void overlap(float* parts, const Job& job, int n) {
+    for (int i = 0; i < n; i += TILE) {
+        const floats zeros = {}, ones = zeros + 1.0f;
+        floats shared = {}, alone = {}, count = {};
+        for (int e = 0; e < job.n_experts; e++) {
+            const floats part = load(parts + e * BLOCK + i);
+            shared += part * (zeros + job.lambdas[e]);
+            alone += part * (zeros + job.factors[e]);
+            count += part != zeros ? ones : zeros;
+        }
+        const floats found = count > ones ? shared / count : alone;
+        std::memcpy(parts + i, &found, sizeof found);
+    }
+}
+
 template <int COMBINE>
 void elect(float* parts, const Job& job, int n) {
     switch (job.n_experts) {
@@ -197,6 +213,7 @@ void elect(float* parts, const Job& job, int n) {
         case COUNT: return elect<COUNT>(parts, job, n);
         case WEIGHTS: return elect<WEIGHTS>(parts, job, n);
         case SHARES: return elect<SHARES>(parts, job, n);
+        case OVERLAP: return overlap(parts, job, n);
         default: return elect<NONE>(parts, job, n);
     }
 }

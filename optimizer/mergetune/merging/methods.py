@@ -33,9 +33,12 @@ from mergetune.merging.tables import (
     bands,
     bands_kind,
     grid_place,
+    next_above,
+    overlaps,
+    overlaps_kind,
     selections,
 )
-from mergetune.space.method_table import MethodName
+from mergetune.space.method_table import CHANGED, MethodName
 from mergetune.space.recipe import MergeRecipe
 
 
@@ -181,6 +184,36 @@ def sce(operands: Operands, given: Coefficients) -> Step:
     return Step(Numbers(shares, low=[threshold]), keep, "shares", sources=sources)
 
 
+def ram(operands: Operands, given: Coefficients) -> Step:
+    """Average what several experts change, and keep whole what one alone does (RAM; Yuan et al. 2026).
+
+    An expert changes an entry where |τᵢ| > epsilon. Where several do, the mean of their λᵢτᵢ is added, and
+    where one does its λᵢτᵢ; λᵢ = 1 is the paper's.
+    """
+    lambdas = given.of("lambda", operands.changed)
+    low = [next_above(given.single("epsilon"))] * len(lambdas)
+    return Step(Numbers(lambdas, low=low, factors=lambdas), "trim", "overlap")
+
+
+def ramplus_tl(operands: Operands, given: Coefficients) -> Step:
+    """Average as RAM does, and amplify what one expert alone changes (RAM+; Yuan et al. 2026).
+
+    Expert i's own entries are multiplied by 1 + r · min(ρᵢ, alpha), with ρᵢ the number of entries that it
+    changes together with others over that of those that it changes alone. As in mergekit, ρᵢ is of the
+    tensor (its `tl`: tensor-local), where the paper's is of the whole model.
+    """
+    step, epsilon = ram(operands, given), given.single("epsilon")
+    if epsilon == CHANGED:
+        counts = operands.table(overlaps_kind(epsilon))
+    else:
+        counts = overlaps(operands.base, operands.all_sources, epsilon)
+    rows = zip(operands.experts, counts.tolist(), strict=True)
+    ratios = {expert: shared / max(alone, 1) for expert, (shared, alone) in rows}
+    amplified = [1 + given.single("r") * min(ratios[e], given.single("alpha")) for e in operands.changed]
+    factors = [weight * more for weight, more in zip(step.numbers.lambdas, amplified, strict=True)]
+    return replace(step, numbers=step.numbers._replace(factors=factors))
+
+
 def model_stock(operands: Operands, given: Coefficients) -> Step:
     """Move towards the estimated centre of fine-tunes: θ₀ + t · mean τ (model stock; Jang et al. 2024).
 
@@ -254,6 +287,8 @@ RULES: dict[MethodName, Callable[[Operands, Coefficients], Step]] = {
     "breadcrumbs": breadcrumbs,
     "breadcrumbs_ties": breadcrumbs_ties,
     "sce": sce,
+    "ram": ram,
+    "ramplus_tl": ramplus_tl,
     "model_stock": model_stock,
     "slerp": slerp,
     "nuslerp": nuslerp,
@@ -278,6 +313,8 @@ def tables_of(recipe: MergeRecipe) -> list[Kind]:
             return [RANKS]
         case "sce":
             return [SELECTIONS]
+        case "ramplus_tl" if any(group.single("epsilon") == CHANGED for group in recipe.groups):
+            return [overlaps_kind(CHANGED)]
         case "arcee_fusion":
             return [IMPORTANCE]
         case "model_stock" | "slerp" | "nuslerp" | "multislerp" | "karcher":

@@ -47,7 +47,7 @@ _KEEP = {
     name: i
     for i, name in enumerate(("all", "trim", "band", "random", "clip", "ranked", "rescaled", "selected"))
 }
-_COMBINE = {name: i for i, name in enumerate(("sum", "count", "weights", "none", "shares"))}
+_COMBINE = {name: i for i, name in enumerate(("sum", "count", "weights", "none", "shares", "overlap"))}
 _FLOATS, _INTEGERS = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int32)
 _POINTERS = ctypes.POINTER(ctypes.c_void_p)
 

@@ -242,6 +242,35 @@ def _fill_importance(out: Array, base: Tensor, source: Source) -> None:
     out[-1] = median + out.dtype.type(1.5) * (q3 - q1)
 
 
+@functools.cache
+def overlaps_kind(epsilon: float) -> Kind:
+    """Return the kind of table that holds `overlaps`."""
+    return Kind(
+        f"overlaps-{epsilon:g}",
+        True,
+        lambda _, n: ("int64", (n, 2)),
+        lambda out, base, sources: np.copyto(out, overlaps(base, sources, epsilon)),
+    )
+
+
+def overlaps(base: Tensor, sources: Sequence[Source], epsilon: float) -> Array:
+    """Return how many entries each expert changes together with others, and alone: (n_experts, 2).
+
+    An entry is changed where |τ| > epsilon, in the precision of τ.
+    """
+    low = next_above(epsilon)
+    total = torch.zeros(base.shape, dtype=torch.int32, device=base.device)
+    for source in sources:
+        total += _vector(base, source).abs() >= low
+    changed = [total[_vector(base, source).abs() >= low] for source in sources]
+    return np.array([[int((each > 1).sum()), int((each == 1).sum())] for each in changed])
+
+
+def next_above(value: float) -> float:
+    """Return the least float32 above a number: what a magnitude has at least that exceeds it."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
 def _job(base: Tensor, sources: Sequence[Source]) -> native.Job | None:
     """Return a job for `plan.cpp`, or None where it does not take these tensors."""
     data = [source.data for source in sources]

@@ -17,6 +17,8 @@ MethodName = Literal[
     "breadcrumbs",
     "breadcrumbs_ties",
     "sce",
+    "ram",
+    "ramplus_tl",
     "model_stock",
     "slerp",
     "nuslerp",
@@ -92,10 +94,12 @@ class MergekitForm:
         base_model: what mergekit takes for `base_model`.
         single: where a coefficient stands that is one for all experts: once for all models, with its model,
             or, a position t, as the weights 1 − t and t of the two models.
+        has_weights: whether it weighs models; else it takes every lambda for 1.
     """
 
     base_model: Literal["base", "first expert", "none"] = "base"
     single: Literal["all models", "model", "weights"] = "all models"
+    has_weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,22 @@ _TOPK = Parameter(
     SearchInterval(0.1, 1.0, 0.01),
     False,
 )
+CHANGED = 1e-5  # mergekit's default
+_CHANGED = Parameter(
+    "epsilon",
+    "magnitude above which an entry of a task vector counts as changed",
+    Interval(0.0, math.inf),
+    CHANGED,
+    False,
+)
+_AMPLIFICATION = Parameter(
+    "r",
+    "how much the entries that one expert alone changes grow with the share of those that others change",
+    Interval(0.0, math.inf),
+    SearchInterval(0.0, 2.0),
+    False,
+)
+_CEILING = Parameter("alpha", "the most that this share counts", Interval(0.0, math.inf), 0.2, False)
 _REACH = Parameter(
     "t", "the largest change of a weight", Interval(0.0, math.inf), SearchInterval(0.0, 0.01), False
 )
@@ -251,6 +271,16 @@ METHODS: dict[MethodName, Method] = {
         "keep the entries that vary most, weigh τᵢ by its mean square, elect a sign",
         (_TOPK,),
         min_experts=2,
+    ),
+    "ram": Method(
+        "average the λᵢτᵢ of entries that several experts change, keep the others whole",
+        (_LAMBDA, _CHANGED),
+        mergekit=MergekitForm(has_weights=False),
+    ),
+    "ramplus_tl": Method(
+        "average as `ram` does, amplify what one expert alone changes by 1 + r · min(shared/alone, alpha)",
+        (_LAMBDA, _CHANGED, _AMPLIFICATION, _CEILING),
+        mergekit=MergekitForm(has_weights=False),
     ),
     "model_stock": Method(
         "θ₀ + t · mean τ, with t from the angle between the τᵢ",

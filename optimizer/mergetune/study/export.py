@@ -146,13 +146,16 @@ def mergekit_yaml(recipe: MergeRecipe, inputs: Inputs) -> str | None:
 
     It draws other random masks (DARE, DELLA) and samples thresholds (Arcee Fusion), weighs short task
     vectors alike (SCE) and gives norms of filters a floor (model stock by rows); dividing by a count
-    it does only where all experts of a group share one lambda. Rows of added tokens it treats otherwise, and
-    it leaves nothing as it is, such as a vision tower. It merges no stacks.
+    it does only where all experts of a group share one lambda. It does not weigh what it merges by RAM. Rows
+    of added tokens it treats otherwise, and it leaves nothing as it is, such as a vision tower. It merges no
+    stacks.
     """
     form, shared = METHODS[recipe.method].mergekit, _shared_parameters(recipe)
     if form is None or shared is None or any(isinstance(expert, MatchedExpert) for expert in inputs.experts):
         return None
     if is_stack(inputs.base.folder):
+        return None
+    if not form.has_weights and any(set(g.per_expert("lambda").values()) != {1.0} for g in recipe.groups):
         return None
     groups = assign_groups(recipe.groups, inputs.base.names)
     if len(groups) < len(inputs.base.names):
@@ -201,7 +204,10 @@ def _shared_parameters(recipe: MergeRecipe) -> dict[str, Any] | None:
 
 def _expert_parameters(recipe: MergeRecipe, groups: Mapping[str, RecipeGroup], expert: str) -> dict[str, Any]:
     """Return mergekit's parameters of one model."""
-    named = {"lambda": "weight", "density": "density", "gamma": "gamma"}
+    form = METHODS[recipe.method].mergekit
+    named = {"density": "density", "gamma": "gamma"}
+    if form is not None and form.has_weights:
+        named["lambda"] = "weight"
     given = [name for name in named if name in recipe.groups[0].coefficients]
     found = {
         named[name]: _by_tensor(groups, lambda g, name=name: g.per_expert(name)[expert]) for name in given
