@@ -206,7 +206,8 @@ def test_slerp_agrees_with_mergekit(t: float) -> None:
 
 
 def test_every_method_is_compared_with_mergekit_or_has_its_own_test() -> None:
-    assert {row[0] for row in WITH_MERGEKIT} | {"slerp", "passthrough"} == set(METHODS)
+    spectral = {"tsv_merge", "iso_c", "svc"}  # in `test_spectral.py`
+    assert {row[0] for row in WITH_MERGEKIT} | {"slerp", "passthrough"} | spectral == set(METHODS)
 
 
 def ends(parameter: Parameter) -> tuple[float, ...]:
@@ -383,10 +384,20 @@ def test_the_order_of_experts_does_not_matter(lambdas: list[float], density: flo
         close(merge(models, method, {**coefficients}), merge(shuffled, method, {**turned}))
 
 
-@pytest.mark.parametrize("method", ["model_stock", "karcher", "sce"])
-def test_symmetric_methods_do_not_see_the_order(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("model_stock", {}),
+        ("karcher", {}),
+        ("sce", {"select_topk": 0.5}),
+        ("ram", {"lambda": [0.7] * 3, "epsilon": 0.2}),
+        ("tsv_merge", {"lambda": [0.7] * 3}),
+        ("iso_c", {"scale": 0.7}),
+        ("svc", {"scale": 0.7, "alpha": 0.5}),
+    ],
+)
+def test_symmetric_methods_do_not_see_the_order(method: str, given: dict[str, list[float] | float]) -> None:
     models = random_models(3)
-    given: dict[str, list[float] | float] = {"select_topk": 0.5} if method == "sce" else {}
     close(merge(models, method, given), merge([models[0], *reversed(models[1:])], method, given))
 
 

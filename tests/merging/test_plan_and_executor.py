@@ -150,7 +150,8 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("ties", {}), ("della", {"rescale": "l1"}), ("sce", {}), ("karcher", {})]
+    ("method", "options"),
+    [("ties", {}), ("della", {"rescale": "l1"}), ("sce", {}), ("karcher", {}), ("ramplus_tl", {})],
 )
 def test_threads_change_no_bits(method: MethodName, options: dict[str, str], two_threads: None) -> None:
     found = with_long(models(3))
@@ -159,7 +160,9 @@ def test_threads_change_no_bits(method: MethodName, options: dict[str, str], two
     assert same_bits(both, merged(found, method, options))
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce", "nuslerp", "arcee_fusion"])
+@pytest.mark.parametrize(
+    "method", ["ties", "dare_linear", "della", "sce", "nuslerp", "arcee_fusion", "ram", "tsv_merge"]
+)
 def test_a_slice_has_the_bits_of_the_whole(method: MethodName) -> None:
     base, *experts = models(METHODS[method].max_experts or 3)
     names = [expert.name for expert in experts]
@@ -254,7 +257,9 @@ def files(cache: Path) -> list[Path]:
     return [path for path in sorted(cache.glob("*")) if path.suffix == ""]
 
 
-@pytest.mark.parametrize("method", ["ties", "slerp", "della", "sce", "arcee_fusion"])
+@pytest.mark.parametrize(
+    "method", ["ties", "slerp", "della", "sce", "arcee_fusion", "tsv_merge", "iso_c", "svc"]
+)
 def test_a_plan_from_disk_is_the_fresh_one(method: MethodName, cache: Path) -> None:
     n_experts = METHODS[method].max_experts or 2
     in_memory = merged(models(n_experts), method)

@@ -134,7 +134,7 @@ def recipe_of(
     """A recipe in two layer groups; `values` take the place of those above."""
     experts = dict(list(inputs.expert_sources.items())[: METHODS[method].max_experts])
     given = {"lambda": LAMBDA, "t": 0.04 if method == "nearswap" else 0.4, **OTHERS, **values}
-    given |= {"epsilon": 1e-3, "r": 0.5, "alpha": 0.4} if method in ("ram", "ramplus_tl") else {}
+    given |= {"epsilon": 1e-3, "r": 0.5, "alpha": 0.4} if method in ("ram", "ramplus_tl", "svc") else {}
     chosen = {}
     for parameter in METHODS[method].parameters:
         value = given[parameter.name]

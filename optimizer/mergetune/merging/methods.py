@@ -19,13 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergetune.merging import spherical
-from mergetune.merging.elementwise import Combine, Keep, Numbers, Step, keep_limit, magnitude_sums, wide
+from mergetune.merging import spectral, spherical
+from mergetune.merging.elementwise import (
+    Combine,
+    Keep,
+    Numbers,
+    Source,
+    Step,
+    keep_limit,
+    magnitude_sums,
+    wide,
+)
 from mergetune.merging.operands import Operands
 from mergetune.merging.tables import (
+    CALIBRATION,
+    DECORRELATED,
     GRAM,
     GRAM_BY_ROWS,
     IMPORTANCE,
+    ISOTROPIC,
     RANKS,
     SELECTIONS,
     Array,
@@ -214,6 +226,47 @@ def ramplus_tl(operands: Operands, given: Coefficients) -> Step:
     return replace(step, numbers=step.numbers._replace(factors=factors))
 
 
+def tsv_merge(operands: Operands, given: Coefficients) -> Step:
+    """Add task vectors whose singular vectors do not interfere (TSV-Merge; Gargiulo et al. 2025).
+
+    θ₀ + Σ λᵢ τ̃ᵢ with τ̃ᵢ of `spectral.decorrelated`; λᵢ = 1 is the paper's. As in the authors' code, task
+    vectors of anything but matrices are averaged.
+    """
+    lambdas, n_experts = given.of("lambda", operands.changed), len(operands.experts)
+    if operands.base.ndim != 2:
+        return Step(Numbers([weight / n_experts for weight in lambdas]))
+    parts = _planned(operands, DECORRELATED)
+    places = [operands.experts.index(expert) for expert in operands.changed]
+    return Step(Numbers(lambdas), sources=[Source(parts[place], "vector") for place in places])
+
+
+def iso_c(operands: Operands, given: Coefficients) -> Step:
+    """Add the sum of the task vectors with all singular values alike (Iso-C; Marczak et al. 2025).
+
+    θ₀ + scale · Δ with Δ of `spectral.isotropic`. As in the authors' code, Δ is the mean of the task vectors
+    for anything but matrices.
+    """
+    scale = given.single("scale")
+    if operands.base.ndim != 2:
+        return Step(Numbers([scale / len(operands.experts)] * len(operands.changed)))
+    return Step(Numbers([scale]), sources=[Source(_planned(operands, ISOTROPIC), "vector")])
+
+
+def svc(operands: Operands, given: Coefficients) -> Step:
+    """Add the sum of the task vectors, less of what several of them share (SVC; Li et al. 2026).
+
+    θ₀ + scale · Δ with Δ of `spectral.calibrated`, over the experts that change the tensor. A factor λ of the
+    sum, as task arithmetic has it, is alpha / λ in the place of alpha. Anything but a matrix is calibrated as
+    one direction.
+    """
+    table, n_out = _planned(operands, CALIBRATION), operands.base.shape[0] if operands.base.ndim == 2 else 1
+    left, rows, shares = table.tensor_split((n_out, table.shape[1] - len(operands.experts)), dim=1)
+    changed = shares[:, [operands.experts.index(expert) for expert in operands.changed]]
+    merged = spectral.calibrated(left.T, rows, changed, given.single("alpha"))
+    vector = merged.reshape(operands.base.shape)
+    return Step(Numbers([given.single("scale")]), sources=[Source(vector, "vector")])
+
+
 def model_stock(operands: Operands, given: Coefficients) -> Step:
     """Move towards the estimated centre of fine-tunes: θ₀ + t · mean τ (model stock; Jang et al. 2024).
 
@@ -289,6 +342,9 @@ RULES: dict[MethodName, Callable[[Operands, Coefficients], Step]] = {
     "sce": sce,
     "ram": ram,
     "ramplus_tl": ramplus_tl,
+    "tsv_merge": tsv_merge,
+    "iso_c": iso_c,
+    "svc": svc,
     "model_stock": model_stock,
     "slerp": slerp,
     "nuslerp": nuslerp,
@@ -315,6 +371,12 @@ def tables_of(recipe: MergeRecipe) -> list[Kind]:
             return [SELECTIONS]
         case "ramplus_tl" if any(group.single("epsilon") == CHANGED for group in recipe.groups):
             return [overlaps_kind(CHANGED)]
+        case "tsv_merge":
+            return [DECORRELATED]
+        case "iso_c":
+            return [ISOTROPIC]
+        case "svc":
+            return [CALIBRATION]
         case "arcee_fusion":
             return [IMPORTANCE]
         case "model_stock" | "slerp" | "nuslerp" | "multislerp" | "karcher":
@@ -368,6 +430,11 @@ def _bands(
             row = bands(operands.base, operands.sources[expert], [density], gamma)[0]
         found.append(tuple(row.tolist()))
     return found
+
+
+def _planned(operands: Operands, kind: Kind) -> Tensor:
+    """Return a table of all experts together as a tensor on the base's device."""
+    return torch.from_numpy(operands.table(kind)).to(operands.base.device)
 
 
 def _combine(given: Coefficients) -> Combine:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergetune.merging import native
+from mergetune.merging import native, spectral
 from mergetune.merging.elementwise import SPAN, Source, lane_sum, variance, wide
 
 # Densities live on this grid, so that one table serves a whole study.
@@ -264,6 +264,47 @@ def overlaps(base: Tensor, sources: Sequence[Source], epsilon: float) -> Array:
         total += _vector(base, source).abs() >= low
     changed = [total[_vector(base, source).abs() >= low] for source in sources]
     return np.array([[int((each > 1).sum()), int((each == 1).sum())] for each in changed])
+
+
+DECORRELATED = Kind(
+    "decorrelated",
+    True,
+    lambda base, n: (_wide_dtype(base), (n, *base.shape) if base.ndim == 2 else (0,)),
+    lambda out, base, sources: _fill_matrix(out, base, sources, spectral.decorrelated),
+)
+ISOTROPIC = Kind(
+    "isotropic",
+    True,
+    lambda base, _: (_wide_dtype(base), tuple(base.shape) if base.ndim == 2 else (0,)),
+    lambda out, base, sources: _fill_matrix(out, base, sources, spectral.isotropic),
+)
+CALIBRATION = Kind(  # `spectral.calibration`, side by side: Uᵀ, Σ Vᵀ and the shares
+    "calibration",
+    True,
+    lambda base, n: (_wide_dtype(base), (min(_sides(base)), sum(_sides(base)) + n)),
+    lambda out, base, sources: _fill_matrix(out, base, sources, _calibration),
+)
+
+
+def _fill_matrix(
+    out: Array, base: Tensor, sources: Sequence[Source], made: Callable[[Sequence[Tensor]], Tensor]
+) -> None:
+    """Write what is made of the task vectors of a matrix; NaN where one of their entries is not finite."""
+    if out.size == 0:
+        return
+    vectors = [_vector(base, source).reshape(_sides(base)) for source in sources]
+    is_finite = all(bool(vector.isfinite().all()) for vector in vectors)
+    out[...] = made(vectors).cpu().numpy() if is_finite else np.nan
+
+
+def _calibration(vectors: Sequence[Tensor]) -> Tensor:
+    u, rows, shares = spectral.calibration(vectors)
+    return torch.cat([u.T, rows, shares], dim=1)
+
+
+def _sides(base: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of a matrix; anything else is taken as one row."""
+    return (base.shape[0], base.shape[1]) if base.ndim == 2 else (1, base.numel())
 
 
 def next_above(value: float) -> float:

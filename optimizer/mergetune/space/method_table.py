@@ -19,6 +19,9 @@ MethodName = Literal[
     "sce",
     "ram",
     "ramplus_tl",
+    "tsv_merge",
+    "iso_c",
+    "svc",
     "model_stock",
     "slerp",
     "nuslerp",
@@ -196,6 +199,14 @@ _REACH = Parameter(
     "t", "the largest change of a weight", Interval(0.0, math.inf), SearchInterval(0.0, 0.01), False
 )
 _SCALE = Parameter("scale", "factor of the weights", _ANY, SearchInterval(0.5, 1.5), False)
+_MERGED = Parameter("scale", "factor of the merged task vector", _ANY, SearchInterval(0.0, 2.0), False)
+_SUPPRESSION = Parameter(
+    "alpha",
+    "the least that an expert counts as amplified in a direction; from 1 on nothing is amplified",
+    Interval(0.0, math.inf, is_open_low=True),
+    SearchInterval(0.1, 1.0),
+    False,
+)
 
 _RESCALE = Option(
     "rescale",
@@ -281,6 +292,14 @@ METHODS: dict[MethodName, Method] = {
         "average as `ram` does, amplify what one expert alone changes by 1 + r · min(shared/alone, alpha)",
         (_LAMBDA, _CHANGED, _AMPLIFICATION, _CEILING),
         mergekit=MergekitForm(has_weights=False),
+    ),
+    "tsv_merge": Method(
+        "θ₀ + Σ λᵢτ̃ᵢ with the leading singular vectors of the τᵢ made orthogonal to each other's", (_LAMBDA,)
+    ),
+    "iso_c": Method("θ₀ + scale · Σ τᵢ with each singular value replaced by their mean", (_MERGED,)),
+    "svc": Method(
+        "θ₀ + scale · Σ τᵢ with singular values lowered by how often experts share their directions",
+        (_MERGED, _SUPPRESSION),
     ),
     "model_stock": Method(
         "θ₀ + t · mean τ, with t from the angle between the τᵢ",
