@@ -39,21 +39,20 @@ from mergetune.weights.models import demo_model
 from mergetune.weights.writer import write_model
 
 EXPERTS = Path(__file__).parent.parent / "examples" / "taskmaster" / "experts"
-VALUES = {
-    **{"lambda": 0.7, "density": 0.3, "gamma": 0.01, "epsilon": 0.15},
-    **{"t": 0.3, "select_topk": 0.4, "scale": 1.2},
+VALUES = {  # of what a search space does not hold by default
+    **{"lambda": 0.7, "density": 0.3, "t": 0.3},
+    **{"select_topk": 0.4, "scale": 1.2, "r": 0.5, "alpha": 0.5},
 }
 USUAL = ("task_arithmetic", "ties", "dare_ties")
 
 
 def recipe(method: MethodName, experts: Sequence[str]) -> MergeRecipe:
     """Return the recipe that is measured."""
-    coefficients = {
-        parameter.name: dict.fromkeys(experts, VALUES[parameter.name])
-        if parameter.is_per_expert
-        else VALUES[parameter.name]
-        for parameter in METHODS[method].parameters
-    }
+    coefficients: dict[str, dict[str, float] | float] = {}
+    for parameter in METHODS[method].parameters:
+        held = parameter.default
+        value = held if isinstance(held, float) else VALUES[parameter.name]
+        coefficients[parameter.name] = dict.fromkeys(experts, value) if parameter.is_per_expert else value
     sources = {name: Source(path=name) for name in experts}
     return MergeRecipe.of_one_group(method, Source(path="base"), sources, coefficients)
 
