@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -265,10 +266,10 @@ def test_a_plan_from_disk_is_the_fresh_one(method: MethodName, cache: Path) -> N
     in_memory = merged(models(n_experts), method)
     assert not cache.exists()
     fresh = merged(models(n_experts, digest="d"), method)
-    made = {path: path.stat().st_mtime_ns for path in files(cache)}
+    made = {path: path.stat().st_ino for path in files(cache)}
     assert made
     again = merged(models(n_experts, digest="d"), method)
-    assert {path: path.stat().st_mtime_ns for path in files(cache)} == made
+    assert {path: path.stat().st_ino for path in files(cache)} == made
     assert same_bits(in_memory, fresh)
     assert same_bits(in_memory, again)
 
@@ -292,6 +293,20 @@ def test_a_damaged_file_is_set_aside_and_made_anew(harm: str, cache: Path) -> No
 def test_other_inputs_have_another_plan(cache: Path) -> None:
     merged(models(2, digest="d"), "ties")
     merged(models(2, digest="other"), "ties")
+    assert len(files(cache)) == 4
+
+
+def test_plans_that_nobody_uses_are_removed_where_one_is_made(cache: Path) -> None:
+    merged(models(2, digest="used"), "ties")
+    used = files(cache)
+    merged(models(2, digest="forgotten"), "ties")
+    forgotten = set(files(cache)) - set(used)
+    for path in files(cache):
+        os.utime(path, (0, 0))
+    merged(models(2, digest="used"), "ties")
+    merged(models(2, digest="new"), "ties")
+    assert set(used) < set(files(cache))
+    assert not forgotten & set(files(cache))
     assert len(files(cache)) == 4
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from mergetune.merging.tables import Array, Kind
 
 _VERSION = 1  # of the files and of how their tables are made
 _ALIGNMENT = 64  # bytes, of every table in a file
+_SECONDS_KEPT = 30 * 24 * 3600.0  # without use
 _MAX_CHECKED_BYTES = 1 << 26  # of larger tables, which are read as they are used, the size alone is checked
 
 Read = Callable[[str, Sequence[str]], tuple[Tensor, list[Source]]]
@@ -118,6 +121,8 @@ class _File:
                 mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # of another user
+            os.utime(self.path)  # it is in use
         start = len(self.header)
         is_whole = mapped[:start].tobytes() == self.header
         is_whole = is_whole and mapped[start : start + 8].tobytes() == self._checksum(mapped)
@@ -149,7 +154,8 @@ class _File:
 def _kept(file: _File, fill: Callable[[Tables], None]) -> Tables | None:
     """Return a file's tables, or None where it cannot be written.
 
-    Processes that want the same make it once, and a damaged one is set aside.
+    Processes that want the same make it once, and a damaged one is set aside. Where one is made, those that
+    nobody has used for a month are removed.
     """
     if (found := file.open()) is not None:
         return found
@@ -159,11 +165,20 @@ def _kept(file: _File, fill: Callable[[Tables], None]) -> Tables | None:
             if (found := file.open()) is None:
                 if file.path.exists():
                     file.path.replace(file.path.with_name(f"{file.path.name}.damaged"))
+                _remove_unused(file.path.parent)
                 file.write(fill)
                 found = file.open()
     except OSError:  # a cache that cannot be written, or is full
         return None
     return found
+
+
+def _remove_unused(folder: Path) -> None:
+    now = time.time()
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may be faster
+            if now - path.stat().st_mtime > _SECONDS_KEPT:
+                path.unlink()
 
 
 def _in_memory(layout: Layout, fill: Callable[[Tables], None]) -> Tables:
