@@ -52,28 +52,19 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
         wanted: the candidates measured on each split, those looked at first before the others.
     """
     packs: dict[str, str] = {}
-    indices: dict[Split, pd.MultiIndex] = {}
-    for split, names in wanted.items():
-        if names:
-            items = _items(run, split)
-            indices[split] = pd.MultiIndex.from_frame(items[ITEM_KEYS])
-            packs[f"items.{split}"] = _fitting(items)
-            scores = {name: _column(run, name, split, indices[split], "score") for name in names}
-            packs[f"scores.{split}"] = packed(
-                {
-                    name: [None if pd.isna(one) else round(one, 4) for one in own]
-                    for name, own in scores.items()
-                }
-            )
     left, n_left_out = _REPLY_BYTES, 0
     for split, names in wanted.items():
+        if not names:
+            continue
+        items = _items(run, split)
+        index = pd.MultiIndex.from_frame(items[ITEM_KEYS])
+        packs[f"items.{split}"] = _fitting(items)
+        scores: dict[str, list[float | None]] = {}
         first = _Replies("", [], [])
         for name in names:
-            own = _Replies(
-                name,
-                _column(run, name, split, indices[split], "response").fillna("").tolist(),
-                _column(run, name, split, indices[split], "score").tolist(),
-            )
+            rows = _rows(run, name, split, index)
+            own = _Replies(name, rows["response"].fillna("").tolist(), rows["score"].tolist())
+            scores[name] = [None if pd.isna(one) else round(one, 4) for one in own.scores]
             pack = next((p for p in _packs(own, first) if len(p) <= min(left, _REPLY_BYTES_EACH)), None)
             if pack is None:
                 n_left_out += 1
@@ -81,6 +72,7 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
             packs[f"replies.{split}.{name}"] = pack
             left -= len(pack)
             first = first if first.name else own
+        packs[f"scores.{split}"] = packed(scores)
     return ItemDetails(packs, n_left_out)
 
 
@@ -117,11 +109,11 @@ def _items(run: RunDir, split: Split) -> pd.DataFrame:
     return items.reindex(columns=[*ITEM_KEYS, "prompt", "target", "sent"]).fillna("")
 
 
-def _column(run: RunDir, name: str, split: Split, index: pd.MultiIndex, column: str) -> pd.Series[Any]:
-    frame = run.measurement(name, split, responses=column == "response")
+def _rows(run: RunDir, name: str, split: Split, index: pd.MultiIndex) -> pd.DataFrame:
+    frame = run.measurement(name, split)
     if frame is None:
         raise ValueError(f"`{name}` was not measured on the {split} split.")
-    return frame.set_index(ITEM_KEYS)[column].reindex(index)
+    return frame.set_index(ITEM_KEYS)[["score", "response"]].reindex(index)
 
 
 def _fitting(items: pd.DataFrame) -> str:

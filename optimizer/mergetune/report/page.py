@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ def write_report(run: RunDir) -> Path:
     data = gather(run)
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
-    write_pictures(data, folder)
+    drawn = write_pictures(data, folder)
     table = candidate_table(data)
     write_text(folder / "trials.csv", table.to_csv(index=False))
     write_text(folder / "front.csv", table[table["on_front"]].to_csv(index=False))
     _write_recipes(data, folder / "recipes", run.extended_base)
-    write_text(folder / "index.html", render(data))
+    write_text(folder / "index.html", render(data, drawn))
     return folder / "index.html"
 
 
@@ -69,8 +70,8 @@ def write_slide(run: RunDir) -> Path:
     return folder / "slide.html"
 
 
-def render(data: ReportData) -> str:
-    """Return the page: one HTML file that needs nothing else."""
+def render(data: ReportData, drawn: Collection[str] = ()) -> str:
+    """Return the page: one HTML file that needs nothing else; `drawn` names the pictures beside it."""
     scripts = [(shared_folder("reports") / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     return render_page(
         "report.html.j2",
@@ -87,7 +88,7 @@ def render(data: ReportData) -> str:
         },
         script="\n".join(scripts),
         pictures=PICTURES,
-        drawn=list(pictures(data)),
+        drawn=drawn,
         min_trials=MIN_TRIALS,
         duration=duration,
         quote=shlex.quote,

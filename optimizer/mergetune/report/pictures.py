@@ -44,14 +44,16 @@ def pictures(data: ReportData) -> dict[str, Drawing]:
     }
 
 
-def write_pictures(data: ReportData, folder: Path) -> None:
-    """Write all pictures; the dark ones have `-dark` in their names."""
-    for name, chart in pictures(data).items():
+def write_pictures(data: ReportData, folder: Path) -> list[str]:
+    """Write all pictures, the dark ones with `-dark` in their names; returns the names of `PICTURES`."""
+    drawn = pictures(data)
+    for name, chart in drawn.items():
         light = as_svg(chart)
         for suffix, drawing in (("", light), ("-dark", darkened(light))):
             write_text(folder / f"{name}{suffix}.svg", drawing)
             write_bytes(folder / f"{name}{suffix}.png", vl_convert.svg_to_png(drawing, scale=_PNG_SCALE))
             write_bytes(folder / f"{name}{suffix}.pdf", vl_convert.svg_to_pdf(drawing))
+    return list(drawn)
 
 
 def as_svg(chart: Drawing) -> str:
