@@ -266,6 +266,21 @@ class Evaluator:
                     )
 
 
+def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Join two measurements item by item; `score` becomes the difference `own` − `score_other`.
+
+    Pairs of which a judge gave no verdict on one or both are left out.
+    """
+    both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_other"))
+    both = both.assign(own=both["score"], score=both["score"] - both["score_other"])
+    return both[both["score"].notna()]
+
+
+def rules_of(items: pd.DataFrame) -> dict[str, str]:
+    """Return the digest of the rules by task; empty where an earlier version kept none."""
+    return dict(items.groupby("task")["rules"].first()) if "rules" in items else {}
+
+
 def _bound_tasks(suite: Suite) -> Iterator[BoundTask]:
     """Build every task of a suite, each with a name of its own."""
     found = [

@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.aggregations import linear_scores
-from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement
+from mergetune.evaluation.evaluate import Measurement, paired, rules_of
 from mergetune.files.atomic_files import write_text
 from mergetune.files.templates import render_page
 from mergetune.gate.words import clean, span
@@ -64,7 +63,7 @@ def read_history(folder: Path) -> History:
             f"{folder}: must hold folders that `mergetune check --out` wrote, one a release, but holds none."
         )
     frames = [pd.read_parquet(file.parent / "candidate.parquet") for file in found]
-    same = [_rules(frame) == _rules(frames[-1]) for frame in frames]
+    same = [rules_of(frame) == rules_of(frames[-1]) for frame in frames]
     kept = [(file, frame) for file, frame, is_same in zip(found, frames, same, strict=True) if is_same]
     scores: dict[str, list[Point]] = {}
     previous: pd.DataFrame | None = None
@@ -99,17 +98,17 @@ def _points(
 ) -> list[tuple[str, Point]]:
     items = join_items({release: frame})
     verdicts = {row["name"]: row["verdict"] for row in check["rows"]}
+    pairs = None if previous is None else paired(frame, previous)
     found = []
     for name, score in Measurement(frame, 0.0).scores().items():
         own = items[name]
         resampled = bootstrap_scores(own.scores, own.tasks)[:, 0]
         change, interval = None, None
-        if previous is not None:
-            both = _paired(frame, previous, name)
-            if len(both):
-                now, before = (both[each].to_numpy(np.float64) for each in ("score", "score_previous"))
-                paired = paired_difference(now, before, both["task"].to_numpy())
-                change, interval = paired.estimate, paired.interval(_LEVEL)
+        both = None if pairs is None else pairs[pairs["score_name"] == name]
+        if both is not None and len(both):
+            now, before = (both[each].to_numpy(np.float64) for each in ("own", "score_other"))
+            moved = paired_difference(now, before, both["task"].to_numpy())
+            change, interval = moved.estimate, moved.interval(_LEVEL)
         interval_now = percentile_interval(resampled, _LEVEL)
         point = Point(
             release,
@@ -122,16 +121,6 @@ def _points(
         )
         found.append((name, point))
     return found
-
-
-def _paired(frame: pd.DataFrame, previous: pd.DataFrame, name: str) -> pd.DataFrame:
-    rows = [linear_scores(own)[own["score_name"] == name] for own in (frame, previous)]
-    both = rows[0].merge(rows[1], on=ITEM_KEYS, suffixes=("", "_previous"))
-    return both[both["score"].notna() & both["score_previous"].notna()]
-
-
-def _rules(frame: pd.DataFrame) -> dict[str, str]:
-    return dict(frame.groupby("task")["rules"].first()) if "rules" in frame else {}
 
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:

@@ -336,7 +336,7 @@ extern "C" float merge_tensor(const Job* job) {
     return job->dtype == FLOAT16 ? merge<float16>(*job) : merge<float>(*job);
 }
 
-// `elementwise.magnitudes`: Σ|τ| of expert e, and of what its rule keeps; lambdas are 1.
+// `elementwise.magnitude_sums`: Σ|τ| of expert e, and of what its rule keeps; lambdas are 1.
 extern "C" void sum_magnitudes(const Job* job, int32_t e, double* before, double* after) {
     const int64_t n_spans = (job->size + SPAN - 1) / SPAN;
     std::vector<double> sums(2 * n_spans);

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergetune.evaluation.evaluate import Measurement, Score
+from mergetune.evaluation.evaluate import Measurement, Score, paired
 from mergetune.gate.row import strata_of
 from mergetune.report.metric import Metric
-from mergetune.report.verdict import paired
 from mergetune.results.run_dir import RunDir
 from mergetune.stats.paired import non_inferiority
 from mergetune.stats.resampling import Interval

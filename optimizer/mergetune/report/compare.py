@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score, rules_of
 from mergetune.files.atomic_files import write_text
 from mergetune.files.templates import render_page
 from mergetune.report.metric import Metric, metrics_of
@@ -111,13 +111,11 @@ def _measured(run: RunDir, name: str, is_held_out: bool) -> pd.DataFrame:
 
 def _rules(frame: pd.DataFrame, run: RunDir) -> Any:
     """Return the digests of the rules by task; of runs of earlier versions, that of the suite."""
-    if "rules" in frame:
-        return frame.groupby("task")["rules"].first().to_dict()
-    return run.study.digests.get("suite")
+    return rules_of(frame) or run.study.digests.get("suite")
 
 
 def _shared(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Return the rows of the items that all have, in the same order."""
+    """Return the rows of the items that all have."""
     indices = [pd.MultiIndex.from_frame(frame[ITEM_KEYS]) for frame in frames]
     common = indices[0]
     for index in indices[1:]:

@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 
 from mergetune.evaluation.aggregations import linear_scores
-from mergetune.evaluation.evaluate import Score
+from mergetune.evaluation.evaluate import Score, paired
 from mergetune.evaluation.suite import Split
 from mergetune.report.metric import Metric
-from mergetune.report.verdict import paired
 from mergetune.results.roles import BASE
 from mergetune.results.run_dir import HoldoutUse, RunDir
 from mergetune.results.selection import Choice, Scores

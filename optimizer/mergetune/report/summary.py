@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mergetune.report.data import ReportData
 from mergetune.report.verdict import N_RESAMPLES, Comparison
 from mergetune.results.roles import is_merge
-from mergetune.stats.number_text import duration
+from mergetune.stats.number_text import duration, listed
 from mergetune.weights.models import short_name
 
 
@@ -35,11 +35,11 @@ def five_sentences(data: ReportData) -> tuple[Sentence, ...]:
 
 
 def _merged(data: ReportData) -> str:
-    experts = _listed([f"`{name}`" for name in data.study.experts])
+    experts = listed([f"`{name}`" for name in data.study.experts])
     n_merges = sum(is_merge(entry.name) for entry in data.entries)
     return (
         f"{experts}, fine-tunes of `{short_name(data.study.base)}`, were merged in {n_merges} ways, and each "
-        f"merge was scored on {data.n_items['search']:,} items of {_listed([m.name for m in data.metrics])}."
+        f"merge was scored on {data.n_items['search']:,} items of {listed([m.name for m in data.metrics])}."
     )
 
 
@@ -93,7 +93,7 @@ def _next(data: ReportData) -> str:
             rival for rival in verdict.rivals if verdict.worst_loss and rival.worst_loss <= verdict.worst_loss
         ]
         others = (
-            f", and {_listed([f'`{rival.name}`' for rival in beaten])} no more than that" if beaten else ""
+            f", and {listed([f'`{rival.name}`' for rival in beaten])} no more than that" if beaten else ""
         )
         return f"None of these: retrain on the data of all skills; {evidence}{others}."
     if verdict.split == "search":
@@ -102,11 +102,6 @@ def _next(data: ReportData) -> str:
         return f"Do not deploy `{name}` before the broken guard is looked into; choose another below."
     check = f"Check `{name}` on your deployment's items (`mergetune check`), then deploy it"
     if lost:
-        names = _listed([f"`{one.metric.name}`" for one in lost])
+        names = listed([f"`{one.metric.name}`" for one in lost])
         return f"{check}; if {names} must not lose that much, set a limit below, or retrain on its data."
     return f"{check}{'' if verdict.level == 'good' else '; more items would tell it from its rivals'}."
-
-
-def _listed(names: list[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last

@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from mergetune.evaluation.aggregations import linear_scores
-from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score
+from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score, paired
 from mergetune.evaluation.suite import Split, SuiteConfig
 from mergetune.report.metric import Metric
 from mergetune.results import roles, selection
 from mergetune.results.selection import Recommendation, Scales
 from mergetune.stats.gains import Gain
+from mergetune.stats.number_text import listed
 from mergetune.stats.resampling import Floats, ItemScores, bootstrap_scores, join_items
 
 N_RESAMPLES = 2000
@@ -61,16 +61,6 @@ class Summary:
     worst_loss: float | None = None
     rivals: tuple[Rival, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
-
-
-def paired(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Join two measurements item by item; `score` becomes the difference first − second.
-
-    Pairs of which a judge gave no verdict on one or both are left out.
-    """
-    both = linear_scores(first).merge(linear_scores(second), on=ITEM_KEYS, suffixes=("", "_other"))
-    both = both.assign(own=both["score"], score=both["score"] - both["score_other"])
-    return both[both["score"].notna()]
 
 
 def difference(
@@ -231,8 +221,7 @@ def _title(average: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    *others, last = [f"`{name}`" for name in names]
-    return f"{', '.join(others)} and {last}" if others else last
+    return listed([f"`{name}`" for name in names])
 
 
 def _standing(rivals: Sequence[Rival]) -> str:

@@ -1,8 +1,9 @@
-"""Numbers as they are shown to people."""
+"""Numbers, and lists of names, as they are shown to people."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _FEW, _MANY = 1e-3, 1e6  # within these sizes three digits after the point say what there is to say
 
@@ -19,6 +20,12 @@ def number(value: float) -> str:
 def signed(value: float) -> str:
     """Write a difference with its sign: `+0.021`."""
     return f"+{number(value)}" if value > 0 else number(value)
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Join texts, at least one, as one says them: `a, b and c`."""
+    *others, last = texts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def duration(seconds: float) -> str:
