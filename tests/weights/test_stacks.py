@@ -37,6 +37,15 @@ from mergetune.weights.models import find_model, reference_to
 
 SLOTS = (("a", 0, 3), ("b", 1, 4))
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -217,15 +226,10 @@ def test_each_slot_can_have_a_scale(models: Path, tmp_path: Path) -> None:
 
 def test_settings_that_are_listed_by_layer_follow(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "head_dim": 8,
-        "vocab_size": len(tokenizer),
-    }
-    heads: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     model: Any = Gemma2ForCausalLM
-    model(Gemma2Config(**sizes, **heads, sliding_window=8)).save_pretrained(tmp_path / "gemma")
+    model(Gemma2Config(**SHAPE, vocab_size=len(tokenizer), sliding_window=8)).save_pretrained(
+        tmp_path / "gemma"
+    )
     tokenizer.save_pretrained(tmp_path / "gemma")
     kinds = json.loads((tmp_path / "gemma" / "config.json").read_text())["layer_types"]
     found = Checkpoint(find_model(stack(("gemma", 0, 3), ("gemma", 2, 4)), tmp_path))
@@ -235,21 +239,14 @@ def test_settings_that_are_listed_by_layer_follow(tmp_path: Path) -> None:
 
 def test_layers_of_another_kind_than_their_place_has_are_refused(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "head_dim": 8,
-        "vocab_size": len(tokenizer),
-    }
     experts: dict[str, Any] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
         "mlp_only_layers": [0],
     }
-    heads: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     model: Any = Qwen3MoeForCausalLM
-    model(Qwen3MoeConfig(**sizes, **heads, **experts)).save_pretrained(tmp_path / "moe")
+    model(Qwen3MoeConfig(**SHAPE, vocab_size=len(tokenizer), **experts)).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
     assert Checkpoint(find_model(stack(("moe", 0, 3), ("moe", 1, 4)), tmp_path)).names
     for _ in range(2):
