@@ -38,6 +38,8 @@ def _same_environment() -> Iterator[None]:
     """Leave the environment as it was: a cache that one test names is none of the next one's."""
     before = dict(os.environ)
     yield
+    if (mode := os.environ.get("RAY_AUTH_MODE")) is not None:
+        before["RAY_AUTH_MODE"] = mode  # which the process's Ray has taken up for good
     os.environ.clear()
     os.environ.update(before)
 

@@ -330,3 +330,22 @@ def test_times_of_replies_are_not_taken_beside_others(tiny_base: Path, tmp_path:
     pool = Pool(open_model(str(tiny_base)), config, evaluator, None)
     with closing(pool), pytest.raises(MergetuneError, match="on which nothing else is under way"):
         pool.measured(Job("test", evaluator.documents("all")))
+
+
+def test_a_study_whose_workers_cannot_start_leaves_the_cluster(
+    cluster: Cluster,
+    tiny_base: Path,
+    tiny_experts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class EngineHost(ray_cluster.EngineHost):
+        def start(self, *_: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+    EngineHost.__module__ = "__main__"
+    monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
+    study = study_of(tmp_path, tiny_base, tiny_experts, workers=2, ray_address=cluster.address)
+    with pytest.raises(MergetuneError, match="No space left on device"):
+        run(study, tmp_path / "run")
+    assert not ray.is_initialized()

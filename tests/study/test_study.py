@@ -37,6 +37,7 @@ from mergetune.study.dry_run import describe_study
 from mergetune.study.export import merge_recipe
 from mergetune.weights.checkpoint import Checkpoint
 from plain_server import plain_server
+from report_pages import packs_of, unpacked
 from studies import run, write_study
 
 
@@ -109,7 +110,10 @@ def test_what_was_sent_is_kept_of_every_item(finished: RunDir) -> None:
     texts = sent[sent["score_name"] == "words"]["sent"].tolist()
     asked = [lm.apply_chat_template([{"role": "user", "content": f"Say {i}."}]) for i in range(16)]
     assert sorted(texts) == sorted(asked)
-    assert "as sent" in (finished.path / "report" / "index.html").read_text(encoding="utf-8")
+    packs = packs_of(finished.path / "report" / "index.html")
+    shown = [text for score, *_, text in unpacked(packs["items.search"]) if score == "words"]
+    assert sorted(shown) == sorted(set(asked) & set(shown))
+    assert shown
 
 
 def test_baselines_come_first_and_trials_follow(finished: RunDir) -> None:

@@ -273,7 +273,7 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Connect to a cluster, or start one; signals keep what they did before."""
-    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -137,10 +137,9 @@ class Candidates:
         self._settled_at = -math.inf  # when the last candidate was
         self._n_sent = 0
         self._agreements = run.agreements()
-        known = run.versions()
         options = PoolOptions(
             folder=run.path,
-            begun_with=known.get("engine"),
+            begun_with=run.versions().get("engine"),
             name=_reply_name,
             ledger=run,
             say=progress.say,
@@ -151,14 +150,11 @@ class Candidates:
         base = LocalModel.base_of(inputs)
         self._replies = ReplyStore(run.path / "replies")
         self.pool = Pool(base, engine, evaluator, self._replies, options)
-        kind = self.pool.start().kind
-        assert kind != "auto"  # it is settled
-        versions = _versions(kind)
-        changed = [name for name, now in versions.items() if known.get(name, now) != now]
-        if changed:
-            others = ", ".join(f"{name} {known[name]} (now {versions[name]})" for name in changed)
-            progress.say(f"warning: what was measured here before was measured with {others}.")
-        run.write_versions(kind, versions)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
         self._show_watchers()
 
     @property
@@ -311,6 +307,17 @@ class Candidates:
         self._unseen.append(kept)
         self._show_watchers()
         return kept
+
+    def _start(self) -> None:
+        """Start the engine, and say where it is not what the run was begun with."""
+        kind = self.pool.start().kind
+        assert kind != "auto"  # it is settled
+        known, versions = self.run.versions(), _versions(kind)
+        changed = [name for name, now in versions.items() if known.get(name, now) != now]
+        if changed:
+            others = ", ".join(f"{name} {known[name]} (now {versions[name]})" for name in changed)
+            self.progress.say(f"warning: what was measured here before was measured with {others}.")
+        self.run.write_versions(kind, versions)
 
     def _show_watchers(self) -> None:
         """Show watchers what they have not seen, as soon as there is all that guards are compared to."""
