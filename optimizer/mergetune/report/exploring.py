@@ -17,7 +17,7 @@ from mergetune.report.metric import Metric
 from mergetune.results import selection
 from mergetune.results.roles import BASE, is_expert
 from mergetune.results.selection import Choice
-from mergetune.stats.resampling import Floats, Interval
+from mergetune.stats.resampling import Floats, Interval, percentile_interval
 
 # Of what a limit bounds, these quantiles over the resamples travel in the page.
 LEVELS = (0.005, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.995)
@@ -35,7 +35,7 @@ class ExploredScore:
         losses: of an objective, what each candidate loses, unweighted: (n_candidates,); None for a guard.
         quantiles: at `LEVELS`, of the signed score of an objective, and of how far a guard's is above its
             reference: (n_candidates, n_levels).
-        intervals: the 95 % intervals of the scores as measured.
+        intervals: the 95 % intervals of the scores as measured; see `Metric.interval`.
     """
 
     metric: Metric
@@ -70,7 +70,6 @@ def explore(choice: Choice, metrics: Sequence[Metric], suite: SuiteConfig) -> Ex
         bounded, raw = resampled[key], metric.sign * choice.front.resampled[key]
         if metric.kind == "guard":
             bounded = bounded - bounded[:, [names.index(reference)]]
-        bounds = np.quantile(raw, [0.025, 0.975], axis=0).T.tolist()
         found.append(
             ExploredScore(
                 metric,
@@ -81,7 +80,10 @@ def explore(choice: Choice, metrics: Sequence[Metric], suite: SuiteConfig) -> Ex
                 np.array([choice.measured[name][key].value for name in names]),
                 gains[key].loss(metric.sign * own) if metric.kind == "objective" else None,
                 np.quantile(bounded, LEVELS, axis=0).T,
-                tuple(Interval(low, high, 0.95) for low, high in bounds),
+                tuple(
+                    metric.interval(choice.measured[name][key], percentile_interval(own_resampled))
+                    for name, own_resampled in zip(names, raw.T, strict=True)
+                ),
             )
         )
     return Exploration(names, tuple(found))
