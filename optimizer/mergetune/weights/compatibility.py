@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ _IGNORED_KEYS = {
 # Keys that change the use of a model but not the function that its weights compute.
 _NOTABLE_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
+_PART = 1 << 22  # entries that are widened at a time
 _LARGEST_RATIO = 5.0
 LONGEST_SHARE_OF_BASE = 0.5
 OF_A_STACK = "An expert of a stack is a stack of the same layers, of fine-tunes of its models."
@@ -126,7 +127,7 @@ def check_task_vectors(norms: Mapping[str, float], base_norm: float) -> list[str
 
 def check_finite(tensor: Tensor, name: str, owner: str) -> None:
     """Raise `MergetuneError` if `owner`'s tensor `name` holds NaN or Inf."""
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    bad = tensor.numel() - sum(int(torch.isfinite(part).sum()) for part in _parts(tensor))
     if bad:
         raise MergetuneError(
             f"{owner}: weights must be finite, but {bad} of {tensor.numel()} values of `{name}` "
@@ -141,7 +142,7 @@ def base_norm(base: Checkpoint) -> float:
     matrices of a small model and hide that two models have nothing else in common.
     """
     matrices = (name for name in base.names if len(base.shape(name)) > 1)
-    return math.sqrt(sum(_square(base.tensor(name)) for name in matrices))
+    return math.sqrt(sum(_square(_parts(base.view(name))) for name in matrices))
 
 
 def task_vector_norms(
@@ -149,8 +150,8 @@ def task_vector_norms(
 ) -> dict[str, float]:
     """Return the Frobenius norm of every expert's task vector over all tensors.
 
-    One tensor at a time is read, so that the memory needed is that of the largest tensor. `say` is told how
-    far it is.
+    Tensors are read a part at a time; what is added to them, by adapters, a tensor at a time. `say` is told
+    how far it is.
 
     Raises:
         MergetuneError: the base or an expert holds NaN or Inf.
@@ -158,18 +159,33 @@ def task_vector_norms(
     squares = {expert.name: 0.0 for expert in experts}
     for number, name in enumerate(base.names, start=1):
         say(f"comparing the models: tensor {number} of {len(base.names)}")
-        tensor = base.tensor(name)
+        tensor = base.view(name)
         check_finite(tensor, name, f"The base {base.folder}")
         for expert in experts:
-            if (vector := expert.task_vector(name, tensor)) is not None:
+            square = _square(_vector_parts(expert, name, tensor))
+            if not math.isfinite(square) and (vector := expert.task_vector(name, tensor)) is not None:
                 check_finite(vector, name, f"Expert `{expert.name}` ({expert.folder})")
-                squares[expert.name] += _square(vector)
+            squares[expert.name] += square
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def _square(tensor: Tensor) -> float:
-    """Return the squared norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(tensor.float(), dtype=torch.float64)) ** 2
+def _square(parts: Iterable[Tensor]) -> float:
+    """Return the squared norm of a tensor in parts, accumulated in float64."""
+    return sum(float(torch.linalg.vector_norm(part.float(), dtype=torch.float64)) ** 2 for part in parts)
+
+
+def _vector_parts(expert: Expert, name: str, base: Tensor) -> Iterator[Tensor]:
+    """Yield the parts of a task vector; none where the expert leaves the tensor as it is."""
+    if (weights := expert.weights(name)) is not None:
+        for own, start in zip(_parts(weights), _parts(base), strict=True):
+            yield own.float() - start
+    elif (vector := expert.task_vector(name, base)) is not None:
+        yield from _parts(vector)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return views of a tensor's entries, so many that widening them takes little memory."""
+    return torch.split(tensor.reshape(-1), _PART)
 
 
 def _compare(base: Checkpoint, expert: Expert, vocabulary: VocabularyRule) -> Iterator[_Finding]:
