@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.suite import ObjectiveConfig, SuiteConfig, TaskConfig
@@ -61,6 +62,13 @@ def test_releases_come_in_the_order_of_their_names_with_changes_paired_by_item(t
     page = write_history(tmp_path).read_text()
     assert "<b>" not in page
     assert page.index("v1.9</th>") < page.index("v1.10</th>")
+
+
+def test_a_release_without_a_mistake_has_an_interval_all_the_same(tmp_path: Path) -> None:
+    write_check(tmp_path / "1", N_ITEMS)
+    (point,) = read_history(tmp_path).scores["tone"]
+    assert point.interval.lower == pytest.approx(binomtest(N_ITEMS, N_ITEMS).proportion_ci().low)
+    assert point.interval.upper == 1
 
 
 def test_releases_scored_by_other_rules_are_named_and_left_out(tmp_path: Path) -> None:

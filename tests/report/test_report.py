@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest
 
 from mergetune.evaluation.evaluate import Measurement, Score
 from mergetune.evaluation.judging.agreement import Agreement
@@ -35,7 +34,6 @@ from mergetune.space.coordinates import Coordinate
 from mergetune.space.recipe import MergeRecipe
 from mergetune.stats import pareto
 from mergetune.stats.number_text import duration
-from mergetune.stats.resampling import Interval
 from mergetune.weights.models import find_model
 from report_pages import unpacked
 from synthetic_run import EXPERTS, N_LAYERS, Plan, write_run
@@ -677,17 +675,6 @@ def test_coefficients_are_named_in_words(coordinate: Coordinate, key: str, words
     assert coordinate.key == key
     assert coordinate_name(key, {key: coordinate}) == words
     assert coordinate_name(key, {}) == key  # of a run that does not say what it stands for
-
-
-@pytest.mark.parametrize("n_items", [2, 26, 4000])
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_score_on_which_all_items_agree_has_an_exact_interval(value: float, n_items: int) -> None:
-    resampled = Interval(value, value, 0.95)
-    found = Metric("persona", "objective", 1, percent=True).interval(Score(value, 0.0, n_items), resampled)
-    exact = binomtest(round(value * n_items), n_items).proportion_ci(0.95, "exact")
-    assert (found.lower, found.upper) == pytest.approx((exact.low, exact.high))
-    some = Interval(0.4, 0.6, 0.95)
-    assert Metric("persona", "objective", 1, percent=True).interval(Score(0.5, 0.1, 26), some) == some
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from optuna._hypervolume import compute_hypervolume
 from scipy import stats
 
 from helpers import dominates
-from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.evaluate import ITEM_KEYS, Score
 from mergetune.stats import paired as statistics
 from mergetune.stats import pareto, resampling
 from mergetune.stats.resampling import Floats
@@ -127,6 +127,22 @@ def test_intervals_agree_with_scipys_bootstrap() -> None:
     tolerance = 0.06 * statistics.paired_difference(both, np.zeros(400), strata).stderr
     assert [bca.lower, bca.upper] == pytest.approx(theirs("BCa"), abs=tolerance)
     assert [percentile.lower, percentile.upper] == pytest.approx(theirs("percentile"), abs=tolerance)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("n_items", [2, 26, 4000])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_on_which_all_items_agree_has_an_exact_interval(
+    value: float, n_items: int, level: float
+) -> None:
+    score, resampled = Score(value, 0.0, n_items), np.full(100, value)
+    found = resampling.score_interval(score, resampled, level)
+    exact = stats.binomtest(round(value * n_items), n_items).proportion_ci(level, "exact")
+    assert (found.lower, found.upper) == pytest.approx((exact.low, exact.high))
+    cost = resampling.score_interval(score, resampled, level, is_share=False)
+    assert (cost.lower, cost.upper) == (value, value)
+    some = resampling.score_interval(Score(0.5, 0.1, 26), np.linspace(0, 1, 101), level)
+    assert some.lower == pytest.approx((1 - level) / 2)
 
 
 def test_memory_stays_bounded_with_many_items() -> None:

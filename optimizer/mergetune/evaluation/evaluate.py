@@ -44,6 +44,11 @@ class Score:
     stderr: float
     n_items: int
 
+    @property
+    def is_unanimous(self) -> bool:
+        """Say whether all items agree; one alone has no spread, and says nothing of it."""
+        return self.n_items > 1 and self.stderr == 0
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -24,7 +24,7 @@ from mergetune.files.templates import render_page
 from mergetune.gate.words import clean, span
 from mergetune.stats.number_text import number, signed
 from mergetune.stats.paired import paired_difference
-from mergetune.stats.resampling import Interval, bootstrap_scores, join_items, percentile_interval
+from mergetune.stats.resampling import Interval, bootstrap_scores, join_items, score_interval
 
 _WIDTH, _HEIGHT, _PAD = 640.0, 130.0, 14.0  # of a score's drawing, in pixels
 _LEVEL = 0.95
@@ -109,7 +109,8 @@ def _points(
             now, before = (both[each].to_numpy(np.float64) for each in ("own", "score_other"))
             moved = paired_difference(now, before, both["task"].to_numpy())
             change, interval = moved.estimate, moved.interval(_LEVEL)
-        interval_now = percentile_interval(resampled, _LEVEL)
+        is_share = bool(frame["score"][frame["score_name"] == name].dropna().between(0, 1).all())
+        interval_now = score_interval(score, resampled, _LEVEL, is_share=is_share)
         point = Point(
             release,
             str(check["candidate"]),

@@ -17,7 +17,7 @@ from mergetune.report.metric import Metric
 from mergetune.results import selection
 from mergetune.results.roles import BASE, is_expert
 from mergetune.results.selection import Choice
-from mergetune.stats.resampling import Floats, Interval, percentile_interval
+from mergetune.stats.resampling import Floats, Interval, score_interval
 
 # Of what a limit bounds, these quantiles over the resamples travel in the page.
 LEVELS = (0.005, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.995)
@@ -35,7 +35,7 @@ class ExploredScore:
         losses: of an objective, what each candidate loses, unweighted: (n_candidates,); None for a guard.
         quantiles: at `LEVELS`, of the signed score of an objective, and of how far a guard's is above its
             reference: (n_candidates, n_levels).
-        intervals: the 95 % intervals of the scores as measured; see `Metric.interval`.
+        intervals: the 95 % intervals of the scores as measured; see `score_interval`.
     """
 
     metric: Metric
@@ -81,7 +81,7 @@ def explore(choice: Choice, metrics: Sequence[Metric], suite: SuiteConfig) -> Ex
                 gains[key].loss(metric.sign * own) if metric.kind == "objective" else None,
                 np.quantile(bounded, LEVELS, axis=0).T,
                 tuple(
-                    metric.interval(choice.measured[name][key], percentile_interval(own_resampled))
+                    score_interval(choice.measured[name][key], own_resampled, is_share=metric.percent)
                     for name, own_resampled in zip(names, raw.T, strict=True)
                 ),
             )

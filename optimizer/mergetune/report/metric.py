@@ -11,7 +11,6 @@ from mergetune.evaluation.evaluate import Score
 from mergetune.evaluation.suite import SuiteConfig
 from mergetune.results.roles import BASE, reference_name
 from mergetune.stats.number_text import number
-from mergetune.stats.resampling import Interval
 
 
 @dataclass(frozen=True)
@@ -37,25 +36,14 @@ class Metric:
 
         `71.3% ± 2.1`, but `100.0% (51 of 51)`: an error of 0 would say more than the items do.
         """
-        if self._is_all_or_none(score):
+        if self.percent and score.value in (0.0, 1.0) and score.is_unanimous:
             return f"{self.number(score.value)} ({score.value * score.n_items:.0f} of {score.n_items})"
         return f"{self.number(score.value)} ± {self._error(score)}"
-
-    def interval(self, score: Score, resampled: Interval) -> Interval:
-        """Return the interval of a score by resamples or, where all items agree, the exact one of a share.
-
-        Resamples of 26 right answers are all 100%; by Clopper & Pearson (1934) it may be 86.8%.
-        """
-        if not self._is_all_or_none(score):
-            return resampled
-        room = 1 - ((1 - resampled.level) / 2) ** (1 / score.n_items)
-        low, high = (1 - room, 1.0) if score.value else (0.0, room)
-        return Interval(low, high, resampled.level)
 
     def change(self, difference: Score, is_paired: bool = True) -> str:
         """Write a difference of two scores with its standard error: `+2.1 ± 1.3 points`."""
         unit = " points" if self.percent else ""
-        if is_paired and difference.value == 0 and _is_unanimous(difference):
+        if is_paired and difference.value == 0 and difference.is_unanimous:
             return f"{self.signed(0.0)}{unit} on all {difference.n_items} items"
         return f"{self.signed(difference.value)} ± {self._error(difference)}{unit}"
 
@@ -68,18 +56,10 @@ class Metric:
         """Write the size of a difference that has no error of its own, such as a margin."""
         return f"{100 * difference:.1f} points" if self.percent else number(difference)
 
-    def _is_all_or_none(self, score: Score) -> bool:
-        return self.percent and score.value in (0.0, 1.0) and _is_unanimous(score)
-
     def _error(self, score: Score) -> str:
         if score.n_items < 2 or not math.isfinite(score.stderr):
             return "?"  # one item has no spread, be it of all or of a task
         return f"{100 * score.stderr:.1f}" if self.percent else number(score.stderr)
-
-
-def _is_unanimous(score: Score) -> bool:
-    """Say whether all items agree."""
-    return score.n_items > 1 and score.stderr == 0
 
 
 def metrics_of(suite: SuiteConfig, measured: Iterable[Mapping[str, Score]]) -> tuple[Metric, ...]:

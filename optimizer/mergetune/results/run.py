@@ -15,12 +15,12 @@ from mergetune.results import selection
 from mergetune.results.run_dir import Candidate, RunDir
 from mergetune.results.selection import Choice
 from mergetune.space.recipe import MergeRecipe
-from mergetune.stats.resampling import Interval, bootstrap_scores, join_items, percentile_interval
+from mergetune.stats.resampling import Interval, bootstrap_scores, join_items, score_interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score as measured, with its standard error and its bootstrap interval over items."""
+    """A score as measured, with its standard error and its interval over items; see `score_interval`."""
 
     value: float
     stderr: float
@@ -99,7 +99,8 @@ class Run:
         items, found = join_items({name: frame}), {}
         for key, own in Measurement(frame, 0.0).scores().items():
             resampled = bootstrap_scores(items[key].scores, items[key].tasks)[:, 0]
-            interval = percentile_interval(resampled, level)
+            is_share = self.suite.scores[key].are_shares(frame["score"][frame["score_name"] == key].dropna())
+            interval = score_interval(own, resampled, level, is_share=is_share)
             found[key] = Estimate(own.value, own.stderr, own.n_items, interval)
         return found
 

@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mergetune.evaluation.aggregations import linear_scores, not_means
-from mergetune.evaluation.evaluate import ITEM_KEYS
+from mergetune.evaluation.evaluate import ITEM_KEYS, Score
 from mergetune.stats import pareto
 
 Floats = NDArray[np.float64]
@@ -191,6 +191,25 @@ def percentile_interval(resampled: Floats, level: float = 0.95) -> Interval:
     """Return the percentile bootstrap interval of a resampled score or difference, (n_resamples,)."""
     lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(lower), float(upper), level)
+
+
+def score_interval(
+    score: Score, resampled: Floats, level: float = 0.95, *, is_share: bool = True
+) -> Interval:
+    """Return the interval of a score by its resamples or, where all items agree, the exact one of a share.
+
+    Resamples of 26 right answers are all 100 %; by Clopper & Pearson (1934) the share may be 86.8 %.
+
+    Args:
+        score: as measured.
+        resampled: from `bootstrap_scores`, (n_resamples,).
+        level: two-sided.
+        is_share: whether it is one, as of right answers; else the resamples alone tell.
+    """
+    if not (is_share and score.value in (0.0, 1.0) and score.is_unanimous):
+        return percentile_interval(resampled, level)
+    room = 1 - ((1 - level) / 2) ** (1 / score.n_items)
+    return Interval(1 - room, 1.0, level) if score.value else Interval(0.0, room, level)
 
 
 def pareto_probability(resampled: Floats, feasible: NDArray[np.bool_] | None = None) -> Floats:
