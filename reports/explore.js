@@ -379,7 +379,8 @@ async function showItems() {
   function itemOf(i) {
     const [score, item, prompt, target, sent] = items[i];
     const reply = (who, texts) => element("dl", {}, element("dt", {}, `${who} (score ${scores[who][i]})`),
-      element("dd", {}, texts?.[i] ?? "this reply is not in the page; it is in the run directory"));
+      element("dd", {}, texts?.replies[i] ?? "this reply is not in the page; it is in the run directory"),
+      ...(texts?.reasons?.[i] ? [element("dt", {}, "the judge's reason"), element("dd", {}, texts.reasons[i])] : []));
     return element("article", {class: "example"},
       element("p", {}, element("strong", {class: gains[i] > 0 ? "kept" : gains[i] < 0 ? "broken" : ""},
         gains[i] > 0 ? "won" : gains[i] < 0 ? "lost" : "alike"), ` ${score}`, element("small", {}, ` item ${item}`)),
@@ -394,10 +395,11 @@ async function showItems() {
 
 async function replies(split, name) {
   if (!page.packs[`replies.${split}.${name}`]) return null;
-  const {first, replies: own} = await pack(`replies.${split}.${name}`);
-  if (!first) return own;
-  const {replies: known} = await pack(`replies.${split}.${first}`);
-  return own.map((reply, i) => reply === 0 ? known[i] : reply);
+  const own = await pack(`replies.${split}.${name}`);
+  if (!own.first) return own;
+  const known = await pack(`replies.${split}.${own.first}`);
+  const told = key => own[key]?.map((text, i) => text === 0 ? known[key]?.[i] : text);
+  return {replies: told("replies"), reasons: told("reasons")};
 }
 
 function update() {

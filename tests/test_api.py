@@ -116,7 +116,9 @@ def test_a_run_is_read(run: mergetune.Run) -> None:
 
 def test_scores_and_intervals_are_those_of_the_items(run: mergetune.Run) -> None:
     items, scores = run.items("average-0.5"), run.scores("average-0.5", level=0.9)
-    assert {"score_name", "task", "item", "split", "prompt", "target", "response", "score"} == set(items) - {
+    assert {"score_name", "task", "item", "split", "prompt", "target", "response", "score", "reason"} == set(
+        items
+    ) - {
         "system",
         "earlier",
     }

@@ -126,6 +126,24 @@ def test_the_score_of_several_criteria_is_their_mean(tmp_path: Path) -> None:
         assert scorer.score(items_of(1), ["x"]) == [0.5]
 
 
+def test_all_that_a_judge_wrote_of_an_item_is_its_reason(tmp_path: Path) -> None:
+    with plain_server(lambda _: says(warm=10, brief=0)) as url:
+        options: Body = {"criteria": ["warm", "brief"], "scale": [0, 10], "temperature": 1.0, "repeats": 2}
+        scorer = scorer_of(tmp_path, url, **options)
+        (found,) = scorer.explained(items_of(1), ["x"])
+    assert found.reason == "So. (warm: 10, brief: 0)\nSo. (warm: 10, brief: 0)"
+
+
+def test_of_a_comparison_it_is_said_which_reply_stood_first(tmp_path: Path) -> None:
+    with plain_server(lambda body: says(better=longer(body))) as url:
+        scorer = scorer_of(tmp_path, url, rubric="", pairwise={"reference": "answer"})
+        (found,) = scorer.explained([Item(prompt="Capital of France?", answer="Paris")], ["Paris, of course"])
+    assert found.reason.splitlines() == [
+        "So. (better: first; this reply stood first)",
+        "So. (better: second; this reply stood second)",
+    ]
+
+
 def longer(body: Body) -> str:
     first, second = (len(data_of(body)[name]) for name in ("first", "second"))
     return "first" if first > second else "second" if second > first else "tie"
@@ -607,7 +625,10 @@ def test_a_suite_is_read_and_its_items_are_scored(tmp_path: Path) -> None:
     with plain_server(lambda body: says(score=5 if "P" in data_of(body)["reply"] else 1)) as url:
         (bound,) = Evaluator(read_suite(write_suite(tmp_path, url))).tasks.values()
         found = bound.measured({0: ["Paris"], 1: ["Rome"]})
-    assert found == {0: {"score": 1}, 1: {"score": 0}}
+    assert found == {
+        0: {"score": 1, "reason": "So. (score: 5)"},
+        1: {"score": 0, "reason": "So. (score: 1)"},
+    }
     assert bound.target(0) == "Paris"
 
 

@@ -4,46 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
+from checks import N_ITEMS, write_check
 from mergetune.errors import MergetuneError
-from mergetune.evaluation.suite import ObjectiveConfig, SuiteConfig, TaskConfig
-from mergetune.files.atomic_files import write_parquet
 from mergetune.gate.history import read_history, write_history
-from mergetune.gate.judge import judge
-from mergetune.gate.outputs import write_outputs
-
-SUITE = SuiteConfig(
-    description="any",
-    chat_template=True,
-    objectives={"tone": ObjectiveConfig(tasks=(TaskConfig(lm_eval="any"),))},
-)
-N_ITEMS = 50
-
-
-def measured(n_right: int, rules: str) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "score_name": "tone",
-            "task": "t",
-            "item": [str(i) for i in range(N_ITEMS)],
-            "score": (np.arange(N_ITEMS) < n_right).astype(float),
-            "response": "so",
-            "rules": rules,
-        }
-    )
-
-
-def write_check(folder: Path, n_right: int, rules: str = "now") -> None:
-    """Write what `check --out` writes of a candidate, with the same baseline always."""
-    candidate, baseline = measured(n_right, rules), measured(30, rules)
-    items = candidate[["score_name", "task", "item"]].assign(prompt="?", target="!")
-    labels = f"<b>{folder.name}</b>", "deployed"
-    write_outputs(judge(candidate, baseline, items, SUITE, suite_name="deploy", labels=labels), folder)
-    write_parquet(folder / "candidate.parquet", candidate)
 
 
 def test_releases_come_in_the_order_of_their_names_with_changes_paired_by_item(tmp_path: Path) -> None:

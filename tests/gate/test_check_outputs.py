@@ -11,69 +11,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from checks import LONG, frame, hostile_check
 from mergetune.evaluation.judging.agreement import Agreement
-from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig, TaskConfig
+from mergetune.evaluation.suite import ObjectiveConfig, SuiteConfig, TaskConfig
 from mergetune.gate.judge import Check, judge
 from mergetune.gate.outputs import as_data, as_html, as_junit, as_markdown, as_table
 from mergetune.gate.page import drawings, shown_flips
 from mergetune.gate.words import about, brief_names, clean, excerpt
 from mergetune.stats.number_text import number
 from mergetune.stats.sequential import look, split_alpha
-
-LONG = "x" * 100_000
-HOSTILE = (
-    "<script>alert('owned')</script>",
-    "]]></failure></testcase>",
-    "| a | b |\n|---|---|\n# head",
-    "```\n</pre></details>\n~~~ `code` ``",
-    "\x00\x1b[31mred\x1b]0;title\x07\r\x9b2J\ufffe",
-    "<img src=http://evil.example/x onerror=alert(1)> @everyone [a](javascript:alert(1))",
-    "{{ 7 * 7 }} [bold red]rich[/bold red]",
-    LONG,
-)
-
-
-def frame(scores: dict[tuple[str, str], Any], responses: tuple[str, ...]) -> pd.DataFrame:
-    rows = [
-        (name, task, f"{task}-{i}", float(value), responses[i % len(responses)])
-        for (name, task), values in scores.items()
-        for i, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows, columns=["score_name", "task", "item", "score", "response"])
-
-
-def hostile_check(**options: Any) -> Check:
-    """A task collapses, a guard is undecided, an objective improves; every text is hostile."""
-    rng = np.random.default_rng(0)
-    tasks = (TaskConfig(lm_eval="any"),)
-    suite = SuiteConfig(
-        description="any",
-        chat_template=True,
-        objectives={
-            "tools": ObjectiveConfig(tasks=tasks, margin=0.1),
-            "persona": ObjectiveConfig(tasks=tasks, direction="minimize"),
-        },
-        guards={"a|b<i>": GuardConfig(tasks=tasks, margin=0.02)},
-    )
-    base = {
-        ("tools", "tools"): rng.random(200) < 0.8,
-        ("tools", "tools:calls|`x`.jsonl"): rng.random(200) < 0.9,
-        ("persona", "p\x1b[31m"): rng.random(80),
-        ("a|b<i>", "arc"): rng.random(40) < 0.7,
-    }
-    own = dict(base)
-    own["tools", "tools:calls|`x`.jsonl"] = rng.random(200) < 0.4
-    own["persona", "p\x1b[31m"] = rng.random(80) * 0.4
-    own["a|b<i>", "arc"] = rng.random(40) < 0.7
-    first, second = frame(own, HOSTILE), frame(base, HOSTILE[::-1])
-    items = second.assign(split="search", prompt="Say " + HOSTILE[4], target=HOSTILE[0])
-    labels = ("new <b>|`model`", "../old\x00")
-    return judge(first, second, items, suite, suite_name="evals & co", labels=labels, **options)
 
 
 @pytest.fixture(scope="module")

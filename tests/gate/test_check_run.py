@@ -354,7 +354,11 @@ def test_a_judge_without_a_verdict_on_one_reply_does_not_keep_the_gate_from_its_
     for name, frame in (("candidate", whole.candidate), ("baseline", whole.baseline)):
         frame.to_parquet(tmp_path / f"{name}.parquet")
     files = [tmp_path / f"{name}.parquet" for name in ("candidate", "baseline")]
+    assert all(re.fullmatch(r"So. \(score: [1-5]\)|", reason) for reason in whole.candidate["reason"])
+    for flip in whole.check.flips:
+        assert f"(score: {1 + 4 * flip.candidate_score:.0f})" in flip.candidate_reason
     stored = check_stored(files[0], files[1], judged, CheckOptions()).check
+    assert stored.flips == whole.check.flips
     assert stored.warnings == tuple(
         text.replace(str(damaged), str(files[0])) for text in whole.check.warnings
     )
@@ -368,5 +372,5 @@ def test_a_measurement_of_an_earlier_version_counts_no_missing_verdicts(
 ) -> None:
     found = checked(tiny_base, tiny_base, suite, tmp_path / "store", has_noise_floor=False)
     file = tmp_path / "baseline.parquet"
-    found.baseline.drop(columns="unjudged").to_parquet(file)
+    found.baseline.drop(columns=["unjudged", "reason"]).to_parquet(file)
     assert check_stored(file, file, suite, CheckOptions()).check.verdict == "pass"

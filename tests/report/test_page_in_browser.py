@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from in_browser import LOOKS, NEEDS_CHROMIUM, Opened, started, violations
 from mergetune.evaluation.suite import GuardConfig, SuiteConfig
 from mergetune.report import write_report
 from mergetune.report.data import gather
@@ -21,15 +20,7 @@ from mergetune.results.run_dir import RunDir
 from mergetune.results.selection import Choice, Scores
 from synthetic_run import Plan, write_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[test]' has Playwright")
-axe = pytest.importorskip(
-    "axe_playwright_python.sync_playwright", reason="pip install '.[test]' has axe-core"
-)
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and os.environ.get("CHROMIUM") != "required",
-    reason="there is no chromium: apt-get install chromium",
-)
+pytestmark = NEEDS_CHROMIUM
 
 ATTACK = "<img src=x onerror=alert(1)></script>"
 PLANS = {
@@ -43,10 +34,8 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with started() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture(scope="module", params=PLANS)
@@ -59,48 +48,23 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return made
 
 
-class Opened:
-    """A page that was opened, and all that went wrong or out of it."""
-
-    def __init__(self, browser: Any, **options: Any) -> None:
-        self.page = browser.new_context(**options).new_page()
-        self.wrong: list[str] = []
-        self.page.on("console", lambda message: self.wrong.append(message.text))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", lambda request: self._asked(request.url))
-
-    def _asked(self, url: str) -> None:
-        if not url.startswith(("data:", "file:")) or (url.startswith("file:") and "index.html" not in url):
-            self.wrong.append(url)
-
-    def open(self, run: RunDir, fragment: str = "") -> Any:
-        self.page.goto((run.path / "report" / "index.html").as_uri() + fragment)
-        if not self.page.evaluate("document.getElementById('won-and-lost').open"):
-            self.page.click("#won-and-lost summary")
-        self.page.wait_for_selector("#items article")
-        return self.page
-
-
 def chosen(page: Any) -> str:
     return str(page.inner_text("#choice strong"))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 844}}]
-)
+@pytest.mark.parametrize("options", LOOKS)
 def test_the_page_is_accessible_and_quiet_and_fits(
     browser: Any, run: RunDir, options: dict[str, Any]
 ) -> None:
     opened = Opened(browser, **options)
-    page = opened.open(run)
-    violations = axe.Axe().run(page).response["violations"]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == []
+    page = opened.open_report(run)
+    assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert opened.wrong == []
 
 
 def test_what_a_model_said_is_text(browser: Any, run: RunDir) -> None:
-    page = Opened(browser).open(run)
+    page = Opened(browser).open_report(run)
     assert ATTACK in page.inner_text("#items")
     assert page.locator("#items img").count() == 0
 
@@ -170,7 +134,7 @@ def asked_of_python(
 
 
 def test_the_page_chooses_as_the_study_does(browser: Any, run: RunDir) -> None:
-    page, draw = Opened(browser).open(run), random.Random(0)
+    page, draw = Opened(browser).open_report(run), random.Random(0)
     choice, suite, block = selection.choose(run), run.study.suite_config, page_data(gather(run))
     assert choice is not None
     drawn = [settings(block, draw) for _ in range(300)]
@@ -187,7 +151,7 @@ def test_the_page_chooses_as_the_study_does(browser: Any, run: RunDir) -> None:
 
 
 def test_probabilities_are_those_of_the_resamples(browser: Any, run: RunDir) -> None:
-    page, draw = Opened(browser).open(run), random.Random(1)
+    page, draw = Opened(browser).open_report(run), random.Random(1)
     choice, suite, block = selection.choose(run), run.study.suite_config, page_data(gather(run))
     assert choice is not None
     resampled = choice.resampled(suite)
@@ -211,7 +175,7 @@ def test_probabilities_are_those_of_the_resamples(browser: Any, run: RunDir) -> 
 
 def test_sliders_change_the_choice_and_a_link_restores_it(browser: Any, run: RunDir) -> None:
     opened = Opened(browser)
-    page = opened.open(run)
+    page = opened.open_report(run)
     assert chosen(page) == page.evaluate("page.recommended")
     assert "as in the study's own settings" in page.inner_text("#choice")
     page.focus("#limit-0")
@@ -223,7 +187,7 @@ def test_sliders_change_the_choice_and_a_link_restores_it(browser: Any, run: Run
     assert "limit." in address
     page.select_option("#candidate", "base")
     again = Opened(browser)
-    other = again.open(run, page.evaluate("location.hash"))
+    other = again.open_report(run, page.evaluate("location.hash"))
     assert chosen(other) == before
     assert other.inner_text("#limit-text-0") == text
     assert other.inner_text("#candidate-title") == "All about base"
@@ -234,7 +198,7 @@ def test_sliders_change_the_choice_and_a_link_restores_it(browser: Any, run: Run
 
 
 def test_the_keyboard_reaches_everything(browser: Any, run: RunDir) -> None:
-    page = Opened(browser).open(run)
+    page = Opened(browser).open_report(run)
     wanted = page.evaluate(
         """[...document.querySelectorAll('a[href], button, select, input, dfn, summary')]
             .filter(e => e.checkVisibility()).map((e, i) => { e.dataset.number = i; return i; })"""
@@ -247,7 +211,7 @@ def test_the_keyboard_reaches_everything(browser: Any, run: RunDir) -> None:
 
 
 def test_a_term_is_explained_on_focus(browser: Any, run: RunDir) -> None:
-    page = Opened(browser).open(run)
+    page = Opened(browser).open_report(run)
     page.focus("dfn >> nth=0")
     shown = page.evaluate("getComputedStyle(document.activeElement, '::after').content")
     described = page.evaluate(
@@ -257,7 +221,7 @@ def test_a_term_is_explained_on_focus(browser: Any, run: RunDir) -> None:
 
 
 def test_items_won_and_lost_add_up_to_the_difference_of_scores(browser: Any, run: RunDir) -> None:
-    page, data = Opened(browser).open(run), gather(run)
+    page, data = Opened(browser).open_report(run), gather(run)
     entries, name = {entry.name: entry for entry in data.entries}, page.input_value("#candidate")
     other = page.input_value("#against")
     for row, metric in zip(page.locator("#item-rows tr").all(), data.metrics, strict=True):

@@ -113,6 +113,7 @@ def test_packs_hold_what_every_candidate_replied_and_scored(finished: RunDir, da
             rows = measured.set_index("item").loc[[item for _, item, *_ in items]]
             assert scores[name] == rows["score"].tolist()
             own = unpacked(data.items.packs[f"replies.{split}.{name}"])
+            assert "reasons" not in own
             first = own["first"] and unpacked(data.items.packs[f"replies.{split}.{own['first']}"])["replies"]
             replies = [first[i] if reply == 0 else reply for i, reply in enumerate(own["replies"])]
             assert replies == rows["response"].tolist()
@@ -776,7 +777,9 @@ def test_the_page_stays_small_whatever_was_replied(simulate: Callable[[Plan], Ru
         for split in SPLITS:
             if (own := run.measurement(name, split)) is not None:
                 texts = [random.bytes(600).hex() for _ in range(len(own))]
-                run.write_measurement(name, split, Measurement(own.assign(response=texts), 0.0))
+                run.write_measurement(
+                    name, split, Measurement(own.assign(response=texts, reason=texts[::-1]), 0.0)
+                )
     data = gather(run)
     assert data.recommendation is not None
     replies = {key: len(pack) for key, pack in data.items.packs.items() if key.startswith("replies")}

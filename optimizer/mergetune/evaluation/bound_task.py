@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.aggregations import Aggregation, aggregation_of, by_name
 from mergetune.evaluation.fields import MISSING, at_path
-from mergetune.evaluation.item_scores import item_scores
+from mergetune.evaluation.item_scores import explained, item_scores, numbered
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.lm_requests import filter_names
 from mergetune.evaluation.lm_tasks import METADATA, code_eval_allowed, fix_fewshot, item_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 UNJUDGED = "unjudged"  # the column that counts an item's replies on which a judge gave no verdict
+REASON = "reason"  # the column of what a judge wrote; empty where none did
 _LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
 
@@ -103,7 +104,8 @@ class BoundTask:
     def measured(self, results: Mapping[int, Sequence[Any]]) -> dict[int, Mapping[str, Any]]:
         """Return what the task measures of each document's replies, as its filter left them, by metric.
 
-        Of JSONL items it says, too, on how many replies a judge gave no verdict, if there are any.
+        Of JSONL items it says, too, on how many replies a judge gave no verdict, if there are any, and what
+        it wrote of the others.
 
         Raises:
             MergetuneError: an item cannot be scored.
@@ -113,7 +115,11 @@ class BoundTask:
                 return {i: self.task.process_results(self.docs[i], list(own)) for i, own in results.items()}
         scores = item_scores(self.config, [self.items[i] for i in results], results.values())
         return {
-            i: {self.metric: own.value, **({UNJUDGED: own.n_unjudged} if own.n_unjudged else {})}
+            i: {
+                self.metric: own.value,
+                **({UNJUDGED: own.n_unjudged} if own.n_unjudged else {}),
+                **({REASON: own.reason} if own.reason else {}),
+            }
             for i, own in zip(results, scores, strict=True)
         }
 
@@ -131,9 +137,15 @@ class BoundTask:
             )
         place = {item: index for index, item in enumerate(self.item_ids)}
         items = [self.items[place[item]] for item in rows["item"]]
-        scores = scorer.score(items, rows["response"].astype(str).tolist())
-        unjudged = [int(math.isnan(score)) for score in scores]
-        return rows.assign(score=scores, parts=None, aggregation="mean", unjudged=unjudged, rules=self.rules)
+        scored = explained(scorer, items, rows["response"].astype(str).tolist())
+        return rows.assign(
+            score=[each.score for each in scored],
+            parts=None,
+            aggregation="mean",
+            unjudged=[int(math.isnan(each.score)) for each in scored],
+            reason=[each.reason for each in scored],
+            rules=self.rules,
+        )
 
     def rows(
         self, requests: Mapping[int, Sequence[Instance]], results: Mapping[int, Sequence[Any]]
@@ -159,6 +171,7 @@ class BoundTask:
                 "item": self.item_ids[index],
                 **self._scored(measured[index]),
                 "response": _response(requests[index], own),
+                REASON: "" if self.config.scorer is None else measured[index].get(REASON, ""),
                 "rules": self.rules,
             }
             for index, own in results.items()
@@ -370,15 +383,11 @@ def _response(requests: Sequence[Instance], results: Sequence[Any]) -> str:
     """Return what the model said: its replies, how long they took, or the likeliest of the choices."""
     kind = requests[0].request_type
     if kind == "reply_seconds":
-        return _numbered([f"{seconds:.3g} s" for seconds in results])
+        return numbered([f"{seconds:.3g} s" for seconds in results])
     if kind == "generate_until":
         pairs = zip(requests, results, strict=True)
-        return _numbered([own if isinstance(own, str) else str(request.resps[0]) for request, own in pairs])
+        return numbered([own if isinstance(own, str) else str(request.resps[0]) for request, own in pairs])
     if isinstance(results[0], tuple):
         best = max(range(len(results)), key=lambda i: results[i][0])
         return str(requests[best].args[1]).strip()
     return str(results[0])
-
-
-def _numbered(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else "\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mergetune.errors import MergetuneError
 from mergetune.evaluation.aggregations import linear_scores
-from mergetune.evaluation.bound_task import UNJUDGED, BoundTask, bind, direction_of
+from mergetune.evaluation.bound_task import REASON, UNJUDGED, BoundTask, bind, direction_of
 from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.evaluation.lm_requests import ask, filtered, make_requests, spoken
 from mergetune.evaluation.lm_tasks import jsonl_task, lm_eval_tasks
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Documents = Mapping[str, Sequence[int]]  # by task, indices of its documents
 Requests = dict[str, dict[int, "list[Instance]"]]  # by task and document
 ITEM_KEYS = ["score_name", "task", "item"]  # the columns that name a row of a measurement
-COLUMNS = [*ITEM_KEYS, "score", "response", "aggregation", "parts", UNJUDGED, "rules"]  # all of them
+COLUMNS = [*ITEM_KEYS, "score", "response", "aggregation", "parts", UNJUDGED, REASON, "rules"]  # all of them
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Measurement:
 
     `items` has a row per item: `score_name` (objective or guard), `task`, `item` (an id that depends
     on the content only), `score` (NaN where the metric has no value for this item by design, or a judge gave
-    no verdict), `response`, `unjudged` (on how many of the item's replies a judge gave none), `rules` (a
-    digest of how the item was asked and scored) and, where the task's metric is no mean of scores, the
-    `parts` that its `aggregation` takes; see `aggregations`.
+    no verdict), `response`, `unjudged` (on how many of the item's replies a judge gave none), `reason` (what
+    a judge wrote of them), `rules` (a digest of how the item was asked and scored) and, where the task's
+    metric is no mean of scores, the `parts` that its `aggregation` takes; see `aggregations`.
     """
 
     items: pd.DataFrame

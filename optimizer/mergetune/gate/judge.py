@@ -66,7 +66,10 @@ EXIT: Mapping[Verdict, int] = MappingProxyType({"pass": 0, "fail": 1, "inconclus
 
 @dataclass(frozen=True)
 class Flip:
-    """An item whose score changed, and what both models said; `gain` is signed, greater is better."""
+    """An item whose score changed, and what both models said; `gain` is signed, greater is better.
+
+    The reasons are what a judge wrote, empty where none did.
+    """
 
     score_name: str
     task: str
@@ -75,6 +78,8 @@ class Flip:
     target: str
     candidate_response: str
     baseline_response: str
+    candidate_reason: str
+    baseline_reason: str
     candidate_score: float
     baseline_score: float
     gain: float
@@ -138,7 +143,7 @@ def judge(
     """Judge a candidate against a baseline, measured on the same items of a suite.
 
     Args:
-        candidate: a row per item: score_name, task, item, score and response.
+        candidate: a row per item: score_name, task, item, score, response and, where a judge gave it, reason.
         baseline: the same of the baseline.
         items: score_name, task, item, prompt and target of these items, and maybe of others.
         suite: directions and margins.
@@ -267,7 +272,8 @@ def _subject(
 
 
 def _with_linear(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(linear=linear_scores(frame)["score"])
+    """Add linear scores, and reasons where there are none."""
+    return frame.assign(linear=linear_scores(frame)["score"], reason=frame.get("reason", ""))
 
 
 def _with_values(joined: pd.DataFrame) -> pd.DataFrame:
@@ -336,6 +342,8 @@ def _flips(joined: pd.DataFrame, items: pd.DataFrame) -> tuple[Flip, ...]:
             target=str(row["target"]),
             candidate_response=str(row["response"]),
             baseline_response=str(row["response_baseline"]),
+            candidate_reason=str(row["reason"]),
+            baseline_reason=str(row["reason_baseline"]),
             candidate_score=float(row["score"]),
             baseline_score=float(row["score_baseline"]),
             gain=float(row["gain"]),

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from mergetune.engines.choice import choose_engine
 from mergetune.engines.engine import EngineConfig
 from mergetune.errors import MergetuneError, StartError
-from mergetune.evaluation.bound_task import UNJUDGED, BoundTask
+from mergetune.evaluation.bound_task import REASON, UNJUDGED, BoundTask
 from mergetune.evaluation.evaluate import COLUMNS, ITEM_KEYS, Documents, Evaluator
 from mergetune.evaluation.leakage import find_leaks, read_training_texts
 from mergetune.evaluation.rules import are_asked_alike
@@ -24,6 +24,8 @@ from mergetune.gate.judge import Check, judge
 from mergetune.measuring.model_under_test import LocalModel, ModelUnderTest
 from mergetune.measuring.pool import Job, Pool, PoolOptions
 from mergetune.measuring.reply_store import ReplyStore
+
+_LATER: dict[str, int | str] = {UNJUDGED: 0, REASON: ""}  # what measurements of earlier versions lack
 
 CheckSplit = Split | Literal["all"]
 
@@ -220,8 +222,9 @@ def _read(file: Path, evaluator: Evaluator, items: pd.DataFrame, split: CheckSpl
     """Read what was measured on a split of the suite's items, by the rules that hold now."""
     try:
         known = parquet.read_schema(file).names
-        asked = [name for name in COLUMNS if name != UNJUDGED or name in known]  # of earlier versions
-        found = pd.read_parquet(file, columns=asked).reindex(columns=COLUMNS, fill_value=0)
+        lacking = {name: value for name, value in _LATER.items() if name not in known}
+        found = pd.read_parquet(file, columns=[name for name in COLUMNS if name not in lacking])
+        found = found.assign(**lacking)[COLUMNS]
         found = found.astype({**dict.fromkeys(ITEM_KEYS, str), "score": float})
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise MergetuneError(

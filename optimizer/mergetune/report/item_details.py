@@ -1,4 +1,4 @@
-"""The items behind the scores, packed for the page: what was asked and replied, loaded when it is opened.
+"""The items behind the scores, packed for the page: asked, replied and judged, loaded when it is opened.
 
 A pack is JSON, compressed (raw deflate) and in base64: the browser's own `DecompressionStream` opens it.
 """
@@ -20,7 +20,7 @@ from mergetune.results.run_dir import RunDir
 
 _LONGEST = (4000, 2000, 1000, 500, 250, 120)  # characters kept of a text: the first that fits
 _TEXT_BYTES = 500_000  # of what was asked, in a split
-_REPLY_BYTES, _REPLY_BYTES_EACH = 1_500_000, 250_000  # of what was replied: in all, and of one candidate
+_REPLY_BYTES, _REPLY_BYTES_EACH = 1_500_000, 250_000  # of replies and reasons: in all, of one candidate
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class ItemDetails:
     """Packs by name.
 
     `items.SPLIT` has the items, `scores.SPLIT` their scores by candidate, in the order of the items, and
-    `replies.SPLIT.NAME` what one candidate replied. Replies are kept of as many as fit, those first that
-    are looked at first; 0 in place of a reply says that it is that of the candidate named `first`. Where all
-    would take too much room, those that scored as the first candidate's are null, and long ones are cut.
+    `replies.SPLIT.NAME` what one candidate replied and, where a judge scored, its reasons. Replies are kept
+    of as many as fit, those first that are looked at first; 0 in place of a text says that it is that of the
+    candidate named `first`. Where all would take too much room, those that scored as the first candidate's
+    are null, and long ones are cut.
     """
 
     packs: Mapping[str, str]
@@ -60,10 +61,11 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
         index = pd.MultiIndex.from_frame(items[ITEM_KEYS])
         packs[f"items.{split}"] = _fitting(items)
         scores: dict[str, list[float | None]] = {}
-        first = _Replies("", [], [])
+        first = _Replies("", [], [], [])
         for name in names:
             rows = _rows(run, name, split, index)
-            own = _Replies(name, rows["response"].fillna("").tolist(), rows["score"].tolist())
+            texts = rows[["response", "reason"]].fillna("")
+            own = _Replies(name, texts["response"].tolist(), texts["reason"].tolist(), rows["score"].tolist())
             scores[name] = [None if pd.isna(one) else round(one, 4) for one in own.scores]
             pack = next((p for p in _packs(own, first) if len(p) <= min(left, _REPLY_BYTES_EACH)), None)
             if pack is None:
@@ -78,27 +80,37 @@ def item_details(run: RunDir, wanted: Mapping[Split, Sequence[str]]) -> ItemDeta
 
 @dataclass(frozen=True)
 class _Replies:
-    """What a candidate replied to the items, and its scores."""
+    """What a candidate replied to the items, what a judge wrote of that, and its scores."""
 
     name: str
     texts: list[str]
+    reasons: list[str]
     scores: list[float]
 
 
 def _packs(own: _Replies, first: _Replies) -> Iterator[str]:
     """Yield packs of a candidate's replies, the fullest first; see `ItemDetails`."""
     for longest in _LONGEST[1:]:
-        texts: list[str | int | None] = [_cut(text, longest) for text in own.texts]
-        if not first.name:
-            yield packed({"first": "", "replies": texts})
-            continue
-        same = [mine == other for mine, other in zip(own.texts, first.texts, strict=True)]
-        texts = [0 if is_same else text for is_same, text in zip(same, texts, strict=True)]
-        if longest == _LONGEST[1]:
-            yield packed({"first": first.name, "replies": texts})
-        alike = [mine == other for mine, other in zip(own.scores, first.scores, strict=True)]
-        kept = [None if is_alike and text != 0 else text for is_alike, text in zip(alike, texts, strict=True)]
-        yield packed({"first": first.name, "replies": kept})
+        texts = {"replies": _told(own.texts, first.texts, longest)}
+        if any(own.reasons):
+            texts["reasons"] = _told(own.reasons, first.reasons, longest)
+        if not first.name or longest == _LONGEST[1]:
+            yield packed({"first": first.name, **texts})
+        if first.name:
+            alike = [mine == other for mine, other in zip(own.scores, first.scores, strict=True)]
+            kept = {
+                key: [
+                    None if is_alike and text else text for is_alike, text in zip(alike, given, strict=True)
+                ]
+                for key, given in texts.items()
+            }
+            yield packed({"first": first.name, **kept})
+
+
+def _told(own: Sequence[str], first: Sequence[str], longest: int) -> list[str | int | None]:
+    """Return texts as a pack has them: cut where too long, and 0 where the first candidate's is the same."""
+    same = [mine == other for mine, other in zip(own, first, strict=True)] if first else [False] * len(own)
+    return [0 if is_same else _cut(text, longest) for is_same, text in zip(same, own, strict=True)]
 
 
 def _items(run: RunDir, split: Split) -> pd.DataFrame:
@@ -113,7 +125,7 @@ def _rows(run: RunDir, name: str, split: Split, index: pd.MultiIndex) -> pd.Data
     frame = run.measurement(name, split)
     if frame is None:
         raise ValueError(f"`{name}` was not measured on the {split} split.")
-    return frame.set_index(ITEM_KEYS)[["score", "response"]].reindex(index)
+    return frame.set_index(ITEM_KEYS).reindex(index, columns=["score", "response", "reason"])
 
 
 def _fitting(items: pd.DataFrame) -> str:

@@ -76,18 +76,21 @@ class Run:
         return self._candidate(name).recipe
 
     def items(self, name: str, split: Split = "search") -> pd.DataFrame:
-        """Return a row per item: score_name, task, item, split, prompt, target, response and score.
+        """Return a row per item: score_name, task, item, split, prompt, target, response, score and reason.
 
         Of a conversation, `prompt` is the user's last message, `earlier` has those before it, as JSON, and
-        `system` the system message. In runs of earlier versions these two are missing.
+        `system` the system message. In runs of earlier versions these two are missing. `reason` is what a
+        judge wrote, and empty where none did.
 
         Raises:
             MergetuneError: the candidate was not measured on that split.
         """
         own = self._measurement(name, split)
         keys = ["score_name", "task", "item"]
-        columns = [*keys, "response", "score"]
-        return self._folder.items().merge(own[columns], on=keys, validate="one_to_one")
+        own = own.reindex(
+            columns=[*keys, "response", "score", "reason"], fill_value=""
+        )  # of earlier versions
+        return self._folder.items().merge(own, on=keys, validate="one_to_one")
 
     def scores(self, name: str, split: Split = "search", level: float = 0.95) -> dict[str, Estimate]:
         """Return a candidate's objectives and guards, with intervals of this level.

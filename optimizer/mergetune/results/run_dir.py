@@ -78,6 +78,8 @@ _FREE = dict.fromkeys(
     True,
 )
 
+_TEXTS = ("response", "reason")  # the columns of a measurement that no figure needs
+
 _WHERE = {"workers", "ray_address"}  # of the engine's options: where it runs, and not how
 
 # A model as recipes name it; records of earlier versions hold the place of a hub id in the cache.
@@ -357,9 +359,9 @@ class RunDir:
     def measurement(self, name: str, split: Kept, responses: bool = True) -> pd.DataFrame | None:
         """Return the per-item scores of a candidate on one split, None where it was not measured.
 
-        Without `responses`, what the model said is left on disk: most of a file, and most of its table.
+        Without `responses`, what model and judge said is left on disk: most of a file, and most of its table.
         """
-        left_out = () if responses else ("response",)
+        left_out = () if responses else _TEXTS
         return _read_table(self._file(name, f"{split}.parquet"), left_out)
 
     def measurement_file(self, name: str) -> Path | None:
@@ -504,7 +506,7 @@ class RunDir:
 
     def adapter_items(self) -> pd.DataFrame | None:
         """Return the per-item scores of the adapter, None where it was not measured."""
-        return _read_table(self.path / "adapter.parquet", ("response",))
+        return _read_table(self.path / "adapter.parquet", _TEXTS)
 
     def add_holdout_use(self, use: HoldoutUse) -> None:
         """Write down that the holdout split is about to be used."""

@@ -18,7 +18,7 @@ from mergetune.errors import MergetuneError, TrialError
 from mergetune.evaluation.judging.local_judge import Asked, local_judge
 from mergetune.evaluation.judging.questions import Question
 from mergetune.evaluation.judging.verdict_store import VerdictStore
-from mergetune.evaluation.judging.verdicts import Verdict
+from mergetune.evaluation.judging.verdicts import Explained, Verdict
 
 if TYPE_CHECKING:
     from mergetune.engines.endpoint import Endpoint
@@ -83,8 +83,8 @@ class Judge:
         self._silent: dict[str, str] = {}  # by key, why there is no verdict
         self._lock = threading.Lock()
 
-    def scores(self, asked: Sequence[Sequence[Question]], repeats: int) -> list[list[float]]:
-        """Return the scores that a judge's verdicts give each reply, one for each repeat.
+    def judged(self, asked: Sequence[Sequence[Question]], repeats: int) -> list[list[Explained]]:
+        """Return the scores that a judge's verdicts give each reply, with its reasons, one for each repeat.
 
         A score is the mean over the questions about a reply, NaN where one of them has no verdict.
 
@@ -109,11 +109,8 @@ class Judge:
         }
         known |= self._ask(missing, keys)
 
-        def score(key: str, question: Question) -> float:
-            return question.form.score(known[key]) if key in known else math.nan
-
         return [
-            [sum(map(score, of_repeat, questions)) / len(questions) for of_repeat in own]
+            [_explained(questions, [known.get(key) for key in of_repeat]) for of_repeat in own]
             for questions, own in zip(asked, keys, strict=True)
         ]
 
@@ -140,7 +137,7 @@ class Judge:
             raise MergetuneError(f"The judge `{self._settings.name}`: {error} {_KEPT}") from error
 
     def _refuse_many_unjudged(self, keys: Keys) -> None:
-        """Raise `MergetuneError` where more replies lack a verdict than may; see `scores`."""
+        """Raise `MergetuneError` where more replies lack a verdict than may; see `judged`."""
         lacking = [
             silent
             for own in keys
@@ -271,6 +268,15 @@ class Judge:
             "/v1/chat/completions", messages=list(messages), **self._settings.decoding, **options
         )
         return (choice.get("message") or {}).get("content") or ""
+
+
+def _explained(questions: Sequence[Question], verdicts: Sequence[Verdict | None]) -> Explained:
+    """Return what the verdicts on a reply come to; None: there is none."""
+    forms = [question.form for question in questions]
+    pairs = list(zip(forms, verdicts, strict=True))
+    scores = [math.nan if verdict is None else form.score(verdict) for form, verdict in pairs]
+    reasons = [form.text(verdict) for form, verdict in pairs if verdict is not None]
+    return Explained(sum(scores) / len(scores), "\n".join(reasons))
 
 
 def _asked_again(question: Question, reply: str, reason: ValueError) -> tuple[Mapping[str, str], ...]:

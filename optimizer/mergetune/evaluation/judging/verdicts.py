@@ -7,12 +7,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 Verdict = dict[str, Any]  # a value by key, and the judge's `reason`
+
+
+class Explained(NamedTuple):
+    """The score of a reply, NaN where there is no verdict, and what the judge wrote, a line a question."""
+
+    score: float
+    reason: str
+
 
 _FENCE = re.compile(r"\s*```\s*\Z")
 
@@ -24,10 +32,12 @@ class VerdictForm:
     Attributes:
         keys: what is judged, each by the same values.
         points: the score that each value stands for, in [0, 1].
+        note: what a reader of the reason must know, if anything.
     """
 
     keys: tuple[str, ...]
     points: Mapping[int | str, float]
+    note: str = ""
 
     @property
     def instruction(self) -> str:
@@ -78,6 +88,11 @@ class VerdictForm:
         """Return the mean of what the values stand for."""
         return sum(self.points[verdict[key]] for key in self.keys) / len(self.keys)
 
+    def text(self, verdict: Verdict) -> str:
+        """Return a verdict as people read it: the reason, then what was given."""
+        given = ", ".join(f"{key}: {verdict[key]}" for key in self.keys)
+        return f"{verdict['reason'].strip()} ({'; '.join(filter(None, [given, self.note]))})".strip()
+
     def _value(self, found: Verdict, key: str) -> int | str:
         if key not in found:
             raise ValueError(f"`{key}` is missing")
@@ -116,4 +131,5 @@ def graded(keys: tuple[str, ...], scale: tuple[int, int]) -> VerdictForm:
 def preferred(of_first: bool) -> VerdictForm:
     """Return the form of a comparison; its score is that of the first reply, or else of the second."""
     won = 1.0 if of_first else 0.0
-    return VerdictForm(("better",), {"first": won, "second": 1.0 - won, "tie": 0.5})
+    note = f"this reply stood {'first' if of_first else 'second'}"
+    return VerdictForm(("better",), {"first": won, "second": 1.0 - won, "tie": 0.5}, note)

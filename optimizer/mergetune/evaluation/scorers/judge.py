@@ -31,7 +31,7 @@ from mergetune.evaluation.judging.reply_files import (
     read_references,
 )
 from mergetune.evaluation.judging.verdict_store import default_store
-from mergetune.evaluation.judging.verdicts import graded, mean_of_given, preferred
+from mergetune.evaluation.judging.verdicts import Explained, graded, mean_of_given, preferred
 from mergetune.evaluation.scorers.scorer import BaseScorer
 from mergetune.files.library import placed
 from mergetune.files.yaml_io import KindAlone, Strict, read_text
@@ -180,9 +180,16 @@ class JudgeScorer(BaseScorer):
 
     def score(self, items: Sequence[Item], replies: Sequence[str]) -> list[float]:
         """See `BaseScorer.score`; a judge that cannot be used or gives too few verdicts is an error."""
+        return [own.score for own in self.explained(items, replies)]
+
+    def explained(self, items: Sequence[Item], replies: Sequence[str]) -> list[Explained]:
+        """Return the scores with what the judge wrote, a line for each verdict; raises as `score` does."""
         if self.labels and self._agreement is None:
             self._agreement = self._compared()
-        return [mean_of_given(own) for own in self._repeated(items, replies)]
+        return [
+            Explained(_mean(own), "\n".join(each.reason for each in own if each.reason))
+            for own in self._repeated(items, replies)
+        ]
 
     @property
     def agreement(self) -> Agreement | None:
@@ -199,17 +206,17 @@ class JudgeScorer(BaseScorer):
         labels = self.labels if isinstance(self.labels, tuple) else ()
         judged = self._repeated([each.item for each in labels], [each.reply for each in labels])
         return judge_quality(
-            self._repeated(items, replies),
-            [mean_of_given(own) for own in judged],
+            [[each.score for each in own] for own in self._repeated(items, replies)],
+            [_mean(own) for own in judged],
             [each.score for each in labels],
             2 if self.pairwise else self.scale[1] - self.scale[0],
         )
 
-    def _repeated(self, items: Sequence[Item], replies: Sequence[str]) -> list[list[float]]:
-        """Return the scores of each item, one a repeat: (n_items, repeats); NaN: no verdict."""
+    def _repeated(self, items: Sequence[Item], replies: Sequence[str]) -> list[list[Explained]]:
+        """Return the scores of each item, one a repeat: (n_items, repeats)."""
         references = self._references(items)
         asked = [self._questions(*each) for each in zip(items, replies, references, strict=True)]
-        return self._judge.scores(asked, self.repeats)
+        return self._judge.judged(asked, self.repeats)
 
     def _questions(self, item: Item, reply: str, reference: str) -> list[Question]:
         """Return what is asked of one reply: how good it is, or which is better, in both orders."""
@@ -248,3 +255,8 @@ class JudgeScorer(BaseScorer):
         if own.is_low:
             warnings.warn(own.warning, stacklevel=2)
         return own
+
+
+def _mean(repeated: Sequence[Explained]) -> float:
+    """Return the mean over the repeats that have a verdict; NaN where none has."""
+    return mean_of_given([each.score for each in repeated])
