@@ -39,8 +39,12 @@ function size(score, value) {
   return score.percent ? `${(100 * value).toFixed(1)} points` : `${Number(value.toPrecision(3))}`;
 }
 
+function unbroken(text) {
+  return text.replaceAll(" ", "\u00a0");
+}
+
 function share(value) {
-  return value >= 0.995 ? "over 99%" : value <= 0.005 ? "under 1%" : `${Math.round(100 * value)}%`;
+  return value >= 0.995 ? "over\u00a099%" : value <= 0.005 ? "under\u00a01%" : `${Math.round(100 * value)}%`;
 }
 
 // State: in the fragment of the address stands what differs from the study's own settings
@@ -172,12 +176,12 @@ function showTable() {
           see(candidate.name);
           find("candidate-title").focus();
         }}, candidate.name),
-        element("small", {}, row === best ? " recommended" : candidate.is_merge ? "" : " not a merge")),
+        element("small", {class: "block"}, row === best ? "recommended" : candidate.is_merge ? "" : "not a merge")),
       element("td", {class: `number ${level}`}, text),
       element("td", {class: "number"}, `${row.onFront ? "on it" : "behind"}, p ${share(candidate.p)}`),
       element("td", {class: "number"}, `${Math.round(100 * row.worst)}%`),
-      ...candidate.texts.map((own, j) => element("td", {class: "number"}, own,
-        candidate.holdout ? element("small", {class: "block"}, `held out ${candidate.holdout[j]}`) : null)));
+      ...candidate.texts.map((own, j) => element("td", {class: "number"}, unbroken(own),
+        candidate.holdout ? element("small", {class: "block"}, `held out ${unbroken(candidate.holdout[j])}`) : null)));
   }));
 }
 

@@ -51,17 +51,20 @@ def for_both(drawing: str) -> str:
         for light, dark in DARK.items()
         for what in ("fill", "stroke")
     )
+    style = f"<style>@media screen and (prefers-color-scheme: dark) {{ {rules} }}</style>"
     end = drawing.index(">") + 1
-    return f"{drawing[:end]}<style>@media (prefers-color-scheme: dark) {{ {rules} }}</style>{drawing[end:]}"
+    return f"{drawing[:end]}{style}{drawing[end:]}"
 
 
+# Labels are measured in one font and shown in the reader's, which may be wider.
+_PADDING = {"left": 24, "top": 5, "right": 12, "bottom": 5}
 _DARK = {light.lower(): dark for light, dark in DARK.items()}
 
 
 def themed(chart: Drawing) -> Drawing:
     """Give a finished chart its fonts, grid and legend."""
     styled: Drawing = (
-        chart.configure(font="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif")
+        chart.configure(font="system-ui, 'Segoe UI', Helvetica, Arial, sans-serif", padding=_PADDING)
         .configure_view(stroke=None)
         .configure_axis(
             gridColor="#ECECEC",

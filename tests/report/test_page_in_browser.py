@@ -63,6 +63,16 @@ def test_the_page_is_accessible_and_quiet_and_fits(
     assert opened.wrong == []
 
 
+def test_paper_shows_every_section_and_no_control(browser: Any, run: RunDir) -> None:
+    page = Opened(browser, color_scheme="dark").open_report(run)
+    titles = page.locator("h2:visible").all_inner_texts()
+    page.emulate_media(media="print")
+    assert page.locator("h2:visible").all_inner_texts() == titles
+    assert page.locator("input:visible, button:not(.link):visible, #items:visible").count() == 0
+    assert page.locator("#chart svg:visible, #won-and-lost table:visible").count() == 2
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
 def test_what_a_model_said_is_text(browser: Any, run: RunDir) -> None:
     page = Opened(browser).open_report(run)
     assert ATTACK in page.inner_text("#items")

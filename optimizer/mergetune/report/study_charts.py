@@ -29,7 +29,7 @@ def hypervolume(data: ReportData) -> alt.LayerChart:
         x=alt.X(
             "order:Q",
             title="candidates measured",
-            axis=alt.Axis(format="d", tickMinStep=1),
+            axis=alt.Axis(format="d", tickMinStep=1, labelOverlap="greedy", labelSeparation=6),
             scale=alt.Scale(domain=[1, max(2, len(frame))], nice=False),
         ),
         y=alt.Y(
@@ -161,7 +161,7 @@ def cost(data: ReportData) -> alt.LayerChart:
             x=alt.X(
                 "order:O",
                 title="candidate, in the order measured",
-                axis=alt.Axis(labelOverlap=True, labelAngle=0),
+                axis=alt.Axis(labelOverlap="greedy", labelSeparation=6, labelAngle=0),
             ),
             y=alt.Y("seconds:Q", title="seconds"),
             color=alt.Color(
