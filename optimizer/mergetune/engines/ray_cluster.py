@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from lm_eval.api.model import LM
 from mergetune.engines.engine import EngineConfig, EngineKind, LoadTime
 from mergetune.engines.start import start_chosen
 from mergetune.errors import EngineError, MergetuneError
+from mergetune.files.scratch import scratch_folder
 from mergetune.merging.inputs import ModelPaths
 from mergetune.space.recipe import MergeRecipe
 from mergetune.weights.chat_template import ChatTemplate
@@ -75,9 +76,9 @@ class EngineHost:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         lines: list[str] = []
         inputs = None if model.paths is None else model.paths.open(model.chat)
-        self._scratch = tempfile.TemporaryDirectory(prefix="mergetune-")
+        self._scratch = scratch_folder()
         self._engine, settled = start_chosen(
-            config, model.folder, inputs, Path(self._scratch.name), begun_with, lines.append, model.chat
+            config, model.folder, inputs, self._scratch, begun_with, lines.append, model.chat
         )
         size = getattr(self._engine.lm, "requests_at_a_time", None)
         return Started(settled, socket.gethostname(), tuple(lines), size, _versions())
@@ -96,7 +97,7 @@ class EngineHost:
     def stop(self) -> None:
         """End the engine."""
         self._engine.close()
-        self._scratch.cleanup()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class RayCluster:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from mergetune.errors import MergetuneError
+from mergetune.files.scratch import scratch_folder
 from mergetune.files.yaml_io import nearest
 
 Kind = Literal["search_spaces", "evals", "examples", "reports"]
@@ -106,13 +105,6 @@ def writable(folder: Path, option: str) -> Path:
             f"{folder}: must be a folder that can be written ({error.strerror}). "
             f"Name another with {option} DIR."
         ) from error
-
-
-def scratch_folder() -> Path:
-    """Return a new temporary folder that is removed at the end of this process."""
-    folder = tempfile.mkdtemp(prefix="mergetune-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 def _own_cache() -> Path:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mergetune.errors import MergetuneError
-from mergetune.files.library import scratch_folder
+from mergetune.files.scratch import scratch_folder
 from mergetune.files.yaml_io import Strict
 from mergetune.merging.merger import Merger
 from mergetune.space.recipe import MergeRecipe, Source
