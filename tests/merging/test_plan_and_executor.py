@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergetune.errors import TrialError
 from mergetune.merging import native
-from mergetune.merging.elementwise import Source, magnitude_sums, merge_tensor
+from mergetune.merging.elementwise import Source, formed, magnitude_sums, merge_tensor
 from mergetune.merging.inputs import Inputs
 from mergetune.merging.memory_model import MemoryModel
 from mergetune.merging.merger import Merger
@@ -171,7 +171,7 @@ def test_a_slice_has_the_bits_of_the_whole(method: MethodName) -> None:
     operands = Merger(base, experts).operands(wanted, "matrix")
     given = Coefficients(wanted.groups[0].coefficients, wanted.choices, wanted.seed)
     step = RULES[method](operands, given)
-    sources = list(operands.sources.values() if step.sources is None else step.sources)
+    sources = formed(operands.sources.values() if step.sources is None else step.sources)
     whole = torch.empty_like(operands.base)
     merge_tensor(step, operands.base, sources, whole)
     rows = slice(11, 30)

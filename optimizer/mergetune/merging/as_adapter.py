@@ -16,13 +16,11 @@ from mergetune.merging.merger import Merger
 from mergetune.merging.methods import RULES, Coefficients
 from mergetune.space.method_table import MethodName
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
-from mergetune.weights.adapter import LoraExpert
 from mergetune.weights.adapter_writer import served_rank
 from mergetune.weights.architecture import Layer
-from mergetune.weights.checkpoint import Checkpoint, Expert, has_token_rows, is_embeddings
+from mergetune.weights.checkpoint import Checkpoint, is_embeddings
 from mergetune.weights.low_rank import LowRank, nearest, stacked
 from mergetune.weights.tensor_files import shortened
-from mergetune.weights.vocabulary import MatchedExpert
 
 # Methods whose merge is θ₀ + Σ wᵢ τᵢ, and the options that this holds for.
 _LINEAR: Mapping[MethodName, Mapping[str, str]] = {
@@ -181,7 +179,7 @@ def merge_as_adapter(
         added, layer = merged - base.view(name), layers.get(name)
         norm = _checked(float(torch.linalg.vector_norm(added, dtype=torch.float64)), name)
         if norm and layer is not None and rank is not None:
-            updates[name], error = nearest(added if layer.kind == "linear" else added.T, rank)
+            updates[name], error = nearest(added, rank)
             fits[name] = Fit(name, updates[name].rank, norm, error)
         elif norm:
             fits[name] = Fit(name, 0, norm, norm)
@@ -189,7 +187,7 @@ def merge_as_adapter(
         raise MergetuneError("An adapter must change a layer, but this merge changes none. Write a model.")
     in_order = [name for name in inputs.base.names if name in fits]
     return AdapterMerge(
-        {layers[name]: updates[name] for name in in_order if name in updates},
+        {layers[name]: _of_layer(layers[name], updates[name]) for name in in_order if name in updates},
         tuple(fits[name] for name in in_order),
     )
 
@@ -246,9 +244,7 @@ def _exact_updates(
         changed = [each for each in recipe.experts if name in experts[each].targets]
         weights = _weights(inputs.merger, recipe, name, group) if changed else {}
         changed = [each for each in changed if weights[each] != 0]
-        factors = {
-            each: own for each in changed if (own := _factors(experts[each], name, inputs.base)) is not None
-        }
+        factors = {each: own for each in changed if (own := experts[each].factors(name)) is not None}
         if not changed:
             continue
         if name not in layers:
@@ -276,10 +272,9 @@ def _weights(merger: Merger, recipe: MergeRecipe, name: str, group: RecipeGroup)
     return {each: float(w) for each, w in zip(operands.changed, step.numbers.lambdas, strict=True)}
 
 
-def _factors(expert: Expert, name: str, base: Checkpoint) -> LowRank | None:
-    if isinstance(expert, MatchedExpert) and not has_token_rows(name):
-        expert = expert.expert
-    return expert.factors(name, base.view(name)) if isinstance(expert, LoraExpert) else None
+def _of_layer(layer: Layer, update: LowRank) -> LowRank:
+    """Return the update of a layer's stored tensor as that of its weight (out, in)."""
+    return update if layer.kind == "linear" else update.transposed
 
 
 def _checked(norm: float, name: str) -> float:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergetune.merging.elementwise import Numbers, Step, kept_vectors, merged_entries, spans, wide
+from mergetune.merging.elementwise import (
+    AnySource,
+    Numbers,
+    Step,
+    kept_vectors,
+    merged_entries,
+    row_blocks,
+    spans,
+    wide,
+)
 from mergetune.merging.methods import RULES, Coefficients
 from mergetune.merging.operands import Operands
 from mergetune.space.method_table import METHODS, SMOOTH
 from mergetune.space.recipe import MergeRecipe, RecipeGroup
+from mergetune.weights.low_rank import LowRank
 
 ALL = ""  # stands for the expert where one coefficient is for all of them
 
@@ -26,11 +37,12 @@ def coefficient_slopes(
 
     ∂W/∂c is taken by autograd through the merge itself, so that every method has it: with masks,
     thresholds and elected signs held as they are, the weights are smooth in `lambda`, `t` and `scale`. A
-    plain sum of vectors is followed from the products ⟨∂L/∂W, vector⟩ alone, which is much faster.
-    Products are taken and added up in float32 (float64 where the base is), those of parts in float64.
+    plain sum of vectors is followed from the products ⟨∂L/∂W, vector⟩ alone, which is much faster; those of
+    whole factors B A are Σ (∂L/∂W Aᵀ) ∘ B. Products are taken and added up in float32 (float64 where the base
+    is), those of parts in float64, on the gradient's device, where only what is read is brought.
 
     Args:
-        operands: the tensor in the base and in the experts, on the gradient's device.
+        operands: the tensor in the base and in the experts.
         recipe: the merge.
         group: the tensor's layer group.
         gradient: ∂L/∂W, of the tensor's shape.
@@ -88,21 +100,28 @@ _Traced = Iterator[tuple[list[Tensor], list[Tensor]]]  # what autograd follows, 
 
 def _products(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
     """Yield the numbers of a plain sum, with the products of the gradient and what each multiplies."""
-    numbers = step.numbers
-    products = [0.0] * (1 + len(numbers.lambdas))
+    weights = (step.numbers.base_weight, *step.numbers.lambdas)
+    followed = {i: w for i, w in enumerate(weights) if isinstance(w, Tensor) and w.requires_grad}
+    sources, products = _sources(step, operands), dict.fromkeys(followed, 0.0)
+    rest = []  # whose products are taken entry by entry; 0 is the base
     with torch.no_grad():
-        for part in _parts(step, operands, gradient):
-            rule = (part.are_vectors, step.keep, part.numbers, part.ranks)
-            for i, each in enumerate((part.base, *kept_vectors(part.base, part.sources, *rule))):
+        for i in followed:
+            source = sources[i - 1] if i > 0 else None
+            if isinstance(source, LowRank) and step.keep == "all":
+                products[i] = source.to(gradient.device).inner(gradient)
+            else:
+                rest.append(i)
+        experts = [i - 1 for i in rest if i > 0]
+        own = replace(step.of_experts(experts), sources=[sources[expert] for expert in experts])
+        for part in _parts(own, operands, gradient) if rest else ():
+            rule = (part.are_vectors, own.keep, part.numbers, part.ranks)
+            multiplied = kept_vectors(part.base, part.sources, *rule)
+            if 0 in rest:
+                multiplied.insert(0, part.base)
+            for i, each in zip(rest, multiplied, strict=True):
                 products[i] += float(torch.dot(each, part.gradient))
-    followed = [
-        (number, number.new_tensor(product))
-        for number, product in zip((numbers.base_weight, *numbers.lambdas), products, strict=True)
-        if isinstance(number, Tensor) and number.requires_grad
-    ]
     if followed:
-        outputs, slopes = zip(*followed, strict=True)
-        yield list(outputs), list(slopes)
+        yield list(followed.values()), [followed[i].new_tensor(products[i]) for i in followed]
 
 
 def _entries(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
@@ -113,7 +132,7 @@ def _entries(step: Step, operands: Operands, gradient: Tensor) -> _Traced:
 
 
 class _Part(NamedTuple):
-    """A part of a tensor: as `spans` yields it."""
+    """A part of a tensor: as `spans` yields it, on the gradient's device."""
 
     base: Tensor
     gradient: Tensor
@@ -124,13 +143,20 @@ class _Part(NamedTuple):
 
 
 def _parts(step: Step, operands: Operands, gradient: Tensor) -> Iterator[_Part]:
-    sources = list(operands.sources.values()) if step.sources is None else step.sources
-    are_vectors = [source.kind == "vector" for source in sources]
-    tensors = (operands.base, gradient, *(source.data for source in sources))
+    device = gradient.device
     chunk = _CUDA_CHUNK if gradient.is_cuda else _CPU_CHUNK
-    for (base, slopes, *parts), ranks, numbers in spans(step, tensors, chunk):
-        start = wide(base)
-        yield _Part(start, slopes.to(start.dtype), parts, are_vectors, ranks, numbers)
+    given = [source.to(device) for source in _sources(step, operands)]
+    tensors = operands.base.to(device), gradient
+    for own, (base, slopes), sources in row_blocks(step.to(device), tensors, given):
+        are_vectors = [source.kind == "vector" for source in sources]
+        data = [source.data for source in sources]
+        for (entries, slope, *parts), ranks, numbers in spans(own, (base, slopes, *data), chunk):
+            start = wide(entries)
+            yield _Part(start, slope.to(start.dtype), parts, are_vectors, ranks, numbers)
+
+
+def _sources(step: Step, operands: Operands) -> Sequence[AnySource]:
+    return list(operands.sources.values()) if step.sources is None else step.sources
 
 
 def _is_plain_sum(step: Step) -> bool:

@@ -10,8 +10,8 @@ of it, whose fused multiply-adds may differ in a last bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mergetune.merging import native
+from mergetune.weights.low_rank import LowRank
 
 Keep = Literal["all", "trim", "band", "random", "clip", "ranked", "rescaled", "selected"]
 Combine = Literal["sum", "count", "weights", "none", "shares", "overlap"]
@@ -34,6 +35,20 @@ class Source(NamedTuple):
 
     data: Tensor
     kind: Literal["weights", "vector"]
+
+    def to(self, device: torch.device) -> Source:
+        """Return the same on a device."""
+        return self._replace(data=self.data.to(device))
+
+
+AnySource = Source | LowRank  # factors stand for the task vector that is their product
+
+
+def formed(sources: Iterable[AnySource]) -> list[Source]:
+    """Return sources with their products formed, whole."""
+    return [
+        Source(source.product(), "vector") if isinstance(source, LowRank) else source for source in sources
+    ]
 
 
 class Numbers(NamedTuple):
@@ -64,8 +79,12 @@ class Numbers(NamedTuple):
         weight = self.base_weight
         return len(weight) if isinstance(weight, Tensor) and weight.ndim else None
 
+    def from_entry(self, begin: int) -> Numbers:
+        """Return the numbers of the entries from `begin` on."""
+        return self._replace(start=signed((self.start + begin) % 2**32))
+
     def of_rows(self, rows: slice) -> Numbers:
-        """Return the numbers of some rows."""
+        """Return the numbers of some rows, where rows have their own."""
         assert isinstance(self.base_weight, Tensor)
         lambdas = [weight[rows] for weight in self.lambdas if isinstance(weight, Tensor)]
         scales = None if self.scales is None else self.scales[rows]
@@ -92,7 +111,34 @@ class Step:
     keep: Keep = "all"
     combine: Combine = "sum"
     ranks: Sequence[Tensor] = ()
-    sources: Sequence[Source] | None = None
+    sources: Sequence[AnySource] | None = None
+
+    def of_rows(self, rows: slice, row_length: int) -> Step:
+        """Return the step for some rows of the tensor."""
+        by_rows = self.numbers.n_rows is not None
+        numbers = self.numbers.of_rows(rows) if by_rows else self.numbers.from_entry(rows.start * row_length)
+        return replace(self, numbers=numbers, ranks=[each[rows] for each in self.ranks])
+
+    def to(self, device: torch.device) -> Step:
+        """Return the step with ranks and the numbers of rows on a device."""
+        numbers = self.numbers
+        if isinstance(numbers.base_weight, Tensor) and numbers.n_rows is not None:
+            lambdas = [each.to(device) for each in numbers.lambdas if isinstance(each, Tensor)]
+            scales = None if numbers.scales is None else numbers.scales.to(device)
+            base_weight = numbers.base_weight.to(device)
+            numbers = numbers._replace(lambdas=lambdas, base_weight=base_weight, scales=scales)
+        return replace(self, numbers=numbers, ranks=[each.to(device) for each in self.ranks])
+
+    def of_experts(self, places: Sequence[int]) -> Step:
+        """Return the step for some of the experts, for rules that look at each by itself."""
+        numbers = self.numbers
+        kept: dict[str, Any] = {
+            name: [values[place] for place in places]
+            for name in ("lambdas", "low", "high", "steps", "factors", "limits", "keys")
+            if (values := getattr(numbers, name))
+        }
+        ranks = [self.ranks[place] for place in places] if self.ranks else ()
+        return replace(self, numbers=numbers._replace(**kept), ranks=ranks)
 
 
 def merge_chunk(
@@ -273,15 +319,69 @@ def signed(value: int) -> int:
 
 
 def merge_tensor(
-    step: Step, base: Tensor, sources: Sequence[Source], out: Tensor, is_plain: bool = False
+    step: Step, base: Tensor, sources: Sequence[AnySource], out: Tensor, is_plain: bool = False
 ) -> Tensor | float:
     """Merge a tensor, or a slice of one, into `out`, as `merge_chunk` does; `is_plain`: in plain torch.
 
     A slice comes with the ranks and, by rows, the numbers of its own entries, and the `start` of its
-    first. The largest magnitude, which is returned, is a tensor where reading it would make this process
-    wait for a GPU.
+    first. Products of factors are formed in blocks of rows. An expert whose lambda is 0 is not read where
+    it changes no bits. The largest magnitude, which is returned, is a tensor where reading it would make
+    this process wait for a GPU.
     """
-    sources = sources if step.sources is None else step.sources
+    step, sources = _without_zeros(step, sources if step.sources is None else step.sources)
+    peaks = [
+        _merge_block(part, base_part, vectors, out_part, is_plain)
+        for part, (out_part, base_part), vectors in row_blocks(step, (out, base), sources)
+    ]
+    return _largest(peaks)
+
+
+def row_blocks(
+    step: Step, tensors: Sequence[Tensor], sources: Sequence[AnySource]
+) -> Iterator[tuple[Step, Sequence[Tensor], Sequence[Source]]]:
+    """Yield a merge in blocks of rows, with the products of factors formed, or whole where there are none.
+
+    A block's products stand in the place of those of the block before.
+    """
+    factors = [source for source in sources if isinstance(source, LowRank)]
+    if not factors:
+        yield step, tensors, formed(sources)
+        return
+    begin, row_length = 0, tensors[0].shape[1]
+    for blocks in zip(*(each.blocks() for each in factors), strict=True):
+        here = slice(begin, begin + len(blocks[0]))
+        products = iter(blocks)
+        vectors = [
+            Source(next(products), "vector")
+            if isinstance(source, LowRank)
+            else source._replace(data=source.data[here])
+            for source in sources
+        ]
+        yield step.of_rows(here, row_length), [tensor[here] for tensor in tensors], vectors
+        begin = here.stop
+
+
+def _without_zeros(step: Step, sources: Sequence[AnySource]) -> tuple[Step, Sequence[AnySource]]:
+    """Leave out the experts whose lambda is 0, unless a rule reads their task vectors unweighted.
+
+    A sum that one of them is added to has the same bits, and their entries never agree with an elected sign.
+    """
+    places = [i for i, weight in enumerate(step.numbers.lambdas) if isinstance(weight, Tensor) or weight != 0]
+    if step.combine in ("shares", "overlap") or len(places) == len(sources):
+        return step, sources
+    combine = step.combine if places else "sum"
+    return replace(step.of_experts(places), combine=combine), [sources[place] for place in places]
+
+
+def _largest(peaks: Sequence[Tensor | float]) -> Tensor | float:
+    """Return the largest magnitude, NaN if there is one."""
+    return peaks[0] if len(peaks) == 1 else torch.stack([torch.as_tensor(peak) for peak in peaks]).amax()
+
+
+def _merge_block(
+    step: Step, base: Tensor, sources: Sequence[Source], out: Tensor, is_plain: bool
+) -> Tensor | float:
+    """Merge what `row_blocks` yields into `out`; returns the largest magnitude."""
     data = [source.data for source in sources]
     are_vectors = [source.kind == "vector" for source in sources]
     if not is_plain and native.can_merge((out, base, *data)):
@@ -293,7 +393,7 @@ def merge_tensor(
     peaks = []
     for (out_part, base_part, *parts), ranks, numbers in spans(step, (out, base, *data), chunk):
         peaks.append(kernel(out_part, base_part, parts, are_vectors, step.keep, step.combine, numbers, ranks))
-    return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
+    return _largest(peaks)
 
 
 def spans(
@@ -311,22 +411,28 @@ def spans(
     length = chunk if n_rows is None else max(1, chunk // row_length)
     for begin in range(0, len(flat[0]), length):
         here = slice(begin, begin + length)
-        if n_rows is None:
-            numbers = step.numbers._replace(start=signed((step.numbers.start + begin) % 2**32))
-        else:
-            numbers = step.numbers.of_rows(here)
+        numbers = step.numbers.from_entry(begin) if n_rows is None else step.numbers.of_rows(here)
         parts = [tensor[here] for tensor in flat]
         yield parts[:n_tensors], parts[n_tensors:], numbers
 
 
 def magnitude_sums(
-    step: Step, base: Tensor, sources: Sequence[Source], is_plain: bool = False
+    step: Step, base: Tensor, sources: Sequence[AnySource], is_plain: bool = False
 ) -> list[tuple[float, float]]:
     """Return each expert's Σ|τ|, of the whole tensor and of what the rule keeps of it.
 
     In float64 and in one order everywhere: `LANES` sums side by side over `SPAN` entries, added up, then
-    the spans one after the other.
+    the spans one after the other, and then the blocks of rows that products are formed in.
     """
+    totals = np.zeros((len(sources), 2))
+    for part, (base_part,), vectors in row_blocks(step, (base,), sources):
+        totals += _magnitude_sums(part, base_part, vectors, is_plain)
+    return [(float(before), float(after)) for before, after in totals]
+
+
+def _magnitude_sums(
+    step: Step, base: Tensor, sources: Sequence[Source], is_plain: bool
+) -> list[tuple[float, float]]:
     data = [source.data for source in sources]
     are_vectors = [source.kind == "vector" for source in sources]
     if not is_plain and native.can_merge((base, base, *data)):

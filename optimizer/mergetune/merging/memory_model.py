@@ -36,6 +36,9 @@ class MemoryModel:
         """Return a tensor: read only."""
         return self.tensors[name]
 
+    def factors(self, name: str) -> None:
+        """Return nothing: it holds weights."""
+
     def task_vector(self, name: str, base: Tensor) -> Tensor:
         """Return this model's tensor minus `base`, in float32."""
         return self.tensors[name].float() - base.float()

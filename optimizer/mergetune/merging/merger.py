@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergetune.errors import MergetuneError, TrialError
-from mergetune.merging.elementwise import Source, merge_tensor
+from mergetune.merging.elementwise import AnySource, Source, merge_tensor
 from mergetune.merging.methods import RULES, Coefficients, tables_of
 from mergetune.merging.operands import Operands
 from mergetune.merging.plan import Plan
@@ -40,7 +40,7 @@ class Merger:
 
     The same recipe gives the same bits: sums are accumulated in float32 in the order of the experts
     and cast once to the base's dtype; random masks are a pure function of (seed, expert, tensor,
-    index).
+    index). An adapter's products are formed in blocks of rows, never whole but for the plan's tables.
 
     Args:
         base: the base.
@@ -109,27 +109,29 @@ class Merger:
             yield name, out
         _check_peaks(peaks)
 
-    def operands(self, recipe: MergeRecipe, name: str, device: torch.device | None = None) -> Operands:
-        """Gather what the base and the experts hold of one tensor, on a device or else on the base's."""
+    def operands(self, recipe: MergeRecipe, name: str) -> Operands:
+        """Gather what the base and the experts hold of one tensor, on the base's device."""
         experts = tuple(recipe.experts)
         if self._experts != experts:  # of one choice of experts, as candidates of a study have it
             self._experts, self._operands = experts, {}
-        if device is None and name in self._operands:
+        if name in self._operands:
             return self._operands[name]
-        base = self.base.view(name).to(device)
+        base = self.base.view(name)
         found = {expert: self._source(expert, name, base) for expert in experts}
         sources = {expert: source for expert, source in found.items() if source is not None}
         operands = Operands(name, base, experts, sources, self.plan)
-        if device is None and all(self._is_stored(*each, name) for each in sources.items()):
+        if all(self._is_stored(*each, name) for each in sources.items()):
             self._operands[name] = operands
         return operands
 
-    def _source(self, expert: str, name: str, base: Tensor) -> Source | None:
+    def _source(self, expert: str, name: str, base: Tensor) -> AnySource | None:
         """Return what an expert makes of a tensor, on the device of `base`; None where it leaves it alone."""
         if not base.is_floating_point():
             return None
         weights = self.experts[expert].weights(name)
         if weights is None:
+            if (factors := self.experts[expert].factors(name)) is not None:
+                return factors.to(base.device)
             vector = self.experts[expert].task_vector(name, base)
             return None if vector is None else Source(vector, "vector")
         if weights.shape != base.shape:
@@ -139,9 +141,9 @@ class Merger:
             )
         return Source(weights.to(base.device), "weights")
 
-    def _is_stored(self, expert: str, source: Source, name: str) -> bool:
+    def _is_stored(self, expert: str, source: AnySource, name: str) -> bool:
         """Say whether a source is the expert's own tensor, which takes no memory to keep."""
-        return source.kind == "weights" and source.data is self.experts[expert].weights(name)
+        return isinstance(source, Source) and source.data is self.experts[expert].weights(name)
 
     def _group_of(self, recipe: MergeRecipe) -> dict[str, int]:
         """Return the place of every tensor's group; found once for candidates that have the same groups."""
@@ -166,7 +168,7 @@ class Merger:
                 names = [name for name in merged if any(name in changed[expert] for expert in together)]
                 self.plan.prepare(kind, together, names, self._read)
 
-    def _read(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Source]]:
+    def _read(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[AnySource]]:
         """Return the base's tensor and the experts' sources, the base's weights where one changes nothing."""
         base = self.base.view(name)
         sources = [self._source(expert, name, base) for expert in experts]

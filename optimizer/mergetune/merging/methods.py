@@ -26,6 +26,7 @@ from mergetune.merging.elementwise import (
     Numbers,
     Source,
     Step,
+    formed,
     keep_limit,
     magnitude_sums,
     wide,
@@ -186,7 +187,7 @@ def sce(operands: Operands, given: Coefficients) -> Step:
     topk = given.single("select_topk")
     place, sources = grid_place(topk), operands.all_sources
     if place is None:
-        row = selections(operands.base, sources, [topk])[0]
+        row = selections(operands.base, formed(sources), [topk])[0]
     else:
         row = operands.table(SELECTIONS)[place]
     threshold, *energies = row.tolist()
@@ -218,7 +219,7 @@ def ramplus_tl(operands: Operands, given: Coefficients) -> Step:
     if epsilon == CHANGED:
         counts = operands.table(overlaps_kind(epsilon))
     else:
-        counts = overlaps(operands.base, operands.all_sources, epsilon)
+        counts = overlaps(operands.base, formed(operands.all_sources), epsilon)
     rows = zip(operands.experts, counts.tolist(), strict=True)
     ratios = {expert: shared / max(alone, 1) for expert, (shared, alone) in rows}
     amplified = [1 + given.single("r") * min(ratios[e], given.single("alpha")) for e in operands.changed]
@@ -427,7 +428,8 @@ def _bands(
         if place is not None and _is_kept(gamma):
             row: Array = operands.table(bands_kind(gamma), expert)[place]
         else:
-            row = bands(operands.base, operands.sources[expert], [density], gamma)[0]
+            (source,) = formed([operands.sources[expert]])
+            row = bands(operands.base, source, [density], gamma)[0]
         found.append(tuple(row.tolist()))
     return found
 

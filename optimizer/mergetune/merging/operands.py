@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mergetune.merging.elementwise import Source
+from mergetune.merging.elementwise import AnySource, Source
 
 if TYPE_CHECKING:
     from mergetune.merging.plan import Plan
@@ -30,7 +31,7 @@ class Operands:
     name: str
     base: Tensor
     experts: tuple[str, ...]
-    sources: dict[str, Source]
+    sources: Mapping[str, AnySource]
     plan: Plan
 
     @property
@@ -39,7 +40,7 @@ class Operands:
         return tuple(self.sources)
 
     @property
-    def all_sources(self) -> list[Source]:
+    def all_sources(self) -> list[AnySource]:
         """A source of every expert: that of one that leaves the tensor as it is are the base's weights."""
         own = Source(self.base, "weights")
         return [self.sources.get(expert, own) for expert in self.experts]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergetune.files.atomic_files import replacing
 from mergetune.files.library import in_cache
-from mergetune.merging.elementwise import Source
+from mergetune.merging.elementwise import AnySource, formed
 from mergetune.merging.operands import Operands
 from mergetune.merging.tables import Array, Kind
 
@@ -30,7 +30,7 @@ _ALIGNMENT = 64  # bytes, of every table in a file
 _SECONDS_KEPT = 30 * 24 * 3600.0  # without use
 _MAX_CHECKED_BYTES = 1 << 26  # of larger tables, which are read as they are used, the size alone is checked
 
-Read = Callable[[str, Sequence[str]], tuple[Tensor, list[Source]]]
+Read = Callable[[str, Sequence[str]], tuple[Tensor, list[AnySource]]]
 Tables = Mapping[str, Array]  # by tensor
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtypes and shapes
 
@@ -65,7 +65,8 @@ class Plan:
 
         def fill(tables: Tables) -> None:
             def one(name: str) -> None:
-                kind.fill(tables[name], *read(name, experts))
+                base, sources = read(name, experts)
+                kind.fill(tables[name], base, formed(sources))
 
             largest_first = sorted(missing, key=lambda name: -read(name, ())[0].numel())
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -85,7 +86,7 @@ class Plan:
             sources = operands.all_sources if expert is None else [operands.sources[expert]]
             dtype, shape = kind.layout(operands.base, len(sources))
             found = np.zeros(shape, dtype)
-            kind.fill(found, operands.base, sources)
+            kind.fill(found, operands.base, formed(sources))
             known[operands.name] = found
         return found
 

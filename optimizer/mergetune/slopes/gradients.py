@@ -136,7 +136,7 @@ class _Totals:
         self._merger, self._recipe = merger, recipe
 
     def add(self, name: str, gradient: Tensor) -> None:
-        operands = self._merger.operands(self._recipe, name, gradient.device)
+        operands = self._merger.operands(self._recipe, name)
         own = coefficient_slopes(operands, self._recipe, self._groups[name], gradient)
         for (parameter, expert), slope in own.items():
             key = (name, parameter, expert)

@@ -145,6 +145,8 @@ class LoraExpert:
         update = self._updates.get(name)
         if update is None:
             return None
+        if (factors := self.factors(name)) is not None:
+            return factors.product().to(base.device)
         product = self._product(update.a, update.b, update) if update.a and update.b else None
         if update.rows:
             return self._rows(update, base.cpu()).to(base.device)
@@ -163,18 +165,23 @@ class LoraExpert:
         start = self._files.view(update.saved) if update.saved else base
         return start.float() + (self._product(update.a, update.b, update) if update.a and update.b else 0)
 
-    def factors(self, name: str, base: Tensor) -> LowRank | None:
-        """Return what the adapter adds to the base's tensor `name` as a layer's weight (out, in).
+    def factors(self, name: str) -> LowRank | None:
+        """Return the factors of what the adapter adds to the base's tensor `name`, in its layout.
 
         None where it does not just add a product to it: DoRA, tensors trained in full, fused parameters.
         """
         update = self._updates.get(name)
-        if update is None or not update.a or not update.b or update.magnitude or update.part:
+        if update is None or not update.a or not update.b:
             return None
-        if update.saved and not torch.equal(self._files.view(update.saved).float(), base.float()):
-            return None  # peft saves embeddings that LoRA wraps, trained or not
-        b, a = self._files.view(update.b).float(), self._files.view(update.a).float()
-        return LowRank(b * _scale(self.config, update.module, rank=len(a)), a)
+        if update.magnitude or update.part or update.saved:
+            return None
+        return self._low_rank(update.a, update.b, update)
+
+    def _low_rank(self, a: str, b: str, update: _Update) -> LowRank:
+        """Return scale · B and A, in the layout of the base's tensor."""
+        left, right = self._files.view(b).float(), self._files.view(a).float()
+        found = LowRank(left * _scale(self.config, update.module, rank=len(right)), right)
+        return found.transposed if update.is_transposed else found
 
     def rows_of(self, name: str) -> int | None:
         """Return how many rows of a tensor the adapter holds in full, None where it holds none."""
@@ -183,11 +190,10 @@ class LoraExpert:
 
     def _product(self, a: str, b: str, update: _Update) -> Tensor:
         """Return scale · B @ A in the layout of the base's tensor."""
+        if update.part is None:
+            return self._low_rank(a, b, update).product()
         left, right = self._files.view(b).float(), self._files.view(a).float()
-        if update.part is not None:
-            return _part_of_product(self.config, left, right, update.part, update)
-        product = (left @ right).mul_(_scale(self.config, update.module, rank=len(right)))
-        return product.T.contiguous() if update.is_transposed else product
+        return _part_of_product(self.config, left, right, update.part, update)
 
     def _rescaled(self, magnitude: str, product: Tensor, update: _Update, base: Tensor) -> Tensor:
         """Return what DoRA adds: m ⊙ V / ‖V‖ − W with V = W + product, the norms being those of V's rows."""
@@ -243,7 +249,18 @@ class LoraExpert:
                 found[ours.get(name, name)] = update
             else:
                 found |= self._spread(name, update, base)
+        known_to_base = set(base.names)
+        for name, update in found.items():
+            if name in known_to_base and self._only_repeats(update, base.view(name)):
+                update.saved = None
         return found
+
+    def _only_repeats(self, update: _Update, base: Tensor) -> bool:
+        """Say whether a saved tensor is the base's: peft saves embeddings that LoRA wraps, trained or not."""
+        if not update.saved or not update.a or update.magnitude:
+            return False
+        saved = self._files.view(update.saved)
+        return saved.shape == base.shape and torch.equal(saved.float(), base.float())
 
     def _spread(self, name: str, update: _Update, base: Checkpoint) -> dict[str, _Update]:
         """Return what a product does to the stored tensors that its parameter is read from.

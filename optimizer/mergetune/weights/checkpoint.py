@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergetune.errors import MergetuneError
 from mergetune.weights.architecture import Architecture
+from mergetune.weights.low_rank import LowRank
 from mergetune.weights.tensor_files import INDEX, STACK_FILE, open_weights, read_json
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
@@ -189,6 +190,12 @@ class Expert(Protocol):
         None where it leaves the base's as it is, or only adds to it.
         """
 
+    def factors(self, name: str) -> LowRank | None:
+        """Return the factors of what it adds to the base's tensor, in that one's layout.
+
+        None where it does not just add a product of two matrices.
+        """
+
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return expert − base in float32, or None where the expert leaves the tensor as it is."""
 
@@ -224,6 +231,9 @@ class FullExpert:
     def weights(self, name: str) -> Tensor | None:
         """Return the tensor as it is mapped from its file: read only."""
         return self.checkpoint.view(self.own_names[name]) if name in self.own_names else None
+
+    def factors(self, name: str) -> None:
+        """Return nothing: it holds weights."""
 
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return expert − base in float32, on the device of `base`."""

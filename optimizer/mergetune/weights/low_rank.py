@@ -1,25 +1,28 @@
-"""Low-rank updates of a matrix: stacked exactly, or the nearest of a rank, by a singular value decomposition.
+"""Low-rank updates of a matrix: products by blocks, stacked exactly, or the nearest of a rank.
 
-ΔW (out, in) is what is added to a layer's weight, B (out, rank) and A (rank, in) are its factors with every
-scale worked in: ΔW = B A. Norms are Frobenius norms. Of all matrices of rank r, the one of the r leading
-singular triplets of ΔW is the nearest to it (Eckart & Young 1936).
+ΔW (out, in) is what is added to a matrix, B (out, rank) and A (rank, in) are its factors with every scale
+worked in: ΔW = B A. Norms are Frobenius norms. Of all matrices of rank r, the one of the r leading singular
+triplets of ΔW is the nearest to it (Eckart & Young 1936).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_CPU_BLOCK, _CUDA_BLOCK = 1 << 18, 1 << 24  # entries of a product that are formed at a time
+_MIN_ROWS = 64  # of a block: with fewer, A is read more often than BLAS can hide
+_ROW_STEP = 16  # BLAS treats a few rows otherwise, with other bits, so that blocks are multiples of these
 _OVERSAMPLING, _N_ITERATIONS = 16, 4  # of the randomized decomposition
 _EXACT_UP_TO = 4  # times the columns sought: a smaller matrix is decomposed as a whole
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update ΔW = B A of a layer's weight, in float32."""
+    """An update ΔW = B A of a matrix, in float32."""
 
     b: Tensor  # (out, rank)
     a: Tensor  # (rank, in)
@@ -28,6 +31,52 @@ class LowRank:
     def rank(self) -> int:
         """The number of columns of B."""
         return len(self.a)
+
+    @property
+    def transposed(self) -> LowRank:
+        """ΔWᵀ = Aᵀ Bᵀ."""
+        return LowRank(self.a.T, self.b.T)
+
+    def to(self, device: torch.device) -> LowRank:
+        """Return the same on a device."""
+        return LowRank(self.b.to(device), self.a.to(device))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield B A in blocks of some rows, from the first on, each in the place of the one before.
+
+        The bits are those of all of B A at once, as far as those of BLAS are the same for any multiple of
+        `_ROW_STEP` rows.
+        """
+        n_rows, length = len(self.b), self._block_rows
+        b = torch.nn.functional.pad(self.b, (0, 0, 0, -n_rows % _ROW_STEP))
+        block = b.new_empty(min(length, len(b)), self.a.shape[1])
+        for begin, part in enumerate(torch.split(b, length)):
+            yield torch.mm(part, self.a, out=block[: len(part)])[: n_rows - begin * length]
+
+    def product(self) -> Tensor:
+        """Return B A."""
+        out = self.b.new_empty(len(self.b), self.a.shape[1])
+        for rows, block in zip(torch.split(out, self._block_rows), self.blocks(), strict=True):
+            rows.copy_(block)
+        return out
+
+    def inner(self, matrix: Tensor) -> float:
+        """Return ⟨M, B A⟩ = Σ (M Aᵀ) ∘ B for a matrix M (out, in) of any dtype; B A is not formed.
+
+        In float32, or float64 where M is in it; the sums of blocks of rows are added up in float64.
+        """
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        b, a, length = self.b.to(dtype), self.a.to(dtype), self._block_rows
+        pairs = zip(torch.split(matrix, length), torch.split(b, length), strict=True)
+        sums = [((rows.to(dtype) @ a.T) * own).sum() for rows, own in pairs]
+        return float(torch.stack(sums).sum(dtype=torch.float64))
+
+    @property
+    def _block_rows(self) -> int:
+        """The rows of a block, which do not depend on the number of all rows."""
+        entries = _CUDA_BLOCK if self.a.is_cuda else _CPU_BLOCK
+        n_rows = max(_MIN_ROWS, entries // max(1, self.a.shape[1]))
+        return n_rows // _ROW_STEP * _ROW_STEP
 
     @property
     def norm(self) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mergetune.errors import MergetuneError
 from mergetune.weights.adapter import LoraExpert
 from mergetune.weights.checkpoint import Checkpoint, Expert, has_token_rows
+from mergetune.weights.low_rank import LowRank
 from mergetune.weights.tokenizer_files import read_vocabulary
 
 
@@ -52,6 +53,10 @@ class MatchedExpert:
     def weights(self, name: str) -> Tensor | None:
         """Return the expert's own tensor, read only, in the base's rows."""
         return self._in_rows(name) if has_token_rows(name) else self.expert.weights(name)
+
+    def factors(self, name: str) -> LowRank | None:
+        """Return the factors of what it adds; rows that are matched by token have none."""
+        return None if has_token_rows(name) else self.expert.factors(name)
 
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return expert − base in float32, on the device of `base`."""
