@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from helpers import build_llama, merge_with_peft, train_adapter
 from mergetune.errors import MergetuneError
 from mergetune.merging.inputs import open_inputs
+from mergetune.merging.merger import Merger
+from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.weights.adapter import LoraExpert, open_expert
 from mergetune.weights.checkpoint import Checkpoint, FullExpert
 
@@ -56,7 +58,11 @@ def assert_merges_like_peft(base_folder: Path, adapter: Path) -> LoraExpert:
     base = Checkpoint(base_folder)
     expert = LoraExpert("tuned", adapter, base)
     expected = merge_with_peft(base_folder, adapter)
+    sources = Source(path="base"), {"tuned": Source(path="tuned")}
+    whole = MergeRecipe.of_one_group("task_arithmetic", *sources, {"lambda": {"tuned": 1.0}})
+    merged = dict(Merger(base, [expert]).merge(whole))
     for name in base.names:
+        torch.testing.assert_close(merged[name], expected[name], rtol=1e-6, atol=1e-7)
         tensor = base.tensor(name)
         vector = expert.task_vector(name, tensor)
         assert (vector is None) == (name not in expert.targets)
@@ -168,12 +174,29 @@ def test_transposed_layers_and_biases(gpt2: Path, tmp_path: Path, bias: str) -> 
         bias=bias,
     )
     expert = assert_merges_like_peft(gpt2, adapter)
+    assert expert.factors("transformer.h.0.attn.c_attn.weight") is not None
     assert ("transformer.h.0.attn.c_attn.bias" in expert.targets) == (bias != "none")
 
 
 def test_embeddings_of_a_tied_base(tiny_tied_base: Path, tmp_path: Path) -> None:
     adapter = train_adapter(tiny_tied_base, tmp_path / "adapter", target_modules=["embed_tokens"])
-    assert_merges_like_peft(tiny_tied_base, adapter)
+    expert = assert_merges_like_peft(tiny_tied_base, adapter)
+    assert expert.factors("model.embed_tokens.weight") is not None
+
+
+def test_embeddings_that_peft_saves_beside_their_factors(tiny_base: Path, tmp_path: Path) -> None:
+    """They are the base's, so that the factors are all that is added; trained ones add their own change."""
+    adapter = train_adapter(tiny_base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    name, base = "model.embed_tokens.weight", Checkpoint(tiny_base)
+    saved = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit_tensors(adapter, **{saved: base.tensor(name)})
+    factors = LoraExpert("tuned", adapter, base).factors(name)
+    assert factors is not None
+    edit_tensors(adapter, **{saved: base.tensor(name) + 1})
+    trained = LoraExpert("tuned", adapter, base)
+    assert trained.factors(name) is None
+    vector = trained.task_vector(name, base.tensor(name))
+    torch.testing.assert_close(vector, factors.product() + 1, rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_head_that_repeats_tied_embeddings_is_one_tensor(
