@@ -3,6 +3,7 @@
     python benchmarks/merge.py                          # SmolLM2-135M and the demo's two experts, made full
     python benchmarks/merge.py --parameters 1e9         # a synthetic Llama of that size, in memory
     python benchmarks/merge.py --parameters 3e7 --experts 2 8 9 30 --methods all
+    python benchmarks/merge.py --parameters 5e8 --adapters 16 64    # two adapters of these ranks
     python benchmarks/merge.py --device cuda            # 8B synthetic parameters on the card
 
 A merge of n experts reads n + 1 models and writes one; DELLA reads ranks of two bytes, too. The floor is
@@ -10,11 +11,16 @@ the time in which `copy_` moves the same bytes, read and written together, betwe
 Everything is measured in turn in one run; the figures are medians, and `vs_copy` is the median of the
 ratios of neighbours. The plan is what the first merge takes longer than the others, in nanoseconds per
 parameter, expert and thread.
+
+Adapters are merged by blocks of their products, in turn with whole products that are formed first; both in
+nanoseconds per parameter and thread. Their floor is the time that the multiplications take at the speed at
+which square matrices are multiplied in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -35,6 +41,7 @@ from mergetune.merging.merger import Base, Merger
 from mergetune.space.method_table import METHODS, MethodName
 from mergetune.space.recipe import MergeRecipe, Source
 from mergetune.weights.checkpoint import Checkpoint, Expert, FullExpert
+from mergetune.weights.low_rank import LowRank
 from mergetune.weights.models import demo_model
 from mergetune.weights.writer import write_model
 
@@ -96,6 +103,47 @@ def synthetic(n_parameters: float, device: str, n_experts: int) -> tuple[Base, l
             for expert in names:
                 models[expert][name] = models["base"][name] + noise(shape, 0.001)
     return MemoryModel("base", models["base"]), [MemoryModel(name, models[name]) for name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter of random factors; `is_formed`: it hands over their products in the place of these."""
+
+    name: str
+    updates: Mapping[str, LowRank]
+    is_formed: bool = False
+    folder: Path = Path()
+    digest: str = ""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The base's tensors that it changes."""
+        return tuple(self.updates)
+
+    def weights(self, name: str) -> None:
+        """Return nothing: it has none."""
+
+    def factors(self, name: str) -> LowRank | None:
+        """Return the factors, unless products are asked for."""
+        return None if self.is_formed else self.updates[name]
+
+    def task_vector(self, name: str, base: Tensor) -> Tensor:
+        """Return the product, formed by one call."""
+        return (self.updates[name].b @ self.updates[name].a).to(base.device)
+
+
+def adapters(base: Base, ranks: Sequence[int], device: str) -> list[Adapter]:
+    """Build adapters of these ranks on all tensors of a base."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(n_rows: int, length: int) -> Tensor:
+        return torch.randn(n_rows, length, generator=generator, device=device) * 0.01
+
+    shapes = {name: base.view(name).shape for name in base.names}
+    return [
+        Adapter(f"e{i}", {name: LowRank(noise(n, rank), noise(rank, m)) for name, (n, m) in shapes.items()})
+        for i, rank in enumerate(ranks)
+    ]
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -215,6 +263,44 @@ def measure(
     }
 
 
+def measure_adapters(
+    method: MethodName, base: Base, experts: list[Adapter], arguments: argparse.Namespace
+) -> str:
+    """Measure one method on adapters and return a row of `ADAPTERS`."""
+    device, size = arguments.device, 1024
+    out = {name: torch.empty_like(base.view(name)) for name in base.names}
+    n_parameters = sum(tensor.numel() for tensor in out.values())
+    wanted = recipe(method, [expert.name for expert in experts])
+    whole = [dataclasses.replace(expert, is_formed=True) for expert in experts]
+    square = torch.randn(size, size, device=device)
+
+    def merge(merger: Merger) -> None:
+        for _ in merger.merge(wanted, into=out):
+            pass
+
+    work: dict[str, Callable[[], object]] = {
+        "blocks": functools.partial(merge, Merger(base, experts)),
+        "products": functools.partial(merge, Merger(base, whole)),
+        "square": lambda: torch.mm(square, square),
+    }
+    for run in work.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(arguments.repeats):
+        for name, run in work.items():
+            times[name].append(seconds(run, device))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    ratio = statistics.median(a / b for a, b in zip(times["products"], times["blocks"], strict=True))
+    in_ns = 1e9 * torch.get_num_threads()
+    blocks, products = (median[name] / n_parameters * in_ns for name in ("blocks", "products"))
+    floor = median["square"] / size**3 * sum(arguments.adapters) * in_ns
+    ranks = " and ".join(map(str, arguments.adapters))
+    return f"| `{method}`, {ranks} | {blocks:.2f} | {products:.2f} | {ratio:.1f} | {floor:.2f} |"
+
+
+ADAPTERS = "| method, ranks | blocks, ns | products first, ns | ratio | floor, ns |\n|---|---|---|---|---|"
+
+
 def table(found: Mapping[str, Mapping[str, float | None]]) -> str:
     """Return the figures as a Markdown table."""
     lines = [
@@ -245,6 +331,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=USUAL)
     parser.add_argument("--experts", nargs="+", type=int, default=[2], help="of a synthetic model")
+    parser.add_argument("--adapters", nargs="+", type=int, help="ranks of adapters of a synthetic model")
     parser.add_argument(
         "--mergekit", action=argparse.BooleanOptionalAction, help="default: with SmolLM2 only"
     )
@@ -252,6 +339,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and arguments.parameters is None:
         arguments.parameters = 8e9
+    if arguments.adapters and arguments.parameters is None:
+        parser.error("--adapters needs --parameters: they are of a synthetic model")
     if arguments.mergekit is None:
         arguments.mergekit = arguments.parameters is None
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -259,15 +348,21 @@ def main() -> None:
         if arguments.parameters is None:
             base, experts = smollm2(Path(folder))
         else:
-            base, experts = synthetic(arguments.parameters, arguments.device, max(arguments.experts))
+            n_experts = 0 if arguments.adapters else max(arguments.experts)
+            base, experts = synthetic(arguments.parameters, arguments.device, n_experts)
         methods = list(METHODS) if "all" in arguments.methods else arguments.methods
+        if arguments.adapters:
+            given = adapters(base, arguments.adapters, arguments.device)
+            rows = [measure_adapters(method, base, given, arguments) for method in methods]
+            print("\n".join([ADAPTERS, *rows]))
+            return
         found: dict[str, dict[str, float | None]] = {}
         for method in methods:
             most = METHODS[method].max_experts or len(experts)
-            for n_experts in dict.fromkeys(min(count, most) for count in arguments.experts):
-                row = measure(method, base, experts[:n_experts], arguments)
-                found[f"{method}, {n_experts}"] = row
-                print(table({f"{method}, {n_experts}": row}).splitlines()[-1], flush=True)
+            for n in dict.fromkeys(min(count, most) for count in arguments.experts):
+                row = measure(method, base, experts[:n], arguments)
+                found[f"{method}, {n}"] = row
+                print(table({f"{method}, {n}": row}).splitlines()[-1], flush=True)
     print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps({"methods": found}, indent=1) + "\n")
