@@ -1,7 +1,8 @@
 """The elementwise part of every merge: one pass over memory, in chunks that stay in cache.
 
 For each parameter the base and the experts are read once in their own dtype and the result is written
-once; everything between happens in float32, or float64 where the base is in float64. `merge_chunk` is the
+once; everything between happens in float32, or float64 where the base is in float64. Of adapters the
+factors are read, and some rows of their product at a time are formed in cache. `merge_chunk` is the
 definition, in plain torch; `merged_entries`, all of it but the rounding, can be differentiated. On a CPU
 with a C++ compiler `native` does the same with the same bits; on a GPU `torch.compile` makes one kernel
 of it, whose fused multiply-adds may differ in a last bit.

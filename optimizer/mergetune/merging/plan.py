@@ -25,7 +25,7 @@ from mergetune.merging.elementwise import AnySource, formed
 from mergetune.merging.operands import Operands
 from mergetune.merging.tables import Array, Kind
 
-_VERSION = 1  # of the files and of how their tables are made
+_VERSION = 2  # of the files and of how their tables are made
 _ALIGNMENT = 64  # bytes, of every table in a file
 _SECONDS_KEPT = 30 * 24 * 3600.0  # without use
 _MAX_CHECKED_BYTES = 1 << 26  # of larger tables, which are read as they are used, the size alone is checked

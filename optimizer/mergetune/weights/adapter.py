@@ -84,7 +84,7 @@ class _Update:
 
 
 class LoraExpert:
-    """A LoRA adapter as an expert: scale · B @ A (Hu et al. 2021, §4.1), in float32.
+    """A LoRA adapter as an expert: (scale · B) @ A (Hu et al. 2021, §4.1), in float32.
 
     The scale is alpha / rank, or alpha / √rank with `use_rslora` (Kalajdzievski 2023). Other
     tensors in the file (`modules_to_save`, biases) were trained in full: saved − base. With DoRA (Liu et al.
@@ -140,7 +140,7 @@ class LoraExpert:
     def task_vector(self, name: str, base: Tensor) -> Tensor | None:
         """Return what the adapter adds to the base's tensor `name`, or None if nothing.
 
-        The product is computed on the CPU wherever `base` is, so that its bits do not depend on it.
+        It is computed on the CPU, and in the end on the device of `base`.
         """
         update = self._updates.get(name)
         if update is None:

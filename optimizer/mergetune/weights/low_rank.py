@@ -50,8 +50,8 @@ class LowRank:
         n_rows, length = len(self.b), self._block_rows
         b = torch.nn.functional.pad(self.b, (0, 0, 0, -n_rows % _ROW_STEP))
         block = b.new_empty(min(length, len(b)), self.a.shape[1])
-        for begin, part in enumerate(torch.split(b, length)):
-            yield torch.mm(part, self.a, out=block[: len(part)])[: n_rows - begin * length]
+        for i, part in enumerate(torch.split(b, length)):
+            yield torch.mm(part, self.a, out=block[: len(part)])[: n_rows - i * length]
 
     def product(self) -> Tensor:
         """Return B A."""
