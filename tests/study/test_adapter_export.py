@@ -12,8 +12,8 @@ import yaml
 
 from helpers import fine_tune, merge_with_peft, mergetune, train_adapter
 from mergetune.errors import MergetuneError
-from mergetune.report.adapter_loss import adapter_losses
 from mergetune.report.data import gather
+from mergetune.report.losses import form_losses
 from mergetune.results.config import ExportConfig, StudyConfig, read_study
 from mergetune.results.run_dir import RunDir
 from mergetune.weights.checkpoint import Checkpoint
@@ -43,24 +43,24 @@ def finished(
 
 def test_the_loss_of_the_adapter_is_measured_on_held_out_items(finished: tuple[RunDir, str]) -> None:
     found, printed = finished
-    record, data = found.adapter(), gather(found)
+    record, data = found.form("adapter"), gather(found)
     assert record is not None
     assert data.recommendation is not None
     assert (record.of, record.split) == (data.recommendation.name, "holdout")
     assert "relative Frobenius error" in record.summary[0]
-    items, full = found.adapter_items(), found.measurement(record.of, "holdout")
+    items, full = found.form_items("adapter"), found.measurement(record.of, "holdout")
     assert items is not None
     assert full is not None
     assert set(items["item"]) == set(full["item"])
-    losses = data.adapter_losses
+    losses = data.forms["adapter"].losses
     assert {loss.metric.name for loss in losses} == {"words", "parity", "calm"}
     for loss in losses:
-        assert loss.difference == pytest.approx(loss.own.value - loss.merge.value)
+        assert loss.difference == pytest.approx(loss.own.value - loss.other.value)
         assert loss.interval.lower < loss.difference < loss.interval.upper
         assert loss.text in printed
         assert loss.text in (found.path / "report" / "index.html").read_text()
     assert any(loss.difference != 0 for loss in losses)
-    assert losses == adapter_losses(found, data.metrics, data.noise.variances if data.noise else {})
+    assert losses == form_losses(found, "adapter", data.metrics, data.noise.variances if data.noise else {})
 
 
 def test_what_was_measured_is_what_eval_measures(
@@ -80,7 +80,7 @@ def test_what_was_measured_is_what_eval_measures(
     done = mergetune("eval", found.path / "adapter", *how, "--out", tmp_path / "out.parquet")
     assert done.returncode == 0, done.stderr
     assert "0 items measured" in done.stderr  # it was asked before
-    again, items = pd.read_parquet(tmp_path / "out.parquet"), found.adapter_items()
+    again, items = pd.read_parquet(tmp_path / "out.parquet"), found.form_items("adapter")
     assert items is not None
     assert again["score"].equals(items["score"])
 
@@ -96,10 +96,10 @@ def test_going_on_asks_nothing_again_and_may_take_another_rank(
     study = yaml.safe_load((copy / "study.yaml").read_text()) | {"export": "adapter"}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(study))
     assert ": exact." in run(tmp_path / "other.yaml", copy)
-    record = RunDir(copy).adapter()
+    record = RunDir(copy).form("adapter")
     assert record is not None
     assert record.split is None
-    assert gather(RunDir(copy)).adapter_losses == ()
+    assert gather(RunDir(copy)).forms["adapter"].losses == ()
     merged = merge_with_peft(Path(str(found.study.base)), copy / "adapter")
     best = Checkpoint(copy / "best")
     for name in best.names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,10 @@ class TransformersEngine:
         if spread is None:
             model.to(device)
         self._merger = merger
-        self._weights = StoredWeights(model)
         batch_size = config.batch_size or _BATCH_SIZE
         self.completer = TransformersCompleter(model, text.tokenizer, batch_size)
+        if merger is not None:
+            _ = self._weights  # an architecture whose weights cannot be swapped is refused at once
         self._lm = CompletionsLM(
             self.completer,
             text.tokenizer,
@@ -95,6 +97,11 @@ class TransformersEngine:
     def model(self) -> Any:
         """The model itself."""
         return self.completer.model
+
+    @cached_property
+    def _weights(self) -> StoredWeights:
+        """The weights that can be replaced; those of a quantized model, which is only scored, cannot."""
+        return StoredWeights(self.model)
 
     def load(self, recipe: MergeRecipe) -> LoadTime:
         """Merge straight into the model's own tensors; see `Engine.load`."""
@@ -132,7 +139,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model."""
-        del self._weights, self._lm, self.completer
+        self.__dict__.pop("_weights", None)
+        del self._lm, self.completer
         free_memory()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mergetune.weights.tensor_files import open_weights
+from mergetune.weights.tensor_files import open_weights, read_json
 
 _COMPUTED_IN = {"float32", "bfloat16", "float16"}
 
@@ -18,7 +18,8 @@ class WeightFacts:
     """The dtype that an engine computes in, and the bytes that the weights take in it.
 
     `dtype` is what was asked for; of `auto`, the one that most of the stored bytes have, in every engine
-    alike: what is scored is then what is written. Where that is no dtype to compute in it stays `auto`.
+    alike: what is scored is then what is written. Where that is no dtype to compute in, as in a quantized
+    model, it is the one in config.json, and `auto` where none is there.
     """
 
     dtype: str
@@ -34,6 +35,9 @@ class WeightFacts:
             sizes[view.dtype] += view.nbytes
             counts[view.dtype] += view.numel() if view.is_floating_point() else 0
         stored = str(max(sizes, key=sizes.__getitem__, default=torch.float32)).removeprefix("torch.")
+        if stored not in _COMPUTED_IN:
+            config = read_json(folder / "config.json")
+            stored = str(config.get("dtype") or config.get("torch_dtype"))
         dtype = wanted if wanted != "auto" else stored if stored in _COMPUTED_IN else "auto"
         if dtype == "auto":
             return cls(dtype, sum(sizes.values()))

@@ -52,9 +52,9 @@ class LocalModel:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that its answers depend on: weights, configuration, tokenizer, chat template."""
-        weights = Checkpoint(self.folder).digest if self.inputs is None else self.inputs.base.digest
+        own = self.inputs.base if self.inputs else Checkpoint(self.folder, may_be_quantized=True)
         recipe = "" if self.recipe is None else self.recipe.digest
-        return answers_digest(self.folder, weights, recipe, "" if self.chat is None else repr(self.chat))
+        return answers_digest(self.folder, own.digest, recipe, "" if self.chat is None else repr(self.chat))
 
     def prompts(self, max_length: int | None = None) -> CompletionsLM:
         """Return what renders its prompts and counts their tokens, as every engine does; none is started.

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,6 @@ from mergetune.evaluation.judging.agreement import Agreements, low_agreements
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.suite import Split, SuiteConfig
-from mergetune.report.adapter_loss import AdapterLoss, adapter_losses
 from mergetune.report.confirmation import Confirmation, Noise, Read, confirmation, measured_noise
 from mergetune.report.exploring import Exploration, explore
 from mergetune.report.insights import (
@@ -29,11 +28,12 @@ from mergetune.report.insights import (
     unchanged_roles,
 )
 from mergetune.report.item_details import ItemDetails, item_details
+from mergetune.report.losses import Loss, form_losses, merging_losses
 from mergetune.report.metric import Metric, metrics_of
 from mergetune.report.sensitivity import Sensitivity, sensitivity
 from mergetune.report.verdict import Summary, difference, summarize
 from mergetune.results import roles, selection
-from mergetune.results.run_dir import AdapterRecord, Candidate, Cost, RunDir, StudyRecord, WarmStart
+from mergetune.results.run_dir import Candidate, Cost, Form, FormRecord, RunDir, StudyRecord, WarmStart
 from mergetune.results.selection import PLAUSIBLE, Recommendation, Scores
 from mergetune.results.slices import Slice, slices_of
 from mergetune.slopes.sensitivity import RECOMMENDED
@@ -117,6 +117,15 @@ class SliceScores:
 
 
 @dataclass(frozen=True)
+class FormLosses:
+    """The recommended merge in another form: what that loses, and what merging lost, by score."""
+
+    record: FormRecord
+    losses: tuple[Loss, ...]
+    merging: Mapping[str, Loss]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """What the report says. Entries come in the order measured, complete candidates only."""
 
@@ -142,8 +151,7 @@ class ReportData:
     sensitivity: Sensitivity | None
     slices: tuple[SliceScores, ...]
     confirmation: Confirmation
-    adapter: AdapterRecord | None  # of the recommended merge
-    adapter_losses: tuple[AdapterLoss, ...]
+    forms: Mapping[Form, FormLosses]  # of the recommended merge
     noise: Noise | None
     warm_start: WarmStart | None
     volume: Hypervolume | None
@@ -191,9 +199,6 @@ def gather(run: RunDir) -> ReportData:
     chosen = choice.recommendation if choice else None
     noise = measured_noise(run, metrics)
     confirmed_by = confirmation(run, choice, holdout, metrics, noise, read)
-    adapter = run.adapter()
-    if adapter is not None and (chosen is None or adapter.of != chosen.name):
-        adapter = None  # of what was recommended before
     front = selection.front(search, suite) if choice else []
     slopes, agreements = run.sensitivity(), run.agreements()
     tensors, changed = _tensors(run)
@@ -253,8 +258,7 @@ def gather(run: RunDir) -> ReportData:
         sensitivity=_sensitivity(slopes, chosen, candidates),
         slices=tuple(_slices(read, run, entries, verdict, noise)),
         confirmation=confirmed_by,
-        adapter=adapter,
-        adapter_losses=adapter_losses(run, metrics, noise.variances if noise else {}) if adapter else (),
+        forms=_forms(run, chosen, metrics, noise),
         noise=noise,
         warm_start=run.warm_start(),
         volume=choice.hypervolume(suite) if choice else None,
@@ -263,6 +267,20 @@ def gather(run: RunDir) -> ReportData:
         holdout_cost=_total([candidate.holdout_cost for candidate in candidates]),
         versions=run.read_json("versions.json") or {},
     )
+
+
+def _forms(
+    run: RunDir, chosen: Recommendation | None, metrics: Sequence[Metric], noise: Noise | None
+) -> dict[Form, FormLosses]:
+    """Gather the forms that the recommended merge was written in; those of an earlier one are left out."""
+    variances, found = noise.variances if noise else {}, {}
+    for form in get_args(Form):
+        record = run.form(form)
+        if record is None or chosen is None or record.of != chosen.name:
+            continue
+        merging = {loss.metric.name: loss for loss in merging_losses(run, form, metrics, variances)}
+        found[form] = FormLosses(record, form_losses(run, form, metrics, variances), merging)
+    return found
 
 
 def _judged(

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mergetune.evaluation.evaluate import ITEM_KEYS, Measurement, Score, paired
 from mergetune.evaluation.suite import Split, SuiteConfig
+from mergetune.report.losses import best_or_reference
 from mergetune.report.metric import Metric
 from mergetune.results import roles, selection
 from mergetune.results.selection import Recommendation, Scales
@@ -261,11 +262,11 @@ def _comparisons(
     noise: Mapping[str, float],
     broken: Collection[str],
 ) -> list[Comparison]:
-    experts = [other for other in scores if roles.is_expert(other)]
     found = []
-    for metric in metrics if experts else ():
-        best = max(experts, key=lambda other: metric.sign * scores[other][metric.name].value)
-        against = metric.reference if metric.kind == "guard" else best
+    for metric in metrics:
+        against = best_or_reference(metric, scores)
+        if against is None:
+            continue
         change = difference(frames[name], frames[against], metric, noise)
         own, base, other = (scores[each][metric.name] for each in (name, roles.BASE, against))
         found.append(Comparison(metric, own, base, against, other, change, metric.name in broken))

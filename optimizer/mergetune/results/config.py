@@ -14,6 +14,7 @@ from mergetune.files.secret_url import SecretUrl
 from mergetune.files.yaml_io import KindAlone, Strict, nearest, read_yaml, refuse_unknown
 from mergetune.space.search_space_config import Grain
 from mergetune.space.stack import ModelReference
+from mergetune.weights.quantized import Bits
 from mergetune.weights.tokenizer_files import VocabularyRule
 
 TAKEN = {"base", "suite", "search_space"}  # what a study's record and its guards call by these names
@@ -112,6 +113,16 @@ class ExportConfig(Strict):
     adapter: AdapterConfig
 
 
+class DeployConfig(Strict):
+    """The recommended merge with fewer bits to a weight, as it will be deployed.
+
+    `python` is the interpreter of an environment that has llm-compressor; by default the one that runs this.
+    """
+
+    quantize: Bits
+    python: str | None = None
+
+
 def _form_alone(given: object) -> object:
     if not isinstance(given, str):
         return given
@@ -143,6 +154,9 @@ class StudyConfig(Strict):
     `export: adapter`, or `export: {adapter: {rank: 32}}`, also writes the recommended merge as an adapter.
     One of a rank is measured as it will be served, and what it loses against the full merge is said.
 
+    `deploy: {quantize: int8}`, or `fp8` or `int4`, also writes the recommended merge quantized, by
+    llm-compressor. It is measured as it will be served, and what merging and what quantizing lose is said.
+
     `cache` is where things made once per machine are kept, such as the compiled kernel; by default this
     user's cache.
 
@@ -168,6 +182,7 @@ class StudyConfig(Strict):
     elimination: float = Field(0.05, ge=0, lt=0.5)
     finalists: int = Field(3, ge=1)
     export: Annotated[ExportConfig, BeforeValidator(_form_alone)] | None = None
+    deploy: DeployConfig | None = None
     cache: str | None = None
     storage: SecretUrl | None = None
     loggers: tuple[_Logger, ...] = ()

@@ -31,6 +31,8 @@ report/           the report
 best/             the recommended merge, a model directory
 adapter/          the same as one LoRA adapter, where the study exports one
 adapter.json      how near that adapter comes to the merge; adapter.parquet: what it scored as it is
+quantized/        the recommended merge quantized, where the study deploys it so
+quantized.json    what was quantized, and by what; quantized.parquet: what it scored
 """
 
 from __future__ import annotations
@@ -241,8 +243,11 @@ class WarmStart(Strict):
         return bool(self.points) or self.reason is not None
 
 
-class AdapterRecord(Strict):
-    """The recommended merge as an adapter: whose it is, what it is in sentences, and where it was scored.
+Form = Literal["adapter", "quantized"]
+
+
+class FormRecord(Strict):
+    """The recommended merge in another form: whose it is, what it is in sentences, and where it was scored.
 
     `of` is the candidate. `split` is None where it was not: an exact adapter scores as its merge does.
     """
@@ -492,21 +497,21 @@ class RunDir:
         """Return the slopes of every score, None where they were not measured."""
         return _read_table(self.path / "sensitivity.parquet")
 
-    def write_adapter(self, record: AdapterRecord, measurement: Measurement | None) -> None:
-        """Keep what the recommended merge is as an adapter, and the adapter's per-item scores."""
+    def write_form(self, form: Form, record: FormRecord, measurement: Measurement | None) -> None:
+        """Keep what the recommended merge is in another form, and the per-item scores of that."""
         if measurement is not None:
-            write_parquet(self.path / "adapter.parquet", measurement.items)
-        self.write_json("adapter.json", record.model_dump(mode="json"))
+            write_parquet(self.path / f"{form}.parquet", measurement.items)
+        self.write_json(f"{form}.json", record.model_dump(mode="json"))
 
-    def adapter(self) -> AdapterRecord | None:
-        """Return what the recommended merge is as an adapter, None where none was written."""
-        with readable(self.path / "adapter.json"):
-            found = self.read_json("adapter.json")
-            return None if found is None else AdapterRecord.model_validate(found)
+    def form(self, form: Form) -> FormRecord | None:
+        """Return what the recommended merge is in another form, None where it was not written so."""
+        with readable(self.path / f"{form}.json"):
+            found = self.read_json(f"{form}.json")
+            return None if found is None else FormRecord.model_validate(found)
 
-    def adapter_items(self) -> pd.DataFrame | None:
-        """Return the per-item scores of the adapter, None where it was not measured."""
-        return _read_table(self.path / "adapter.parquet", _TEXTS)
+    def form_items(self, form: Form) -> pd.DataFrame | None:
+        """Return the per-item scores of the recommended merge in another form, None before there are any."""
+        return _read_table(self.path / f"{form}.parquet", _TEXTS)
 
     def add_holdout_use(self, use: HoldoutUse) -> None:
         """Write down that the holdout split is about to be used."""
@@ -592,7 +597,7 @@ class RunDir:
         for folder in (self.path, self.path / "candidates", self.path / "attempts", self.path / "replies"):
             for path in folder.glob(f"*{TEMPORARY}"):
                 path.unlink()
-        for pattern in (".best.*", ".base.*", ".adapter.*"):
+        for pattern in (".best.*", ".base.*", ".adapter.*", ".quantized.*"):
             for folder in self.path.glob(pattern):
                 shutil.rmtree(folder)
 

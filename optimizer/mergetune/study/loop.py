@@ -38,10 +38,10 @@ from mergetune.space.front_space import FrontSpace
 from mergetune.space.method_table import full_options
 from mergetune.space.search_space import SearchSpace
 from mergetune.space.search_space_config import SearchSpaceConfig, finer
-from mergetune.study.adapter import export_adapter
 from mergetune.study.baselines import baselines
 from mergetune.study.candidates import Candidates, Proposal, write_facts
 from mergetune.study.export import write_merged
+from mergetune.study.forms import deploy_quantized, export_adapter
 from mergetune.study.noise import measure_noise
 from mergetune.study.plan import Plan
 from mergetune.study.search import (
@@ -65,6 +65,7 @@ from mergetune.study.soup import measure_greedy_soup
 from mergetune.study.warm_start import Searched, WarmStarter, check_warm_start
 from mergetune.study.watching.seen import Ended
 from mergetune.study.watching.watchers import Watchers, make_watchers
+from mergetune.weights.quantized import check_quantizer
 
 # So often a sampler is asked for a point that was not measured before, and so often one is drawn at random.
 _N_ASKED, _N_DRAWN = 5, 100
@@ -156,12 +157,14 @@ def _run(plan: Plan, inputs: Inputs, run: RunDir, progress: Progress, watchers: 
                     f"Interrupted; run the same command to go on. Report so far: {write_report(run)}"
                 )
                 raise KeyboardInterrupt from error
-        if plan.config.export and choice and choice.recommendation:
-            chosen = run.candidate(choice.recommendation.name)
-            assert chosen is not None  # measured before
+        chosen = run.candidate(choice.recommendation.name) if choice and choice.recommendation else None
+        if plan.config.export and chosen:
             export_adapter(candidates, chosen, plan.config.export.adapter.rank)
         report = write_report(run)
         _write_best(candidates, choice.recommendation if choice else None)
+        if plan.deploy and chosen:
+            deploy_quantized(candidates, chosen, plan.deploy)
+            report = write_report(run)
     return report
 
 
@@ -173,12 +176,15 @@ def open_spaces(plan: Plan, inputs: Inputs) -> tuple[SearchSpace, SearchSpace]:
         inputs: what is merged.
 
     Raises:
-        MergetuneError: a space does not fit the models, or the warm start, the sampler or the export of an
-            adapter could only fail later.
+        MergetuneError: a space does not fit the models, or the warm start, the sampler, the export of an
+            adapter or the quantizing could only fail later.
     """
     if plan.config.export is not None:
         options = full_options(plan.space.method, plan.space.options or {})
         check_adapter(inputs, plan.space.method, options, plan.config.export.adapter.rank)
+
+    if plan.deploy is not None:
+        check_quantizer(plan.deploy.quantize, plan.deploy.python, inputs.base)
 
     def bound(config: SearchSpaceConfig) -> SearchSpace:
         sources, names = (inputs.base_source, inputs.expert_sources), inputs.base.names

@@ -13,7 +13,7 @@ from mergetune.evaluation.leakage import read_training_texts
 from mergetune.evaluation.suite import Suite, read_suite
 from mergetune.files.library import find, placed
 from mergetune.merging.inputs import Inputs, open_inputs
-from mergetune.results.config import LoggerConfig, MlflowConfig, StudyConfig, read_study
+from mergetune.results.config import DeployConfig, LoggerConfig, MlflowConfig, StudyConfig, read_study
 from mergetune.results.run_dir import RunDir, StudyRecord
 from mergetune.space.search_space_config import SearchSpaceConfig, read_search_space
 from mergetune.study.search import check_sampler
@@ -88,6 +88,15 @@ class Plan:
         return None if given is None else placed(self.folder, given).resolve()
 
     @property
+    def deploy(self) -> DeployConfig | None:
+        """How the recommended merge is deployed; the Python's path is absolute."""
+        given = self.config.deploy
+        if given is None or given.python is None:
+            return given
+        # no symbolic link is followed: that of an environment tells Python which one it is
+        return given.model_copy(update={"python": str(placed(self.folder, given.python).absolute())})
+
+    @property
     def storage(self) -> str | None:
         """The database that the study is mirrored in."""
         return self._placed_url(self.config.storage)
@@ -154,10 +163,11 @@ class Plan:
             **self.config.model_dump(
                 exclude={
                     *("base", "experts", "training_data", "search_space", "suite", "cache"),
-                    *("storage", "loggers"),
+                    *("storage", "loggers", "deploy"),
                 }
             ),
             cache=str(self.cache) if self.cache else None,
+            deploy=self.deploy,
             storage=self.storage,
             loggers=self.loggers,
             base=reference_to(inputs.given or inputs.base.folder),

@@ -42,6 +42,10 @@ class Checkpoint:
             so are buffers that follow from the config.
         is_tied: whether the embeddings are the head, too.
 
+    Args:
+        folder: the directory.
+        may_be_quantized: whether it is only scored; what is quantized cannot be merged.
+
     Raises:
         MergetuneError: the folder or a file is missing, damaged, quantized or not safetensors.
     """
@@ -51,7 +55,7 @@ class Checkpoint:
     names: tuple[str, ...]
     is_tied: bool
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, may_be_quantized: bool = False) -> None:
         if not folder.is_dir():
             raise MergetuneError(
                 f"{folder}: is no directory. Give the directory that `save_pretrained` wrote, or "
@@ -60,7 +64,8 @@ class Checkpoint:
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self._files = open_weights(folder)
-        self._refuse_quantized()
+        if not may_be_quantized:
+            self._refuse_quantized()
         left_out = {*self._computed_buffers(), self._duplicate_head()}
         self.names = tuple(name for name in self._files.names if name not in left_out)
         self.is_tied = not any(is_head(name) for name in self.names)

@@ -98,7 +98,7 @@ def write_model(
             f"{folder}: is the base of the merge, or holds it. Give another output directory."
         )
     with replacing_folder(folder, needed) as temporary:
-        _write_companions(temporary, like, config or {}, notes or {})
+        write_companions(temporary, like, config or {}, notes or {})
         places = _lay_out(temporary, layout, max_shard_bytes)
         _write_tensors(tensors, layout, places)
 
@@ -169,9 +169,10 @@ def _disk_full_explained(disk: Path, needed: int) -> Iterator[None]:
         ) from error
 
 
-def _write_companions(
+def write_companions(
     folder: Path, like: Checkpoint, config: Mapping[str, Any], notes: Mapping[str, str]
 ) -> None:
+    """Write what stands beside the weights: see `write_model`."""
     for path in like.folder.iterdir():
         is_kind = path.suffix in _KINDS and not path.name.startswith(".")
         if path.is_file() and (
