@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 # What tests need of Debian: installed where this runs as root; where it is missing, they are skipped.
 DEBIAN := chromium postgresql
 
+# Where an environment's packages are.
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
 # What `make demo` measures with: auto | transformers | vllm.
 ENGINE ?= auto
 
@@ -18,7 +21,7 @@ demo: $(if $(filter vllm,$(ENGINE)),.venv/vllm-ready,.venv/demo-ready)
 	$(BIN)/mergetune demo --engine $(ENGINE)
 
 # Two test files at a time, each on one core.
-test: .venv/test-ready
+test: .venv/test-ready .venv/quantizing-ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/test-ready
@@ -62,4 +65,13 @@ clean:
 		apt-get install --quiet=2 --yes --no-install-recommends $(DEBIAN); fi
 	$(PIP) --editable '.[docs,test]'
 	$(PIP) --no-deps bfcl-eval mlflow-skinny
+	touch $@
+
+# llm-compressor asks for older transformers than vLLM's: it has an environment of its own, which finds in
+# .venv what it has not itself.
+.venv/quantizing-ready: .venv/test-ready tests/llm_compressor.txt
+	$(PYTHON) -m venv --without-pip .venv/quantizing
+	$(BIN)/python -m pip --python .venv/quantizing install --quiet --no-compile --disable-pip-version-check \
+		--no-deps --requirement tests/llm_compressor.txt
+	$(BIN)/python -c '$(SITE)' > "$$(.venv/quantizing/bin/python -c '$(SITE)')/zz_venv.pth"
 	touch $@

@@ -335,6 +335,7 @@ def check(
     alpha: float = 0.05,
     fast: bool = False,
     noise_floor: bool = True,
+    unquantized: Given | None = None,
     training: tuple[Path, ...] = (),
     store: Path | None = None,
     options: ModelOptions | None = None,
@@ -349,12 +350,13 @@ def check(
         alpha: one-sided, in (0, 0.5): the error of PASS, and that of FAIL.
         fast: stop as soon as the verdict is clear.
         noise_floor: measure the baseline twice, and count what differs as noise.
+        unquantized: the candidate before it was quantized, given likewise: what quantizing changed is said.
         training: files that one of the models was trained on, to look for the suite's items in.
         store: where replies are kept; None: in the cache.
         options: how the models are opened and run.
 
     Returns:
-        The check (`check.verdict` is `pass`, `fail` or `inconclusive`) and both measurements.
+        The check (`check.verdict` is `pass`, `fail` or `inconclusive`) and the measurements.
 
     Raises:
         MergetuneError: a model or the suite cannot be had, or not be scored.
@@ -367,8 +369,9 @@ def check(
     deployed = read_suite(suite)
     how = CheckOptions(split, alpha, fast, noise_floor, options.config, training)
     first, second = (options.opened(model, deployed) for model in (candidate, baseline))
+    origin = None if unquantized is None else options.opened(unquantized, deployed)
     kept = ReplyStore(store) if store else default_store()
-    return check_models(first, second, deployed, how, kept, options.say)
+    return check_models(first, second, deployed, how, kept, options.say, origin)
 
 
 def check_measurements(

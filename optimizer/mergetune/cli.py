@@ -113,6 +113,7 @@ _OF_MODELS = {  # what `check` needs to measure models, and `--from` does not
     "vocabulary": "--vocabulary",
     "fast": "--fast",
     "noise_floor": "--noise-floor",
+    "unquantized": "--unquantized",
     "engine": "--engine",
     "batch_size": "--batch-size",
     "workers": "--workers",
@@ -555,6 +556,12 @@ def check(
     noise_floor: Annotated[
         bool, typer.Option(help="Measure the baseline twice, and count what differs as noise.")
     ] = True,
+    unquantized: Annotated[
+        str | None,
+        typer.Option(
+            help="CANDIDATE before it was quantized: what quantizing changed is said, too.", metavar="MODEL"
+        ),
+    ] = None,
     alpha: Annotated[
         float,
         typer.Option(
@@ -591,7 +598,13 @@ def check(
     from mergetune.files.atomic_files import write_parquet
     from mergetune.files.library import writable
     from mergetune.gate.judge import EXIT
-    from mergetune.gate.outputs import as_data, as_slice_table, as_table, write_outputs
+    from mergetune.gate.outputs import (
+        as_attribution_table,
+        as_data,
+        as_slice_table,
+        as_table,
+        write_outputs,
+    )
 
     if history is not None:
         from mergetune.gate.history import write_history
@@ -633,6 +646,7 @@ def check(
                 alpha=alpha,
                 fast=fast,
                 noise_floor=noise_floor,
+                unquantized=unquantized,
                 training=texts,
                 store=store,
                 options=options,
@@ -642,10 +656,14 @@ def check(
         write_outputs(result, out)
         write_parquet(out / "candidate.parquet", checked.candidate)
         write_parquet(out / "baseline.parquet", checked.baseline)
+        if checked.unquantized is not None:
+            write_parquet(out / "unquantized.parquet", checked.unquantized)
     if as_json:
         typer.echo(json.dumps(as_data(result), indent=1))
     else:
         _out.print(as_table(result))
+        if (attributed := as_attribution_table(result)) is not None:
+            _out.print(attributed)
         if (by_slice := as_slice_table(result)) is not None:
             _out.print(by_slice)
         _out.print(result.summary, highlight=False, markup=False)

@@ -74,6 +74,9 @@ class TransformersEngine:
         model.eval()
         if spread is None:
             model.to(device)
+        if getattr(model, "hf_quantizer", None) is not None:
+            with torch.inference_mode():  # unpacks the weights; the completer goes around this hook
+                model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
         self._merger = merger
         batch_size = config.batch_size or _BATCH_SIZE
         self.completer = TransformersCompleter(model, text.tokenizer, batch_size)

@@ -45,10 +45,12 @@ from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.suite import GuardConfig, ObjectiveConfig, SuiteConfig
 from mergetune.gate.pairs import pairs
 from mergetune.gate.row import (
+    Attribution,
     Kind,
     Row,
     SliceRow,
     Subject,
+    attributed,
     looked_at,
     sliced,
     strata_of,
@@ -101,6 +103,7 @@ class Check:
         summary: the verdict in one sentence.
         rows: the objectives, then the guards, each followed by its tasks where it has several.
         slices: how both models differ on each of the suite's slices.
+        attributions: by score, what quantizing changed; empty where the candidate's origin was not measured.
         flips: losses first, the largest first.
         noise: the standard deviation of the noise floor by score; None if it was not measured.
         candidate: how the candidate is called; so are `baseline` and `suite`.
@@ -113,6 +116,7 @@ class Check:
     summary: str
     rows: tuple[Row, ...]
     slices: tuple[SliceRow, ...]
+    attributions: tuple[Attribution, ...]
     flips: tuple[Flip, ...]
     noise: Mapping[str, float] | None
     candidate: str
@@ -134,6 +138,7 @@ def judge(
     suite_name: str,
     labels: tuple[str, str],
     repeat: pd.DataFrame | None = None,
+    unquantized: pd.DataFrame | None = None,
     alpha: float = 0.05,
     warnings: Sequence[str] = (),
     agreements: Agreements = MappingProxyType({}),
@@ -150,6 +155,7 @@ def judge(
         suite_name: how the suite is called.
         labels: how the candidate and the baseline are called.
         repeat: a second measurement of the baseline (A/A), whose noise widens every interval.
+        unquantized: the candidate before it was quantized.
         alpha: one-sided, ∈ (0, 0.5): the error of PASS, and that of FAIL.
         warnings: what else a reader must know.
         agreements: of the suite's judges with people.
@@ -189,6 +195,11 @@ def judge(
         summary=summary_of(verdict, rows, noise),
         rows=rows,
         slices=tuple(_slices(joined, again, items, suite, alpha)),
+        attributions=tuple(
+            _attributions(candidate, _with_linear(unquantized), baseline, again, suite, alpha)
+            if unquantized is not None
+            else ()
+        ),
         flips=_flips(joined, items),
         noise=None if repeat is None else noise,
         candidate=labels[0],
@@ -246,6 +257,25 @@ def _slices(
             same = None if twice is None else twice[twice["score_name"] == name]
             kind: Kind = "objective" if name in suite.objectives else "guard"
             yield sliced(_subject(name, name, kind, config, rows, same), one.key, one.value, alpha)
+
+
+def _attributions(
+    candidate: pd.DataFrame,
+    unquantized: pd.DataFrame,
+    baseline: pd.DataFrame,
+    again: pd.DataFrame | None,
+    suite: SuiteConfig,
+    alpha: float,
+) -> Iterator[Attribution]:
+    """Yield what of each score's difference is quantizing's."""
+    steps = (_joined(unquantized, baseline, suite, ()), _joined(candidate, unquantized, suite, ()))
+    for name, config in suite.scores.items():
+        kind: Kind = "objective" if name in suite.objectives else "guard"
+        twice = None if again is None else again[again["score_name"] == name]
+        before, own = (
+            _subject(name, name, kind, config, step[step["score_name"] == name], twice) for step in steps
+        )
+        yield attributed(before, own, alpha)
 
 
 def _subject(

@@ -21,8 +21,9 @@ from rich.table import Table
 from mergetune.files.atomic_files import write_text
 from mergetune.gate.judge import EXIT, Check, Flip
 from mergetune.gate.page import as_html as as_html
-from mergetune.gate.row import Row
+from mergetune.gate.row import Attribution, Row
 from mergetune.gate.words import (
+    ATTRIBUTION,
     SLICES,
     brief_names,
     clean,
@@ -39,6 +40,7 @@ from mergetune.stats.number_text import number, signed
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 _FLIPS_A_FAILURE = 5
 _FLIPS_IN_MARKDOWN = 10
+_ATTRIBUTION_COLUMNS = ("baseline", "unquantized", "candidate", "before quantizing", "by quantizing")
 _REPLY = 1000  # characters shown of a text
 _REPLY_IN_MARKDOWN = 400  # GitHub refuses comments of more than 65,536 characters
 
@@ -70,6 +72,19 @@ def as_table(check: Check) -> Table:
             f"{row.n_won} / {row.n_lost}",
             f"[{_STYLES[row.verdict]}]{verdict_words(row)}[/]",
         )
+    return table
+
+
+def as_attribution_table(check: Check) -> Table | None:
+    """Return what quantizing changed, as a table that a terminal of 100 columns holds; None if not asked."""
+    if not check.attributions:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=ATTRIBUTION, caption_justify="left")
+    table.add_column("score", overflow="fold", min_width=12)
+    for column in _ATTRIBUTION_COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in check.attributions:
+        table.add_row(escape(clean(row.score_name)), *_attribution_cells(row))
     return table
 
 
@@ -139,6 +154,7 @@ def as_markdown(check: Check) -> str:
         *map(_markdown_row, check.rows),
         "",
         reading(check),
+        *_markdown_attributions(check),
         *_markdown_slices(check),
     ]
     return "\n".join([*lines, *_markdown_flips(check)]) + "\n"
@@ -211,6 +227,24 @@ def _markdown_row(row: Row) -> str:
         f"**{verdict}**" if row.verdict == "fail" else verdict,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _attribution_cells(row: Attribution) -> list[str]:
+    return [
+        *map(number, (row.baseline, row.unquantized, row.candidate)),
+        f"{signed(row.before)} {span(row.before_interval)}",
+        f"{signed(row.quantizing)} {span(row.quantizing_interval)}",
+    ]
+
+
+def _markdown_attributions(check: Check) -> Iterator[str]:
+    if not check.attributions:
+        return
+    yield f"\n| score | {' | '.join(_ATTRIBUTION_COLUMNS)} |"
+    yield "|:--|--:|--:|--:|--:|--:|"
+    for row in check.attributions:
+        yield f"| {_code(row.score_name)} | {' | '.join(_attribution_cells(row))} |"
+    yield f"\n{ATTRIBUTION}"
 
 
 def _markdown_slices(check: Check) -> Iterator[str]:

@@ -147,6 +147,41 @@ def sliced(subject: Subject, key: str, value: str, alpha: float) -> SliceRow:
     )
 
 
+@dataclass(frozen=True)
+class Attribution:
+    """What of a score's difference is quantizing's, and what was there before; nothing is judged by it.
+
+    `before` is unquantized − baseline and `quantizing` is candidate − unquantized, signed so that greater is
+    better, as their intervals are.
+    """
+
+    score_name: str
+    n_items: int
+    candidate: float
+    unquantized: float
+    baseline: float
+    before: float
+    before_interval: Interval
+    quantizing: float
+    quantizing_interval: Interval
+
+
+def attributed(before: Subject, quantizing: Subject, alpha: float) -> Attribution:
+    """Split a difference by a model on the way: `before` is its subject, `quantizing` the candidate's."""
+    facts, steps = _facts(quantizing), (_test(before, alpha), _test(quantizing, alpha))
+    return Attribution(
+        quantizing.score_name,
+        facts["n_items"],
+        facts["candidate"],
+        facts["baseline"],
+        _facts(before)["baseline"],
+        steps[0].estimate,
+        steps[0].interval,
+        steps[1].estimate,
+        steps[1].interval,
+    )
+
+
 def looked_at(subject: Subject, look: Look, levels: Levels) -> Row:
     """Take over an early look; noise may take its verdict back."""
     # Both bounds hold at `early_pass`; the upper one even at the stricter `early_fail`.

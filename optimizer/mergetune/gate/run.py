@@ -37,6 +37,7 @@ class Checked:
     check: Check
     candidate: pd.DataFrame
     baseline: pd.DataFrame
+    unquantized: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,45 @@ def check_models(
     options: CheckOptions,
     store: ReplyStore,
     say: Callable[[str], object],
+    unquantized: ModelUnderTest | None = None,
 ) -> Checked:
     """Measure two models on a suite, as far as the store does not hold them, and judge the candidate.
 
+    With `unquantized`, the candidate before it was quantized, what quantizing changed is said, too.
+
     Raises:
-        MergetuneError: a model cannot be started or scored, or the suite's data cannot be had; what was
-            measured before is in the store.
+        MergetuneError: `unquantized` stands with a check that may stop early, a model cannot be started or
+            scored, or the suite's data cannot be had; what was measured before is in the store.
     """
+    if unquantized is not None and options.is_fast:
+        raise MergetuneError(
+            "--unquantized needs all items of the candidate, but --fast may stop before. Leave one out."
+        )
     evaluator, split = Evaluator(suite), _split(suite, options)
     items = _in_split(evaluator.items(), split)
     warnings = (*evaluator.warnings, *_warnings(items, options.training))
     for line in (*suite.read_as.values(), *(f"warning: {each}" for each in warnings)):
         say(line)
     documents = evaluator.documents(split)
-    pair = _Pair(candidate, baseline, evaluator, documents, items, options, warnings, store, say)
-    engine = _settled(options.engine, [baseline, candidate], say)
+    pair = _Pair(candidate, baseline, unquantized, evaluator, documents, items, options, warnings, store, say)
+    models = [baseline, candidate] if unquantized is None else [baseline, unquantized, candidate]
+    engine = _settled(options.engine, models, say)
     try:
         return pair.checked(engine)
     except StartError as error:
         if engine.kind != "vllm" or options.engine.kind != "auto":
             raise
-        say(f"engine: transformers for both, since vLLM did not start: {error}")
+        say(f"engine: transformers for all, since vLLM did not start: {error}")
         return pair.checked(options.engine.model_copy(update={"kind": "transformers"}))
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models and all that it takes to measure and judge them."""
+    """Two models, maybe one on the way, and all that it takes to measure and judge them."""
 
     candidate: ModelUnderTest
     baseline: ModelUnderTest
+    unquantized: ModelUnderTest | None
     evaluator: Evaluator
     documents: Documents
     items: pd.DataFrame
@@ -106,14 +116,15 @@ class _Pair:
     say: Callable[[str], object]
 
     def checked(self, engine: EngineConfig) -> Checked:
-        """Measure both in one kind of engine, and judge."""
+        """Measure all in one kind of engine, and judge."""
         baseline = self._measured(self.baseline, engine)
         if self.options.is_fast:
             with closing(self._pool(self.candidate, engine)) as pool:
                 early = measure_until_clear(pool, baseline, self.documents, self.options.alpha, self.say)
             return self._judged(early.items, baseline, None, early)
         again = self._measured(self.baseline, engine, 1) if self.options.has_noise_floor else None
-        return self._judged(self._measured(self.candidate, engine), baseline, again, None)
+        origin = None if self.unquantized is None else self._measured(self.unquantized, engine)
+        return self._judged(self._measured(self.candidate, engine), baseline, again, None, origin)
 
     def _measured(self, model: ModelUnderTest, engine: EngineConfig, repeat: int = 0) -> pd.DataFrame:
         with closing(self._pool(model, engine)) as pool:
@@ -131,6 +142,7 @@ class _Pair:
         baseline: pd.DataFrame,
         again: pd.DataFrame | None,
         early: Early | None,
+        unquantized: pd.DataFrame | None = None,
     ) -> Checked:
         suite = self.evaluator.suite
         check = judge(
@@ -141,13 +153,14 @@ class _Pair:
             suite_name=suite.name,
             labels=(self.candidate.reference, self.baseline.reference),
             repeat=again,
+            unquantized=unquantized,
             alpha=self.options.alpha,
             warnings=self.warnings,
             agreements=self.evaluator.agreements,
             early=early.looks if early else None,
             levels=early.levels if early else None,
         )
-        return Checked(check, candidate, baseline)
+        return Checked(check, candidate, baseline, unquantized)
 
 
 def check_stored(candidate: Path, baseline: Path, suite: Suite, options: CheckOptions) -> Checked:

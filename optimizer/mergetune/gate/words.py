@@ -23,6 +23,12 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 SLICES = "Slices are not judged: with many of them, some differ by chance."
 
 
+ATTRIBUTION = (
+    "What quantizing changed is candidate − unquantized; before it stands unquantized − baseline. Both are "
+    "paired by item, and together the whole difference. They are not judged."
+)
+
+
 def clean(text: str) -> str:
     """Write control characters as their codes, so that no terminal or parser obeys them."""
     return _UNPRINTABLE.sub(_code, text.replace("\r\n", "\n"))

@@ -74,7 +74,7 @@ _EARLY = re.compile(r"lock|base|\.base\..*|record\.json\..*\.tmp")
 # what may change when a study goes on
 _FREE = dict.fromkeys(
     (
-        *("budget", "elimination", "export", "finalists", "training_data"),
+        *("budget", "elimination", "export", "deploy", "finalists", "training_data"),
         *("allow_flat_objectives", "cache", "on_finish", "storage", "loggers"),
     ),
     True,
