@@ -145,6 +145,27 @@ def test_a_direction_is_a_mirror() -> None:
     assert down.improvement_p == pytest.approx(up.improvement_p)
 
 
+# --- what quantizing changed
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_difference_is_split_as_two_checks_would_say(direction: Direction) -> None:
+    suite, tasks = suite_of({"s": direction}), ("one", "two")
+    rng = np.random.default_rng(2)
+    candidate, unquantized, baseline = (
+        frame({("s", task): rng.random(40) for task in tasks}) for _ in range(3)
+    )
+    found = check(candidate, baseline, suite, unquantized=unquantized)
+    (row,) = found.attributions
+    before = row_of(check(unquantized, baseline, suite), "s")
+    own = row_of(check(candidate, unquantized, suite), "s")
+    assert (row.before, row.before_interval) == (before.difference, before.interval)
+    assert (row.quantizing, row.quantizing_interval) == (own.difference, own.interval)
+    assert row.before + row.quantizing == pytest.approx(row_of(found, "s").difference)
+    assert (row.candidate, row.unquantized) == (own.candidate, own.baseline)
+    assert row.baseline == before.baseline
+
+
 # --- tasks
 
 

@@ -19,10 +19,10 @@ from checks import LONG, frame, hostile_check
 from mergetune.evaluation.judging.agreement import Agreement
 from mergetune.evaluation.suite import ObjectiveConfig, SuiteConfig, TaskConfig
 from mergetune.gate.judge import Check, judge
-from mergetune.gate.outputs import as_data, as_html, as_junit, as_markdown, as_table
+from mergetune.gate.outputs import as_attribution_table, as_data, as_html, as_junit, as_markdown, as_table
 from mergetune.gate.page import drawings, shown_flips
-from mergetune.gate.words import about, brief_names, clean, excerpt
-from mergetune.stats.number_text import number
+from mergetune.gate.words import about, brief_names, clean, excerpt, span
+from mergetune.stats.number_text import number, signed
 from mergetune.stats.sequential import look, split_alpha
 
 
@@ -98,6 +98,19 @@ def test_the_table_fits_100_columns_and_holds_no_escape_of_a_name(check: Check) 
     for row in check.rows:
         assert number(row.candidate) in text
     assert "inconclusive" in text
+
+
+def test_what_quantizing_changed_fits_100_columns_and_stands_in_every_output() -> None:
+    unquantized = frame({("s", "t"): [1.0, 0.0] * 20}, ("yes", "no"))
+    found = small_check([0.0] * 40, [1.0] * 40, unquantized=unquantized)
+    console = Console(width=100, file=None, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(as_attribution_table(found))
+    assert max(map(len, capture.get().splitlines())) <= 100
+    (row,) = found.attributions
+    for text in (capture.get(), as_markdown(found), as_html(found)):
+        for figure in (signed(row.before), span(row.before_interval), span(row.quantizing_interval)):
+            assert figure in text
 
 
 # --- JSON

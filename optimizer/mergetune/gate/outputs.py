@@ -84,7 +84,7 @@ def as_attribution_table(check: Check) -> Table | None:
     for column in _ATTRIBUTION_COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in check.attributions:
-        table.add_row(escape(clean(row.score_name)), *_attribution_cells(row))
+        table.add_row(escape(clean(row.score_name)), *_attribution_cells(row, "\n"))
     return table
 
 
@@ -229,11 +229,12 @@ def _markdown_row(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _attribution_cells(row: Attribution) -> list[str]:
+def _attribution_cells(row: Attribution, gap: str) -> list[str]:
+    """Write scores and differences; `gap` stands before an interval."""
     return [
         *map(number, (row.baseline, row.unquantized, row.candidate)),
-        f"{signed(row.before)} {span(row.before_interval)}",
-        f"{signed(row.quantizing)} {span(row.quantizing_interval)}",
+        f"{signed(row.before)}{gap}{span(row.before_interval)}",
+        f"{signed(row.quantizing)}{gap}{span(row.quantizing_interval)}",
     ]
 
 
@@ -243,7 +244,7 @@ def _markdown_attributions(check: Check) -> Iterator[str]:
     yield f"\n| score | {' | '.join(_ATTRIBUTION_COLUMNS)} |"
     yield "|:--|--:|--:|--:|--:|--:|"
     for row in check.attributions:
-        yield f"| {_code(row.score_name)} | {' | '.join(_attribution_cells(row))} |"
+        yield f"| {_code(row.score_name)} | {' | '.join(_attribution_cells(row, ' '))} |"
     yield f"\n{ATTRIBUTION}"
 
 
