@@ -207,6 +207,9 @@ STUDY_CHANGES: list[dict[str, Any]] = [
     {"training_data": {"a": "nowhere.jsonl"}},
     {"training_data": {"x": "items.jsonl"}},
     {"export": "x"},
+    {"deploy": "int8"},
+    {"deploy": {"quantize": "int2"}},
+    {"deploy": {"quantize": "int8", "python": "nowhere"}},
     {"export": "adapter"},  # one expert is a full fine-tune
     {"export": {"adapter": {"rank": 0}}},
     {"finalists": 0},

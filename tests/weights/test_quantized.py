@@ -24,7 +24,9 @@ def test_a_quantized_model_computes_as_its_rounding_says(tmp_path: Path, bits: B
     assert found.n_layers == 14  # 7 in each of two layers
     assert found.nbytes < found.nbytes_before
     assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-    assert WeightFacts.read(folder, "auto").dtype == "float32"
+    facts, full = WeightFacts.read(folder, "auto"), WeightFacts.read(model, "auto")
+    assert facts.dtype == full.dtype == "float32"
+    assert full.nbytes <= facts.nbytes < 1.1 * full.nbytes  # unpacked, and scales
     assert error_of(folder, model, bits, group_size) < 0.1
     opened = open_model(str(folder))
     assert isinstance(opened, LocalModel)

@@ -11,11 +11,12 @@ import torch
 from mergetune.weights.tensor_files import open_weights, read_json
 
 _COMPUTED_IN = {"float32", "bfloat16", "float16"}
+_PACKED = 8  # four-bit weights in an integer of compressed-tensors
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """The dtype that an engine computes in, and the bytes that the weights take in it.
+    """The dtype that an engine computes in, and the bytes that the weights take in it, unpacked.
 
     `dtype` is what was asked for; of `auto`, the one that most of the stored bytes have, in every engine
     alike: what is scored is then what is written. Where that is no dtype to compute in, as in a quantized
@@ -31,9 +32,10 @@ class WeightFacts:
         files = open_weights(folder)
         sizes: Counter[torch.dtype] = Counter()
         counts: Counter[torch.dtype] = Counter()
-        for view in map(files.view, files.names):
+        for name in files.names:
+            view = files.view(name)
             sizes[view.dtype] += view.nbytes
-            counts[view.dtype] += view.numel() if view.is_floating_point() else 0
+            counts[view.dtype] += _count(name, view)
         stored = str(max(sizes, key=sizes.__getitem__, default=torch.float32)).removeprefix("torch.")
         if stored not in _COMPUTED_IN:
             config = read_json(folder / "config.json")
@@ -44,3 +46,10 @@ class WeightFacts:
         floats = sum(counts.values()) * getattr(torch, dtype).itemsize
         others = sum(size for each, size in sizes.items() if not counts[each])
         return cls(dtype, floats + others)
+
+
+def _count(name: str, view: torch.Tensor) -> int:
+    """Return how many numbers of the computed dtype a stored tensor becomes; none if it is no weight."""
+    if name.endswith(".weight_packed"):
+        return view.numel() * _PACKED
+    return view.numel() if view.is_floating_point() or name.endswith(".weight") else 0
