@@ -248,7 +248,7 @@ def test_auto_falls_back_for_both_models(tiny_base: Path, suite: Suite, tmp_path
     said: list[str] = []
     found = check_models(models[0], models[1], suite, CheckOptions(), ReplyStore(tmp_path), said.append)
     assert found.check.verdict == "pass"
-    assert any("transformers for both, since vLLM did not start" in line for line in said)
+    assert any("transformers for all, since vLLM did not start" in line for line in said)
 
 
 def run_example(folder: Path, candidate: Path, baseline: Path, suite: str | Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ def test_a_quantized_model_computes_as_its_rounding_says(tmp_path: Path, bits: B
     assert found.n_layers == 14  # 7 in each of two layers
     assert found.nbytes < found.nbytes_before
     assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     facts, full = WeightFacts.read(folder, "auto"), WeightFacts.read(model, "auto")
     assert facts.dtype == full.dtype == "float32"
     assert full.nbytes <= facts.nbytes < 1.1 * full.nbytes  # unpacked, and scales

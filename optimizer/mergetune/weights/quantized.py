@@ -8,6 +8,7 @@ transformers reads.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -90,6 +91,8 @@ def quantize(model: Path, folder: Path, bits: Bits, python: str | None = None) -
         found = _run(python, str(model), str(temporary), _PRESETS[bits], str(_group_size(bits, before)))
         if not found["n_layers"]:
             raise MergetuneError(f"{model}: llm-compressor finds no linear layers to quantize in this model.")
+        for file in temporary.glob("*.safetensors"):
+            file.chmod(0o644)  # others may serve it
         files = open_weights(temporary)
         nbytes = sum(files.view(name).nbytes for name in files.names)
     made_by = f"llm-compressor {found['version']} ({_PRESETS[bits]}, rounded to the nearest)"
@@ -137,10 +140,10 @@ def _group_size(bits: Bits, model: Checkpoint) -> int:
 def _run(python: str | None, *arguments: str) -> dict[str, Any]:
     """Run the script in an environment that has llm-compressor; returns what it printed."""
     interpreter = python or sys.executable
-    # -P: nothing beside the script is a module of its own
-    command = [interpreter, "-P", str(_SCRIPT), *arguments]
+    command = [interpreter, str(_SCRIPT), *arguments]
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # what lies beside the script is no module of its own
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=safe, capture_output=True, text=True, check=False)
     except OSError as error:
         raise MergetuneError(
             f"`deploy.python` must be the Python of an environment with llm-compressor, but {interpreter} "
