@@ -10,9 +10,9 @@ import json
 import sys
 from typing import Any
 
+import llmcompressor
 import transformers
 from compressed_tensors.quantization import preset_name_to_scheme
-from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
 
@@ -27,7 +27,8 @@ def main(model: str, out: str, preset: str, group_size: int) -> int:
     scheme = preset_name_to_scheme(preset, ["Linear"])
     if scheme.weights.group_size is not None:
         scheme.weights.group_size = group_size
-    oneshot(model=network, recipe=QuantizationModifier(config_groups={"all": scheme}, ignore=ignored))
+    recipe = QuantizationModifier(config_groups={"all": scheme}, ignore=ignored)
+    llmcompressor.oneshot(model=network, recipe=recipe)
     n_layers = sum(hasattr(module, "quantization_scheme") for module in network.modules())
     network.save_pretrained(out, save_compressed=True)
     return n_layers
