@@ -50,6 +50,7 @@ VALUES = {  # of what a search space does not hold by default
     **{"lambda": 0.7, "density": 0.3, "t": 0.3},
     **{"select_topk": 0.4, "scale": 1.2, "r": 0.5, "alpha": 0.5},
 }
+NOT_OF_MERGEKIT = {"nuslerp", "tsv_merge", "iso_c", "svc"}
 USUAL = ("task_arithmetic", "ties", "dare_ties")
 
 
@@ -187,24 +188,31 @@ def _anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon.")
 
 
-def mergekit_seconds(method: MethodName, base: Base, experts: list[Expert]) -> float:
-    """Time mergekit on the same recipe, tensors in memory and nothing written; it gains from that."""
+def mergekit_seconds(method: MethodName, base: Base, experts: list[Expert]) -> float | None:
+    """Time mergekit on the same recipe, tensors in memory and nothing written; it gains from that.
+
+    None where mergekit has no such method, or takes other coefficients.
+    """
     from mergekit.merge_methods import merge_state_dicts
 
-    given = METHODS[method].parameters
-    mine = {each.name: VALUES[each.name] for each in given}
-    weight = {"lambda": "weight"}
-    parameters: dict[str, Any] = {weight.get(name, name): value for name, value in mine.items()}
-    names = base.names
-    states: dict[str, dict[str, Tensor | None]] = {"base": {name: base.view(name) for name in names}}
-    states |= {expert.name: {name: expert.weights(name) for name in names} for expert in experts}
-    form = METHODS[method].mergekit
-    has_base = form is None or form.base_model == "base"
-    if not has_base:
-        del states["base"]
-    work = functools.partial(
-        merge_state_dicts, states, method, parameters=parameters, base="base" if has_base else None
-    )
+    if method in NOT_OF_MERGEKIT:
+        return None
+    first = experts[0].name
+    given = recipe(method, [expert.name for expert in experts]).groups[0].coefficients
+    parameters: dict[str, Any] = {
+        {"lambda": "weight"}.get(name, name): value[first] if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    names, form = base.names, METHODS[method].mergekit
+    if form and not form.has_weights:
+        parameters.pop("weight", None)
+    states: dict[str, dict[str, Tensor | None]] = {
+        expert.name: {name: expert.weights(name) for name in names} for expert in experts
+    }
+    chosen = {"none": None, "first expert": first}.get(form.base_model if form else "base", "base")
+    if chosen == "base":
+        states["base"] = {name: base.view(name) for name in names}
+    work = functools.partial(merge_state_dicts, states, method, parameters=parameters, base=chosen)
     return seconds(work, "cpu")
 
 
