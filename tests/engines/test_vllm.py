@@ -20,6 +20,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import build_llama, fine_tune, plain_loop, wait_until_gone
 from mergetune.engines.completions import Scoring
@@ -37,6 +38,7 @@ from mergetune.measuring.pool import Job, Measured, Pool
 from mergetune.measuring.progress import Progress
 from mergetune.merging.inputs import Inputs, open_inputs
 from mergetune.results.run_dir import RunDir
+from mergetune.space.method_table import MethodName
 from mergetune.space.recipe import MergeRecipe
 from mergetune.space.stack import Stack
 from mergetune.study.candidates import Candidates, Proposal
@@ -55,16 +57,11 @@ CONTEXTS = (
 CONTINUATIONS = (" The capital of France is Paris.", " five six seven", "Yes", "{")
 
 
-def recipe_of(inputs: Inputs, *lambdas: float) -> MergeRecipe:
-    given = dict(zip(inputs.expert_sources, lambdas, strict=True))
-    return MergeRecipe.model_validate(
-        {
-            "method": "task_arithmetic",
-            "base": inputs.base_source,
-            "experts": inputs.expert_sources,
-            "groups": [{"name": "all", "lambda": given}],
-        }
-    )
+def recipe_of(inputs: Inputs, *lambdas: float, method: MethodName = "task_arithmetic") -> MergeRecipe:
+    given: dict[str, Any] = {"lambda": dict(zip(inputs.expert_sources, lambdas, strict=True))}
+    if method == "dare_ties":
+        given["density"] = dict.fromkeys(inputs.expert_sources, 0.6)
+    return MergeRecipe.of_one_group(method, inputs.base_source, inputs.expert_sources, given)
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -155,6 +152,82 @@ def test_a_swap_that_does_not_reach_a_weight_is_found(
     with pytest.raises(MergetuneError, match="does not compute with the weights that are put in"):
         start_engine(config, base, open_inputs(base, {"expert": expert}), tmp_path)
     assert not (tmp_path / RECORD).exists()
+
+
+# Says which bits vLLM copies into the model: of tensors merged where they are copied, then of merged ones.
+WATCHFUL = """
+import hashlib
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from mergetune.engines.vllm_worker import MergeWorker
+from mergetune.space.method_table import MethodName
+from mergetune.space.recipe import MergeRecipe
+
+class Copies(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = hashlib.sha256()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and not args[0].is_meta and args[0].numel():
+            self.seen.update(args[0].contiguous().view(torch.uint8).numpy())
+        return found
+
+class Watchful(MergeWorker):
+    def mergetune_load(self, recipe, progress):
+        with Copies() as whole:
+            merge = self.mergetune_merger.start(MergeRecipe.model_validate_json(recipe))
+            names = self.mergetune_merger.base.names
+            self.reload_weights(weights_iterator=((name, merge.tensor(name)) for name in names))
+        with Copies() as parts:
+            answer = super().mergetune_load(recipe, progress)
+        return {**answer, "whole": whole.seen.hexdigest(), "parts": parts.seen.hexdigest()}
+"""
+
+
+def test_two_ranks_merge_once_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each merges what its part of the model takes, with the bits of a whole merge; what one finds counts."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("each rank takes a core")
+    base = build_llama(tmp_path / "base", head_dim=32, tie_word_embeddings=True)
+    experts = {name: fine_tune(base, tmp_path / name, seed, std=0.2) for seed, name in enumerate("ab", 1)}
+    inputs = open_inputs(base, {**experts, "far": with_last_row_moved(base, tmp_path / "far")})
+    (tmp_path / "watchful.py").write_text(WATCHFUL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    arguments = {"worker_extension_cls": "watchful.Watchful"}
+    config = EngineConfig(kind="vllm", dtype="float32", tensor_parallel_size=2, arguments=arguments, **SMALL)
+    plain = start_engine(EngineConfig(kind="transformers", device="cpu", dtype="float32"), base, inputs)
+    pairs = [(context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS]
+    with closing(VllmEngine(config, base, inputs.paths, tmp_path / "engine.log")) as engine:
+        for method in ("task_arithmetic", "dare_ties"):
+            wanted = recipe_of(inputs, 0.4, 0.8, 0.0, method=method)
+            answers = engine.vllm.load(wanted.model_dump_json(by_alias=True))
+            assert all(answer["parts"] == answer["whole"] for answer in answers)
+            assert answers[0]["parts"] != answers[1]["parts"]
+            whole = inputs.merger.start(wanted)
+            for name in inputs.base.names:
+                whole.tensor(name)
+            assert sum(answer["read_bytes"] for answer in answers) <= 1.3 * whole.read_bytes
+            with pytest.raises(TrialError, match=r"makes .*gate_proj.* infinite or NaN") as told:
+                engine.load(recipe_of(inputs, 0.4, 0.8, 1e38))
+            assert told.type is TrialError  # the engine lives
+            for each in (engine, plain):
+                each.load(wanted)
+            ours, theirs = (loglikelihoods(each, pairs) for each in (engine, plain))
+            assert [a[0] for a in ours] == pytest.approx([b[0] for b in theirs], abs=2e-3)
+
+
+def with_last_row_moved(base: Path, folder: Path) -> Path:
+    """Save a model that differs from the base where the last rank alone holds it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[-1] += 8
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def test_a_stack_is_read_where_its_weights_are(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -17,7 +17,7 @@ import mergetune.engines.vllm_loader  # noqa: F401 (vLLM then knows how a stack 
 from mergetune.engines.engine import LoadTime
 from mergetune.errors import MergetuneError, TrialError
 from mergetune.merging.inputs import ModelPaths
-from mergetune.merging.merger import Merger
+from mergetune.merging.merger import Merge, Merger
 from mergetune.space.recipe import MergeRecipe
 
 
@@ -43,17 +43,33 @@ class MergeWorker:
     def mergetune_load(self, recipe: str, progress: str) -> dict[str, Any]:
         """Merge a recipe into the living model; `progress` is a file that says how far it is.
 
-        Returns the recipe's `digest`, `merge_s` and `load_s`; or `error`, a message, with `of_trial`
-        for coefficients that cannot be merged. The model is whole even then, but no candidate.
+        Each rank merges only what its part of the model takes. Returns the recipe's `digest`, `merge_s`,
+        `load_s` and `read_bytes`, how much of the base and the experts was merged; or `error`, a message,
+        with `of_trial` for coefficients that cannot be merged. The model is whole even then, but no
+        candidate, on this rank or any other.
         """
-        wanted = MergeRecipe.model_validate_json(recipe)
-        merged = _Whole(self.mergetune_merger, wanted, Path(progress))
-        with self._mergetune_threads():
-            time = LoadTime.of(lambda tensors: self.reload_weights(weights_iterator=tensors), iter(merged))
-        self._mergetune_renew_tied_head()
-        if merged.error is not None:
-            return {"error": str(merged.error), "of_trial": isinstance(merged.error, TrialError)}
-        return {"digest": wanted.digest, **asdict(time)}
+        wanted, began = MergeRecipe.model_validate_json(recipe), time.perf_counter()
+        try:
+            with self._mergetune_threads():
+                merge = self.mergetune_merger.start(wanted)
+                planned = time.perf_counter()
+                self.reload_weights(weights_iterator=self._mergetune_tensors(merge, Path(progress)))
+            self._mergetune_renew_tied_head()
+            merge.check()
+        except MergetuneError as error:
+            return {"error": str(error), "of_trial": isinstance(error, TrialError)}
+        merge_s = planned - began + merge.part_s
+        load_time = LoadTime(merge_s, time.perf_counter() - began - merge_s)
+        return {"digest": wanted.digest, **asdict(load_time), "read_bytes": merge.read_bytes}
+
+    def _mergetune_tensors(self, merge: Merge, progress: Path) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors that are merged where vLLM copies them, and say how far it is, once a second."""
+        names, told = self.mergetune_merger.base.names, 0.0
+        for i, name in enumerate(names, start=1):
+            if (now := time.monotonic()) - told >= 1:  # a long merge is no hang
+                progress.write_text(f"tensor {i} of {len(names)}", encoding="utf-8")
+                told = now
+            yield name, merge.deferred(name)
 
     @contextmanager
     def _mergetune_threads(self) -> Iterator[None]:
@@ -81,31 +97,3 @@ class MergeWorker:
         for module in model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
-
-
-class _Whole:
-    """The tensors of a merge; where it fails the base's follow, for half a reload ruins a model."""
-
-    def __init__(self, merger: Merger, recipe: MergeRecipe, progress: Path) -> None:
-        self._merger, self._recipe, self._progress = merger, recipe, progress
-        self._told = 0.0
-        self.error: MergetuneError | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        base, yielded = self._merger.base, set()
-        try:
-            for name, tensor in self._merger.merge(self._recipe):
-                yielded.add(name)
-                self._tell(f"tensor {len(yielded)} of {len(base.names)}")
-                yield name, tensor
-        except MergetuneError as error:
-            self.error = error
-            for name in base.names:
-                if name not in yielded:
-                    yield name, base.view(name)
-
-    def _tell(self, what: str) -> None:
-        """Say how far it is, once a second: a long merge is no hang."""
-        if (now := time.monotonic()) - self._told >= 1:
-            self._progress.write_text(what, encoding="utf-8")
-            self._told = now

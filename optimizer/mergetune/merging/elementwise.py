@@ -58,8 +58,10 @@ class Numbers(NamedTuple):
     `low` and `high` bound the magnitudes kept, `scales` being what magnitudes are multiplied by first.
     `low` and `steps` make probabilities of ranks, and `factors` multiply what is kept by rank, or what one
     expert alone changes. `limits`, `keys`, `stream` and `start` are int32 for `hash32`, with `start` the
-    position of the chunk's first entry in its tensor. All but the int32 are rounded to float32 when they
-    are used. Either no number is by rows, or `lambdas`, `base_weight` and, if they are given, `scales` are.
+    position of the chunk's first entry in its tensor; `lines` are, of a part that has gaps there, the
+    entries of a line and from the begin of one to that of the next. All but the int32 are rounded to float32
+    when they are used. Either no number is by rows, or `lambdas`, `base_weight` and, if they are given,
+    `scales` are.
     """
 
     lambdas: Sequence[Number]
@@ -73,6 +75,7 @@ class Numbers(NamedTuple):
     keys: Sequence[int] = ()
     stream: int = 0
     start: int = 0
+    lines: tuple[int, int] | None = None
 
     @property
     def n_rows(self) -> int | None:
@@ -81,8 +84,9 @@ class Numbers(NamedTuple):
         return len(weight) if isinstance(weight, Tensor) and weight.ndim else None
 
     def from_entry(self, begin: int) -> Numbers:
-        """Return the numbers of the entries from `begin` on."""
-        return self._replace(start=signed((self.start + begin) % 2**32))
+        """Return the numbers of the entries from `begin` on, which begins a line."""
+        width, stride = self.lines or (1, 1)
+        return self._replace(start=signed((self.start + begin // width * stride) % 2**32))
 
     def of_rows(self, rows: slice) -> Numbers:
         """Return the numbers of some rows, where rows have their own."""
@@ -140,6 +144,44 @@ class Step:
         }
         ranks = [self.ranks[place] for place in places] if self.ranks else ()
         return replace(self, numbers=numbers._replace(**kept), ranks=ranks)
+
+    def of_part(self, base: Tensor, sources: Sequence[AnySource], rows: slice, columns: slice) -> Step:
+        """Return the merge of a part of the tensor alone, with its own sources, their products formed.
+
+        Args:
+            base: the base's tensor.
+            sources: of the whole tensor; they are read instead of the step's own.
+            rows: of the tensor, whose rows are its last dimension.
+            columns: the entries of each row.
+        """
+        length = row_length(base)
+        width = columns.stop - columns.start
+        numbers = self.numbers if self.numbers.n_rows is None else self.numbers.of_rows(rows)
+        return replace(
+            self,
+            numbers=numbers._replace(
+                start=signed((rows.start * length + columns.start) % 2**32),
+                lines=None if width == length else (width, length),
+            ),
+            ranks=[part_of(each, rows, columns) for each in self.ranks],
+            sources=[_source_of_part(each, rows, columns) for each in sources],
+        )
+
+
+def row_length(tensor: Tensor) -> int:
+    """Return the entries of a row, the last dimension; 1 for a scalar."""
+    return tensor.shape[-1] if tensor.ndim else 1
+
+
+def part_of(tensor: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Return a part of a tensor: (n_rows, n_columns), a view unless the tensor lies in pieces."""
+    return tensor.reshape(-1, row_length(tensor))[rows, columns]
+
+
+def _source_of_part(source: AnySource, rows: slice, columns: slice) -> Source:
+    if isinstance(source, LowRank):
+        return Source(source.of_rows(rows)[:, columns], "vector")
+    return source._replace(data=part_of(source.data, rows, columns))
 
 
 def merge_chunk(
@@ -231,8 +273,11 @@ def _kept(vector: Tensor, i: int, keep: Keep, numbers: Numbers, ranks: Sequence[
     if keep == "clip":
         return vector.clamp(-numbers.low[i], numbers.low[i])
     if keep in ("random", "ranked", "rescaled"):
-        index = numbers.start + torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
-        drawn = hash32(index, numbers.stream, numbers.keys[i])
+        index = torch.arange(vector.numel(), dtype=torch.int32, device=vector.device)
+        if numbers.lines is not None:
+            width, stride = numbers.lines
+            index = index // width * stride + index % width
+        drawn = hash32(numbers.start + index, numbers.stream, numbers.keys[i])
         if keep == "random":
             return vector * (drawn <= numbers.limits[i])
         probability = keep_probabilities(ranks[i], numbers.low[i], numbers.steps[i])
@@ -324,12 +369,11 @@ def merge_tensor(
 ) -> Tensor | float:
     """Merge a tensor, or a slice of one, into `out`, as `merge_chunk` does; `is_plain`: in plain torch.
 
-    A slice comes with the ranks and, by rows, the numbers of its own entries, and the `start` of its
-    first. Products of factors are formed in blocks of rows. An expert whose lambda is 0 is not read where
-    it changes no bits. The largest magnitude, which is returned, is a tensor where reading it would make
-    this process wait for a GPU.
+    A slice comes with a step of its own, see `Step.of_part`. Products of factors are formed in blocks of
+    rows. An expert whose lambda is 0 is not read where it changes no bits. The largest magnitude, which is
+    returned, is a tensor where reading it would make this process wait for a GPU.
     """
-    step, sources = _without_zeros(step, sources if step.sources is None else step.sources)
+    step, sources = without_zeros(step, sources if step.sources is None else step.sources)
     peaks = [
         _merge_block(part, base_part, vectors, out_part, is_plain)
         for part, (out_part, base_part), vectors in row_blocks(step, (out, base), sources)
@@ -362,7 +406,7 @@ def row_blocks(
         begin = here.stop
 
 
-def _without_zeros(step: Step, sources: Sequence[AnySource]) -> tuple[Step, Sequence[AnySource]]:
+def without_zeros(step: Step, sources: Sequence[AnySource]) -> tuple[Step, Sequence[AnySource]]:
     """Leave out the experts whose lambda is 0, unless a rule reads their task vectors unweighted.
 
     A sum that one of them is added to has the same bits, and their entries never agree with an elected sign.
@@ -385,7 +429,7 @@ def _merge_block(
     """Merge what `row_blocks` yields into `out`; returns the largest magnitude."""
     data = [source.data for source in sources]
     are_vectors = [source.kind == "vector" for source in sources]
-    if not is_plain and native.can_merge((out, base, *data)):
+    if not is_plain and native.can_merge((out, base, *data), step.numbers.lines):
         return native.merge(out, base, data, are_vectors, step)
     kernel, chunk = merge_chunk, CPU_CHUNK
     if base.device.type == "cuda":
@@ -403,13 +447,14 @@ def spans(
     """Yield about `chunk` entries of each tensor at a time, with their ranks and their numbers.
 
     The tensors have one shape. What is yielded of them is flat, or, where rows have numbers of their own,
-    of shape (n_rows, row_length).
+    of shape (n_rows, n_columns).
     """
     n_rows, n_tensors = step.numbers.n_rows, len(tensors)
-    row_length = tensors[0].numel() // (n_rows or 1)
-    shape = (-1,) if n_rows is None else (n_rows, row_length)
+    n_columns = tensors[0].numel() // (n_rows or 1)
+    shape = (-1,) if n_rows is None else (n_rows, n_columns)
     flat = [tensor.reshape(shape) for tensor in (*tensors, *step.ranks)]
-    length = chunk if n_rows is None else max(1, chunk // row_length)
+    line = step.numbers.lines[0] if step.numbers.lines else 1
+    length = max(line, chunk // line * line) if n_rows is None else max(1, chunk // n_columns)
     for begin in range(0, len(flat[0]), length):
         here = slice(begin, begin + length)
         numbers = step.numbers.from_entry(begin) if n_rows is None else step.numbers.of_rows(here)
@@ -462,7 +507,7 @@ def compiled_merge_chunk() -> Callable[..., Tensor]:
 
     def call(out: Tensor, *arguments: Any) -> Tensor:
         base, sources, are_vectors, keep, combine, numbers, *ranks = arguments
-        integers = ("limits", "keys", "stream", "start")
+        integers = ("limits", "keys", "stream", "start", "lines")
         moved: dict[str, Any] = {
             name: torch.tensor(
                 each, dtype=torch.int32 if name in integers else torch.float32, device=out.device

@@ -18,6 +18,7 @@ enum Combine : int32_t { SUM, COUNT, WEIGHTS, NONE, SHARES, OVERLAP };
 
 // The base, the result, the experts' sources and `elementwise.Numbers`. Where rows have numbers of their own,
 // lambdas are (n_experts, n_rows), base_weights and scales (n_rows); else there is one row, of all entries.
+// What is read lies in lines of `width` entries, `stride` apart; the result is in one block.
 struct Job {
     const void* base;
     void* out;
@@ -26,7 +27,7 @@ struct Job {
     const void* const* ranks;
     const float *lambdas, *base_weights, *scales, *low, *high, *steps, *factors;
     const int32_t *limits, *keys;
-    int64_t size, row_length, n_rows;
+    int64_t size, row_length, n_rows, width, stride;
     int32_t dtype, n_experts, rank_bytes, keep, combine, stream, start, n_threads;
 };
 

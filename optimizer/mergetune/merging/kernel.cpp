@@ -89,7 +89,7 @@ void fill(float* __restrict part, const T* __restrict source, const float* __res
 // A block's entries, which lie in one row, and what its experts share.
 struct Block {
     const Job& job;
-    int64_t begin, row;
+    int64_t begin, row, at;  // in the result; of numbers by rows; in what is read
     int n;
     alignas(64) float start[BLOCK];  // the base
     alignas(64) uint32_t mixed[BLOCK];
@@ -99,10 +99,10 @@ struct Block {
 void read_ranks(Block& block, int e) {
     const void* ranks = block.job.ranks[e];
     if (block.job.rank_bytes == 2)
-        for (int i = 0; i < block.n; i++) block.ranks[i] = static_cast<const uint16_t*>(ranks)[block.begin + i];
+        for (int i = 0; i < block.n; i++) block.ranks[i] = static_cast<const uint16_t*>(ranks)[block.at + i];
     else
         for (int i = 0; i < block.n; i++)
-            block.ranks[i] = float(static_cast<const uint32_t*>(ranks)[block.begin + i]);
+            block.ranks[i] = float(static_cast<const uint32_t*>(ranks)[block.at + i]);
 }
 
 template <int KEEP, bool ADDS>
@@ -120,7 +120,7 @@ void fill(float* part, Block& block, int e) {
                        block.mixed,
                        block.ranks};
     if (KEEP == RANKED || KEEP == RESCALED) read_ranks(block, e);
-    with_type(job.sources[e], job.kinds[e], block.begin, [&](auto* source) {
+    with_type(job.sources[e], job.kinds[e], block.at, [&](auto* source) {
         if (job.kinds[e] == VECTOR)
             fill<KEEP, true, ADDS>(part, source, block.start, rule, block.n);
         else
@@ -266,12 +266,12 @@ void add_up(float* parts, Block& block) {
     const Job& job = block.job;
     const bool is_sum = job.combine == SUM;
     if (job.keep == RANDOM || job.keep == RANKED || job.keep == RESCALED)
-        mix(block.mixed, job.stream, uint32_t(job.start) + uint32_t(block.begin), block.n);
+        mix(block.mixed, job.stream, uint32_t(job.start) + uint32_t(block.at), block.n);
     for (int e = 0; e < job.n_experts; e++) {
-        prefetch(job.sources[e], entry_bytes(job.kinds[e]), block.begin);
-        if (job.ranks) prefetch(job.ranks[e], job.rank_bytes, block.begin);
+        prefetch(job.sources[e], entry_bytes(job.kinds[e]), block.at);
+        if (job.ranks) prefetch(job.ranks[e], job.rank_bytes, block.at);
         if (job.combine == SHARES)
-            read_vector(parts + e * BLOCK, block.start, job, e, block.begin, block.n);
+            read_vector(parts + e * BLOCK, block.start, job, e, block.at, block.n);
         else if (is_sum && e > 0)
             fill<true>(parts, block, e);
         else
@@ -287,12 +287,15 @@ void add_up(float* parts, Block& block) {
 template <typename T>
 uint32_t merge_entries(const Job& job, int64_t begin, int64_t end, float* parts) {
     uint32_t peak = 0;
-    Block block = {job, begin, 0, 0, {}, {}, {}};
+    Block block = {job, begin, 0, 0, 0, {}, {}, {}};
     for (; block.begin < end; block.begin += block.n) {
         block.row = block.begin / job.row_length;
-        block.n = int(std::min({end - block.begin, (block.row + 1) * job.row_length - block.begin, int64_t(BLOCK)}));
-        prefetch(job.base, sizeof(T), block.begin);
-        read(block.start, static_cast<const T*>(job.base) + block.begin, block.n);
+        const int64_t line = job.width < job.stride ? block.begin / job.width : 0;
+        block.at = block.begin + line * (job.stride - job.width);
+        block.n = int(std::min({end - block.begin, (block.row + 1) * job.row_length - block.begin,
+                                (line + 1) * job.width - block.begin, int64_t(BLOCK)}));
+        prefetch(job.base, sizeof(T), block.at);
+        read(block.start, static_cast<const T*>(job.base) + block.at, block.n);
         add_up(parts, block);
         alignas(64) T merged[BLOCK];
         uint32_t own = finish(merged, block.start, parts, job.base_weights[block.row], block.n);
@@ -345,8 +348,9 @@ extern "C" void sum_magnitudes(const Job* job, int32_t e, double* before, double
         alignas(64) float vector[BLOCK], part[BLOCK];
         lanes all = {}, left = {};
         const int64_t end = std::min(job->size, (span + 1) * SPAN);
-        Block block = {*job, span * SPAN, 0, 0, {}, {}, {}};
+        Block block = {*job, span * SPAN, 0, 0, 0, {}, {}, {}};
         for (; block.begin < end; block.begin += block.n) {
+            block.at = block.begin;
             block.n = int(std::min(end - block.begin, int64_t(BLOCK)));
             read_base(block.start, *job, block.begin, block.n);
             read_vector(vector, block.start, *job, e, block.begin, block.n);

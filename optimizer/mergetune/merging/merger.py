@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mergetune.errors import MergetuneError, TrialError
-from mergetune.merging.elementwise import AnySource, Source, merge_tensor
+from mergetune.merging.deferred import DeferredTensor
+from mergetune.merging.elementwise import (
+    AnySource,
+    Source,
+    Step,
+    merge_tensor,
+    part_of,
+    row_length,
+    without_zeros,
+)
 from mergetune.merging.methods import RULES, Coefficients, tables_of
 from mergetune.merging.operands import Operands
 from mergetune.merging.plan import Plan
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, assign_groups
 from mergetune.weights.checkpoint import Expert
+from mergetune.weights.low_rank import LowRank
 
 _LARGEST = {
     dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,6 +91,17 @@ class Merger:
             TrialError: these coefficients make a weight infinite or NaN; at the end, when all tensors
                 have been yielded.
         """
+        merge = self.start(recipe)
+        for name in self.base.names:
+            yield name, merge.tensor(name, into.get(name))
+        merge.check()
+
+    def start(self, recipe: MergeRecipe) -> Merge:
+        """Return a merge of which nothing has been computed but the plan's tables.
+
+        Raises:
+            MergetuneError: see `merge`.
+        """
         if missing := set(recipe.experts) - set(self.experts):
             raise MergetuneError(
                 f"The recipe names the experts {', '.join(sorted(missing))}, "
@@ -85,29 +109,7 @@ class Merger:
             )
         groups = self._group_of(recipe)
         self._prepare(recipe, groups)
-        options, seed = recipe.choices, recipe.seed
-        coefficients = [Coefficients(group.coefficients, options, seed) for group in recipe.groups]
-        rule, changes_all = RULES[recipe.method], METHODS[recipe.method].changes_every_tensor
-        peaks: dict[str, tuple[Tensor | float, float]] = {}
-        for name in self.base.names:
-            if name not in groups:
-                yield name, self.base.view(name)
-                continue
-            operands = self.operands(recipe, name)
-            base = operands.base
-            is_changed = operands.sources or changes_all
-            if not base.is_floating_point() or base.numel() == 0 or not is_changed:
-                yield name, base
-                continue
-            try:
-                step = rule(operands, coefficients[groups[name]])
-            except ValueError as error:
-                raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
-            out = _destination(into.get(name), base)
-            peak = merge_tensor(step, base, list(operands.sources.values()), out, self._is_plain)
-            peaks[name] = (peak, _LARGEST[out.dtype])
-            yield name, out
-        _check_peaks(peaks)
+        return Merge(self, recipe, groups, self._is_plain)
 
     def operands(self, recipe: MergeRecipe, name: str) -> Operands:
         """Gather what the base and the experts hold of one tensor, on the base's device."""
@@ -182,6 +184,122 @@ class Merger:
         return hashlib.sha256("\0".join(known).encode()).hexdigest() if known == digests else None
 
 
+class _Work(NamedTuple):
+    """What is to be done for one tensor."""
+
+    step: Step
+    base: Tensor
+    sources: Sequence[AnySource]
+
+
+class Merge:
+    """One recipe on its way: its tensors, and parts of them, in any order.
+
+    Attributes:
+        read_bytes: of the base and of the experts, how much was merged so far.
+        part_s: how long it took to merge parts, in seconds.
+    """
+
+    def __init__(
+        self, merger: Merger, recipe: MergeRecipe, groups: Mapping[str, int], is_plain: bool
+    ) -> None:
+        self.read_bytes, self.part_s = 0, 0.0
+        self._merger, self._recipe, self._groups, self._is_plain = merger, recipe, groups, is_plain
+        options, seed = recipe.choices, recipe.seed
+        self._coefficients = [Coefficients(group.coefficients, options, seed) for group in recipe.groups]
+        self._peaks: list[tuple[str, Tensor | float, float]] = []
+        self._error: MergetuneError | None = None
+
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
+        """Return a merged tensor, or the base's own where nothing changes it; see `Merger.merge`."""
+        work = self._work(name)
+        if work is None:
+            return self._merger.base.view(name)
+        out = _destination(into, work.base)
+        step, base, sources = work
+        self._note(name, merge_tensor(step, base, sources, out, self._is_plain), out)
+        n_columns = row_length(base)
+        self.read_bytes += sum(
+            _n_bytes(each, base.numel() // n_columns, n_columns) for each in (base, *sources)
+        )
+        return out
+
+    def deferred(self, name: str) -> Tensor:
+        """Return a tensor that is merged when it is read, and only the part that is read.
+
+        What cannot be merged is read from the base; `check` raises the error.
+        """
+        base = self._merger.base.view(name)
+        if name not in self._groups or not _is_merged(base):
+            return base
+        work = functools.cache(lambda: self._work(name))
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            began = time.perf_counter()
+            try:
+                whole = None if self._error else work()
+                if whole is not None:
+                    return self._part(name, whole, rows, columns)
+            except MergetuneError as error:
+                self._error = error
+            finally:
+                self.part_s += time.perf_counter() - began
+            return part_of(base, rows, columns)
+
+        return DeferredTensor.of(base, read)
+
+    def check(self) -> None:
+        """Raise the error of a part, or `TrialError` if a weight merged so far is infinite or NaN."""
+        if self._error is not None:
+            raise self._error
+        for name, peak, largest in self._peaks:  # a GPU is waited for here only
+            if not float(peak) <= largest:
+                raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")
+
+    def _work(self, name: str) -> _Work | None:
+        """Return what is to be done for a tensor; None where the base's is the merged one."""
+        recipe = self._recipe
+        if name not in self._groups:
+            return None
+        operands = self._merger.operands(recipe, name)
+        is_changed = operands.sources or METHODS[recipe.method].changes_every_tensor
+        if not _is_merged(operands.base) or not is_changed:
+            return None
+        try:
+            step = RULES[recipe.method](operands, self._coefficients[self._groups[name]])
+        except ValueError as error:
+            raise TrialError(f"`{recipe.method}` cannot merge `{name}`: {error}") from error
+        own = list(operands.sources.values())
+        step, sources = without_zeros(step, own if step.sources is None else step.sources)
+        return _Work(replace(step, sources=sources), operands.base, sources)
+
+    def _part(self, name: str, work: _Work, rows: slice, columns: slice) -> Tensor:
+        """Return a part of a merged tensor; products of factors are formed in blocks of rows."""
+        step, base, sources = work
+        n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
+        out = torch.empty(n_rows, n_columns, dtype=base.dtype, device=base.device)
+        length = next((each.block_rows for each in sources if isinstance(each, LowRank)), n_rows)
+        for begin in range(0, n_rows, length):
+            into = out[begin : begin + length]
+            here = slice(rows.start + begin, rows.start + begin + len(into))
+            part = step.of_part(base, sources, here, columns)
+            peak = merge_tensor(part, part_of(base, here, columns), [], into, self._is_plain)
+            self._note(name, peak, out)
+        self.read_bytes += sum(_n_bytes(each, n_rows, n_columns) for each in (base, *sources))
+        return out
+
+    def _note(self, name: str, peak: Tensor | float, out: Tensor) -> None:
+        self._peaks.append((name, peak, _LARGEST[out.dtype]))
+
+
+def _n_bytes(read: Tensor | AnySource, n_rows: int, n_columns: int) -> int:
+    """Return the bytes of a part; of factors, of these rows of B and all of A."""
+    if isinstance(read, LowRank):
+        return n_rows * read.b[:1].nbytes + read.a.nbytes
+    data = read.data if isinstance(read, Source) else read
+    return n_rows * n_columns * data.element_size()
+
+
 def _is_merged(base: Tensor) -> bool:
     return base.is_floating_point() and base.numel() > 0
 
@@ -196,10 +314,3 @@ def _destination(given: Tensor | None, base: Tensor) -> Tensor:
     if given is not None and like and given.is_contiguous() and given.data_ptr() != base.data_ptr():
         return given
     return torch.empty_like(base, memory_format=torch.contiguous_format)
-
-
-def _check_peaks(peaks: Mapping[str, tuple[Tensor | float, float]]) -> None:
-    """Raise `TrialError` if a peak is beyond what its dtype holds; a GPU is waited for here only."""
-    for name, (peak, largest) in peaks.items():
-        if not float(peak) <= largest:
-            raise TrialError(f"The merge makes `{name}` infinite or NaN: its coefficients are too large.")

@@ -63,7 +63,7 @@ class Job(ctypes.Structure):
             for name in ("lambdas", "base_weights", "scales", "low", "high", "steps", "factors")
         ),
         *((name, _INTEGERS) for name in ("limits", "keys")),
-        *((name, ctypes.c_int64) for name in ("size", "row_length", "n_rows")),
+        *((name, ctypes.c_int64) for name in ("size", "row_length", "n_rows", "width", "stride")),
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -73,11 +73,17 @@ class Job(ctypes.Structure):
     )
 
 
-def can_merge(tensors: Sequence[Tensor]) -> bool:
-    """Say whether the kernel is there and takes these tensors: the result, the base and the sources."""
+def can_merge(tensors: Sequence[Tensor], lines: tuple[int, int] | None = None) -> bool:
+    """Say whether the kernel is there and takes these tensors: the result, the base and the sources.
+
+    `lines`: of all but the result, as in `elementwise.Numbers`.
+    """
+    out, *read = tensors
     return (
-        tensors[0].dtype == tensors[1].dtype
-        and all(each.dtype in _DTYPES and each.is_cpu and each.is_contiguous() for each in tensors)
+        out.dtype == read[0].dtype
+        and all(each.dtype in _DTYPES and each.is_cpu for each in tensors)
+        and out.is_contiguous()
+        and all(each.stride() == (lines[1], 1) if lines else each.is_contiguous() for each in read)
         and library() is not None
     )
 
@@ -121,6 +127,8 @@ def job_of(base: Tensor, sources: Sequence[Tensor], are_vectors: Sequence[bool])
         size=base.numel(),
         row_length=base.numel(),
         n_rows=1,
+        width=base.numel(),
+        stride=base.numel(),
         dtype=_DTYPES[base.dtype],
         n_experts=len(sources),
         n_threads=torch.get_num_threads(),
@@ -142,6 +150,8 @@ def _add_numbers(job: Job, step: Step) -> None:
     if step.ranks:
         job.ranks, job.rank_bytes = _pointers(step.ranks), step.ranks[0].element_size()
     job.stream, job.start = numbers.stream, numbers.start
+    if numbers.lines is not None:
+        job.width, job.stride = numbers.lines
     job.keep, job.combine = _KEEP[step.keep], _COMBINE[step.combine]
 
 

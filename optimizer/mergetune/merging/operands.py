@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mergetune.merging.elementwise import AnySource, Source
+from mergetune.merging.elementwise import AnySource, Source, row_length
 
 if TYPE_CHECKING:
     from mergetune.merging.plan import Plan
@@ -48,7 +48,7 @@ class Operands:
     @property
     def row_length(self) -> int:
         """The entries of a row, the last dimension; 1 for a scalar."""
-        return self.base.shape[-1] if self.base.ndim else 1
+        return row_length(self.base)
 
     def table(self, kind: Kind, expert: str | None = None) -> Array:
         """Return a table of the plan, read only: of an expert that changes the tensor, or of all together."""

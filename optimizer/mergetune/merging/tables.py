@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergetune.merging import native, spectral
-from mergetune.merging.elementwise import SPAN, Source, lane_sum, variance, wide
+from mergetune.merging.elementwise import SPAN, Source, lane_sum, row_length, variance, wide
 
 # Densities live on this grid, so that one table serves a whole study.
 DENSITY_STEP = 0.01
@@ -127,7 +127,7 @@ def _fill_grams(out: Array, base: Tensor, sources: Sequence[Source]) -> None:
 RANKS = Kind(
     "ranks",
     False,
-    lambda base, _: ("uint16" if _row_length(base) <= 1 << 16 else "uint32", tuple(base.shape)),
+    lambda base, _: ("uint16" if row_length(base) <= 1 << 16 else "uint32", tuple(base.shape)),
     lambda out, base, sources: _fill_ranks(out, base, sources[0]),
 )
 
@@ -135,10 +135,10 @@ RANKS = Kind(
 def _fill_ranks(out: Array, base: Tensor, source: Source) -> None:
     """Write the rank of each entry's magnitude in its row, 0 being the least, equal ones by position."""
     if (job := _job(base, [source])) is not None:
-        job.row_length, job.rank_bytes = _row_length(base), out.itemsize
+        job.row_length, job.rank_bytes = row_length(base), out.itemsize
         native.loaded().rank_magnitudes(ctypes.byref(job), ctypes.c_void_p(out.ctypes.data))
         return
-    rows = _flat(_vector(base, source).abs()).reshape(-1, _row_length(base))
+    rows = _flat(_vector(base, source).abs()).reshape(-1, row_length(base))
     order = np.argsort(rows, axis=-1, kind="stable")
     np.put_along_axis(out.reshape(rows.shape), order, np.arange(rows.shape[1])[None], axis=-1)
 
@@ -226,7 +226,7 @@ def _fill_importance(out: Array, base: Tensor, source: Source) -> None:
     2025). The quantile q of n values is number ⌊q · (n − 1)⌋ of them in order, over the whole tensor:
     mergekit samples a million with replacement where there are more. It adds 1e-8 to every probability.
     """
-    length, n = _row_length(base), base.numel()
+    length, n = row_length(base), base.numel()
     rows, block = base.reshape(-1, length), max(1, _ROW_BLOCK // length)
     given = source.data.reshape(-1, length)
     divergences = out[:-1]
@@ -343,9 +343,5 @@ def _wide_dtype(base: Tensor) -> str:
     return "float64" if base.dtype == torch.float64 else "float32"
 
 
-def _row_length(base: Tensor) -> int:
-    return base.shape[-1] if base.ndim else 1
-
-
 def _n_rows(base: Tensor) -> int:
-    return base.numel() // _row_length(base)
+    return base.numel() // row_length(base)

@@ -47,7 +47,7 @@ class LowRank:
         The bits are those of all of B A at once, as far as those of BLAS are the same for any multiple of
         `_ROW_STEP` rows.
         """
-        n_rows, length = len(self.b), self._block_rows
+        n_rows, length = len(self.b), self.block_rows
         b = torch.nn.functional.pad(self.b, (0, 0, 0, -n_rows % _ROW_STEP))
         block = b.new_empty(min(length, len(b)), self.a.shape[1])
         for i, part in enumerate(torch.split(b, length)):
@@ -56,7 +56,7 @@ class LowRank:
     def product(self) -> Tensor:
         """Return B A."""
         out = self.b.new_empty(len(self.b), self.a.shape[1])
-        for rows, block in zip(torch.split(out, self._block_rows), self.blocks(), strict=True):
+        for rows, block in zip(torch.split(out, self.block_rows), self.blocks(), strict=True):
             rows.copy_(block)
         return out
 
@@ -66,13 +66,18 @@ class LowRank:
         In float32, or float64 where M is in it; the sums of blocks of rows are added up in float64.
         """
         dtype = torch.promote_types(matrix.dtype, torch.float32)
-        b, a, length = self.b.to(dtype), self.a.to(dtype), self._block_rows
+        b, a, length = self.b.to(dtype), self.a.to(dtype), self.block_rows
         pairs = zip(torch.split(matrix, length), torch.split(b, length), strict=True)
         sums = [((rows.to(dtype) @ a.T) * own).sum() for rows, own in pairs]
         return float(torch.stack(sums).sum(dtype=torch.float64))
 
+    def of_rows(self, rows: slice) -> Tensor:
+        """Return some rows of B A, with the bits that they have in all of it."""
+        begin = rows.start // _ROW_STEP * _ROW_STEP
+        return LowRank(self.b[begin : rows.stop], self.a).product()[rows.start - begin :]
+
     @property
-    def _block_rows(self) -> int:
+    def block_rows(self) -> int:
         """The rows of a block, which do not depend on the number of all rows."""
         entries = _CUDA_BLOCK if self.a.is_cuda else _CPU_BLOCK
         n_rows = max(_MIN_ROWS, entries // max(1, self.a.shape[1]))
