@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergetune.errors import TrialError
-from mergetune.merging import native
+from mergetune.merging import native, tables
 from mergetune.merging.elementwise import Source, formed, magnitude_sums, merge_tensor
 from mergetune.merging.inputs import Inputs
 from mergetune.merging.memory_model import MemoryModel
@@ -272,6 +272,20 @@ def test_a_plan_from_disk_is_the_fresh_one(method: MethodName, cache: Path) -> N
     assert {path: path.stat().st_ino for path in files(cache)} == made
     assert same_bits(in_memory, fresh)
     assert same_bits(in_memory, again)
+
+
+@pytest.mark.parametrize(("method", "made_by"), [("della", "_fill_ranks"), ("tsv_merge", "_fill_matrix")])
+def test_a_merge_for_one_writes_no_table_as_large_as_weights_but_reads_those_there(
+    method: MethodName, made_by: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *experts = models(2, digest="d")
+    wanted = recipe(method, ["e0", "e1"])
+    alone = dict(Merger(base, experts, is_for_one=True).merge(wanted))
+    assert sum(path.stat().st_size for path in files(cache)) < base.tensors["matrix"].nbytes
+    assert same_bits(alone, merged([base, *experts], method))
+    assert sum(path.stat().st_size for path in files(cache)) > base.tensors["matrix"].nbytes
+    monkeypatch.setattr(tables, made_by, None)
+    assert same_bits(alone, dict(Merger(base, experts, is_for_one=True).merge(wanted)))
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "emptied"])

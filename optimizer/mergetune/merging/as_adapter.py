@@ -174,7 +174,7 @@ def merge_as_adapter(
         updates[name], error = (update, 0.0) if rank is None else update.cut(rank)
         fits[name] = Fit(name, updates[name].rank, norm, error)
     base = _WideBase(inputs.base, list(others))
-    for name, merged in Merger(base, inputs.experts).merge(recipe) if others else ():
+    for name, merged in Merger(base, inputs.experts, is_for_one=True).merge(recipe) if others else ():
         at_work(f"the nearest adapter: {name}")
         added, layer = merged - base.view(name), layers.get(name)
         norm = _checked(float(torch.linalg.vector_norm(added, dtype=torch.float64)), name)

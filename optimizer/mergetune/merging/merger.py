@@ -59,15 +59,19 @@ class Merger:
         base: the base.
         experts: the experts, by the names that recipes use.
         is_plain: whether to merge in plain torch, slower and, on a CPU, with the same bits.
+        is_for_one: whether one recipe is merged and no other: then nothing as large as weights is kept for
+            the next.
 
     Attributes:
         plan: what follows from base and experts alone; see `Plan`.
     """
 
-    def __init__(self, base: Base, experts: Sequence[Expert], is_plain: bool = False) -> None:
+    def __init__(
+        self, base: Base, experts: Sequence[Expert], is_plain: bool = False, is_for_one: bool = False
+    ) -> None:
         self.base = base
         self.experts = {expert.name: expert for expert in experts}
-        self.plan = Plan(self._digest_of)
+        self.plan = Plan(self._digest_of, keeps_large=not is_for_one)
         self._is_plain = is_plain
         self._experts: tuple[str, ...] = ()
         self._operands: dict[str, Operands] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import time
@@ -41,10 +42,12 @@ class Plan:
     Args:
         digest_of: returns the SHA-256 of the base and some experts, or None where it is not known: then
             tables are kept in memory only.
+        keeps_large: whether tables as large as weights are kept; or else, unless they are on disk already,
+            they are made when they are read.
     """
 
-    def __init__(self, digest_of: Callable[[Sequence[str]], str | None]) -> None:
-        self._digest_of = digest_of
+    def __init__(self, digest_of: Callable[[Sequence[str]], str | None], keeps_large: bool = True) -> None:
+        self._digest_of, self._keeps_large = digest_of, keeps_large
         self._tables: dict[tuple[str, tuple[str, ...]], dict[str, Array]] = {}
 
     def prepare(self, kind: Kind, experts: Sequence[str], names: Sequence[str], read: Read) -> None:
@@ -57,18 +60,20 @@ class Plan:
             read: returns the base's tensor of a name, and these experts' sources.
         """
         known = self._tables.setdefault((kind.name, tuple(experts)), {})
-        missing = [name for name in names if name not in known]
-        if not missing:
-            return
-        layout = {name: kind.layout(read(name, ())[0], len(experts)) for name in missing}
+        bases = {name: read(name, ())[0] for name in names if name not in known}
+        layout = {name: kind.layout(base, len(experts)) for name, base in bases.items()}
         digest = self._digest_of(experts)
+        if not self._keeps_large and not (digest and _File.of(digest, kind.name, layout).path.exists()):
+            layout = {name: entry for name, entry in layout.items() if not _is_large(entry, bases[name])}
+        if not layout:
+            return
 
         def fill(tables: Tables) -> None:
             def one(name: str) -> None:
                 base, sources = read(name, experts)
                 kind.fill(tables[name], base, formed(sources))
 
-            largest_first = sorted(missing, key=lambda name: -read(name, ())[0].numel())
+            largest_first = sorted(layout, key=lambda name: -bases[name].numel())
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
                 list(threads.map(one, largest_first))
 
@@ -87,8 +92,14 @@ class Plan:
             dtype, shape = kind.layout(operands.base, len(sources))
             found = np.zeros(shape, dtype)
             kind.fill(found, operands.base, formed(sources))
-            known[operands.name] = found
+            if self._keeps_large or not _is_large((dtype, shape), operands.base):
+                known[operands.name] = found
         return found
+
+
+def _is_large(entry: tuple[str, tuple[int, ...]], base: Tensor) -> bool:
+    """Say whether a table of this dtype and shape has as many numbers as the base's tensor."""
+    return math.prod(entry[1]) >= base.numel()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mergetune.files.library import shared_folder
 from mergetune.files.yaml_io import to_yaml
 from mergetune.merging.as_adapter import AdapterMerge, merge_as_adapter
 from mergetune.merging.inputs import Inputs, open_inputs, open_recipe
+from mergetune.merging.merger import Merger
 from mergetune.space.method_table import METHODS
 from mergetune.space.recipe import MergeRecipe, RecipeGroup, assign_groups
 from mergetune.space.stack import Stack
@@ -59,7 +60,8 @@ def write_merged(
         notes |= inputs.chat.files(inputs.base.folder)
     if (foreign := mergekit_yaml(recipe, inputs)) is not None:
         notes["mergekit.yaml"] = foreign
-    write_model(folder, inputs.merger.merge(recipe), inputs.base, notes)
+    merger = Merger(inputs.base, inputs.experts, is_for_one=True)
+    write_model(folder, merger.merge(recipe), inputs.base, notes)
 
 
 def write_merged_adapter(
