@@ -20,6 +20,7 @@ from mergetune.evaluation.evaluate import Measurement
 from mergetune.evaluation.item_scores import item_scores
 from mergetune.evaluation.items import Item
 from mergetune.evaluation.judging.judge import judge_of
+from mergetune.evaluation.judging.verdicts import Explained
 from mergetune.evaluation.missing_verdicts import missing_verdicts
 from mergetune.evaluation.scorers import JudgeScorer
 from mergetune.evaluation.scorers.judge import Pairwise
@@ -166,8 +167,8 @@ def test_turns_and_repeats_that_have_a_verdict_count(tmp_path: Path, count: str,
     grades = [math.nan] * 6 if count == "none" else grades
 
     class Fixed(JudgeScorer):
-        def score(self, items: Any, replies: Any) -> list[float]:
-            return grades
+        def explained(self, items: Any, replies: Any) -> list[Explained]:
+            return [Explained(grade, "") for grade in grades]
 
     assert isinstance(task.scorer, JudgeScorer)
     sampling = SamplingConfig(temperature=1, repeats=2, count="worst" if count == "worst" else "mean")
