@@ -1,7 +1,7 @@
 """How long a large merge takes to the disk, and how much memory: by `mergetune merge`, and by mergekit.
 
     python benchmarks/to_disk.py FOLDER                # 3.9 billion parameters: 48 GB on disk
-    python benchmarks/to_disk.py FOLDER --layers 32 --methods ties della --no-mergekit
+    python benchmarks/to_disk.py FOLDER --layers 1 --methods ties --mergekit
 
 A random Llama of the widths of Llama 3.1 8B and fine-tunes of it are written to FOLDER once, in bfloat16;
 with all 32 layers and the demo's tokenizer it has 7.2 billion parameters. Each merge is a command of its
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=17)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["ties", "della"])
-    parser.add_argument("--mergekit", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mergekit", action="store_true", help="measure mergekit, too")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     names = write_models(folder, arguments.layers, arguments.experts)
