@@ -84,7 +84,7 @@ def themed(chart: Drawing) -> Drawing:
             labelColor=INK,
             labelLimit=260,
             columns=2,
-            columnPadding=14,
+            columnPadding=28,  # browsers write wider than is reckoned with
             symbolSize=150,
             symbolStrokeWidth=1.5,
         )
