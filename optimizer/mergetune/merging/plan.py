@@ -61,6 +61,8 @@ class Plan:
         """
         known = self._tables.setdefault((kind.name, tuple(experts)), {})
         bases = {name: read(name, ())[0] for name in names if name not in known}
+        if not bases:
+            return
         layout = {name: kind.layout(base, len(experts)) for name, base in bases.items()}
         digest = self._digest_of(experts)
         if not self._keeps_large and not (digest and _File.of(digest, kind.name, layout).path.exists()):
