@@ -20,7 +20,6 @@ which square matrices are multiplied in the same run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor
 
 from mergetune.merging.inputs import open_inputs
-from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.memory_model import MemoryAdapter, MemoryModel
 from mergetune.merging.merger import Base, Merger
 from mergetune.space.method_table import METHODS, MethodName
 from mergetune.space.recipe import MergeRecipe, Source
@@ -106,34 +105,18 @@ def synthetic(n_parameters: float, device: str, n_experts: int) -> tuple[Base, l
     return MemoryModel("base", models["base"]), [MemoryModel(name, models[name]) for name in names]
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """An adapter of random factors; `is_formed`: it hands over their products in the place of these."""
+class Formed(MemoryAdapter):
+    """Hands over products in the place of factors, each formed by one call."""
 
-    name: str
-    updates: Mapping[str, LowRank]
-    is_formed: bool = False
-    folder: Path = Path()
-    digest: str = ""
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The base's tensors that it changes."""
-        return tuple(self.updates)
-
-    def weights(self, name: str) -> None:
-        """Return nothing: it has none."""
-
-    def factors(self, name: str) -> LowRank | None:
-        """Return the factors, unless products are asked for."""
-        return None if self.is_formed else self.updates[name]
+    def factors(self, name: str) -> None:
+        """Return nothing."""
 
     def task_vector(self, name: str, base: Tensor) -> Tensor:
-        """Return the product, formed by one call."""
+        """Return the product."""
         return (self.updates[name].b @ self.updates[name].a).to(base.device)
 
 
-def adapters(base: Base, ranks: Sequence[int], device: str) -> list[Adapter]:
+def adapters(base: Base, ranks: Sequence[int], device: str) -> list[MemoryAdapter]:
     """Build adapters of these ranks on all tensors of a base."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -142,7 +125,9 @@ def adapters(base: Base, ranks: Sequence[int], device: str) -> list[Adapter]:
 
     shapes = {name: base.view(name).shape for name in base.names}
     return [
-        Adapter(f"e{i}", {name: LowRank(noise(n, rank), noise(rank, m)) for name, (n, m) in shapes.items()})
+        MemoryAdapter(
+            f"e{i}", {name: LowRank(noise(n, rank), noise(rank, m)) for name, (n, m) in shapes.items()}
+        )
         for i, rank in enumerate(ranks)
     ]
 
@@ -272,14 +257,14 @@ def measure(
 
 
 def measure_adapters(
-    method: MethodName, base: Base, experts: list[Adapter], arguments: argparse.Namespace
+    method: MethodName, base: Base, experts: list[MemoryAdapter], arguments: argparse.Namespace
 ) -> str:
     """Measure one method on adapters and return a row of `ADAPTERS`."""
     device, size = arguments.device, 1024
     out = {name: torch.empty_like(base.view(name)) for name in base.names}
     n_parameters = sum(tensor.numel() for tensor in out.values())
     wanted = recipe(method, [expert.name for expert in experts])
-    whole = [dataclasses.replace(expert, is_formed=True) for expert in experts]
+    whole = [Formed(expert.name, expert.updates) for expert in experts]
     square = torch.randn(size, size, device=device)
 
     def merge(merger: Merger) -> None:

@@ -21,21 +21,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from mergetune.space.method_table import METHODS, MethodName
-from mergetune.space.recipe import MergeRecipe, Source
+from merge import recipe
+from mergetune.space.method_table import METHODS
 from mergetune.weights.models import demo_model
 
 WIDTH, INNER, HEADS, KEY_HEADS = 4096, 14336, 32, 8
-VALUES = {"lambda": 0.7, "density": 0.5, "epsilon": 0.2}
-MERGEKIT = {"lambda": "weight"}  # what mergekit calls a coefficient otherwise
+FOREIGN = "mergekit.yaml"  # what stands beside a merge that mergekit can express
 
 
 def write_models(folder: Path, n_layers: int, n_experts: int) -> list[str]:
@@ -107,33 +104,6 @@ def watched(command: Sequence[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "memory": peaks["RssAnon"], "resident": peaks["VmRSS"]}
 
 
-def recipe_of(method: MethodName, names: Sequence[str]) -> MergeRecipe:
-    """Return the recipe of a merge, whose models lie beside its file."""
-    coefficients: dict[str, dict[str, float] | float] = {}
-    for each in METHODS[method].parameters:
-        value = each.default if isinstance(each.default, float) else VALUES[each.name]
-        coefficients[each.name] = dict.fromkeys(names, value) if each.is_per_expert else value
-    sources = {name: Source(path=name) for name in names}
-    return MergeRecipe.of_one_group(method, Source(path="base"), sources, coefficients)
-
-
-def for_mergekit(folder: Path, recipe: MergeRecipe) -> dict[str, Any]:
-    """Return the same merge as mergekit's configuration."""
-    coefficients, models = recipe.groups[0].coefficients, []
-    for name in recipe.experts:
-        own = {key: value[name] for key, value in coefficients.items() if isinstance(value, dict)}
-        parameters = {MERGEKIT.get(key, key): value for key, value in own.items()}
-        models.append({"model": str(folder / name), "parameters": parameters})
-    shared = {key: value for key, value in coefficients.items() if not isinstance(value, dict)}
-    return {
-        "merge_method": recipe.method,
-        "base_model": str(folder / "base"),
-        "models": models,
-        "parameters": {**{MERGEKIT.get(key, key): v for key, v in shared.items()}, "normalize": False},
-        "dtype": "bfloat16",
-    }
-
-
 def main() -> None:
     """Write the models, merge and print."""
     parser = argparse.ArgumentParser(
@@ -143,7 +113,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=17)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["ties", "della"])
-    parser.add_argument("--mergekit", action="store_true", help="measure mergekit, too")
+    parser.add_argument(
+        "--mergekit", action="store_true", help="measure mergekit, too, where it can merge the same"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     names = write_models(folder, arguments.layers, arguments.experts)
@@ -157,14 +129,12 @@ def main() -> None:
         print(f"| {what} | {row['seconds']:.0f} | {memory:.2f} | {resident:.1f} |", flush=True)
 
     for method in arguments.methods:
-        recipe = recipe_of(method, names)
         file = folder / f"{method}.yaml"
-        recipe.write(file)
+        recipe(method, names).write(file)
         for what in ("first", "again"):
             measure(f"`{method}`, {what}", sys.executable, "-m", "mergetune.cli", "merge", str(file))
-        if arguments.mergekit:
-            theirs = folder / f"{method}-mergekit.yaml"
-            theirs.write_text(yaml.safe_dump(for_mergekit(folder, recipe)))
+        if arguments.mergekit and (folder / "merged" / FOREIGN).exists():
+            theirs = shutil.move(folder / "merged" / FOREIGN, folder / f"{method}-{FOREIGN}")
             measure(f"`{method}`, mergekit", str(Path(sys.executable).parent / "mergekit-yaml"), str(theirs))
 
 

@@ -44,6 +44,15 @@ def _same_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Begin on two threads of torch, and leave as many as there were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with a tokenizer and a chat template."""

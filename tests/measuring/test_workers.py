@@ -85,6 +85,11 @@ def workers(doing: str = "") -> list[int]:
     return found
 
 
+def replace_host(monkeypatch: pytest.MonkeyPatch, host: type[ray_cluster.EngineHost]) -> None:
+    host.__module__ = "__main__"  # so that it is sent whole
+    monkeypatch.setattr(ray_cluster, "EngineHost", host)
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every worker wait before it replies, those of a node with SLOW times as long."""
@@ -94,8 +99,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(SLOW_S * float(os.environ.get("SLOW", "1")))
             return super().reply(*arguments)
 
-    EngineHost.__module__ = "__main__"  # so that it is sent whole
-    monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
+    replace_host(monkeypatch, EngineHost)
 
 
 def study_of(
@@ -269,8 +273,7 @@ def test_a_full_disk_on_one_node_is_its_fault_alone(
             time.sleep(SLOW_S)
             return super().load(recipe)
 
-    EngineHost.__module__ = "__main__"
-    monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
+    replace_host(monkeypatch, EngineHost)
     full = cluster.add_node(num_cpus=1, env_vars={"FULL": "1"})
     study = study_of(tmp_path, tiny_base, tiny_experts, n_trials=30, workers=3, ray_address=cluster.address)
     try:
@@ -352,8 +355,7 @@ def test_a_study_whose_workers_cannot_start_leaves_the_cluster(
         def start(self, *_: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-    EngineHost.__module__ = "__main__"
-    monkeypatch.setattr(ray_cluster, "EngineHost", EngineHost)
+    replace_host(monkeypatch, EngineHost)
     study = study_of(tmp_path, tiny_base, tiny_experts, workers=2, ray_address=cluster.address)
     with pytest.raises(MergetuneError, match="No space left on device"):
         run(study, tmp_path / "run")

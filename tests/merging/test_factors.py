@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ from mergetune.merging.elementwise import (
     merge_chunk,
     merge_tensor,
 )
-from mergetune.merging.memory_model import MemoryModel
+from mergetune.merging.memory_model import MemoryAdapter, MemoryModel
 from mergetune.merging.merger import Merger
 from mergetune.merging.methods import RULES, Coefficients
 from mergetune.space.method_table import METHODS, MethodName
@@ -39,25 +37,11 @@ CASES: list[tuple[MethodName, dict[str, str]]] = [
 ] + [(name, {}) for name, method in METHODS.items() if not method.options]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An expert given as factors; `is_formed`: it hands over their products in the place of these."""
+class Formed(MemoryAdapter):
+    """Hands over products in the place of factors."""
 
-    name: str
-    updates: dict[str, LowRank]
-    is_formed: bool = False
-    folder: Path = Path()
-    digest: str = ""
-    targets: tuple[str, ...] = field(init=False, default=("w",))
-
-    def weights(self, name: str) -> None:
+    def factors(self, name: str) -> None:
         """It has none."""
-
-    def factors(self, name: str) -> LowRank | None:
-        return None if self.is_formed else self.updates[name]
-
-    def task_vector(self, name: str, base: Tensor) -> Tensor:
-        return self.updates[name].product()
 
 
 def update(out: int, inside: int, rank: int, seed: int) -> LowRank:
@@ -73,14 +57,14 @@ def models(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[A
     tuned = base + 0.003 * torch.randn(shape, generator=generator)
     return [
         MemoryModel("base", {"w": base.to(dtype)}),
-        Adapter("a", {"w": update(*shape, 5, 1)}),
-        Adapter("b", {"w": update(*shape, 16, 2)}),
+        MemoryAdapter("a", {"w": update(*shape, 5, 1)}),
+        MemoryAdapter("b", {"w": update(*shape, 16, 2)}),
         MemoryModel("c", {"w": tuned.to(dtype)}),
     ]
 
 
 def products_first(found: Sequence[Any]) -> list[Any]:
-    return [replace(each, is_formed=True) if isinstance(each, Adapter) else each for each in found]
+    return [Formed(each.name, each.updates) if isinstance(each, MemoryAdapter) else each for each in found]
 
 
 def recipe(method: MethodName, experts: Sequence[str], options: dict[str, str] | None = None) -> MergeRecipe:
@@ -110,14 +94,6 @@ def merged(found: Sequence[Any], wanted: MergeRecipe, is_plain: bool = False) ->
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "_CPU_BLOCK", 1 << 12)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

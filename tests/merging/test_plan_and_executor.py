@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,6 @@ def test_every_method_has_the_bits_of_plain_torch_with_any_number_of_experts(
 def test_every_dtype_has_the_bits_of_plain_torch(method: MethodName, dtype: torch.dtype) -> None:
     found = models(9, dtype)
     assert same_bits(merged(found, method, is_plain=True), merged(found, method))
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
